@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The machine: configuration, actions, controller, KVM.
+
+pub mod config;

@@ -1,0 +1,415 @@
+//! What a machine is made of: the types behind `--config`, `GET /vm/config` and every `PUT`.
+//!
+//! Names and shapes are Firecracker's where it has the resource. A field of its that has no
+//! meaning here (rate limiters, CPU templates, …) is accepted at its default and refused by
+//! name otherwise, so that nobody believes in a limit that is not there.
+//!
+//! `validate` looks at the values alone: no file is opened and no host device is touched.
+
+mod arguments;
+mod devices;
+mod host;
+mod iommu;
+mod machine;
+
+pub use arguments::{ArgumentError, MemorySize};
+pub use devices::{
+    CacheType, Drive, Entropy, IoEngine, MacAddress, NetworkInterface, Serial, Vsock,
+};
+pub use host::{LogLevel, Logger, Metrics};
+pub use iommu::{Iommu, IommuModel, Stage};
+pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::collections::BTreeSet;
+
+/// Most PCI functions a machine can have behind its root bus: 32 slots less the host bridge.
+pub const MAX_DEVICES: usize = 31;
+
+/// Most queues (or queue pairs, for a network interface) a device can be given.
+pub const MAX_QUEUES: u16 = 16;
+
+/// Longest identifier of a device, in bytes.
+const MAX_ID_LEN: usize = 64;
+
+/// A value that cannot be accepted: where it is and what to do about it, in one line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct ConfigError {
+    /// The field at fault, with its section if known: `drives[rootfs].io_engine`.
+    pub field: String,
+    /// What is wrong with it, and the fix.
+    pub problem: String,
+}
+
+impl ConfigError {
+    /// An error in `field`.
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+        }
+    }
+
+    /// The same error seen from the section that holds the field.
+    #[must_use]
+    pub fn within(self, section: &str) -> Self {
+        Self {
+            field: format!("{section}.{}", self.field),
+            ..self
+        }
+    }
+}
+
+/// Refuses `field` unless `ok`.
+fn require(ok: bool, field: &str, problem: &str) -> Result<(), ConfigError> {
+    if ok {
+        Ok(())
+    } else {
+        Err(ConfigError::new(field, problem))
+    }
+}
+
+/// A field or section of Firecracker's that has no counterpart here. Absent, `null`, `[]` and
+/// `{}` are read as "not asked for"; anything else is remembered and refused by `validate`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unsupported {
+    given: bool,
+}
+
+impl Unsupported {
+    fn refuse(self, field: &str, hint: &str) -> Result<(), ConfigError> {
+        require(!self.given, field, hint)
+    }
+
+    fn is_absent(&self) -> bool {
+        !self.given
+    }
+}
+
+impl<'de> Deserialize<'de> for Unsupported {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde_json::Value;
+        let given = match Value::deserialize(deserializer)? {
+            Value::Null => false,
+            Value::Array(items) => !items.is_empty(),
+            Value::Object(fields) => !fields.is_empty(),
+            _ => true,
+        };
+        Ok(Self { given })
+    }
+}
+
+impl Serialize for Unsupported {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_none()
+    }
+}
+
+/// Firecracker's token bucket: `size` tokens refilled over `refill_time` milliseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens the bucket holds.
+    pub size: u64,
+    /// Extra tokens at the start.
+    #[serde(default)]
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds to refill the bucket.
+    pub refill_time: u64,
+}
+
+impl TokenBucket {
+    /// Firecracker reads a bucket without size or refill time as no limit.
+    fn limits(&self) -> bool {
+        self.size != 0 && self.refill_time != 0
+    }
+}
+
+/// Firecracker's pair of token buckets. Only the value that limits nothing is accepted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Bytes.
+    #[serde(default)]
+    pub bandwidth: Option<TokenBucket>,
+    /// Operations.
+    #[serde(default)]
+    pub ops: Option<TokenBucket>,
+}
+
+impl RateLimiter {
+    fn refuse_limits(limiter: Option<&Self>, field: &str) -> Result<(), ConfigError> {
+        let limits = limiter.is_some_and(|limiter| {
+            [&limiter.bandwidth, &limiter.ops]
+                .into_iter()
+                .flatten()
+                .any(TokenBucket::limits)
+        });
+        require(
+            !limits,
+            field,
+            "rate limits are not supported; leave it out and limit on the host (tc, io.max)",
+        )
+    }
+}
+
+/// Checks an identifier: letters, digits, `_`, `-` and `.`, at most 64 of them.
+fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+    require(!id.is_empty(), field, "is empty; give the device a name")?;
+    require(
+        id.len() <= MAX_ID_LEN && id.bytes().all(legal),
+        field,
+        "use 1 to 64 letters, digits, '_', '-' or '.'",
+    )
+}
+
+/// Checks a path that the host will open: not empty, no NUL byte.
+fn check_path(field: &str, path: &str) -> Result<(), ConfigError> {
+    require(!path.is_empty(), field, "is empty; give a path")?;
+    require(!path.contains('\0'), field, "contains a NUL byte")
+}
+
+/// Checks a number of queues.
+fn check_queues(num_queues: u16) -> Result<(), ConfigError> {
+    require(
+        (1..=MAX_QUEUES).contains(&num_queues),
+        "num_queues",
+        "use 1 to 16",
+    )
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// A whole machine: what `--config FILE` holds and `GET /vm/config` returns. Section names are
+/// Firecracker's, with `iommu` and `serial` added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmConfig {
+    /// Kernel, initial ramdisk and command line. A machine cannot start without it.
+    #[serde(default)]
+    pub boot_source: Option<BootSource>,
+    /// Processors and memory.
+    #[serde(default)]
+    pub machine_config: MachineConfig,
+    /// The IOMMU that stands between the devices and guest memory.
+    #[serde(default)]
+    pub iommu: Iommu,
+    /// Block devices, in the order of their PCI functions.
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    /// Network devices, in the order of their PCI functions.
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// The vsock device, if any.
+    #[serde(default)]
+    pub vsock: Option<Vsock>,
+    /// The entropy device, if any.
+    #[serde(default)]
+    pub entropy: Option<Entropy>,
+    /// Where the console goes.
+    #[serde(default)]
+    pub serial: Option<Serial>,
+    /// Where the log goes, and how much of it.
+    #[serde(default)]
+    pub logger: Option<Logger>,
+    /// Where metrics are written.
+    #[serde(default)]
+    pub metrics: Option<Metrics>,
+    /// Not supported.
+    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    pub balloon: Unsupported,
+    /// Not supported.
+    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    pub cpu_config: Unsupported,
+    /// Not supported.
+    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    pub mmds_config: Unsupported,
+    /// Not supported.
+    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    pub pmem: Unsupported,
+    /// Not supported.
+    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    pub memory_hotplug: Unsupported,
+}
+
+impl VmConfig {
+    /// Reads the JSON of `--config` and validates it. The error is one line and names the field,
+    /// or the line and column where the text stops being such a document.
+    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = serde_json::from_str(text)
+            .map_err(|error| ConfigError::new("configuration", error.to_string()))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks every section and what they promise each other. A missing boot source is not an
+    /// error here, because the API fills a machine in piece by piece: see
+    /// [`VmConfig::validate_for_start`].
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.refuse_unsupported_sections()?;
+        self.machine_config
+            .validate()
+            .map_err(|error| error.within("machine-config"))?;
+        self.iommu
+            .validate()
+            .map_err(|error| error.within("iommu"))?;
+        if let Some(boot_source) = &self.boot_source {
+            boot_source
+                .validate()
+                .map_err(|error| error.within("boot-source"))?;
+        }
+        for drive in &self.drives {
+            let section = format!("drives[{}]", drive.drive_id);
+            drive.validate().map_err(|error| error.within(&section))?;
+        }
+        for interface in &self.network_interfaces {
+            let section = format!("network-interfaces[{}]", interface.iface_id);
+            interface
+                .validate()
+                .map_err(|error| error.within(&section))?;
+        }
+        self.validate_single_sections()?;
+        self.validate_together()
+    }
+
+    /// [`VmConfig::validate`], and that the machine has something to boot.
+    pub fn validate_for_start(&self) -> Result<&BootSource, ConfigError> {
+        self.validate()?;
+        self.boot_source.as_ref().ok_or_else(|| {
+            ConfigError::new(
+                "boot-source",
+                "no kernel is configured; give --kernel FILE or PUT /boot-source first",
+            )
+        })
+    }
+
+    /// Names the drives and interfaces that came from the command line without an `id=`:
+    /// `disk0`, `disk1`, … and `net0`, `net1`, …, skipping names already taken.
+    pub fn name_devices(&mut self) {
+        let taken = self.drives.iter().map(|drive| drive.drive_id.clone());
+        let mut names = FreeNames::new("disk", taken.collect());
+        for drive in self.drives.iter_mut().filter(|d| d.drive_id.is_empty()) {
+            drive.drive_id = names.next();
+        }
+        let taken = self.network_interfaces.iter().map(|i| i.iface_id.clone());
+        let mut names = FreeNames::new("net", taken.collect());
+        let nameless = self.network_interfaces.iter_mut();
+        for interface in nameless.filter(|i| i.iface_id.is_empty()) {
+            interface.iface_id = names.next();
+        }
+    }
+
+    fn refuse_unsupported_sections(&self) -> Result<(), ConfigError> {
+        let sections = [
+            ("balloon", self.balloon),
+            ("cpu-config", self.cpu_config),
+            ("mmds-config", self.mmds_config),
+            ("pmem", self.pmem),
+            ("memory-hotplug", self.memory_hotplug),
+        ];
+        for (name, section) in sections {
+            section.refuse(name, "is not supported; remove the section")?;
+        }
+        Ok(())
+    }
+
+    fn validate_single_sections(&self) -> Result<(), ConfigError> {
+        let checks = [
+            ("vsock", self.vsock.as_ref().map(Vsock::validate)),
+            ("entropy", self.entropy.as_ref().map(Entropy::validate)),
+            ("serial", self.serial.as_ref().map(Serial::validate)),
+            ("logger", self.logger.as_ref().map(Logger::validate)),
+            ("metrics", self.metrics.as_ref().map(Metrics::validate)),
+        ];
+        for (section, check) in checks {
+            if let Some(Err(error)) = check {
+                return Err(error.within(section));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_together(&self) -> Result<(), ConfigError> {
+        let mut ids = BTreeSet::new();
+        let mut root = None;
+        for drive in &self.drives {
+            let field = format!("drives[{}]", drive.drive_id);
+            require(
+                ids.insert(&drive.drive_id),
+                &format!("{field}.drive_id"),
+                "two drives have this id; rename one",
+            )?;
+            if drive.is_root_device
+                && let Some(first) = root.replace(&drive.drive_id)
+            {
+                return Err(ConfigError::new(
+                    format!("{field}.is_root_device"),
+                    format!("drive {first} is the root device already; set one of them to false"),
+                ));
+            }
+        }
+        let mut ids = BTreeSet::new();
+        let mut taps = BTreeSet::new();
+        for interface in &self.network_interfaces {
+            let field = format!("network-interfaces[{}]", interface.iface_id);
+            require(
+                ids.insert(&interface.iface_id),
+                &format!("{field}.iface_id"),
+                "two interfaces have this id; rename one",
+            )?;
+            require(
+                taps.insert(&interface.host_dev_name),
+                &format!("{field}.host_dev_name"),
+                "another interface uses this tap device; give each its own",
+            )?;
+        }
+        let devices = self.drives.len()
+            + self.network_interfaces.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.entropy.is_some())
+            + usize::from(self.iommu.model == IommuModel::VirtioIommu);
+        require(
+            devices <= MAX_DEVICES,
+            "drives, network-interfaces",
+            "more devices than the 31 the PCI bus has slots for; remove some",
+        )
+    }
+}
+
+/// Yields `disk0`, `disk1`, … without those already taken.
+struct FreeNames {
+    stem: &'static str,
+    taken: BTreeSet<String>,
+    index: u32,
+}
+
+impl FreeNames {
+    fn new(stem: &'static str, taken: BTreeSet<String>) -> Self {
+        Self {
+            stem,
+            taken,
+            index: 0,
+        }
+    }
+
+    fn next(&mut self) -> String {
+        loop {
+            let name = format!("{}{}", self.stem, self.index);
+            self.index += 1;
+            if !self.taken.contains(&name) {
+                return name;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+//! What the monitor tells its host: log and metrics.
+
+use super::{ConfigError, check_path, require};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+/// How much is logged. Firecracker's names, in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What failed.
+    Error,
+    /// What may be wrong.
+    Warning,
+    /// What happened.
+    #[default]
+    Info,
+    /// What a developer asks.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The filter of the `log` crate.
+    #[must_use]
+    pub fn filter(self) -> log::LevelFilter {
+        match self {
+            Self::Off => log::LevelFilter::Off,
+            Self::Error => log::LevelFilter::Error,
+            Self::Warning => log::LevelFilter::Warn,
+            Self::Info => log::LevelFilter::Info,
+            Self::Debug => log::LevelFilter::Debug,
+            Self::Trace => log::LevelFilter::Trace,
+        }
+    }
+}
+
+impl FromStr for LogLevel {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        match text.to_ascii_lowercase().as_str() {
+            "off" => Ok(Self::Off),
+            "error" => Ok(Self::Error),
+            "warning" | "warn" => Ok(Self::Warning),
+            "info" => Ok(Self::Info),
+            "debug" => Ok(Self::Debug),
+            "trace" => Ok(Self::Trace),
+            _ => Err("level: use Off, Error, Warning, Info, Debug or Trace"),
+        }
+    }
+}
+
+impl TryFrom<String> for LogLevel {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, &'static str> {
+        text.parse()
+    }
+}
+
+/// The log (`/logger`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logger {
+    /// A file or FIFO to append to. Left out, the log stays where it is (standard error).
+    #[serde(default)]
+    pub log_path: Option<String>,
+    /// How much is logged. Left out, it stays as it is.
+    #[serde(default)]
+    pub level: Option<LogLevel>,
+    /// Whether a line shows its level.
+    #[serde(default)]
+    pub show_level: Option<bool>,
+    /// Whether a line shows the module it comes from.
+    #[serde(default)]
+    pub show_log_origin: Option<bool>,
+    /// Logs only modules whose path starts with this.
+    #[serde(default)]
+    pub module: Option<String>,
+}
+
+impl Logger {
+    /// Checks the values; opens nothing.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.log_path
+            .as_ref()
+            .map_or(Ok(()), |path| check_path("log_path", path))
+    }
+}
+
+/// Where metrics are written, one JSON object a line (`/metrics`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// A file or FIFO to append to.
+    pub metrics_path: String,
+    /// Accepted as `false` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub emit_id: Option<bool>,
+    /// Accepted empty only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub properties: Option<BTreeMap<String, String>>,
+}
+
+impl Metrics {
+    /// Checks the values; opens nothing.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_path("metrics_path", &self.metrics_path)?;
+        require(
+            !self.emit_id.unwrap_or(false),
+            "emit_id",
+            "is not supported; leave it out or set it to false",
+        )?;
+        require(
+            self.properties.as_ref().is_none_or(BTreeMap::is_empty),
+            "properties",
+            "is not supported; leave it out",
+        )
+    }
+}

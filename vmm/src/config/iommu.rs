@@ -1,0 +1,96 @@
+//! The IOMMU of a machine.
+
+use super::{ConfigError, require};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Which IOMMU the guest finds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IommuModel {
+    /// None: devices use guest physical addresses.
+    #[default]
+    None,
+    /// virtio 1.2 §5.13, on both architectures.
+    VirtioIommu,
+    /// Arm's IHI 0070, on aarch64.
+    #[serde(rename = "smmuv3")]
+    Smmuv3,
+}
+
+impl fmt::Display for IommuModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::VirtioIommu => "virtio-iommu",
+            Self::Smmuv3 => "smmuv3",
+        })
+    }
+}
+
+/// Which translation stages an SMMUv3 offers (IHI 0070 §6.3.1, `IDR0.S1P` and `IDR0.S2P`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// Stage 1 only.
+    #[default]
+    #[serde(rename = "1")]
+    One,
+    /// Stage 2 only.
+    #[serde(rename = "2")]
+    Two,
+    /// Both, also nested.
+    #[serde(rename = "nested")]
+    Nested,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::One => "1",
+            Self::Two => "2",
+            Self::Nested => "nested",
+        })
+    }
+}
+
+/// The IOMMU (`PUT /iommu`). Every device that does not say `"iommu": false` is behind it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Iommu {
+    /// Which one.
+    #[serde(default)]
+    pub model: IommuModel,
+    /// SMMUv3 only: offers ATS (`IDR0.ATS`, and the capability on each device), so that the
+    /// guest invalidates device caches itself.
+    #[serde(default)]
+    pub ats: bool,
+    /// SMMUv3 only: the stages offered.
+    #[serde(default)]
+    pub stage: Stage,
+}
+
+impl Iommu {
+    /// Checks that the options belong to the model and the model to this architecture.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_on(std::env::consts::ARCH)
+    }
+
+    pub(super) fn validate_on(&self, architecture: &str) -> Result<(), ConfigError> {
+        let smmu = self.model == IommuModel::Smmuv3;
+        require(
+            !smmu || architecture == "aarch64",
+            "model",
+            "smmuv3 exists on aarch64 only; use virtio-iommu here",
+        )?;
+        require(
+            smmu || !self.ats,
+            "ats",
+            "belongs to the model smmuv3; remove it or change the model",
+        )?;
+        require(
+            smmu || self.stage == Stage::One,
+            "stage",
+            "belongs to the model smmuv3; remove it or change the model",
+        )
+    }
+}

@@ -1,0 +1,183 @@
+//! Processors, memory and what they boot.
+
+use super::{ConfigError, check_path, require};
+use serde::{Deserialize, Serialize};
+
+/// Most virtual processors a machine can have.
+pub const MAX_VCPUS: u8 = 32;
+
+/// Most guest memory, in MiB: 1 TiB, which ends below the 44-bit output size of the SMMUv3
+/// model wherever the memory layout puts it.
+pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+
+/// Longest kernel command line, in bytes without the final NUL (arm64's `COMMAND_LINE_SIZE` and
+/// x86's are both 2048). The monitor itself adds `root=` and the like to what the user gave.
+const MAX_BOOT_ARGS: usize = 2047;
+
+/// What backs guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HugePages {
+    /// Pages of the host's ordinary size.
+    #[default]
+    None,
+    /// Transparent huge pages. Not supported.
+    Transparent,
+    /// Pages of 2 MiB from hugetlbfs. Not supported.
+    #[serde(rename = "2M")]
+    TwoMib,
+}
+
+/// Processors and memory (`/machine-config`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Virtual processors, 1 to 32.
+    pub vcpu_count: u8,
+    /// Guest memory in MiB.
+    pub mem_size_mib: u64,
+    /// Accepted as `false` only.
+    #[serde(default)]
+    pub smt: bool,
+    /// Accepted as `false` only.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Accepted as `"None"` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<String>,
+    /// Accepted as `"None"` only.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 512,
+            smt: false,
+            track_dirty_pages: false,
+            cpu_template: None,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+impl MachineConfig {
+    /// Checks the values against what this monitor can build.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        require(
+            (1..=MAX_VCPUS).contains(&self.vcpu_count),
+            "vcpu_count",
+            "use 1 to 32",
+        )?;
+        require(
+            (1..=MAX_MEMORY_MIB).contains(&self.mem_size_mib),
+            "mem_size_mib",
+            "use 1 to 1048576 (1 TiB)",
+        )?;
+        require(
+            !self.smt,
+            "smt",
+            "guest processors are never siblings; set it to false",
+        )?;
+        require(
+            !self.track_dirty_pages,
+            "track_dirty_pages",
+            "there are no snapshots to track for; set it to false",
+        )?;
+        let template = self.cpu_template.as_deref().unwrap_or("None");
+        require(
+            template == "None",
+            "cpu_template",
+            "CPU templates are not supported; leave it out or use \"None\"",
+        )?;
+        require(
+            self.huge_pages == HugePages::None,
+            "huge_pages",
+            "only \"None\" is supported",
+        )
+    }
+}
+
+/// A change to some fields of [`MachineConfig`] (`PATCH /machine-config`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigUpdate {
+    /// See [`MachineConfig::vcpu_count`].
+    #[serde(default)]
+    pub vcpu_count: Option<u8>,
+    /// See [`MachineConfig::mem_size_mib`].
+    #[serde(default)]
+    pub mem_size_mib: Option<u64>,
+    /// See [`MachineConfig::smt`].
+    #[serde(default)]
+    pub smt: Option<bool>,
+    /// See [`MachineConfig::track_dirty_pages`].
+    #[serde(default)]
+    pub track_dirty_pages: Option<bool>,
+    /// See [`MachineConfig::cpu_template`].
+    #[serde(default)]
+    pub cpu_template: Option<String>,
+    /// See [`MachineConfig::huge_pages`].
+    #[serde(default)]
+    pub huge_pages: Option<HugePages>,
+}
+
+impl MachineConfigUpdate {
+    /// `current` with the given fields replaced.
+    #[must_use]
+    pub fn applied_to(self, current: &MachineConfig) -> MachineConfig {
+        MachineConfig {
+            vcpu_count: self.vcpu_count.unwrap_or(current.vcpu_count),
+            mem_size_mib: self.mem_size_mib.unwrap_or(current.mem_size_mib),
+            smt: self.smt.unwrap_or(current.smt),
+            track_dirty_pages: self.track_dirty_pages.unwrap_or(current.track_dirty_pages),
+            cpu_template: self.cpu_template.or_else(|| current.cpu_template.clone()),
+            huge_pages: self.huge_pages.unwrap_or(current.huge_pages),
+        }
+    }
+}
+
+/// What the machine boots (`/boot-source`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// The kernel: a bzImage or ELF on x86_64, an `Image` on aarch64.
+    pub kernel_image_path: String,
+    /// The initial ramdisk, if any.
+    #[serde(default)]
+    pub initrd_path: Option<String>,
+    /// The kernel command line. Left out, it is one that gives a distribution kernel a console.
+    #[serde(default)]
+    pub boot_args: Option<String>,
+}
+
+impl BootSource {
+    /// Checks the paths' form and the command line; opens nothing.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_path("kernel_image_path", &self.kernel_image_path)?;
+        if let Some(initrd) = &self.initrd_path {
+            check_path("initrd_path", initrd)?;
+        }
+        let Some(boot_args) = &self.boot_args else {
+            return Ok(());
+        };
+        require(
+            boot_args.len() <= MAX_BOOT_ARGS,
+            "boot_args",
+            "is longer than the 2047 bytes a kernel reads; shorten it",
+        )?;
+        require(
+            boot_args
+                .bytes()
+                .all(|byte| byte.is_ascii_graphic() || byte == b' '),
+            "boot_args",
+            "use printable ASCII characters and spaces only",
+        )?;
+        require(
+            !boot_args.split(' ').any(|word| word == "pci=off"),
+            "boot_args",
+            "pci=off would hide every device, for they are PCI functions; remove it",
+        )
+    }
+}

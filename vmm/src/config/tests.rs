@@ -1,0 +1,328 @@
+use super::*;
+
+fn refusal(json: &str) -> String {
+    VmConfig::from_json(json).unwrap_err().to_string()
+}
+
+#[test]
+fn firecrackers_own_sample_is_accepted_as_it_is() {
+    let config = VmConfig::from_json(
+        r#"{
+        "boot-source": {
+            "kernel_image_path": "vmlinux.bin",
+            "boot_args": "console=ttyS0 reboot=k panic=1",
+            "initrd_path": null
+        },
+        "cpu-config": null,
+        "drives": [{
+            "drive_id": "rootfs", "partuuid": null, "is_root_device": true,
+            "cache_type": "Unsafe", "is_read_only": false, "path_on_host": "debian.ext4",
+            "io_engine": "Sync", "rate_limiter": null, "socket": null
+        }],
+        "machine-config": {
+            "vcpu_count": 2, "mem_size_mib": 1024, "smt": false,
+            "track_dirty_pages": false, "huge_pages": "None"
+        },
+        "balloon": null, "network-interfaces": [], "vsock": null, "logger": null,
+        "metrics": null, "mmds-config": null, "entropy": null, "pmem": [], "memory-hotplug": null
+    }"#,
+    )
+    .unwrap();
+    assert_eq!(config.machine_config.mem_size_mib, 1024);
+    assert!(config.drives[0].is_root_device && config.drives[0].iommu);
+}
+
+#[test]
+fn a_machine_survives_the_trip_through_json() {
+    let mut config = VmConfig {
+        boot_source: Some(BootSource {
+            kernel_image_path: "vmlinuz".into(),
+            ..BootSource::default()
+        }),
+        iommu: "virtio-iommu".parse().unwrap(),
+        drives: vec!["path=a.img,readonly=on".parse().unwrap()],
+        network_interfaces: vec!["tap=tap0,mac=06:00:AC:10:00:02,mtu=9000".parse().unwrap()],
+        vsock: Some("cid=3,iommu=off".parse().unwrap()),
+        entropy: Some(Entropy::default()),
+        ..VmConfig::default()
+    };
+    config.name_devices();
+    let json = serde_json::to_string(&config).unwrap();
+    assert_eq!(VmConfig::from_json(&json).unwrap(), config);
+    assert!(json.contains(r#""boot-source""#) && json.contains(r#""network-interfaces""#));
+    assert!(!json.contains("balloon") && !json.contains("socket"));
+}
+
+#[test]
+fn an_empty_document_is_the_default_machine_but_cannot_start() {
+    let config = VmConfig::from_json("{}").unwrap();
+    assert_eq!(config, VmConfig::default());
+    assert_eq!(config.machine_config.vcpu_count, 1);
+    let error = config.validate_for_start().unwrap_err();
+    assert_eq!(error.field, "boot-source");
+}
+
+#[test]
+fn unknown_fields_are_refused_by_name_at_every_level() {
+    assert!(refusal(r#"{"bootsource": null}"#).contains("bootsource"));
+    assert!(refusal(r#"{"iommu": {"models": "none"}}"#).contains("models"));
+    let drive = r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "readonly": true}]}"#;
+    assert!(refusal(drive).contains("readonly"));
+}
+
+#[test]
+fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
+    let refused = [
+        (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),
+        (r#"{"pmem": [1]}"#, "pmem"),
+        (r#"{"cpu-config": "T2"}"#, "cpu-config"),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "smt": true}}"#,
+            "machine-config.smt",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "cpu_template": "T2"}}"#,
+            "machine-config.cpu_template",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "huge_pages": "2M"}}"#,
+            "machine-config.huge_pages",
+        ),
+        (
+            r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "io_engine": "Async"}]}"#,
+            "drives[a].io_engine",
+        ),
+        (
+            r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "socket": "/s"}]}"#,
+            "drives[a].socket",
+        ),
+        (
+            r#"{"drives": [{"drive_id": "a", "path_on_host": "b",
+                "rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}]}"#,
+            "drives[a].rate_limiter",
+        ),
+        (
+            r#"{"vsock": {"guest_cid": 3, "uds_path": "/v.sock"}}"#,
+            "AF_VSOCK",
+        ),
+        (
+            r#"{"metrics": {"metrics_path": "m", "emit_id": true}}"#,
+            "metrics.emit_id",
+        ),
+    ];
+    for (json, name) in refused {
+        let error = refusal(json);
+        assert!(error.contains(name), "{json} said: {error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+    let unlimited = r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "rate_limiter":
+        {"bandwidth": {"size": 0, "one_time_burst": 5, "refill_time": 0}}, "io_engine": "Sync"}],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "cpu_template": "None"}}"#;
+    VmConfig::from_json(unlimited).unwrap();
+}
+
+#[test]
+fn values_out_of_range_are_refused_by_name() {
+    let refused = [
+        (
+            r#"{"machine-config": {"vcpu_count": 0, "mem_size_mib": 1}}"#,
+            "vcpu_count",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 33, "mem_size_mib": 1}}"#,
+            "vcpu_count",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 0}}"#,
+            "mem_size_mib",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1048577}}"#,
+            "mem_size_mib",
+        ),
+        (
+            r#"{"boot-source": {"kernel_image_path": ""}}"#,
+            "kernel_image_path",
+        ),
+        (
+            r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "a pci=off"}}"#,
+            "pci=off",
+        ),
+        (
+            r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "a\u0000"}}"#,
+            "boot_args",
+        ),
+        (
+            r#"{"drives": [{"drive_id": "a/b", "path_on_host": "b"}]}"#,
+            "drive_id",
+        ),
+        (
+            r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "num_queues": 0}]}"#,
+            "num_queues",
+        ),
+        (
+            r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "partuuid": "x y"}]}"#,
+            "partuuid",
+        ),
+        (
+            r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "tap0123456789abc"}]}"#,
+            "host_dev_name",
+        ),
+        (
+            r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "t", "mtu": 67}]}"#,
+            "mtu",
+        ),
+        (
+            r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "t",
+                "guest_mac": "01:00:00:00:00:00"}]}"#,
+            "guest_mac",
+        ),
+        (r#"{"vsock": {"guest_cid": 2}}"#, "guest_cid"),
+        (r#"{"vsock": {"guest_cid": 4294967295}}"#, "guest_cid"),
+        (
+            r#"{"iommu": {"model": "virtio-iommu", "ats": true}}"#,
+            "iommu.ats",
+        ),
+        (r#"{"iommu": {"stage": "nested"}}"#, "iommu.stage"),
+        (r#"{"logger": {"level": "loud"}}"#, "level"),
+    ];
+    for (json, name) in refused {
+        let error = refusal(json);
+        assert!(error.contains(name), "{json} said: {error}");
+    }
+}
+
+#[test]
+fn sections_are_checked_against_each_other() {
+    let drives = r#"{"drives": [{"drive_id": "a", "path_on_host": "x", "is_root_device": true},
+        {"drive_id": "ID", "path_on_host": "y", "is_root_device": ROOT}]}"#;
+    let with = |id, root| drives.replace("ID", id).replace("ROOT", root);
+    VmConfig::from_json(&with("b", "false")).unwrap();
+    assert!(refusal(&with("a", "false")).contains("drive_id"));
+    assert!(refusal(&with("b", "true")).contains("drives[b].is_root_device"));
+
+    let interfaces = r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "t"},
+        {"iface_id": "ID", "host_dev_name": "TAP"}]}"#;
+    let with = |id, tap| interfaces.replace("ID", id).replace("TAP", tap);
+    VmConfig::from_json(&with("m", "u")).unwrap();
+    assert!(refusal(&with("n", "u")).contains("iface_id"));
+    assert!(refusal(&with("m", "t")).contains("host_dev_name"));
+
+    let drive = |index| Drive {
+        drive_id: format!("d{index}"),
+        path_on_host: "x".into(),
+        ..Drive::default()
+    };
+    let mut config = VmConfig {
+        drives: (0..MAX_DEVICES).map(drive).collect(),
+        ..VmConfig::default()
+    };
+    config.validate().unwrap();
+    config.entropy = Some(Entropy::default());
+    assert!(config.validate().unwrap_err().to_string().contains("31"));
+}
+
+#[test]
+fn smmuv3_belongs_to_aarch64() {
+    let iommu = Iommu {
+        model: IommuModel::Smmuv3,
+        ats: true,
+        stage: Stage::Nested,
+    };
+    iommu.validate_on("aarch64").unwrap();
+    let error = iommu.validate_on("x86_64").unwrap_err();
+    assert!(error.to_string().contains("virtio-iommu"));
+}
+
+#[test]
+fn arguments_read_every_key_and_refuse_the_rest() {
+    let drive: Drive = "path=/a,,b.img,id=root,readonly=on,root=on,cache=writeback,queues=4"
+        .parse()
+        .unwrap();
+    assert_eq!(drive.path_on_host, "/a,b.img");
+    assert_eq!((drive.drive_id.as_str(), drive.num_queues), ("root", 4));
+    assert!(drive.is_read_only && drive.is_root_device && drive.iommu);
+    assert_eq!(drive.cache_type, CacheType::Writeback);
+
+    let net: NetworkInterface = "tap=t0,id=n,iommu=off,queues=2".parse().unwrap();
+    assert!(!net.iommu && net.num_queues == 2 && net.mac().unwrap().is_none());
+
+    let refused = [
+        ("", "key=value"),
+        ("id=a", "path= is missing"),
+        ("path=a,path=b", "path is given twice"),
+        ("path=a,readonly=yes", "readonly=on or readonly=off"),
+        ("path=a,size=3", "unknown key size"),
+        ("path=a,queues=many", "queues=many"),
+        ("path=a,cache=full", "cache=unsafe"),
+        ("path=a,", "key=value"),
+    ];
+    for (text, expected) in refused {
+        let error = text.parse::<Drive>().unwrap_err().to_string();
+        assert!(error.contains(expected), "{text} said: {error}");
+    }
+    let error = "tap=t,mac=1:2".parse::<NetworkInterface>().unwrap_err();
+    assert!(error.to_string().contains("guest_mac"), "{error}");
+    assert!("cid=2".parse::<Vsock>().is_err());
+    assert!("iommu=on".parse::<Vsock>().is_err());
+    assert!("smmu".parse::<Iommu>().is_err());
+    assert!("none,ats=on".parse::<Iommu>().is_err());
+    assert_eq!("none".parse::<Iommu>().unwrap(), Iommu::default());
+    assert_eq!("nested".parse::<Stage>().unwrap(), Stage::Nested);
+}
+
+#[test]
+fn memory_sizes_are_whole_mebibytes_within_range() {
+    let mib = |text: &str| text.parse::<MemorySize>().map(MemorySize::mib).ok();
+    assert_eq!(mib("512M"), Some(512));
+    assert_eq!(mib("512"), Some(512));
+    assert_eq!(mib("2g"), Some(2048));
+    assert_eq!(mib("1T"), Some(1 << 20));
+    for text in [
+        "",
+        "M",
+        "0",
+        "1.5G",
+        "-1M",
+        "2T",
+        "18446744073709551615G",
+        "1K",
+        "M512",
+    ] {
+        assert_eq!(mib(text), None, "{text}");
+    }
+}
+
+#[test]
+fn nameless_devices_get_free_names() {
+    let mut config = VmConfig {
+        drives: ["path=a", "path=b,id=disk0", "path=c"]
+            .map(|text| text.parse().unwrap())
+            .into(),
+        network_interfaces: vec!["tap=t".parse().unwrap()],
+        ..VmConfig::default()
+    };
+    config.name_devices();
+    let ids: Vec<_> = config.drives.iter().map(|d| d.drive_id.as_str()).collect();
+    assert_eq!(ids, ["disk1", "disk0", "disk2"]);
+    assert_eq!(config.network_interfaces[0].iface_id, "net0");
+    config.validate().unwrap();
+}
+
+#[test]
+fn mac_addresses_print_as_they_are_read() {
+    let mac: MacAddress = "06:00:AC:10:00:02".parse().unwrap();
+    assert_eq!(mac.octets(), [6, 0, 0xac, 0x10, 0, 2]);
+    assert_eq!(mac.to_string(), "06:00:ac:10:00:02");
+    for text in [
+        "",
+        "06:00:ac:10:00",
+        "06:00:ac:10:00:02:03",
+        "6:0:ac:10:0:2",
+        "+6:00:ac:10:00:02",
+        "00:00:00:00:00:00",
+        "ff:ff:ff:ff:ff:ff",
+    ] {
+        assert!(text.parse::<MacAddress>().is_err(), "{text}");
+    }
+}
