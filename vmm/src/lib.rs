@@ -1,3 +1,4 @@
 //! The machine: configuration, actions, controller, KVM.
 
+pub mod action;
 pub mod config;
