@@ -1,1 +1,38 @@
-//! Placeholder.
+//! A guest's IOMMU as a library: addresses, translation, the notifier chain,
+//! and the models (virtio-iommu, SMMUv3) that stand behind it.
+//!
+//! The crate has no file descriptor, no thread and no KVM in it. A monitor
+//! gives every requester (a PCI function) an [`AddressSpace`]; a device that it
+//! emulates reaches guest memory through a [`DmaSpace`] made from it, and a
+//! consumer that keeps a copy of translations (vhost, an MSI route) listens to
+//! it by [`IommuRegion::register`].
+//!
+//! # Locks
+//! From the outermost to the innermost:
+//!
+//! 1. a model's command lock: commands of one IOMMU are carried out in order;
+//! 2. the [`Gate`](gate::Gate) of a stream: shared by {translate, use or
+//!    publish}, exclusive for {invalidate, notify};
+//! 3. a model's state (tables, TLB), never held while a gate is taken;
+//! 4. a consumer's own lock, taken inside its [`NotifierSink`].
+#![forbid(unsafe_code)]
+
+mod addr;
+pub mod dma;
+pub mod gate;
+mod notifier;
+mod region;
+mod space;
+mod translate;
+
+pub use addr::{EmptyRange, Gpa, Hva, Iova, IovaRange, StreamId};
+pub use dma::{DmaSpace, DmaView};
+pub use notifier::{
+    IommuNotifier, NotifierEvents, NotifierId, NotifierSink, Refused, Registration,
+};
+pub use region::{IommuRegion, StreamCounters, StreamStats};
+pub use space::{AddressSpace, MemoryListener, Section};
+pub use translate::{Access, Fault, FaultReason, Iommu, Mapping, Perm, Request, RequestKind};
+
+/// The RAM of the guest, as guest-physical regions mapped into this process.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

@@ -1,0 +1,112 @@
+//! The gate of a stream: what makes an invalidation complete.
+//!
+//! Whoever translates and then uses or publishes the answer holds the gate
+//! shared for as long as the answer is in use. Whoever takes a translation
+//! away changes the tables first, then closes the gate (which waits for those
+//! inside to leave), tells the listeners, and opens it again. So:
+//!
+//! * an access that began under the old translation has ended when the
+//!   invalidation returns (invariant 3);
+//! * an answer that was published to a listener was published before the
+//!   invalidation that the listener sees, never after it (invariant 4).
+
+#[cfg(loom)]
+use loom::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+#[cfg(not(loom))]
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// The gate. It is not re-entrant: a thread that holds it must not ask again.
+#[derive(Debug, Default)]
+pub struct Gate(RwLock<()>);
+
+/// Held by those who translate and use.
+pub type Entered<'a> = RwLockReadGuard<'a, ()>;
+/// Held by the one who invalidates.
+pub type Closed<'a> = RwLockWriteGuard<'a, ()>;
+
+impl Gate {
+    /// Enters: from here until the guard is dropped, an answer of the IOMMU
+    /// for this stream stays good enough to be used.
+    pub fn enter(&self) -> Entered<'_> {
+        // The lock protects no data, so a poisoned one is as good as new.
+        #[cfg(not(loom))]
+        return self.0.read().unwrap_or_else(PoisonError::into_inner);
+        #[cfg(loom)]
+        self.0.read().expect("loom does not poison")
+    }
+
+    /// Waits until everybody has left and keeps them out.
+    pub fn close(&self) -> Closed<'_> {
+        #[cfg(not(loom))]
+        return self.0.write().unwrap_or_else(PoisonError::into_inner);
+        #[cfg(loom)]
+        self.0.write().expect("loom does not poison")
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use loom::sync::Arc;
+    use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use loom::thread;
+
+    use super::*;
+
+    /// A page that is mapped until it is unmapped, a kernel IOTLB that holds
+    /// it or not, and a flag for "the device is using it".
+    #[derive(Default)]
+    struct World {
+        gate: Gate,
+        mapped: AtomicBool,
+        published: AtomicBool,
+        using: AtomicUsize,
+    }
+
+    fn unmap(world: &World) {
+        world.mapped.store(false, Ordering::Release);
+        let _closed = world.gate.close();
+        world.published.store(false, Ordering::Release);
+    }
+
+    #[test]
+    fn stale_update_never_follows_its_invalidate() {
+        loom::model(|| {
+            let world = Arc::new(World::default());
+            world.mapped.store(true, Ordering::Release);
+            let miss = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || {
+                    let _inside = world.gate.enter();
+                    if world.mapped.load(Ordering::Acquire) {
+                        world.published.store(true, Ordering::Release);
+                    }
+                })
+            };
+            unmap(&world);
+            miss.join().unwrap();
+            assert!(!world.published.load(Ordering::Acquire));
+        });
+    }
+
+    #[test]
+    fn no_access_runs_on_after_its_unmap_returned() {
+        loom::model(|| {
+            let world = Arc::new(World::default());
+            world.mapped.store(true, Ordering::Release);
+            let device = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || {
+                    let _inside = world.gate.enter();
+                    if world.mapped.load(Ordering::Acquire) {
+                        world.using.fetch_add(1, Ordering::AcqRel);
+                        thread::yield_now();
+                        world.using.fetch_sub(1, Ordering::AcqRel);
+                    }
+                })
+            };
+            unmap(&world);
+            assert_eq!(world.using.load(Ordering::Acquire), 0);
+            device.join().unwrap();
+        });
+    }
+}

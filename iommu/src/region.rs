@@ -1,0 +1,303 @@
+//! The part of a requester's address space that an IOMMU translates.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+
+use crate::gate::{Entered, Gate};
+use crate::{
+    Access, Fault, Iommu, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents, NotifierId,
+    Registration, Request, RequestKind, StreamId,
+};
+
+/// What happened on a stream, counted with relaxed atomics.
+#[derive(Debug, Default)]
+pub struct StreamCounters {
+    pub(crate) translations: AtomicU64,
+    pub(crate) hits: AtomicU64,
+    pub(crate) faults: AtomicU64,
+    invalidations: AtomicU64,
+    maps: AtomicU64,
+}
+
+/// A copy of [`StreamCounters`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StreamStats {
+    /// Requests that were put to the model.
+    pub translations: u64,
+    /// Requests that the device's own cache of answers served.
+    pub hits: u64,
+    /// Requests that faulted.
+    pub faults: u64,
+    /// Invalidations that reached the stream.
+    pub invalidations: u64,
+    /// Mappings that were announced to the stream's notifiers.
+    pub maps: u64,
+}
+
+struct Registered {
+    id: NotifierId,
+    notifier: IommuNotifier,
+    events: NotifierEvents,
+}
+
+#[derive(Default)]
+struct Notifiers {
+    next_id: u64,
+    list: Vec<Registered>,
+}
+
+/// All of one stream's address space, translated by an [`Iommu`].
+pub struct IommuRegion {
+    iommu: Arc<dyn Iommu>,
+    stream: StreamId,
+    gate: Gate,
+    generation: AtomicU64,
+    notifiers: Mutex<Notifiers>,
+    counters: StreamCounters,
+}
+
+impl IommuRegion {
+    /// The region of `stream`, known to the model from now on.
+    pub fn new(iommu: Arc<dyn Iommu>, stream: StreamId) -> Arc<Self> {
+        let region = Arc::new(Self {
+            iommu,
+            stream,
+            gate: Gate::default(),
+            generation: AtomicU64::new(0),
+            notifiers: Mutex::default(),
+            counters: StreamCounters::default(),
+        });
+        region.iommu.connect(Arc::downgrade(&region));
+        region
+    }
+
+    /// Whose region it is.
+    #[must_use]
+    pub fn stream(&self) -> StreamId {
+        self.stream
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn stats(&self) -> StreamStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        StreamStats {
+            translations: get(&self.counters.translations),
+            hits: get(&self.counters.hits),
+            faults: get(&self.counters.faults),
+            invalidations: get(&self.counters.invalidations),
+            maps: get(&self.counters.maps),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> &StreamCounters {
+        &self.counters
+    }
+
+    /// Enters the stream's gate: answers got through the guard may be used
+    /// and published until it is dropped. Not re-entrant.
+    pub fn enter(&self) -> Translating<'_> {
+        Translating {
+            _inside: self.gate.enter(),
+            region: self,
+        }
+    }
+
+    /// Registers a notifier for the best of what it wants, shows it the
+    /// mappings that are there if it gets `MAP`, and tells it the outcome.
+    pub fn register(&self, notifier: IommuNotifier) -> NotifierId {
+        let _closed = self.gate.close();
+        let mut notifiers = self.notifiers();
+        let id = NotifierId(notifiers.next_id);
+        notifiers.next_id += 1;
+        let outcome = self.negotiate(&notifier, NotifierEvents::NONE);
+        self.admit(&notifier, &outcome);
+        notifiers.list.push(Registered {
+            id,
+            notifier,
+            events: outcome.events,
+        });
+        id
+    }
+
+    /// Forgets a notifier. When this returns its sink is not called again.
+    pub fn unregister(&self, id: NotifierId) {
+        let _closed = self.gate.close();
+        self.notifiers().list.retain(|known| known.id != id);
+    }
+
+    /// Negotiates every registration again: for a model whose ability to
+    /// deliver changed (the guest switched ATS, say). A notifier whose outcome
+    /// differs is unmapped in between.
+    pub fn renegotiate(&self) {
+        let _closed = self.gate.close();
+        self.generation.fetch_add(1, Ordering::Release);
+        for known in &mut self.notifiers().list {
+            let outcome = self.negotiate(&known.notifier, known.events);
+            if outcome.events != known.events {
+                known.notifier.sink.unmap(&[known.notifier.range]);
+                known.events = outcome.events;
+                self.admit(&known.notifier, &outcome);
+            }
+        }
+    }
+
+    /// The ranges are no longer translated as they were: waits for those who
+    /// use the old translation, drops what device caches hold, and tells the
+    /// notifiers that asked for `UNMAP`. The model has changed its own state
+    /// before and holds no lock on it.
+    pub fn invalidate(&self, ranges: &[IovaRange]) {
+        self.invalidate_for(ranges, NotifierEvents::UNMAP);
+    }
+
+    /// The guest invalidated the device IOTLB of this stream: tells the
+    /// notifiers that asked for `DEVIOTLB_UNMAP`.
+    pub fn invalidate_device_iotlb(&self, ranges: &[IovaRange]) {
+        self.invalidate_for(ranges, NotifierEvents::DEVIOTLB_UNMAP);
+    }
+
+    /// The stream's configuration changed: nothing that any consumer holds,
+    /// device IOTLB or not, is good any more.
+    pub fn invalidate_all(&self) {
+        let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
+        self.invalidate_for(&[IovaRange::ALL], both);
+    }
+
+    /// A mapping appeared: tells the notifiers that asked for `MAP`. The
+    /// caller holds the model's command lock, so that no removal of the same
+    /// mapping can overtake it.
+    pub fn map(&self, mapping: &Mapping) {
+        let _inside = self.gate.enter();
+        self.counters.maps.fetch_add(1, Ordering::Relaxed);
+        for known in &self.notifiers().list {
+            if known.events.contains(NotifierEvents::MAP)
+                && let Some(part) = mapping.clipped(known.notifier.range)
+            {
+                known.notifier.sink.map(&part);
+            }
+        }
+    }
+
+    /// Changes with every invalidation. Read with the gate held, it is fixed
+    /// until the gate is left.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    fn invalidate_for(&self, ranges: &[IovaRange], kinds: NotifierEvents) {
+        if ranges.is_empty() {
+            return;
+        }
+        let _closed = self.gate.close();
+        self.generation.fetch_add(1, Ordering::Release);
+        self.counters.invalidations.fetch_add(1, Ordering::Relaxed);
+        for known in &self.notifiers().list {
+            if known.events.and(kinds).is_empty() {
+                continue;
+            }
+            let limit = known.notifier.range;
+            if limit == IovaRange::ALL {
+                known.notifier.sink.unmap(ranges);
+            } else {
+                let parts: Vec<_> = ranges
+                    .iter()
+                    .filter_map(|range| range.intersection(limit))
+                    .collect();
+                if !parts.is_empty() {
+                    known.notifier.sink.unmap(&parts);
+                }
+            }
+        }
+    }
+
+    /// The first wish that the model does not refuse. Needs the closed gate.
+    fn negotiate(&self, notifier: &IommuNotifier, old: NotifierEvents) -> Registration {
+        let mut refused = Vec::new();
+        for &events in &notifier.wanted {
+            match self.iommu.notifier_events_changed(self.stream, old, events) {
+                Ok(()) => return Registration { events, refused },
+                Err(refusal) => refused.push(refusal),
+            }
+        }
+        Registration {
+            events: NotifierEvents::NONE,
+            refused,
+        }
+    }
+
+    /// Tells a notifier its outcome and shows it what is mapped.
+    fn admit(&self, notifier: &IommuNotifier, outcome: &Registration) {
+        notifier.sink.registered(outcome);
+        if outcome.events.contains(NotifierEvents::MAP) {
+            self.iommu
+                .replay(self.stream, notifier.range, &mut |mapping| {
+                    if let Some(part) = mapping.clipped(notifier.range) {
+                        notifier.sink.map(&part);
+                    }
+                });
+        }
+    }
+
+    fn notifiers(&self) -> MutexGuard<'_, Notifiers> {
+        self.notifiers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for IommuRegion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IommuRegion")
+            .field("stream", &self.stream)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The stream's gate, entered: the right to translate and to use the answers.
+pub struct Translating<'a> {
+    _inside: Entered<'a>,
+    region: &'a IommuRegion,
+}
+
+impl Translating<'_> {
+    /// Translates an access of the device; a fault is the model's event.
+    ///
+    /// # Errors
+    /// The [`Fault`].
+    pub fn translate(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
+        self.ask(iova, access, RequestKind::Untranslated)
+    }
+
+    /// An ATS translation request of the device; a fault is the model's event
+    /// where its specification says so.
+    ///
+    /// # Errors
+    /// The [`Fault`].
+    pub fn request_ats(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
+        self.ask(iova, access, RequestKind::AtsTranslation)
+    }
+
+    /// Looks without leaving a trace.
+    ///
+    /// # Errors
+    /// The [`Fault`], recorded nowhere.
+    pub fn lookup(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
+        let request = Request::untranslated(self.region.stream, iova, access);
+        self.region.iommu.lookup(&request)
+    }
+
+    fn ask(&self, iova: Iova, access: Access, kind: RequestKind) -> Result<Mapping, Fault> {
+        let counters = &self.region.counters;
+        counters.translations.fetch_add(1, Ordering::Relaxed);
+        let answer = self.region.iommu.translate(&Request {
+            kind,
+            ..Request::untranslated(self.region.stream, iova, access)
+        });
+        if answer.is_err() {
+            counters.faults.fetch_add(1, Ordering::Relaxed);
+        }
+        answer
+    }
+}
