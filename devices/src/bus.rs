@@ -1,0 +1,292 @@
+//! An address space of device registers: port I/O, or memory-mapped I/O.
+//!
+//! A [`Bus`] maps ranges of addresses to devices. vCPU threads call
+//! [`Bus::read`] and [`Bus::write`]; a lookup takes a read lock for the time it
+//! takes to clone an `Arc`, and no bus lock is held while a device runs. A
+//! device may therefore move its own ranges (a BAR written through its own
+//! configuration space) and may access the same bus again.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use thiserror::Error;
+
+/// Registers on a [`Bus`].
+///
+/// Methods take `&self`: several vCPUs call them at the same time, and each
+/// device has its own interior lock, taken after and never around a bus lookup.
+/// `offset` counts bytes from the start of the range the device was inserted
+/// with, and `offset + data.len()` never exceeds that range's length.
+///
+/// Accesses come from the guest. A device answers every one of them: an access
+/// it does not understand reads as all ones (or zero, where its specification
+/// says so) and writes nothing.
+pub trait BusDevice: Send + Sync {
+    /// Fills `data` with the `data.len()` bytes at `offset`.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// Writes `data` at `offset`.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// Why a range could not be placed.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum BusError {
+    /// The length is zero, or the range goes beyond the last 64-bit address.
+    #[error("bus range {base:#x} + {len:#x} is empty or goes beyond 64 bits")]
+    Invalid {
+        /// First address.
+        base: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Another device has addresses in the range.
+    #[error("bus range {base:#x} + {len:#x} overlaps the range at {other:#x}")]
+    Overlap {
+        /// First address asked for.
+        base: u64,
+        /// Length asked for, in bytes.
+        len: u64,
+        /// First address of the range that is in the way.
+        other: u64,
+    },
+    /// No range starts there.
+    #[error("no bus range starts at {0:#x}")]
+    Unknown(u64),
+}
+
+#[derive(Clone)]
+struct Entry {
+    /// Last address, inclusive.
+    last: u64,
+    device: Arc<dyn BusDevice>,
+}
+
+type Ranges = BTreeMap<u64, Entry>;
+
+/// One address space of device registers. See the module documentation for
+/// the locks.
+#[derive(Default)]
+pub struct Bus {
+    ranges: RwLock<Ranges>,
+}
+
+impl Bus {
+    /// An address space nobody claims any address of.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives the `len` bytes from `base` to `device`.
+    pub fn insert(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
+        Self::place(&mut self.lock_mut(), base, len, device)
+    }
+
+    /// Takes away the range that starts at `base`. An access already running
+    /// in the device may still be running when this returns.
+    pub fn remove(&self, base: u64) -> Result<(), BusError> {
+        let removed = self.lock_mut().remove(&base);
+        removed.map(drop).ok_or(BusError::Unknown(base))
+    }
+
+    /// Moves the range that starts at `base` to `new_base`, at once for every
+    /// vCPU: none sees the range at neither or at both places. The range stays
+    /// where it was when it does not fit at `new_base`.
+    pub fn relocate(&self, base: u64, new_base: u64) -> Result<(), BusError> {
+        let mut ranges = self.lock_mut();
+        let entry = ranges.remove(&base).ok_or(BusError::Unknown(base))?;
+        // The length of a range that ends at the last address still fits: a
+        // range of all 2^64 addresses cannot be inserted.
+        let len = entry.last - base + 1;
+        let moved = Self::place(&mut ranges, new_base, len, Arc::clone(&entry.device));
+        if moved.is_err() {
+            ranges.insert(base, entry);
+        }
+        moved
+    }
+
+    /// Reads `data.len()` bytes at `address`. Addresses nobody claims, and
+    /// accesses that leave the range they start in, read as all ones. Returns
+    /// whether a device answered.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some((offset, device)) => {
+                device.read(offset, data);
+                true
+            }
+            None => {
+                data.fill(0xff);
+                false
+            }
+        }
+    }
+
+    /// Writes `data` at `address`; nothing happens where nobody claims all of
+    /// it. Returns whether a device took it.
+    pub fn write(&self, address: u64, data: &[u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some((offset, device)) => {
+                device.write(offset, data);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
+        let last = address.checked_add(u64::try_from(len).ok()?.checked_sub(1)?)?;
+        let ranges = self.lock();
+        let (base, entry) = ranges.range(..=address).next_back()?;
+        (last <= entry.last).then(|| (address - base, Arc::clone(&entry.device)))
+    }
+
+    fn place(
+        ranges: &mut Ranges,
+        base: u64,
+        len: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), BusError> {
+        let last = len
+            .checked_sub(1)
+            .and_then(|extent| base.checked_add(extent))
+            .ok_or(BusError::Invalid { base, len })?;
+        // Ranges do not overlap each other, so only the one that starts last
+        // at or before `last` can reach into the new one.
+        if let Some((&other, entry)) = ranges.range(..=last).next_back()
+            && entry.last >= base
+        {
+            return Err(BusError::Overlap { base, len, other });
+        }
+        ranges.insert(base, Entry { last, device });
+        Ok(())
+    }
+
+    // A poisoned lock means a panic while the map was borrowed; the map itself
+    // is whole, because no operation on it leaves it half changed.
+    fn lock(&self) -> RwLockReadGuard<'_, Ranges> {
+        self.ranges.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_mut(&self) -> RwLockWriteGuard<'_, Ranges> {
+        self.ranges.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Reads back its tag plus the offset; remembers writes.
+    #[derive(Default)]
+    struct Probe {
+        tag: u8,
+        written: Mutex<Vec<(u64, Vec<u8>)>>,
+    }
+
+    impl Probe {
+        fn tagged(tag: u8) -> Arc<Self> {
+            Arc::new(Self {
+                tag,
+                ..Self::default()
+            })
+        }
+    }
+
+    impl BusDevice for Probe {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data.fill(self.tag + u8::try_from(offset).unwrap());
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            self.written.lock().unwrap().push((offset, data.to_vec()));
+        }
+    }
+
+    fn byte_at(bus: &Bus, address: u64) -> u8 {
+        let mut data = [0];
+        bus.read(address, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn an_access_reaches_the_device_that_owns_the_address() {
+        let bus = Bus::new();
+        let second = Probe::tagged(0x40);
+        bus.insert(0x1000, 0x10, Probe::tagged(0x20)).unwrap();
+        bus.insert(0x1010, 0x10, second.clone()).unwrap();
+        assert_eq!(byte_at(&bus, 0x1000), 0x20);
+        assert_eq!(byte_at(&bus, 0x100f), 0x2f);
+        assert_eq!(byte_at(&bus, 0x1012), 0x42);
+        assert!(bus.write(0x101c, &[1, 2, 3, 4]));
+        assert_eq!(*second.written.lock().unwrap(), [(0xc, vec![1, 2, 3, 4])]);
+    }
+
+    #[test]
+    fn unclaimed_and_straddling_reads_are_all_ones() {
+        let bus = Bus::new();
+        bus.insert(0x1000, 0x10, Probe::tagged(0)).unwrap();
+        for address in [0, 0xfff, 0x100d, 0x1010, u64::MAX - 1] {
+            let mut data = [0; 4];
+            assert!(!bus.read(address, &mut data), "{address:#x}");
+            assert_eq!(data, [0xff; 4], "{address:#x}");
+            assert!(!bus.write(address, &data), "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn overlapping_empty_and_wrapping_ranges_are_refused() {
+        let bus = Bus::new();
+        bus.insert(0x1000, 0x1000, Probe::tagged(0)).unwrap();
+        for (base, len) in [(0x1000, 1), (0xfff, 2), (0x1fff, 0x1000), (0, 0x4000)] {
+            assert_eq!(
+                bus.insert(base, len, Probe::tagged(0)),
+                Err(BusError::Overlap {
+                    base,
+                    len,
+                    other: 0x1000
+                })
+            );
+        }
+        for (base, len) in [(0, 0), (u64::MAX, 2)] {
+            assert_eq!(
+                bus.insert(base, len, Probe::tagged(0)),
+                Err(BusError::Invalid { base, len })
+            );
+        }
+        bus.insert(u64::MAX, 1, Probe::tagged(7)).unwrap();
+        assert_eq!(byte_at(&bus, u64::MAX), 7);
+    }
+
+    #[test]
+    fn a_range_moves_or_stays_whole() {
+        let bus = Bus::new();
+        bus.insert(0x1000, 0x100, Probe::tagged(0x10)).unwrap();
+        bus.insert(0x3000, 0x100, Probe::tagged(0x30)).unwrap();
+        assert!(bus.relocate(0x1000, 0x2f80).is_err());
+        assert_eq!(byte_at(&bus, 0x1001), 0x11);
+        // A move onto a part of itself is a move.
+        bus.relocate(0x1000, 0x1080).unwrap();
+        assert_eq!(byte_at(&bus, 0x1001), 0xff);
+        assert_eq!(byte_at(&bus, 0x1081), 0x11);
+        assert_eq!(bus.relocate(0x1000, 0), Err(BusError::Unknown(0x1000)));
+        bus.remove(0x1080).unwrap();
+        assert_eq!(byte_at(&bus, 0x1081), 0xff);
+    }
+
+    #[test]
+    fn a_device_may_move_itself_while_it_is_being_written() {
+        struct Mover(Arc<Bus>);
+        impl BusDevice for Mover {
+            fn read(&self, _: u64, data: &mut [u8]) {
+                data.fill(0x55);
+            }
+            fn write(&self, _: u64, _: &[u8]) {
+                self.0.relocate(0x1000, 0x9000).unwrap();
+            }
+        }
+        let bus = Arc::new(Bus::new());
+        bus.insert(0x1000, 4, Arc::new(Mover(bus.clone()))).unwrap();
+        bus.write(0x1000, &[0]);
+        assert_eq!((byte_at(&bus, 0x1000), byte_at(&bus, 0x9000)), (0xff, 0x55));
+    }
+}
