@@ -1,1 +1,72 @@
-//! Placeholder.
+//! What the guest's processor, firmware tables and boot protocol look like.
+//!
+//! Data in, data out: this crate takes a plain [`Platform`] description and a
+//! kernel file and writes what a Linux kernel expects to find in guest memory
+//! (ACPI tables or a device tree, boot parameters, the kernel itself), and it
+//! computes the register values a vCPU starts with. It opens no device, issues
+//! no ioctl and knows no device model.
+//!
+//! [`layout`], [`boot`] and [`cpu`] are those of the architecture the crate is
+//! built for and carry the same names on both. Everything that does not need
+//! the other architecture's KVM types is compiled, and tested, on both.
+
+pub mod aarch64;
+pub mod kernel;
+pub mod platform;
+pub mod x86_64;
+
+pub use platform::{
+    Initrd, IommuModel, IommuNode, LegacyDevice, PciHost, Platform, PowerPorts, Range, Smmu,
+    SmmuGsis, Space,
+};
+
+/// Why a machine cannot be laid out or booted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The amount of guest RAM is not one the layout can place.
+    #[error(
+        "guest memory of {size} bytes: must be a multiple of 4 KiB from {} MiB to {} MiB",
+        .min >> 20, .max >> 20
+    )]
+    RamSize {
+        /// Asked for, in bytes.
+        size: u64,
+        /// Least, in bytes.
+        min: u64,
+        /// Most, in bytes.
+        max: u64,
+    },
+    /// The kernel file is at fault.
+    #[error("kernel {0}")]
+    Kernel(#[source] kernel::Error),
+    /// The initial ramdisk is at fault.
+    #[error("initrd {0}")]
+    Initrd(#[source] kernel::Error),
+    /// The command line is longer than the kernel takes.
+    #[error("kernel command line of {len} bytes: the kernel takes at most {max}")]
+    Cmdline {
+        /// Its length in bytes.
+        len: usize,
+        /// The most the kernel takes.
+        max: usize,
+    },
+    /// The firmware tables outgrew their place.
+    #[error("firmware tables of {len} bytes: there is room for {max}")]
+    Tables {
+        /// Their length in bytes.
+        len: usize,
+        /// Room in bytes.
+        max: u64,
+    },
+    /// The device tree could not be written.
+    #[error("writing the device tree: {0}")]
+    Fdt(#[from] vm_fdt::Error),
+    /// Guest memory has no RAM where the layout says it has.
+    #[error("writing boot data to guest memory: {0}")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+}
+
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::{boot, cpu, layout};
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{boot, cpu, layout};

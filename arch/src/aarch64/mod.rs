@@ -1,0 +1,6 @@
+//! aarch64: `Image` boot protocol, device tree and registers.
+
+pub mod boot;
+pub mod cpu;
+pub mod fdt;
+pub mod layout;

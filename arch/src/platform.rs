@@ -1,0 +1,171 @@
+//! The description of a machine that the firmware-table writers take.
+
+use std::ops::RangeInclusive;
+
+/// A range of guest physical addresses or I/O ports: `size` bytes from `base`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// First byte.
+    pub base: u64,
+    /// Length in bytes, never zero.
+    pub size: u64,
+}
+
+impl Range {
+    /// `size` bytes from `base`.
+    pub const fn new(base: u64, size: u64) -> Self {
+        Self { base, size }
+    }
+
+    /// The last byte of the range (inclusive).
+    pub const fn last(&self) -> u64 {
+        self.base + (self.size - 1)
+    }
+
+    /// The first byte past the range (exclusive).
+    pub const fn end(&self) -> u64 {
+        self.base + self.size
+    }
+}
+
+/// The address space a device's registers live in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Space {
+    /// x86 I/O ports.
+    Pio,
+    /// Guest physical addresses.
+    Mmio,
+}
+
+/// A device at a fixed place with one wired interrupt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LegacyDevice {
+    /// Which bus decodes the registers.
+    pub space: Space,
+    /// Where the registers are.
+    pub regs: Range,
+    /// The interrupt: an IOAPIC pin on x86_64, an SPI number (INTID - 32) on
+    /// aarch64. Edge-triggered on both.
+    pub gsi: u32,
+}
+
+/// The x86 registers that end the machine: ACPI 6.5 §4.8.3.7 (sleep) and
+/// §4.8.3.6 (reset). Each is one byte wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PowerPorts {
+    /// SLEEP_CONTROL_REG: writing `SLP_EN` with [`Self::S5`] powers off.
+    pub sleep_control: u16,
+    /// SLEEP_STATUS_REG: reads as zero (`WAK_STS` clear), writes are ignored.
+    pub sleep_status: u16,
+    /// RESET_REG: writing [`Self::RESET_VALUE`] resets.
+    pub reset: u16,
+}
+
+impl PowerPorts {
+    /// The `SLP_TYPx` value of the soft-off state, as the `\_S5` object says.
+    pub const S5: u8 = 5;
+    /// The byte that powers off: `SLP_EN` (bit 5) and `SLP_TYPx` (bits 2 to 4).
+    pub const POWER_OFF_VALUE: u8 = 1 << 5 | Self::S5 << 2;
+    /// The byte the FADT tells the guest to write to the reset register.
+    pub const RESET_VALUE: u8 = 1;
+}
+
+/// A PCI Express root with ECAM configuration space, MSI only (no INTx).
+///
+/// Messages go to the local APICs on x86_64 and to the GIC's ITS on aarch64,
+/// where the DeviceID is the requester ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PciHost {
+    /// Enhanced configuration space: 1 MiB per bus, bus 0 first.
+    pub ecam: Range,
+    /// The highest bus number (inclusive); the lowest is 0.
+    pub last_bus: u8,
+    /// Non-prefetchable window below 4 GiB.
+    pub mmio32: Range,
+    /// Prefetchable window above 4 GiB.
+    pub mmio64: Range,
+}
+
+/// SMMUv3's wired interrupts, as GSIs (IHI 0070 §3.18).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SmmuGsis {
+    /// Event queue.
+    pub eventq: u32,
+    /// Page request queue.
+    pub priq: u32,
+    /// CMD_SYNC completion.
+    pub cmdq_sync: u32,
+    /// Global errors.
+    pub gerror: u32,
+}
+
+/// Where an SMMUv3 sits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Smmu {
+    /// Register pages 0 and 1, 64 KiB each.
+    pub regs: Range,
+    /// Wired interrupts.
+    pub gsis: SmmuGsis,
+}
+
+/// The kind of IOMMU and where the guest finds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IommuModel {
+    /// A virtio-iommu PCI function with this requester ID.
+    VirtioPci {
+        /// Requester ID of the IOMMU itself: bus << 8 | device << 3 | function.
+        bdf: u16,
+    },
+    /// An SMMUv3 (aarch64 only).
+    Smmuv3 {
+        /// Registers and interrupts.
+        smmu: Smmu,
+        /// Say on the host bridge that its functions may use ATS.
+        ats: bool,
+        /// Table walks are cache coherent; agrees with `SMMU_IDR0.COHACC`.
+        coherent: bool,
+    },
+}
+
+/// An IOMMU and the functions behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuNode {
+    /// Which IOMMU.
+    pub model: IommuModel,
+    /// Requester IDs that the IOMMU translates (inclusive ranges, ascending,
+    /// disjoint). Endpoint ID and StreamID equal the requester ID. A
+    /// virtio-iommu's own requester ID is never in here.
+    pub endpoints: Vec<RangeInclusive<u16>>,
+}
+
+/// Where the initial ramdisk was placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Initrd {
+    /// Guest physical address of the first byte.
+    pub base: u64,
+    /// Length in bytes.
+    pub size: u64,
+}
+
+/// A whole machine, as its firmware tables describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Platform {
+    /// Number of vCPUs, all enabled at boot.
+    pub cpus: u32,
+    /// Guest RAM, ascending; from `layout::ram_ranges`.
+    pub ram: Vec<Range>,
+    /// Kernel command line, without a terminating NUL.
+    pub cmdline: String,
+    /// Random bytes for the guest's random number generator, where the boot
+    /// protocol can pass them (device tree `rng-seed`, `SETUP_RNG_SEED` of the
+    /// 64-bit x86 boot protocol).
+    pub seed: Option<[u8; 32]>,
+    /// 16550 UART.
+    pub serial: Option<LegacyDevice>,
+    /// Real-time clock: MC146818 on x86_64, PL031 on aarch64.
+    pub rtc: Option<LegacyDevice>,
+    /// PCI Express root.
+    pub pci: Option<PciHost>,
+    /// IOMMU in front of PCI functions. Needs `pci`.
+    pub iommu: Option<IommuNode>,
+}

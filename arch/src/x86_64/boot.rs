@@ -1,0 +1,421 @@
+//! Puts a kernel, its initial ramdisk, boot parameters and ACPI tables into
+//! guest memory.
+//!
+//! An uncompressed `vmlinux` starts by PVH (xen `start_info.h`), a `bzImage` by
+//! the 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`).
+
+use std::io::{Read, Seek};
+
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::elf::start_info::{
+    XEN_HVM_MEMMAP_TYPE_ACPI, XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED,
+    XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use linux_loader::loader::{self as linux, BzImage, Elf, KernelLoader};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
+
+use crate::Error;
+use crate::kernel::{self, Format};
+use crate::platform::{Initrd, Platform, Range};
+use crate::x86_64::{acpi, layout};
+
+/// Where and how the first vCPU starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 32-bit protected mode at `ip`, `ebx` = address of the PVH start info.
+    Pvh {
+        /// First instruction.
+        ip: u64,
+        /// Address of `hvm_start_info`.
+        start_info: u64,
+    },
+    /// 64-bit mode at `ip`, `rsi` = address of the boot parameters.
+    Linux64 {
+        /// First instruction.
+        ip: u64,
+        /// Address of `boot_params`.
+        zero_page: u64,
+    },
+}
+
+const FORMATS: &str = "an ELF vmlinux or a bzImage is needed";
+/// The 64-bit entry is this far into the protected-mode code.
+const ENTRY_64: u64 = 0x200;
+/// Linux takes this much when the file does not say (ELF).
+const CMDLINE_MAX: usize = 2047;
+const XLF_KERNEL_64: u16 = 1;
+/// Any boot loader without an assigned number.
+const LOADER_UNDEFINED: u8 = 0xFF;
+const PAGE: u64 = 4096;
+
+/// Loads everything a machine needs to start and returns where it starts.
+///
+/// # Errors
+/// The kernel or the initial ramdisk is unsuitable, damaged or too large, the
+/// command line is too long, or `memory` is not laid out as
+/// [`layout::ram_ranges`] says.
+pub fn load<M, K, I>(
+    memory: &M,
+    platform: &Platform,
+    kernel: &mut K,
+    initrd: Option<&mut I>,
+) -> Result<Entry, Error>
+where
+    M: GuestMemoryBackend,
+    K: Read + ReadVolatile + Seek,
+    I: Read + ReadVolatile + Seek,
+{
+    let low_end = platform.ram.first().map_or(0, Range::end);
+    let image = load_kernel(memory, kernel, low_end).map_err(Error::Kernel)?;
+    let initrd = match initrd {
+        Some(file) => {
+            let room = Range::new(image.end, image.initrd_limit.min(low_end) - image.end);
+            Some(load_initrd(memory, file, room).map_err(Error::Initrd)?)
+        }
+        None => None,
+    };
+    write_cmdline(memory, &platform.cmdline, image.cmdline_max)?;
+    let tables = acpi::tables(platform, layout::ACPI)?;
+    memory.write_slice(&tables, GuestAddress(layout::ACPI.base))?;
+    match image.entry {
+        ImageEntry::Pvh(ip) => {
+            write_start_info(memory, platform, initrd)?;
+            Ok(Entry::Pvh {
+                ip,
+                start_info: layout::PVH_INFO,
+            })
+        }
+        ImageEntry::Linux64(header) => {
+            write_zero_page(memory, platform, initrd, header)?;
+            write_page_tables(memory)?;
+            let ip = u64::from(header.code32_start) + ENTRY_64;
+            Ok(Entry::Linux64 {
+                ip,
+                zero_page: layout::ZERO_PAGE,
+            })
+        }
+    }
+}
+
+/// A kernel in guest memory.
+struct Image {
+    /// First address the kernel does not need before it manages memory itself.
+    end: u64,
+    /// The initial ramdisk must end at or below this address.
+    initrd_limit: u64,
+    cmdline_max: usize,
+    entry: ImageEntry,
+}
+
+enum ImageEntry {
+    Pvh(u64),
+    Linux64(setup_header),
+}
+
+fn load_kernel<M, K>(memory: &M, file: &mut K, low_end: u64) -> Result<Image, kernel::Error>
+where
+    M: GuestMemoryBackend,
+    K: Read + ReadVolatile + Seek,
+{
+    let (format, size) = kernel::probe(file)?;
+    match format {
+        Format::Elf(_) if format.architecture().as_deref() == Some("x86_64") => {
+            load_elf(memory, file, size, low_end)
+        }
+        Format::BzImage => load_bzimage(memory, file, size, low_end),
+        other => Err(kernel::refuse(&other, "x86_64", FORMATS)),
+    }
+}
+
+fn load_elf<M, K>(memory: &M, file: &mut K, size: u64, low_end: u64) -> Result<Image, kernel::Error>
+where
+    M: GuestMemoryBackend,
+    K: Read + ReadVolatile + Seek,
+{
+    let need = elf_extent(file)?;
+    if size < need {
+        return Err(kernel::Error::Truncated { have: size, need });
+    }
+    let loaded = Elf::load(memory, None, file, None).map_err(|error| match error {
+        linux::Error::Elf(linux::elf::Error::ReadKernelImage) => {
+            kernel::does_not_fit(size, layout::HIMEM, low_end)
+        }
+        other => kernel::Error::Unsupported(other.to_string()),
+    })?;
+    let PvhBootCapability::PvhEntryPresent(ip) = loaded.pvh_boot_cap else {
+        return Err(kernel::Error::Unsupported(
+            "the vmlinux has no PVH entry (CONFIG_PVH); use its bzImage".into(),
+        ));
+    };
+    if loaded.kernel_end > low_end {
+        let need = loaded.kernel_end - layout::HIMEM;
+        return Err(kernel::does_not_fit(need, layout::HIMEM, low_end));
+    }
+    Ok(Image {
+        end: loaded.kernel_end.next_multiple_of(PAGE),
+        initrd_limit: layout::HOLE.base,
+        cmdline_max: CMDLINE_MAX,
+        entry: ImageEntry::Pvh(ip.0),
+    })
+}
+
+/// The length of an ELF file according to its program headers.
+fn elf_extent<K: Read + Seek>(file: &mut K) -> Result<u64, kernel::Error> {
+    const HEADER: usize = 64;
+    const PHDR: u64 = 56;
+    let mut header = [0; HEADER];
+    let read = |file: &mut K, at: u64, buf: &mut [u8]| -> Result<(), kernel::Error> {
+        file.seek(std::io::SeekFrom::Start(at))
+            .map_err(kernel::Error::Read)?;
+        file.read_exact(buf).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => kernel::Error::Truncated {
+                have: file.seek(std::io::SeekFrom::End(0)).unwrap_or(0),
+                need: at.saturating_add(buf.len() as u64),
+            },
+            _ => kernel::Error::Read(error),
+        })
+    };
+    let word = |bytes: &[u8], at: usize| {
+        let mut le = [0; 8];
+        le.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_le_bytes(le)
+    };
+    read(file, 0, &mut header)?;
+    let table = word(&header, 32);
+    let count = u64::from(u16::from_le_bytes([header[56], header[57]]));
+    let mut extent = table.saturating_add(count * PHDR);
+    for index in 0..count {
+        let mut phdr = [0; 56];
+        read(file, table.saturating_add(index * PHDR), &mut phdr)?;
+        extent = extent.max(word(&phdr, 8).saturating_add(word(&phdr, 32)));
+    }
+    Ok(extent)
+}
+
+fn load_bzimage<M, K>(
+    memory: &M,
+    file: &mut K,
+    size: u64,
+    low_end: u64,
+) -> Result<Image, kernel::Error>
+where
+    M: GuestMemoryBackend,
+    K: Read + ReadVolatile + Seek,
+{
+    let unsupported = |why: &str| kernel::Error::Unsupported(why.into());
+    let header = read_setup_header(file)?;
+    if header.version < 0x20C || header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(unsupported("the bzImage has no 64-bit entry"));
+    }
+    if header.relocatable_kernel == 0 {
+        return Err(unsupported(
+            "the bzImage is not relocatable (CONFIG_RELOCATABLE)",
+        ));
+    }
+    let sectors = match header.setup_sects {
+        0 => 4,
+        n => u64::from(n),
+    };
+    let need = (sectors + 1) * 512 + u64::from(header.syssize) * 16;
+    if size < need {
+        return Err(kernel::Error::Truncated { have: size, need });
+    }
+    // Where the kernel wants to run: it then decompresses in place.
+    let start = header.pref_address.max(layout::HIMEM);
+    let room = size.max(u64::from(header.init_size));
+    let end = start.checked_add(room).filter(|&end| end <= low_end);
+    let end = end.ok_or_else(|| kernel::does_not_fit(room, start, low_end))?;
+    let loaded = BzImage::load(memory, Some(GuestAddress(start)), file, None)
+        .map_err(|error| kernel::Error::Unsupported(error.to_string()))?;
+    let header = loaded
+        .setup_header
+        .ok_or_else(|| unsupported("the bzImage has no setup header"))?;
+    Ok(Image {
+        end: end.next_multiple_of(PAGE),
+        initrd_limit: u64::from(header.initrd_addr_max) + 1,
+        cmdline_max: usize::try_from(header.cmdline_size).unwrap_or(CMDLINE_MAX),
+        entry: ImageEntry::Linux64(header),
+    })
+}
+
+fn read_setup_header<K: Read + Seek>(file: &mut K) -> Result<setup_header, kernel::Error> {
+    use vm_memory::ByteValued;
+    let mut header = setup_header::default();
+    file.seek(std::io::SeekFrom::Start(0x1F1))
+        .map_err(kernel::Error::Read)?;
+    file.read_exact(header.as_mut_slice())
+        .map_err(kernel::Error::Read)?;
+    Ok(header)
+}
+
+/// Places the initial ramdisk at the top of `room`.
+fn load_initrd<M, I>(memory: &M, file: &mut I, room: Range) -> Result<Initrd, kernel::Error>
+where
+    M: GuestMemoryBackend,
+    I: ReadVolatile + Seek,
+{
+    let size = kernel::length(file)?;
+    let base = room
+        .end()
+        .checked_sub(size)
+        .map(|base| base & !(PAGE - 1))
+        .filter(|&base| base >= room.base)
+        .ok_or_else(|| kernel::does_not_fit(size, room.base, room.end()))?;
+    kernel::copy(memory, file, base, size)?;
+    Ok(Initrd { base, size })
+}
+
+fn write_cmdline<M: GuestMemoryBackend>(
+    memory: &M,
+    cmdline: &str,
+    max: usize,
+) -> Result<(), Error> {
+    let room = usize::try_from(layout::CMDLINE.size - 1).unwrap_or(0);
+    let max = max.min(room);
+    let len = cmdline.len();
+    if len > max {
+        return Err(Error::Cmdline { len, max });
+    }
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    memory.write_slice(&bytes, GuestAddress(layout::CMDLINE.base))?;
+    Ok(())
+}
+
+/// The memory map a firmware would report: (range, type). The type numbers of
+/// PVH and E820 agree.
+fn memory_map(platform: &Platform) -> Vec<(Range, u32)> {
+    let mut map = vec![
+        (Range::new(0, layout::EBDA), XEN_HVM_MEMMAP_TYPE_RAM),
+        (layout::ACPI, XEN_HVM_MEMMAP_TYPE_ACPI),
+    ];
+    for (index, ram) in platform.ram.iter().enumerate() {
+        let start = if index == 0 { layout::HIMEM } else { ram.base };
+        map.push((
+            Range::new(start, ram.end() - start),
+            XEN_HVM_MEMMAP_TYPE_RAM,
+        ));
+    }
+    if let Some(pci) = &platform.pci {
+        map.push((pci.ecam, XEN_HVM_MEMMAP_TYPE_RESERVED));
+    }
+    map.sort_by_key(|(range, _)| range.base);
+    map
+}
+
+fn write_start_info<M: GuestMemoryBackend>(
+    memory: &M,
+    platform: &Platform,
+    initrd: Option<Initrd>,
+) -> Result<(), Error> {
+    let map = memory_map(platform);
+    let modules = layout::PVH_INFO + size_of::<hvm_start_info>() as u64;
+    let map_start = modules + size_of::<hvm_modlist_entry>() as u64;
+    let mut info = hvm_start_info {
+        magic: XEN_HVM_START_MAGIC_VALUE,
+        version: 1,
+        cmdline_paddr: layout::CMDLINE.base,
+        rsdp_paddr: layout::ACPI.base,
+        memmap_paddr: map_start,
+        memmap_entries: u32::try_from(map.len()).unwrap_or(0),
+        ..hvm_start_info::default()
+    };
+    if let Some(initrd) = initrd {
+        info.nr_modules = 1;
+        info.modlist_paddr = modules;
+        let module = hvm_modlist_entry {
+            paddr: initrd.base,
+            size: initrd.size,
+            ..hvm_modlist_entry::default()
+        };
+        memory.write_obj(module, GuestAddress(modules))?;
+    }
+    memory.write_obj(info, GuestAddress(layout::PVH_INFO))?;
+    let mut at = map_start;
+    for (range, type_) in map {
+        let entry = hvm_memmap_table_entry {
+            addr: range.base,
+            size: range.size,
+            type_,
+            reserved: 0,
+        };
+        memory.write_obj(entry, GuestAddress(at))?;
+        at += size_of::<hvm_memmap_table_entry>() as u64;
+    }
+    Ok(())
+}
+
+fn write_zero_page<M: GuestMemoryBackend>(
+    memory: &M,
+    platform: &Platform,
+    initrd: Option<Initrd>,
+    header: setup_header,
+) -> Result<(), Error> {
+    let low = |value: u64| u32::try_from(value & 0xFFFF_FFFF).unwrap_or(0);
+    let mut params = boot_params {
+        hdr: header,
+        ..boot_params::default()
+    };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.cmd_line_ptr = low(layout::CMDLINE.base);
+    params.acpi_rsdp_addr = layout::ACPI.base;
+    if let Some(initrd) = initrd {
+        params.hdr.ramdisk_image = low(initrd.base);
+        params.hdr.ramdisk_size = low(initrd.size);
+        params.ext_ramdisk_image = low(initrd.base >> 32);
+        params.ext_ramdisk_size = low(initrd.size >> 32);
+    }
+    let mut table = params.e820_table;
+    let map = memory_map(platform);
+    for (slot, (range, type_)) in table.iter_mut().zip(&map) {
+        *slot = boot_e820_entry {
+            addr: range.base,
+            size: range.size,
+            r#type: *type_,
+        };
+    }
+    params.e820_entries = u8::try_from(map.len().min(table.len())).unwrap_or(0);
+    params.e820_table = table;
+    if let Some(seed) = &platform.seed {
+        write_seed(memory, seed)?;
+        params.hdr.setup_data = layout::SETUP_DATA;
+    }
+    memory.write_obj(params, GuestAddress(layout::ZERO_PAGE))?;
+    Ok(())
+}
+
+/// Writes a `struct setup_data`: next, type, length, data.
+fn write_seed<M: GuestMemoryBackend>(memory: &M, seed: &[u8; 32]) -> Result<(), Error> {
+    const SETUP_RNG_SEED: u32 = 9;
+    let mut data = 0u64.to_le_bytes().to_vec();
+    data.extend(SETUP_RNG_SEED.to_le_bytes());
+    data.extend(32u32.to_le_bytes());
+    data.extend(seed);
+    memory.write_slice(&data, GuestAddress(layout::SETUP_DATA))?;
+    Ok(())
+}
+
+/// Maps the first four GiB onto themselves in 2 MiB pages, and writes the GDT.
+fn write_page_tables<M: GuestMemoryBackend>(memory: &M) -> Result<(), Error> {
+    const PRESENT_WRITABLE: u64 = 0b11;
+    const LARGE: u64 = 1 << 7;
+    const GIB: u64 = 4;
+    let pdpt = layout::PAGE_TABLES + PAGE;
+    memory.write_obj(pdpt | PRESENT_WRITABLE, GuestAddress(layout::PAGE_TABLES))?;
+    for gib in 0..GIB {
+        let directory = pdpt + PAGE * (gib + 1);
+        memory.write_obj(directory | PRESENT_WRITABLE, GuestAddress(pdpt + gib * 8))?;
+        let entries: Vec<u8> = (0..512u64)
+            .flat_map(|i| ((gib << 30 | i << 21) | LARGE | PRESENT_WRITABLE).to_le_bytes())
+            .collect();
+        memory.write_slice(&entries, GuestAddress(directory))?;
+    }
+    for (index, descriptor) in super::cpu::GDT.iter().enumerate() {
+        memory.write_obj(*descriptor, GuestAddress(layout::GDT + 8 * index as u64))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! Guest physical memory and I/O ports of the x86_64 machine.
+//!
+//! ```text
+//! 0x0000_0000  RAM (boot parameters and ACPI tables in the first MiB)
+//! 0xC000_0000  32-bit hole: PCI windows, ECAM, IOAPIC, local APICs, KVM's TSS
+//! 0x1_0000_0000  RAM, the rest
+//! 0x40_0000_0000  64-bit PCI window
+//! ```
+
+use crate::Error;
+use crate::platform::{LegacyDevice, PowerPorts, Range, Smmu, Space};
+
+/// End of low RAM and start of the 32-bit hole.
+pub const HOLE: Range = Range::new(0xC000_0000, 0x4000_0000);
+/// Non-prefetchable PCI window below 4 GiB.
+pub const PCI_MMIO32: Range = Range::new(0xC000_0000, 0x2000_0000);
+/// PCI configuration space, one bus.
+pub const PCI_ECAM: Range = Range::new(0xE000_0000, 0x10_0000);
+/// Highest PCI bus number, inclusive.
+pub const PCI_LAST_BUS: u8 = 0;
+/// Prefetchable PCI window above RAM.
+pub const PCI_MMIO64: Range = Range::new(0x40_0000_0000, 0x10_0000_0000);
+/// I/O APIC registers.
+pub const IOAPIC: Range = Range::new(0xFEC0_0000, 0x1000);
+/// Local APIC registers.
+pub const LAPIC: Range = Range::new(0xFEE0_0000, 0x1000);
+/// One page KVM uses for real-mode page tables on Intel hosts.
+pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
+/// Three pages KVM uses for a TSS on Intel hosts.
+pub const KVM_TSS: u64 = 0xFFFB_D000;
+
+/// COM1.
+pub const SERIAL: LegacyDevice = LegacyDevice {
+    space: Space::Pio,
+    regs: Range::new(0x3F8, 8),
+    gsi: 4,
+};
+/// MC146818 real-time clock.
+pub const RTC: LegacyDevice = LegacyDevice {
+    space: Space::Pio,
+    regs: Range::new(0x70, 2),
+    gsi: 8,
+};
+/// ACPI sleep and reset registers.
+pub const POWER: Option<PowerPorts> = Some(PowerPorts {
+    sleep_control: 0x600,
+    sleep_status: 0x601,
+    reset: 0x602,
+});
+/// There is no SMMUv3 on this architecture.
+pub const SMMU: Option<Smmu> = None;
+
+/// Wired interrupts are GSIs below this; message-signalled ones start here.
+pub const FIRST_MSI_GSI: u32 = 24;
+
+/// Most vCPUs the layout has room for.
+pub const MAX_CPUS: u32 = 254;
+/// Least guest RAM, in bytes.
+pub const MIN_RAM: u64 = 64 << 20;
+/// Most guest RAM, in bytes: it ends where the 64-bit PCI window starts.
+pub const MAX_RAM: u64 = PCI_MMIO64.base - HOLE.size;
+
+/// Initial GDT of the 64-bit entry.
+pub(crate) const GDT: u64 = 0x500;
+/// PVH start-of-day structure; its memory map and module list follow.
+pub(crate) const PVH_INFO: u64 = 0x6000;
+/// Boot parameters of the 64-bit boot protocol.
+pub(crate) const ZERO_PAGE: u64 = 0x7000;
+/// `struct setup_data` with the random seed.
+pub(crate) const SETUP_DATA: u64 = 0x8000;
+/// Four-level page tables of the 64-bit entry: PML4, PDPT, then one page
+/// directory for each of the first four GiB.
+pub(crate) const PAGE_TABLES: u64 = 0x9000;
+/// Kernel command line.
+pub(crate) const CMDLINE: Range = Range::new(0x2_0000, 0x1_0000);
+/// ACPI tables: the RSDP first, in the area Linux would scan for it.
+pub(crate) const ACPI: Range = Range::new(0xE_0000, 0x2_0000);
+/// Conventional memory ends here; above it up to 1 MiB is not RAM.
+pub(crate) const EBDA: u64 = 0x9_FC00;
+/// Extended memory: kernels load from here.
+pub(crate) const HIMEM: u64 = 0x10_0000;
+
+/// Splits `size` bytes of RAM around the 32-bit hole, in ascending order.
+///
+/// # Errors
+/// `size` is not a multiple of 4 KiB or not within [`MIN_RAM`] to [`MAX_RAM`].
+pub fn ram_ranges(size: u64) -> Result<Vec<Range>, Error> {
+    if !(MIN_RAM..=MAX_RAM).contains(&size) || !size.is_multiple_of(4096) {
+        return Err(Error::RamSize {
+            size,
+            min: MIN_RAM,
+            max: MAX_RAM,
+        });
+    }
+    if size <= HOLE.base {
+        return Ok(vec![Range::new(0, size)]);
+    }
+    Ok(vec![
+        Range::new(0, HOLE.base),
+        Range::new(HOLE.end(), size - HOLE.base),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_beyond_the_hole_continues_at_4_gib() {
+        assert_eq!(ram_ranges(128 << 20).unwrap(), [Range::new(0, 128 << 20)]);
+        assert_eq!(ram_ranges(3 << 30).unwrap(), [Range::new(0, 3 << 30)]);
+        assert_eq!(
+            ram_ranges(5 << 30).unwrap(),
+            [Range::new(0, 3 << 30), Range::new(4 << 30, 2 << 30)]
+        );
+        assert_eq!(ram_ranges(MAX_RAM).unwrap()[1].end(), PCI_MMIO64.base);
+    }
+
+    #[test]
+    fn sizes_out_of_range_or_unaligned_are_refused() {
+        for size in [0, MIN_RAM - 4096, MIN_RAM + 1, MAX_RAM + 4096, u64::MAX] {
+            assert!(ram_ranges(size).is_err(), "{size:#x}");
+        }
+    }
+
+    #[test]
+    fn devices_in_the_hole_do_not_overlap() {
+        let fixed = [
+            PCI_MMIO32,
+            PCI_ECAM,
+            IOAPIC,
+            LAPIC,
+            Range::new(KVM_IDENTITY_MAP, 0x4000),
+        ];
+        for pair in fixed.windows(2) {
+            assert!(pair[0].end() <= pair[1].base, "{pair:x?}");
+        }
+        assert!(HOLE.base <= fixed[0].base && fixed[4].end() <= HOLE.end());
+    }
+}
