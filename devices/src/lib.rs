@@ -1,5 +1,10 @@
-//! Devices of the machine and the buses they sit on. Never sees KVM: guest
-//! memory, interrupts and doorbells come as traits and types from outside.
+//! Devices of the machine and the buses they sit on.
+//!
+//! They reach guest memory only through the [`iommu::AddressSpace`] of their
+//! requester, and never see KVM: interrupts and doorbells come as the traits
+//! of [`interrupt`].
 
 pub mod bus;
+pub mod interrupt;
 pub mod legacy;
+pub mod virtio;

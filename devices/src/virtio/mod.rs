@@ -1,0 +1,5 @@
+//! Virtio: what a device is to its transport, and the devices.
+
+mod device;
+
+pub use device::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
