@@ -1,6 +1,9 @@
+//! The few devices that are not on PCI: serial port, clock, power control.
+
 mod cmos;
 mod power;
 mod rtc;
+mod serial;
 
 pub use cmos::{CMOS_LEN, Cmos};
 pub use power::{
@@ -8,3 +11,4 @@ pub use power::{
     RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
 };
 pub use rtc::{Pl031, RTC_LEN};
+pub use serial::{SERIAL_LEN, SerialCounters, SerialPort, SerialSink};

@@ -1,0 +1,456 @@
+//! 16550A serial port: vm-superio's registers, with flow control on both sides.
+//!
+//! A UART loses what arrives while nobody listens, and what is sent while the
+//! line is blocked. Neither is acceptable for a console:
+//!
+//! - **Input** waits in a queue until the guest's driver has enabled the receive
+//!   interrupt, and enters the 64-byte FIFO as the guest empties it. A driver
+//!   that opens the port reads the receive buffer to clear it; while the receive
+//!   interrupt is off such a read takes nothing away. So a line typed before the
+//!   guest is up, or a large paste, arrives whole. A guest that only polls the
+//!   port receives nothing.
+//! - **Output** goes to a [`SerialSink`]. While the sink has no room the line
+//!   status shows a busy transmitter, which makes the guest wait as it would for
+//!   hardware; what it sends regardless is lost and counted.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::NoEvents;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+
+/// Bytes of register space the port takes.
+pub const SERIAL_LEN: u64 = 8;
+
+/// Bytes of input that may wait for the guest.
+const INPUT_LIMIT: usize = 64 * 1024;
+
+const DATA: u8 = 0;
+const IER: u8 = 1;
+const LCR: u8 = 3;
+const MCR: u8 = 4;
+const LSR: u8 = 5;
+const IER_RECEIVE: u8 = 1 << 0;
+const LCR_DIVISOR_ACCESS: u8 = 1 << 7;
+const MCR_LOOP: u8 = 1 << 4;
+const LSR_TRANSMITTER_EMPTY: u8 = 1 << 5 | 1 << 6;
+
+/// Where the bytes go that the guest transmits. Called on the vCPU thread with
+/// the port's lock held: it must neither block nor call the port.
+pub trait SerialSink: Send + Sync {
+    /// Takes one byte. `false` when there was no room and the byte is lost.
+    fn put(&self, byte: u8) -> bool;
+    /// Whether a transmit FIFO's worth of bytes (at least 64) would be taken.
+    /// A sink that answered `false` calls [`SerialPort::transmitter_ready`]
+    /// when that changes.
+    fn ready(&self) -> bool;
+}
+
+/// Counters of a port.
+#[derive(Debug, Default)]
+pub struct SerialCounters {
+    /// Bytes the guest received.
+    pub received: AtomicU64,
+    /// Bytes the guest transmitted.
+    pub transmitted: AtomicU64,
+    /// Bytes the guest transmitted while its line status said not to.
+    pub lost: AtomicU64,
+}
+
+/// A serial port on a bus.
+pub struct SerialPort {
+    port: Mutex<Port>,
+    counters: Arc<SerialCounters>,
+}
+
+struct Port {
+    uart: vm_superio::Serial<Line, NoEvents, Transmitter>,
+    sink: Arc<dyn SerialSink>,
+    /// Input that has not entered the FIFO yet.
+    waiting: VecDeque<u8>,
+    /// Signalled when input was refused for lack of room and there is room.
+    input_drained: EventFd,
+    input_refused: bool,
+    /// The guest has seen a busy transmitter and waits for its interrupt.
+    transmitter_busy: bool,
+}
+
+impl SerialPort {
+    /// A port that interrupts through `line` and transmits to `sink`.
+    /// `input_drained` is signalled when [`SerialPort::input`] left bytes behind
+    /// and would take more now.
+    pub fn new(
+        line: Arc<dyn IrqLine>,
+        sink: Arc<dyn SerialSink>,
+        input_drained: EventFd,
+        counters: Arc<SerialCounters>,
+    ) -> Self {
+        let transmitter = Transmitter {
+            sink: Arc::clone(&sink),
+            counters: Arc::clone(&counters),
+        };
+        let port = Port {
+            uart: vm_superio::Serial::new(Line(line), transmitter),
+            sink,
+            waiting: VecDeque::new(),
+            input_drained,
+            input_refused: false,
+            transmitter_busy: false,
+        };
+        Self {
+            port: Mutex::new(port),
+            counters,
+        }
+    }
+
+    /// Queues bytes for the guest, in order. Returns how many were taken: all
+    /// of them unless 64 KiB already wait.
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        let mut port = self.lock();
+        let taken = bytes.len().min(INPUT_LIMIT - port.waiting.len());
+        port.waiting.extend(&bytes[..taken]);
+        port.input_refused = taken < bytes.len();
+        port.feed();
+        taken
+    }
+
+    /// Tells the guest, if it waits for that, that it may transmit again.
+    pub fn transmitter_ready(&self) {
+        let mut port = self.lock();
+        if std::mem::take(&mut port.transmitter_busy) {
+            port.raise_transmitter_interrupt();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for SerialPort {
+    /// Registers are bytes: an access of another width reads as all ones.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (Ok(offset), [value]) = (u8::try_from(offset), data) {
+            *value = self.lock().read(offset, &self.counters);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Ok(offset), &[value]) = (u8::try_from(offset), data) {
+            self.lock().write(offset, value);
+        }
+    }
+}
+
+impl Port {
+    fn read(&mut self, offset: u8, counters: &SerialCounters) -> u8 {
+        match offset {
+            DATA if !self.divisor_access() => {
+                if !self.receiving() && !self.looped() {
+                    return 0;
+                }
+                let had = self.uart.fifo_capacity();
+                let byte = self.uart.read(DATA);
+                if self.uart.fifo_capacity() > had {
+                    counters.received.fetch_add(1, Ordering::Relaxed);
+                }
+                self.feed();
+                byte
+            }
+            LSR => {
+                let status = self.uart.read(LSR);
+                if self.sink.ready() {
+                    return status;
+                }
+                self.transmitter_busy = true;
+                status & !LSR_TRANSMITTER_EMPTY
+            }
+            _ => self.uart.read(offset),
+        }
+    }
+
+    fn write(&mut self, offset: u8, value: u8) {
+        // The error cases are gone: the transmitter and the line never fail.
+        let _ = self.uart.write(offset, value);
+        if matches!(offset, IER | LCR | MCR) {
+            self.feed();
+        }
+    }
+
+    /// Fills an empty FIFO, when the guest is ready to be interrupted for it.
+    /// Only an empty one: so there is an interrupt a FIFO, not one a byte.
+    fn feed(&mut self) {
+        if self.looped() || !self.receiving() {
+            return;
+        }
+        while self.uart.read(LSR) & 1 == 0 && !self.waiting.is_empty() {
+            let (head, _) = self.waiting.as_slices();
+            let Ok(taken @ 1..) = self.uart.enqueue_raw_bytes(head) else {
+                break;
+            };
+            self.waiting.drain(..taken);
+        }
+        if self.input_refused && self.waiting.len() <= INPUT_LIMIT / 2 {
+            self.input_refused = false;
+            // A full counter has already woken whoever waits.
+            let _ = self.input_drained.write(1);
+        }
+    }
+
+    /// The UART raises this interrupt when IER is written with its bit set, as
+    /// its transmitter is always empty.
+    fn raise_transmitter_interrupt(&mut self) {
+        let line_control = self.uart.read(LCR);
+        let _ = self.uart.write(LCR, line_control & !LCR_DIVISOR_ACCESS);
+        let enabled = self.uart.read(IER);
+        let _ = self.uart.write(IER, enabled);
+        let _ = self.uart.write(LCR, line_control);
+    }
+
+    fn divisor_access(&mut self) -> bool {
+        self.uart.read(LCR) & LCR_DIVISOR_ACCESS != 0
+    }
+
+    fn looped(&mut self) -> bool {
+        self.uart.read(MCR) & MCR_LOOP != 0
+    }
+
+    /// Whether the receive interrupt is enabled. It counts as off while the
+    /// guest sets the divisor, which is where IER cannot be read.
+    fn receiving(&mut self) -> bool {
+        !self.divisor_access() && self.uart.read(IER) & IER_RECEIVE != 0
+    }
+}
+
+/// The interrupt is edge-triggered, on both architectures: a pulse is one.
+struct Line(Arc<dyn IrqLine>);
+
+impl Trigger for Line {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.set(true);
+        self.0.set(false);
+        Ok(())
+    }
+}
+
+struct Transmitter {
+    sink: Arc<dyn SerialSink>,
+    counters: Arc<SerialCounters>,
+}
+
+impl io::Write for Transmitter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            let counter = if self.sink.put(byte) {
+                &self.counters.transmitted
+            } else {
+                &self.counters.lost
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    const RECEIVE_AND_TRANSMIT: u8 = IER_RECEIVE | 1 << 1;
+
+    #[derive(Default)]
+    struct CountedLine(AtomicU64);
+
+    impl IrqLine for CountedLine {
+        fn set(&self, high: bool) {
+            self.0.fetch_add(u64::from(high), Ordering::Relaxed);
+        }
+    }
+
+    #[derive(Default)]
+    struct Sink {
+        blocked: AtomicBool,
+        bytes: Mutex<Vec<u8>>,
+    }
+
+    impl SerialSink for Sink {
+        fn put(&self, byte: u8) -> bool {
+            let room = self.ready();
+            if room {
+                self.bytes.lock().unwrap().push(byte);
+            }
+            room
+        }
+        fn ready(&self) -> bool {
+            !self.blocked.load(Ordering::Relaxed)
+        }
+    }
+
+    struct Rig {
+        port: SerialPort,
+        line: Arc<CountedLine>,
+        sink: Arc<Sink>,
+        drained: EventFd,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let line = Arc::new(CountedLine::default());
+            let sink = Arc::new(Sink::default());
+            let drained = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            let port = SerialPort::new(
+                line.clone(),
+                sink.clone(),
+                drained.try_clone().unwrap(),
+                Arc::default(),
+            );
+            Self {
+                port,
+                line,
+                sink,
+                drained,
+            }
+        }
+
+        fn read(&self, offset: u8) -> u8 {
+            let mut data = [0];
+            self.port.read(offset.into(), &mut data);
+            data[0]
+        }
+
+        fn write(&self, offset: u8, value: u8) {
+            self.port.write(offset.into(), &[value]);
+        }
+
+        fn interrupts(&self) -> u64 {
+            self.line.0.swap(0, Ordering::Relaxed)
+        }
+
+        /// Reads as a driver does in its interrupt handler.
+        fn receive_all(&self) -> Vec<u8> {
+            let mut bytes = Vec::new();
+            while self.read(LSR) & 1 != 0 {
+                bytes.push(self.read(DATA));
+            }
+            bytes
+        }
+    }
+
+    #[test]
+    fn input_before_the_driver_listens_arrives_whole() {
+        let rig = Rig::new();
+        assert_eq!(rig.port.input(b"typed early\n"), 12);
+        // What Linux does on opening the port: clear by reading, twice.
+        assert_eq!((rig.read(DATA), rig.read(DATA)), (0, 0));
+        rig.write(IER, RECEIVE_AND_TRANSMIT);
+        assert_ne!(rig.interrupts(), 0);
+        assert_eq!(rig.receive_all(), b"typed early\n");
+    }
+
+    #[test]
+    fn input_in_the_fifo_survives_a_close_and_open() {
+        let rig = Rig::new();
+        rig.write(IER, IER_RECEIVE);
+        rig.port.input(b"abc");
+        rig.write(IER, 0);
+        assert_eq!(rig.read(DATA), 0);
+        rig.write(IER, IER_RECEIVE);
+        assert_eq!(rig.receive_all(), b"abc");
+    }
+
+    #[test]
+    fn a_paste_larger_than_the_fifo_arrives_whole_and_in_order() {
+        let rig = Rig::new();
+        rig.write(IER, IER_RECEIVE);
+        let paste: Vec<u8> = (0..10_000_u32).map(|i| i.to_le_bytes()[0]).collect();
+        assert_eq!(rig.port.input(&paste), paste.len());
+        assert_eq!(rig.interrupts(), 1);
+        assert_eq!(rig.receive_all(), paste);
+        assert_eq!(rig.port.counters.received.load(Ordering::Relaxed), 10_000);
+        // One interrupt for each filling of the FIFO.
+        assert_eq!(rig.interrupts(), 10_000 / 64);
+    }
+
+    #[test]
+    fn input_beyond_the_limit_is_left_to_the_caller_until_there_is_room() {
+        let rig = Rig::new();
+        let paste = vec![b'x'; INPUT_LIMIT + 1];
+        assert_eq!(rig.port.input(&paste), INPUT_LIMIT);
+        assert!(rig.drained.read().is_err());
+        rig.write(IER, IER_RECEIVE);
+        assert_eq!(rig.receive_all().len(), INPUT_LIMIT);
+        assert!(rig.drained.read().is_ok());
+        assert_eq!(rig.port.input(b"x"), 1);
+        assert!(rig.drained.read().is_err());
+    }
+
+    #[test]
+    fn a_blocked_sink_shows_as_a_busy_transmitter_until_it_drains() {
+        let rig = Rig::new();
+        rig.write(IER, RECEIVE_AND_TRANSMIT);
+        rig.write(DATA, b'a');
+        rig.sink.blocked.store(true, Ordering::Relaxed);
+        assert_eq!(rig.read(LSR) & LSR_TRANSMITTER_EMPTY, 0);
+        rig.write(DATA, b'b');
+        assert_eq!(rig.port.counters.lost.load(Ordering::Relaxed), 1);
+        rig.read(2); // IIR: acknowledges the interrupt.
+        rig.interrupts();
+
+        rig.sink.blocked.store(false, Ordering::Relaxed);
+        rig.write(LCR, LCR_DIVISOR_ACCESS);
+        rig.port.transmitter_ready();
+        assert_eq!(rig.interrupts(), 1);
+        rig.write(LCR, 3);
+        assert_eq!(rig.read(LSR) & LSR_TRANSMITTER_EMPTY, LSR_TRANSMITTER_EMPTY);
+        rig.write(DATA, b'c');
+        assert_eq!(*rig.sink.bytes.lock().unwrap(), b"ac");
+        assert_eq!(rig.port.counters.transmitted.load(Ordering::Relaxed), 2);
+
+        rig.read(2);
+        rig.interrupts();
+        rig.port.transmitter_ready();
+        assert_eq!(rig.interrupts(), 0);
+    }
+
+    #[test]
+    fn loopback_returns_what_is_sent_and_not_what_is_typed() {
+        let rig = Rig::new();
+        rig.write(MCR, MCR_LOOP);
+        rig.port.input(b"typed");
+        rig.write(DATA, b'l');
+        assert_eq!(rig.read(DATA), b'l');
+        rig.write(IER, IER_RECEIVE);
+        assert_eq!(rig.read(LSR) & 1, 0);
+        rig.write(MCR, 0x08);
+        assert_eq!(rig.receive_all(), b"typed");
+        assert!(rig.sink.bytes.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_divisor_latch_hides_the_data_register() {
+        let rig = Rig::new();
+        rig.write(IER, IER_RECEIVE);
+        rig.port.input(b"z");
+        rig.write(LCR, LCR_DIVISOR_ACCESS);
+        rig.write(DATA, 0x55);
+        assert_eq!(rig.read(DATA), 0x55);
+        rig.write(LCR, 3);
+        assert_eq!(rig.receive_all(), b"z");
+    }
+}
