@@ -1,1 +1,17 @@
-//! Placeholder.
+//! The HTTP API of a machine, over a Unix socket.
+//!
+//! One thread serves every connection from one poll loop. It parses requests ([`http`]), turns
+//! each into an action of the machine ([`route`]), hands that to the controller and goes on
+//! serving: it never waits for the machine. Every size and time is bounded ([`Limits`]), so that
+//! no client can make it grow or stand still.
+
+pub mod http;
+mod prometheus;
+pub mod route;
+mod server;
+mod socket;
+#[cfg(test)]
+mod testing;
+
+pub use server::{Limits, Server, ServerError};
+pub use socket::{BindError, Socket};

@@ -20,6 +20,7 @@ pub use host::{LogLevel, Logger, Metrics};
 pub use iommu::{Iommu, IommuModel, Stage};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeSet;
 
@@ -154,6 +155,24 @@ impl RateLimiter {
     }
 }
 
+/// Reads one JSON document and nothing after it. The error names the field at fault, by its path
+/// from the outside in (`drives[1].iommu`), which `serde_json` alone does not for a wrong type.
+///
+/// # Errors
+/// The bytes are not JSON, or not of the shape of `T`.
+pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        let field = if path == "." { "JSON".to_owned() } else { path };
+        ConfigError::new(field, error.inner().to_string())
+    })?;
+    reader
+        .end()
+        .map_err(|error| ConfigError::new("JSON", error.to_string()))?;
+    Ok(value)
+}
+
 /// Checks an identifier: letters, digits, `_`, `-` and `.`, at most 64 of them.
 fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
@@ -244,8 +263,7 @@ impl VmConfig {
     /// Reads the JSON of `--config` and validates it. The error is one line and names the field,
     /// or the line and column where the text stops being such a document.
     pub fn from_json(text: &str) -> Result<Self, ConfigError> {
-        let config: Self = serde_json::from_str(text)
-            .map_err(|error| ConfigError::new("configuration", error.to_string()))?;
+        let config: Self = parse_json(text.as_bytes())?;
         config.validate()?;
         Ok(config)
     }

@@ -71,6 +71,15 @@ fn unknown_fields_are_refused_by_name_at_every_level() {
 }
 
 #[test]
+fn wrong_types_are_refused_by_path() {
+    let drive = r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "iommu": 1}]}"#;
+    assert!(refusal(drive).starts_with("drives[0].iommu: invalid type"));
+    assert!(refusal("{} {}").contains("trailing"));
+    assert!(refusal("[").starts_with("JSON: "));
+    assert!(refusal(r#"{"vsock": {}}"#).contains("guest_cid"));
+}
+
+#[test]
 fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
     let refused = [
         (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),

@@ -1,0 +1,434 @@
+//! The poll loop and its thread.
+
+mod connection;
+
+use crate::http::{Request, Response};
+use crate::route::{self, View};
+use crate::socket::Socket;
+use connection::{Connection, Step};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use vmm::action::{Action, Client, MetricFamily, MetricKind, Outcome, Reply, Sample};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Connections beyond [`Limits::connections`] that are told so at a time. Further ones wait
+/// in the kernel's queue.
+const REFUSED_AT_A_TIME: usize = 8;
+
+/// How long accepting rests after the host refused a descriptor.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+
+const LISTENER: u64 = 0;
+const WAKE: u64 = 1;
+const FIRST_CONNECTION: u64 = 2;
+
+/// How much a client may ask of the server.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections served at a time; more are answered 503.
+    pub connections: usize,
+    /// How long a connection may stay without a request.
+    pub idle: Duration,
+    /// How long a request may take to arrive, from its first byte.
+    pub request: Duration,
+    /// How long the machine may take to answer before the client is told 503.
+    pub answer: Duration,
+    /// How long a client may take to read a response.
+    pub response: Duration,
+    /// How long what still arrives is read and dropped after an error, so that the client gets
+    /// to read the response before the connection closes.
+    pub drain: Duration,
+    /// How long responses may take to leave once the server is told to end.
+    pub farewell: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 32,
+            idle: Duration::from_secs(120),
+            request: Duration::from_secs(10),
+            answer: Duration::from_secs(60),
+            response: Duration::from_secs(10),
+            drain: Duration::from_secs(1),
+            farewell: Duration::from_millis(500),
+        }
+    }
+}
+
+/// Why the server cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The host has no epoll or eventfd descriptor left.
+    #[error("cannot watch the API socket")]
+    Watch(#[source] io::Error),
+    /// The host starts no thread.
+    #[error("cannot start the API thread")]
+    Thread(#[source] io::Error),
+}
+
+/// A running server. Dropped, it lets responses under way leave, closes every connection and
+/// removes the socket.
+pub struct Server {
+    signal: Arc<Signal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// How other threads reach the poll loop.
+struct Signal {
+    stop: AtomicBool,
+    wake: EventFd,
+}
+
+impl Server {
+    /// Serves `socket` on a thread of its own, asking `client` for all that concerns the machine.
+    ///
+    /// # Errors
+    /// The host refuses a descriptor or the thread.
+    pub fn start(socket: Socket, client: Client, limits: Limits) -> Result<Self, ServerError> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ServerError::Watch)?;
+        let stop = AtomicBool::new(false);
+        let signal = Arc::new(Signal { stop, wake });
+        let poll_loop =
+            Loop::new(socket, client, limits, Arc::clone(&signal)).map_err(ServerError::Watch)?;
+        let thread = thread::Builder::new()
+            .name("api".to_owned())
+            .spawn(move || poll_loop.run())
+            .map_err(ServerError::Thread)?;
+        let thread = Some(thread);
+        Ok(Self { signal, thread })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.signal.stop.store(true, Ordering::Release);
+        // It fails only when the counter would overflow, and then the loop is awake anyway.
+        let _ = self.signal.wake.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An outcome on its way back from the controller.
+struct Delivery {
+    connection: u64,
+    call: u64,
+    outcome: Outcome,
+}
+
+struct Loop {
+    epoll: Epoll,
+    socket: Socket,
+    client: Client,
+    limits: Limits,
+    signal: Arc<Signal>,
+    deliveries: (Sender<Delivery>, Receiver<Delivery>),
+    connections: BTreeMap<u64, Connection>,
+    next_token: u64,
+    /// Whether the listener is watched, and when it will be again if it rests.
+    listening: bool,
+    rest_until: Option<Instant>,
+    /// When to end although responses are under way.
+    end_at: Option<Instant>,
+    responses: BTreeMap<u16, u64>,
+}
+
+impl Loop {
+    fn new(
+        socket: Socket,
+        client: Client,
+        limits: Limits,
+        signal: Arc<Signal>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let wake = EpollEvent::new(EventSet::IN, WAKE);
+        epoll.ctl(ControlOperation::Add, signal.wake.as_raw_fd(), wake)?;
+        let listener = EpollEvent::new(EventSet::IN, LISTENER);
+        let listener_fd = socket.listener().as_raw_fd();
+        epoll.ctl(ControlOperation::Add, listener_fd, listener)?;
+        Ok(Self {
+            epoll,
+            socket,
+            client,
+            limits,
+            signal,
+            deliveries: mpsc::channel(),
+            connections: BTreeMap::new(),
+            next_token: FIRST_CONNECTION,
+            listening: true,
+            rest_until: None,
+            end_at: None,
+            responses: BTreeMap::new(),
+        })
+    }
+
+    fn run(mut self) {
+        let mut events = vec![EpollEvent::default(); 64];
+        loop {
+            let ready = match self.epoll.wait(self.timeout(), &mut events) {
+                Ok(ready) => ready,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => {
+                    log::error!("the API ends, its poll failed: {error}");
+                    return;
+                }
+            };
+            for event in events.iter().take(ready) {
+                match event.data() {
+                    LISTENER => self.accept(),
+                    WAKE => self.wake_up(),
+                    token => self.on_event(token, event.event_set()),
+                }
+            }
+            self.expire();
+            self.listen_or_rest();
+            if self.has_ended() {
+                return;
+            }
+        }
+    }
+
+    /// Milliseconds until the next deadline, rounded up; -1 if there is none.
+    fn timeout(&self) -> i32 {
+        let deadlines = self.connections.values().map(Connection::deadline);
+        let Some(next) = deadlines.chain(self.rest_until).chain(self.end_at).min() else {
+            return -1;
+        };
+        let left = next.saturating_duration_since(Instant::now());
+        i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
+    }
+
+    fn accept(&mut self) {
+        let stream = match self.socket.listener().accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                log::warn!("the API cannot accept a connection now: {error}");
+                self.rest_until = Some(Instant::now() + ACCEPT_REST);
+                return;
+            }
+        };
+        let full = self.connections.len() >= self.limits.connections;
+        let token = self.next_token;
+        self.next_token += 1;
+        let fd = stream.as_raw_fd();
+        let watched = stream.set_nonblocking(true).and_then(|()| {
+            let event = EpollEvent::new(EventSet::IN, token);
+            self.epoll.ctl(ControlOperation::Add, fd, event)
+        });
+        if let Err(error) = watched {
+            log::warn!("the API drops a connection: {error}");
+            return;
+        }
+        let mut connection = Connection::new(stream, self.limits.clone());
+        if full {
+            let response = Response::fault(503, "too many connections; close one or try again");
+            self.count(&response);
+            connection.respond_and_close(&response);
+        }
+        self.connections.insert(token, connection);
+        self.advance(token);
+    }
+
+    fn wake_up(&mut self) {
+        // It fails only when there was no wake-up.
+        let _ = self.signal.wake.read();
+        if self.signal.stop.load(Ordering::Acquire) && self.end_at.is_none() {
+            self.end_at = Some(Instant::now() + self.limits.farewell);
+        }
+        while let Ok(delivery) = self.deliveries.1.try_recv() {
+            self.deliver(delivery);
+        }
+    }
+
+    fn deliver(&mut self, delivery: Delivery) {
+        // The client may have gone, or have been told that the machine does not answer.
+        let Some(connection) = self.connections.get_mut(&delivery.connection) else {
+            return;
+        };
+        let Some(view) = connection.take_call(delivery.call) else {
+            return;
+        };
+        let outcome = match delivery.outcome {
+            Ok(Reply::Metrics(mut families)) => {
+                families.push(response_counters(&self.responses));
+                Ok(Reply::Metrics(families))
+            }
+            outcome => outcome,
+        };
+        let response = route::respond(&view, outcome);
+        connection.respond(&response);
+        self.count(&response);
+        self.advance(delivery.connection);
+    }
+
+    fn on_event(&mut self, token: u64, events: EventSet) {
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
+        if events.contains(EventSet::IN) {
+            connection.receive();
+        }
+        if events.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+            connection.peer_closed();
+        }
+        self.advance(token);
+    }
+
+    /// Takes a connection as far as it goes without waiting.
+    fn advance(&mut self, token: u64) {
+        loop {
+            let Some(connection) = self.connections.get_mut(&token) else {
+                return;
+            };
+            match connection.step() {
+                Step::Wait => break,
+                Step::Close => {
+                    self.connections.remove(&token);
+                    return;
+                }
+                Step::Refuse(response) => {
+                    connection.respond_and_close(&response);
+                    self.count(&response);
+                }
+                Step::Serve(request) => self.serve(token, &request),
+            }
+        }
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
+        if let Some((fd, events)) = connection.changed_interest() {
+            self.watch(token, fd, events);
+        }
+    }
+
+    fn watch(&mut self, token: u64, fd: RawFd, events: EventSet) {
+        let event = EpollEvent::new(events, token);
+        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, fd, event) {
+            log::warn!("the API drops a connection: {error}");
+            self.connections.remove(&token);
+        }
+    }
+
+    fn serve(&mut self, token: u64, request: &Request) {
+        let response = match route::route(request) {
+            Ok(route) => match self.ask(token, route.action, route.view) {
+                Ok(()) => return,
+                Err(response) => response,
+            },
+            Err(response) => response,
+        };
+        self.count(&response);
+        if let Some(connection) = self.connections.get_mut(&token) {
+            connection.respond(&response);
+        }
+    }
+
+    fn ask(&mut self, token: u64, action: Action, view: View) -> Result<(), Response> {
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return Ok(());
+        };
+        let call = connection.begin_call(view);
+        let deliveries = self.deliveries.0.clone();
+        let signal = Arc::clone(&self.signal);
+        let deliver = move |outcome| {
+            let connection = token;
+            // The loop may have ended; then nobody waits for this.
+            let _ = deliveries.send(Delivery {
+                connection,
+                call,
+                outcome,
+            });
+            let _ = signal.wake.write(1);
+        };
+        self.client
+            .send(action, deliver)
+            .map_err(|error| Response::fault(503, &error.to_string()))
+    }
+
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let late = |(token, connection): (&u64, &Connection)| {
+            (connection.deadline() <= now).then_some(*token)
+        };
+        let late: Vec<u64> = self.connections.iter().filter_map(late).collect();
+        for token in late {
+            let Some(connection) = self.connections.get_mut(&token) else {
+                continue;
+            };
+            match connection.expire() {
+                Some(response) => {
+                    self.count(&response);
+                    self.advance(token);
+                }
+                None => {
+                    self.connections.remove(&token);
+                }
+            }
+        }
+    }
+
+    /// Watches the listener while there is room for another connection, and only then.
+    fn listen_or_rest(&mut self) {
+        if self.rest_until.is_some_and(|until| until <= Instant::now()) {
+            self.rest_until = None;
+        }
+        let room = self.limits.connections + REFUSED_AT_A_TIME;
+        let listen =
+            self.connections.len() < room && self.rest_until.is_none() && self.end_at.is_none();
+        if listen == self.listening {
+            return;
+        }
+        let events = if listen {
+            EventSet::IN
+        } else {
+            EventSet::empty()
+        };
+        let event = EpollEvent::new(events, LISTENER);
+        let fd = self.socket.listener().as_raw_fd();
+        match self.epoll.ctl(ControlOperation::Modify, fd, event) {
+            Ok(()) => self.listening = listen,
+            Err(error) => log::warn!("the API cannot watch its socket: {error}"),
+        }
+    }
+
+    /// Once told to end: closes what waits for a client, and tells whether nothing is left.
+    fn has_ended(&mut self) -> bool {
+        let Some(end_at) = self.end_at else {
+            return false;
+        };
+        self.connections
+            .retain(|_, connection| connection.is_answering());
+        self.connections.is_empty() || end_at <= Instant::now()
+    }
+
+    fn count(&mut self, response: &Response) {
+        *self.responses.entry(response.status).or_insert(0) += 1;
+    }
+}
+
+fn response_counters(responses: &BTreeMap<u16, u64>) -> MetricFamily {
+    let samples = responses
+        .iter()
+        .map(|(status, value)| Sample {
+            labels: vec![("code", status.to_string())],
+            value: *value,
+        })
+        .collect();
+    MetricFamily {
+        name: "portcullis_api_responses_total",
+        help: "Responses of the API, by status code.",
+        kind: MetricKind::Counter,
+        samples,
+    }
+}

@@ -1,0 +1,276 @@
+//! One client: bytes in, at most one request in hand, bytes out.
+
+use super::Limits;
+use crate::http::{self, Parsed, Request, Response};
+use crate::route::View;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::EventSet;
+
+/// Most bytes read at one event, so that a busy client leaves the loop to the others.
+const READ_CHUNK: usize = 16 << 10;
+
+/// What a connection does next.
+pub enum Step {
+    /// Nothing until an event, an outcome or the deadline.
+    Wait,
+    /// It is over.
+    Close,
+    /// Answer, and close: what the client sends cannot be understood.
+    Refuse(Response),
+    /// Answer this request, now or by [`Connection::begin_call`].
+    Serve(Request),
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Waiting for a request, or for the rest of one.
+    Reading,
+    /// A whole request was handed out and is not answered yet.
+    Serving,
+    /// The machine was asked.
+    Calling { call: u64, view: View },
+    /// A response is on its way out.
+    Writing,
+    /// The last response has left; what arrives is dropped.
+    Draining,
+}
+
+pub struct Connection {
+    stream: UnixStream,
+    limits: Limits,
+    phase: Phase,
+    deadline: Instant,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// How much of `output` has left.
+    sent: usize,
+    /// The client sends no more.
+    ended: bool,
+    /// The client is gone altogether.
+    gone: bool,
+    /// `100 Continue` was sent for the request that is arriving.
+    continued: bool,
+    /// Of the request in hand.
+    keep_alive: bool,
+    head_only: bool,
+    calls: u64,
+    interest: EventSet,
+}
+
+impl Connection {
+    /// A connection whose descriptor is watched for [`EventSet::IN`] already.
+    pub fn new(stream: UnixStream, limits: Limits) -> Self {
+        let deadline = Instant::now() + limits.idle;
+        Self {
+            stream,
+            limits,
+            phase: Phase::Reading,
+            deadline,
+            input: Vec::new(),
+            output: Vec::new(),
+            sent: 0,
+            ended: false,
+            gone: false,
+            continued: false,
+            keep_alive: true,
+            head_only: false,
+            calls: 0,
+            interest: EventSet::IN,
+        }
+    }
+
+    /// When [`Connection::expire`] is due.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    fn enter(&mut self, phase: Phase, patience: Duration) {
+        self.phase = phase;
+        self.deadline = Instant::now() + patience;
+    }
+
+    /// Reads what is there, once. While a request is in hand nothing is read, so `input` never
+    /// holds more than one request and a chunk.
+    pub fn receive(&mut self) {
+        if !matches!(self.phase, Phase::Reading | Phase::Draining) {
+            return;
+        }
+        let mut chunk = [0; READ_CHUNK];
+        match self.stream.read(&mut chunk) {
+            Ok(0) => self.ended = true,
+            Ok(_) if matches!(self.phase, Phase::Draining) => {}
+            Ok(count) => {
+                if self.input.is_empty() {
+                    self.deadline = Instant::now() + self.limits.request;
+                }
+                self.input.extend(chunk.iter().take(count));
+            }
+            Err(error) if is_temporary(&error) => {}
+            Err(_) => self.gone = true,
+        }
+    }
+
+    /// The client has closed both directions.
+    pub fn peer_closed(&mut self) {
+        // What it sent before may still wait to be read, and is a request all the same.
+        if !matches!(self.phase, Phase::Reading) || self.ended {
+            self.gone = true;
+        }
+    }
+
+    /// Does what can be done now and says what is next.
+    pub fn step(&mut self) -> Step {
+        if self.gone || !self.flush() {
+            return Step::Close;
+        }
+        match self.phase {
+            Phase::Reading => self.next_request(),
+            Phase::Serving | Phase::Calling { .. } => Step::Wait,
+            Phase::Writing if !self.output.is_empty() => Step::Wait,
+            Phase::Writing => self.after_response(),
+            Phase::Draining if self.ended => Step::Close,
+            Phase::Draining => Step::Wait,
+        }
+    }
+
+    fn next_request(&mut self) -> Step {
+        match http::parse(&self.input) {
+            Ok(Parsed::Whole { request, used }) => {
+                self.input.drain(..used);
+                self.continued = false;
+                self.keep_alive = request.keep_alive;
+                self.head_only = request.method == "HEAD";
+                self.enter(Phase::Serving, self.limits.answer);
+                Step::Serve(request)
+            }
+            Ok(Parsed::Partial { .. }) if self.ended => Step::Close,
+            Ok(Parsed::Partial { wants_continue }) => {
+                if wants_continue && !self.continued {
+                    self.continued = true;
+                    self.output.extend_from_slice(http::CONTINUE);
+                    if !self.flush() {
+                        return Step::Close;
+                    }
+                }
+                Step::Wait
+            }
+            Err(refusal) => {
+                self.head_only = false;
+                Step::Refuse(refusal.into())
+            }
+        }
+    }
+
+    fn after_response(&mut self) -> Step {
+        if !self.keep_alive {
+            // Nothing that the client needs to read is lost by a close, unless unread input is
+            // left, which would turn the close into a reset.
+            let _ = self.stream.shutdown(std::net::Shutdown::Write);
+            self.input = Vec::new();
+            self.enter(Phase::Draining, self.limits.drain);
+            return if self.ended { Step::Close } else { Step::Wait };
+        }
+        if self.input.is_empty() {
+            self.input = Vec::new();
+            self.enter(Phase::Reading, self.limits.idle);
+        } else {
+            self.enter(Phase::Reading, self.limits.request);
+        }
+        self.next_request()
+    }
+
+    /// Notes that the machine is asked for the request in hand; the number names the call.
+    pub fn begin_call(&mut self, view: View) -> u64 {
+        self.calls += 1;
+        let call = self.calls;
+        self.enter(Phase::Calling { call, view }, self.limits.answer);
+        call
+    }
+
+    /// Ends the call of that number, if it is still the one in hand.
+    pub fn take_call(&mut self, number: u64) -> Option<View> {
+        match &self.phase {
+            Phase::Calling { call, view } if *call == number => {
+                let view = view.clone();
+                self.phase = Phase::Serving;
+                Some(view)
+            }
+            _ => None,
+        }
+    }
+
+    /// Answers the request in hand.
+    pub fn respond(&mut self, response: &Response) {
+        let bytes = response.to_bytes(self.keep_alive, self.head_only);
+        self.output.extend_from_slice(&bytes);
+        self.enter(Phase::Writing, self.limits.response);
+    }
+
+    /// Answers whatever came, and serves nothing more.
+    pub fn respond_and_close(&mut self, response: &Response) {
+        self.keep_alive = false;
+        self.respond(response);
+    }
+
+    /// The deadline has passed: what to tell the client, if anything, before the close.
+    pub fn expire(&mut self) -> Option<Response> {
+        let response = match self.phase {
+            Phase::Reading if !self.input.is_empty() => {
+                self.head_only = false;
+                Response::fault(408, "the request did not arrive in time")
+            }
+            Phase::Serving | Phase::Calling { .. } => {
+                Response::fault(503, "the machine did not answer in time")
+            }
+            Phase::Reading | Phase::Writing | Phase::Draining => return None,
+        };
+        self.respond_and_close(&response);
+        Some(response)
+    }
+
+    /// Whether a request is in hand or a response on its way.
+    pub fn is_answering(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Serving | Phase::Calling { .. } | Phase::Writing
+        )
+    }
+
+    /// The events to watch for, if they are not those of the last time.
+    pub fn changed_interest(&mut self) -> Option<(RawFd, EventSet)> {
+        let mut interest = EventSet::empty();
+        if matches!(self.phase, Phase::Reading | Phase::Draining) && !self.ended {
+            interest |= EventSet::IN;
+        }
+        if !self.output.is_empty() {
+            interest |= EventSet::OUT;
+        }
+        if interest == self.interest {
+            return None;
+        }
+        self.interest = interest;
+        Some((self.stream.as_raw_fd(), interest))
+    }
+
+    /// Sends what the socket takes; false if the client is gone.
+    fn flush(&mut self) -> bool {
+        while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match self.stream.write(rest) {
+                Ok(0) => return false,
+                Ok(count) => self.sent += count,
+                Err(error) if is_temporary(&error) => return true,
+                Err(_) => return false,
+            }
+        }
+        self.output = Vec::new();
+        self.sent = 0;
+        true
+    }
+}
+
+fn is_temporary(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}

@@ -1,0 +1,250 @@
+//! The socket's place in the file system: owner-only from the first moment, never taken from a
+//! server that lives, taken over from one that died, gone when its server ends.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+/// How often to try again when another process races for the same path.
+const ATTEMPTS: u32 = 8;
+
+/// How long a server whose queue of connections is full may take to accept one before it counts
+/// as alive all the same.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why there is no socket.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// A process accepts connections there.
+    #[error(
+        "another process serves {0}; stop it (portcullis ctl --api-socket {0} stop) or choose another path"
+    )]
+    InUse(PathBuf),
+    /// Something that is not a socket is there.
+    #[error("{0} exists and is not a socket; remove it or choose another path")]
+    NotASocket(PathBuf),
+    /// The host refused a step.
+    #[error("cannot {step} {path}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// Other processes kept appearing and disappearing at the path.
+    #[error("{0} keeps changing hands; choose another path")]
+    Contended(PathBuf),
+}
+
+/// A listening socket that is removed from the file system when dropped.
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl Socket {
+    /// Makes a socket at `path` that only this user can connect to. A relative path is kept as
+    /// it is, so the process must not change its directory while it serves.
+    ///
+    /// # Errors
+    /// A server lives at `path`, something else is there, or the host refuses.
+    pub fn bind(path: &Path) -> Result<Self, BindError> {
+        for _ in 0..ATTEMPTS {
+            let listener = match bind_hidden(path) {
+                Ok(bound) => bound,
+                Err(BindError::Host { source, .. })
+                    if source.kind() == ErrorKind::AlreadyExists =>
+                {
+                    clear_stale(path)?;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let inode = fs::symlink_metadata(path)
+                .map(|metadata| inode_of(&metadata))
+                .map_err(|source| host("look at", path, source))?;
+            return Ok(Self {
+                listener,
+                path: path.to_owned(),
+                inode,
+            });
+        }
+        Err(BindError::Contended(path.to_owned()))
+    }
+
+    /// The listener, for the poll loop.
+    pub(crate) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Only our own: the path may have been taken over since.
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| inode_of(&metadata) == self.inode);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Binds in a directory that only the owner can enter, narrows the mode there, and links the
+/// socket to `path` in one step that fails if anything is there. So nobody else can connect at
+/// any moment, and the process's umask need not be touched under other threads.
+fn bind_hidden(path: &Path) -> Result<UnixListener, BindError> {
+    let directory = hidden_directory(path)?;
+    let inner = directory.join("s");
+    let bound = UnixListener::bind(&inner)
+        .map_err(|source| host("make a socket for", path, source))
+        .and_then(|listener| {
+            fs::set_permissions(&inner, Permissions::from_mode(0o600))
+                .map_err(|source| host("restrict", path, source))?;
+            fs::hard_link(&inner, path).map_err(|source| host("make", path, source))?;
+            listener
+                .set_nonblocking(true)
+                .map_err(|source| host("set up", path, source))?;
+            Ok(listener)
+        });
+    // What is left behind would be empty and private; the outcome above matters more.
+    let _ = fs::remove_file(&inner);
+    let _ = fs::remove_dir(&directory);
+    bound
+}
+
+fn hidden_directory(path: &Path) -> Result<PathBuf, BindError> {
+    let parent = path.parent().unwrap_or(Path::new(""));
+    let mut number = std::process::id();
+    for _ in 0..ATTEMPTS {
+        let directory = parent.join(format!(".p{number:x}"));
+        match DirBuilder::new().mode(0o700).create(&directory) {
+            Ok(()) => return Ok(directory),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                number = number.wrapping_mul(31).wrapping_add(1);
+            }
+            Err(source) => return Err(host("make a socket in the directory of", path, source)),
+        }
+    }
+    Err(BindError::Contended(path.to_owned()))
+}
+
+/// Removes the socket at `path` if nobody accepts connections there.
+fn clear_stale(path: &Path) -> Result<(), BindError> {
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(host("look at", path, source)),
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(BindError::NotASocket(path.to_owned()));
+    }
+    match connect(path) {
+        Some(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => {}
+        Some(Err(error)) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Some(Ok(_)) | None => return Err(BindError::InUse(path.to_owned())),
+        Some(Err(source)) => return Err(host("find out who serves", path, source)),
+    }
+    // Another process may have replaced it while we asked.
+    let unchanged =
+        fs::symlink_metadata(path).is_ok_and(|now| inode_of(&now) == inode_of(&metadata));
+    if unchanged {
+        fs::remove_file(path).map_err(|source| host("remove the stale socket", path, source))?;
+    }
+    Ok(())
+}
+
+/// Connects, but waits no longer than [`CONNECT_TIMEOUT`]; `None` if that was not enough.
+fn connect(path: &Path) -> Option<io::Result<UnixStream>> {
+    let (sender, receiver) = mpsc::channel();
+    let path = path.to_owned();
+    thread::spawn(move || sender.send(UnixStream::connect(path)));
+    receiver.recv_timeout(CONNECT_TIMEOUT).ok()
+}
+
+fn inode_of(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+fn host(step: &'static str, path: &Path, source: io::Error) -> BindError {
+    BindError::Host {
+        step,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn the_socket_is_for_its_owner_and_leaves_nothing_behind() {
+        let directory = Directory::new();
+        let path = directory.path().join("api.sock");
+        let socket = Socket::bind(&path).unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        assert!(metadata.file_type().is_socket());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_live_socket_is_not_taken_over() {
+        let directory = Directory::new();
+        let path = directory.path().join("api.sock");
+        let _socket = Socket::bind(&path).unwrap();
+        let error = Socket::bind(&path).err().unwrap();
+        assert!(matches!(error, BindError::InUse(_)), "{error}");
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced() {
+        let directory = Directory::new();
+        let path = directory.path().join("api.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let _socket = Socket::bind(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_not_a_socket_is_left_alone() {
+        let directory = Directory::new();
+        let path = directory.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        let error = Socket::bind(&path).err().unwrap();
+        assert!(matches!(error, BindError::NotASocket(_)), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "data");
+    }
+
+    #[test]
+    fn only_its_own_socket_is_removed() {
+        let directory = Directory::new();
+        let path = directory.path().join("api.sock");
+        let old = Socket::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _new = Socket::bind(&path).unwrap();
+        drop(old);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_missing_directory_is_named() {
+        let error = Socket::bind(Path::new("/nonexistent/api.sock"));
+        let error = error.err().unwrap().to_string();
+        assert!(error.contains("/nonexistent/api.sock"), "{error}");
+    }
+}

@@ -1,0 +1,5 @@
+//! The server over its real socket, with a machine that exists in name only.
+
+mod hostile;
+mod life;
+mod support;

@@ -1,0 +1,226 @@
+//! A machine without a machine: a controller on a channel, behind a real socket.
+
+use api::{Limits, Server, Socket};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use vmm::action::{
+    Action, Inbox, InstanceInfo, IommuInfo, Lifecycle, MachineState, MappingsPage, MetricFamily,
+    MetricKind, Outcome, Query, Reply, channel,
+};
+use vmm::config::VmConfig;
+
+/// Longest wait of a test for anything.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A served machine in a directory of its own.
+pub struct Machine {
+    directory: PathBuf,
+    server: Option<Server>,
+    controller: Option<JoinHandle<Vec<Action>>>,
+}
+
+impl Machine {
+    /// One that answers as a machine would.
+    pub fn new(limits: Limits) -> Self {
+        Self::with_controller(limits, |inbox| {
+            let mut machine = Model::default();
+            let mut seen = Vec::new();
+            while let Some(call) = inbox.wait() {
+                let (action, answer) = call.split();
+                seen.push(action.clone());
+                answer(machine.handle(action));
+            }
+            seen
+        })
+    }
+
+    /// One whose controller is `control`, which returns the actions it saw.
+    pub fn with_controller(
+        limits: Limits,
+        control: impl FnOnce(Inbox) -> Vec<Action> + Send + 'static,
+    ) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("portcullis-serve-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir(&directory).unwrap();
+        let (client, inbox) = channel().unwrap();
+        let controller = thread::spawn(move || control(inbox));
+        let socket = Socket::bind(&directory.join("api.sock")).unwrap();
+        let server = Server::start(socket, client, limits).unwrap();
+        Self {
+            directory,
+            server: Some(server),
+            controller: Some(controller),
+        }
+    }
+
+    /// Where it is served.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join("api.sock")
+    }
+
+    /// A connection to it.
+    pub fn connect(&self) -> Connection {
+        Connection::new(&self.path())
+    }
+
+    /// One request on a connection of its own: status and body.
+    pub fn request(&self, method: &str, target: &str, body: &str) -> (u16, String) {
+        let mut connection = self.connect();
+        connection.send_request(method, target, body);
+        connection.response()
+    }
+
+    /// Ends the server, then the controller, which tells what it saw.
+    pub fn stop(&mut self) -> Vec<Action> {
+        self.server = None;
+        self.controller
+            .take()
+            .map_or(Vec::new(), |thread| thread.join().unwrap())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.server = None;
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// A client's end.
+pub struct Connection {
+    pub stream: UnixStream,
+    received: Vec<u8>,
+}
+
+impl Connection {
+    fn new(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        let received = Vec::new();
+        Self { stream, received }
+    }
+
+    /// Sends bytes.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    /// Sends a request.
+    pub fn send_request(&mut self, method: &str, target: &str, body: &str) {
+        let length = body.len();
+        let head = format!("{method} {target} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n");
+        self.send(head.as_bytes());
+        self.send(body.as_bytes());
+    }
+
+    /// Reads one response: status and body.
+    pub fn response(&mut self) -> (u16, String) {
+        let head = loop {
+            let end = self.received.windows(4).position(|w| w == b"\r\n\r\n");
+            if let Some(end) = end {
+                let head: Vec<u8> = self.received.drain(..end + 4).collect();
+                break String::from_utf8(head).unwrap();
+            }
+            assert!(self.read_more(), "closed before a response: {self:?}");
+        };
+        let status = head[9..12].parse().unwrap();
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("Content-Length: "))
+            .map_or(0, |length| length.parse().unwrap());
+        while self.received.len() < length {
+            assert!(self.read_more(), "closed within a response: {self:?}");
+        }
+        let body = self.received.drain(..length).collect();
+        (status, String::from_utf8(body).unwrap())
+    }
+
+    /// Reads to the end of the connection, which must come.
+    pub fn rest(&mut self) -> Vec<u8> {
+        while self.read_more() {}
+        std::mem::take(&mut self.received)
+    }
+
+    fn read_more(&mut self) -> bool {
+        let mut chunk = [0; 4096];
+        let count = match self.stream.read(&mut chunk) {
+            Ok(count) => count,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => 0,
+            Err(error) => panic!("no bytes came: {error}"),
+        };
+        self.received.extend_from_slice(&chunk[..count]);
+        count > 0
+    }
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.received))
+    }
+}
+
+/// The states and the configuration of a machine, and nothing behind them.
+#[derive(Default)]
+pub struct Model {
+    config: VmConfig,
+    state: MachineState,
+}
+
+impl Model {
+    /// Does what a controller does, without KVM.
+    pub fn handle(&mut self, action: Action) -> Outcome {
+        action.check_state(self.state)?;
+        match action {
+            Action::Configure(change) => {
+                change.apply_to(&mut self.config)?;
+                Ok(Reply::Done)
+            }
+            Action::Lifecycle(step) => {
+                match step {
+                    Lifecycle::Start => {
+                        self.config.validate_for_start()?;
+                        self.state = MachineState::Running;
+                    }
+                    Lifecycle::Pause => self.state = MachineState::Paused,
+                    Lifecycle::Resume => self.state = MachineState::Running,
+                    _ => {}
+                }
+                Ok(Reply::Done)
+            }
+            Action::Query(query) => self.answer(query),
+        }
+    }
+
+    fn answer(&self, query: Query) -> Outcome {
+        let iommu = IommuInfo::default();
+        Ok(match query {
+            Query::InstanceInfo => Reply::InstanceInfo(InstanceInfo {
+                app_name: "portcullis".to_owned(),
+                id: "test".to_owned(),
+                state: self.state,
+                vmm_version: "0.1.0".to_owned(),
+            }),
+            Query::Version => Reply::Version("0.1.0".to_owned()),
+            Query::VmConfig => Reply::VmConfig(Box::new(self.config.clone())),
+            Query::Metrics => Reply::Metrics(vec![MetricFamily::single(
+                "portcullis_up",
+                "The machine exists.",
+                MetricKind::Gauge,
+                1,
+            )]),
+            Query::Iommu => Reply::Iommu(iommu),
+            Query::Endpoint(name) => Reply::Endpoint(Box::new(iommu.find(&name)?.clone())),
+            Query::Mappings { endpoint, .. } => {
+                iommu.find(&endpoint)?;
+                Reply::Mappings(MappingsPage::default())
+            }
+        })
+    }
+}
