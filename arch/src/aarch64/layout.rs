@@ -72,9 +72,9 @@ pub const MIN_RAM: u64 = 64 << 20;
 pub const MAX_RAM: u64 = PCI_MMIO64.base - RAM_BASE;
 
 /// The device tree: 2 MiB at the start of RAM, which the kernel does not use.
-pub(crate) const FDT: Range = Range::new(RAM_BASE, 0x20_0000);
+pub const FDT: Range = Range::new(RAM_BASE, 0x20_0000);
 /// The kernel image is placed here (2 MiB aligned), plus its `text_offset`.
-pub(crate) const KERNEL: u64 = FDT.end();
+pub const KERNEL: u64 = FDT.end();
 
 /// RAM of `size` bytes: one range, there is no hole.
 ///

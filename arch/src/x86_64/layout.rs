@@ -61,24 +61,24 @@ pub const MIN_RAM: u64 = 64 << 20;
 pub const MAX_RAM: u64 = PCI_MMIO64.base - HOLE.size;
 
 /// Initial GDT of the 64-bit entry.
-pub(crate) const GDT: u64 = 0x500;
+pub const GDT: u64 = 0x500;
 /// PVH start-of-day structure; its memory map and module list follow.
-pub(crate) const PVH_INFO: u64 = 0x6000;
+pub const PVH_INFO: u64 = 0x6000;
 /// Boot parameters of the 64-bit boot protocol.
-pub(crate) const ZERO_PAGE: u64 = 0x7000;
+pub const ZERO_PAGE: u64 = 0x7000;
 /// `struct setup_data` with the random seed.
-pub(crate) const SETUP_DATA: u64 = 0x8000;
+pub const SETUP_DATA: u64 = 0x8000;
 /// Four-level page tables of the 64-bit entry: PML4, PDPT, then one page
 /// directory for each of the first four GiB.
-pub(crate) const PAGE_TABLES: u64 = 0x9000;
+pub const PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line.
-pub(crate) const CMDLINE: Range = Range::new(0x2_0000, 0x1_0000);
+pub const CMDLINE: Range = Range::new(0x2_0000, 0x1_0000);
 /// ACPI tables: the RSDP first, in the area Linux would scan for it.
-pub(crate) const ACPI: Range = Range::new(0xE_0000, 0x2_0000);
+pub const ACPI: Range = Range::new(0xE_0000, 0x2_0000);
 /// Conventional memory ends here; above it up to 1 MiB is not RAM.
-pub(crate) const EBDA: u64 = 0x9_FC00;
+pub const EBDA: u64 = 0x9_FC00;
 /// Extended memory: kernels load from here.
-pub(crate) const HIMEM: u64 = 0x10_0000;
+pub const HIMEM: u64 = 0x10_0000;
 
 /// Splits `size` bytes of RAM around the 32-bit hole, in ascending order.
 ///

@@ -1,0 +1,132 @@
+//! Guest RAM.
+#![allow(unsafe_code)] // Creates memfds with libc.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+
+use arch::Range;
+use iommu::GuestRam;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+use super::Error;
+
+/// What guest RAM consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A memfd, which another process can map.
+    Memfd,
+}
+
+const NAME: &CStr = c"portcullis-ram";
+
+/// Allocates RAM at `ranges`, zeroed, in pages of the usual size or of 2 MiB.
+///
+/// # Errors
+/// The system has no such memory; with `huge`, also when a range is not a
+/// multiple of 2 MiB or not enough 2 MiB pages are free right now.
+pub fn allocate(ranges: &[Range], backing: Backing, huge: bool) -> Result<GuestRam, Error> {
+    let bytes: u64 = ranges.iter().map(|range| range.size).sum();
+    let mib = bytes >> 20;
+    build(ranges, backing, huge, bytes).map_err(|source| {
+        if huge {
+            Error::HugePages { mib, source }
+        } else {
+            Error::Memory { mib, source }
+        }
+    })
+}
+
+fn build(ranges: &[Range], backing: Backing, huge: bool, bytes: u64) -> io::Result<GuestRam> {
+    let file = match backing {
+        Backing::Anonymous => None,
+        Backing::Memfd => Some(memfd(bytes, huge)?),
+    };
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let size = usize::try_from(range.size).map_err(io::Error::other)?;
+        let mut flags = match backing {
+            Backing::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            Backing::Memfd => libc::MAP_SHARED,
+        };
+        match (huge, backing) {
+            // Pages that are not there must fail now, not as SIGBUS later.
+            (true, Backing::Anonymous) => flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+            (true, Backing::Memfd) => {}
+            (false, _) => flags |= libc::MAP_NORESERVE,
+        }
+        let mut builder = MmapRegionBuilder::new_with_bitmap(size, ())
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .with_hugetlbfs(huge);
+        if let Some(file) = &file {
+            builder = builder.with_file_offset(FileOffset::new(file.try_clone()?, offset));
+        }
+        let mapping = builder.build().map_err(|error| match error {
+            vm_memory::mmap::MmapRegionError::Mmap(source) => source,
+            other => io::Error::other(other),
+        })?;
+        offset += range.size;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.base));
+        regions.push(region.ok_or_else(|| io::Error::other("a range beyond 64 bits"))?);
+    }
+    GuestRam::from_regions(regions).map_err(io::Error::other)
+}
+
+fn memfd(bytes: u64, huge: bool) -> io::Result<File> {
+    let mut flags = libc::MFD_CLOEXEC;
+    if huge {
+        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    }
+    // SAFETY: `NAME` is a NUL-terminated string and outlives the call.
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` is a new file descriptor that nobody else owns.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    const RANGES: [Range; 2] = [Range::new(0, 1 << 20), Range::new(4 << 30, 2 << 20)];
+
+    #[test]
+    fn memory_is_zeroed_and_where_it_was_asked_for() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let ram = allocate(&RANGES, backing, false).unwrap();
+            assert_eq!(ram.num_regions(), 2);
+            assert_eq!(ram.read_obj::<u64>(GuestAddress(4 << 30)).unwrap(), 0);
+            ram.write_obj(7u64, GuestAddress((4 << 30) + (2 << 20) - 8))
+                .unwrap();
+            assert!(ram.write_obj(7u8, GuestAddress(1 << 20)).is_err());
+        }
+    }
+
+    #[test]
+    fn ranges_of_a_memfd_follow_one_another_in_the_file() {
+        let ram = allocate(&RANGES, Backing::Memfd, false).unwrap();
+        let offsets: Vec<u64> = ram
+            .iter()
+            .map(|region| region.file_offset().unwrap().start())
+            .collect();
+        assert_eq!(offsets, [0, 1 << 20]);
+    }
+
+    #[test]
+    fn huge_pages_that_do_not_exist_are_an_error_with_a_hint() {
+        let odd = [Range::new(0, (2 << 20) + 4096)];
+        let error = allocate(&odd, Backing::Memfd, true).unwrap_err();
+        assert!(error.to_string().contains("nr_hugepages"), "{error}");
+    }
+}

@@ -1,0 +1,278 @@
+//! The vCPU threads: pause, resume, stop.
+#![allow(unsafe_code)] // The kick's signal handler writes to the kvm_run page.
+
+use std::cell::Cell;
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use devices::bus::Bus;
+use kvm_bindings::kvm_run;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::{Error, Exit, Vcpu};
+
+/// Who answers the guest's accesses.
+#[derive(Clone)]
+pub struct Buses {
+    /// I/O ports (x86_64).
+    pub pio: Arc<Bus>,
+    /// Guest physical addresses outside RAM.
+    pub mmio: Arc<Bus>,
+}
+
+/// How the guest ended, told by a vCPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// It powered off.
+    PowerOff,
+    /// It reset.
+    Reset,
+    /// It cannot go on.
+    Crash {
+        /// Which vCPU.
+        vcpu: u32,
+        /// One line.
+        reason: String,
+        /// A block of text with the registers.
+        registers: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Paused,
+    Running,
+    Stopped,
+}
+
+#[derive(Debug)]
+struct State {
+    wanted: Wanted,
+    /// Threads that are waiting to be resumed or have ended.
+    parked: usize,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Two plain values, whole at any time.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn want(&self, wanted: Wanted) {
+        self.state().wanted = wanted;
+        self.changed.notify_all();
+    }
+
+    /// Waits while paused; false when the thread must end.
+    fn may_run(&self) -> bool {
+        let mut state = self.state();
+        if state.wanted == Wanted::Paused {
+            state.parked += 1;
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait_while(state, |state| state.wanted == Wanted::Paused)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.parked -= 1;
+        }
+        state.wanted == Wanted::Running
+    }
+}
+
+/// All vCPU threads of a VM. Dropping it stops and joins them.
+#[derive(Debug)]
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU, paused: [`Self::resume`] starts the guest.
+    ///
+    /// `on_end` is called on the thread of the vCPU that ended the guest, which
+    /// then runs no more; the others still do, until [`Self::stop`]. It must
+    /// not block, nor call back into this object.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn spawn(
+        vcpus: Vec<Vcpu>,
+        buses: &Buses,
+        on_end: impl Fn(End) + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
+        install_kick();
+        let on_end: Arc<dyn Fn(End) + Send + Sync> = Arc::new(on_end);
+        let state = Mutex::new(State {
+            wanted: Wanted::Paused,
+            parked: 0,
+        });
+        let shared = Arc::new(Shared {
+            state,
+            changed: Condvar::new(),
+        });
+        // From here on an error drops, and so joins, those that started.
+        let mut this = Self {
+            shared,
+            threads: Vec::with_capacity(vcpus.len()),
+        };
+        for vcpu in vcpus {
+            let index = vcpu.index();
+            let (shared, buses) = (Arc::clone(&this.shared), buses.clone());
+            let on_end = Arc::clone(&on_end);
+            let thread = Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || run(vcpu, &shared, &buses, &*on_end))
+                .map_err(|source| Error::Thread { index, source })?;
+            this.threads.push(thread);
+        }
+        Ok(this)
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.shared.want(Wanted::Running);
+    }
+
+    /// Stops the guest where it is. When it returns no vCPU executes, and none
+    /// is inside a device.
+    pub fn pause(&self) {
+        self.shared.want(Wanted::Paused);
+        self.kick();
+        let state = self.shared.state();
+        let all = self.threads.len();
+        drop(self.shared.changed.wait_while(state, |state| {
+            state.wanted == Wanted::Paused && state.parked < all
+        }));
+    }
+
+    /// Ends the threads and waits for them.
+    pub fn stop(self) {
+        drop(self);
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            // An error means that the thread has ended.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.shared.want(Wanted::Stopped);
+        self.kick();
+        for thread in self.threads.drain(..) {
+            let name = thread.thread().name().unwrap_or("vcpu").to_owned();
+            if thread.join().is_err() {
+                log::error!("thread {name} panicked");
+            }
+        }
+    }
+}
+
+thread_local! {
+    /// The kvm_run page of the vCPU that this thread runs, else null.
+    static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Publishes the page to the signal handler, for as long as the vCPU lives.
+struct Kickable;
+
+impl Kickable {
+    fn new(page: *mut kvm_run) -> Self {
+        RUN_PAGE.set(page);
+        Self
+    }
+}
+
+impl Drop for Kickable {
+    fn drop(&mut self) {
+        RUN_PAGE.set(ptr::null_mut());
+    }
+}
+
+/// Interrupts KVM_RUN, or makes the next one return at once: so a kick that
+/// comes between the check of the state and KVM_RUN is not lost.
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    if let Some(page) = NonNull::new(RUN_PAGE.get()) {
+        // SAFETY: `Kickable` publishes the page of this thread's own vCPU only
+        // while that is alive. The field is one byte that the kernel reads
+        // too; the write is volatile because the interrupted code does not
+        // expect it.
+        unsafe { ptr::write_volatile(&raw mut (*page.as_ptr()).immediate_exit, 1) };
+    }
+}
+
+fn install_kick() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), on_kick) {
+            log::error!("installing the vCPU kick handler: {error}");
+        }
+    });
+}
+
+fn run(mut vcpu: Vcpu, shared: &Shared, buses: &Buses, on_end: &dyn Fn(End)) {
+    let end = {
+        let page = vcpu.run_page();
+        // Dropped before `vcpu`, whose page it publishes.
+        let _kickable = Kickable::new(page);
+        run_until_end(&mut vcpu, shared, buses)
+    };
+    shared.state().parked += 1;
+    shared.changed.notify_all();
+    if let Some(end) = end {
+        on_end(end);
+    }
+}
+
+/// Runs the guest; `None` when the thread was told to end.
+fn run_until_end(vcpu: &mut Vcpu, shared: &Shared, buses: &Buses) -> Option<End> {
+    while shared.may_run() {
+        loop {
+            match vcpu.run() {
+                Exit::MmioRead { address, data } => {
+                    buses.mmio.read(address, data);
+                }
+                Exit::MmioWrite { address, data } => {
+                    buses.mmio.write(address, data);
+                }
+                Exit::PioRead { port, size, data } => {
+                    for unit in data.chunks_exact_mut(size) {
+                        buses.pio.read(u64::from(port), unit);
+                    }
+                }
+                Exit::PioWrite { port, size, data } => {
+                    for unit in data.chunks_exact(size) {
+                        buses.pio.write(u64::from(port), unit);
+                    }
+                }
+                Exit::Interrupted => {
+                    // Cleared before the state is looked at: a kick after that
+                    // sets it again.
+                    vcpu.clear_kick();
+                    break;
+                }
+                Exit::PowerOff => return Some(End::PowerOff),
+                Exit::Reset => return Some(End::Reset),
+                Exit::Crash(reason) => {
+                    let registers = vcpu.registers();
+                    return Some(End::Crash {
+                        vcpu: vcpu.index(),
+                        reason,
+                        registers,
+                    });
+                }
+            }
+        }
+    }
+    None
+}

@@ -1,0 +1,136 @@
+//! The VM: memory slots, interrupt controller, vCPUs, doorbells.
+#![allow(unsafe_code)] // Hands guest RAM to the kernel.
+
+use std::sync::{Arc, Mutex};
+
+use arch::{Space, layout};
+use iommu::GuestRam;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::native;
+use super::routes::Routes;
+use super::{Error, Vcpu, failed, open};
+
+/// A virtual machine. Dropping the last reference, and all [`Vcpu`]s, ends it.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    routes: Mutex<Routes>,
+    _controller: native::Controller,
+    /// The kernel holds these mappings' addresses as long as `fd` lives.
+    _ram: GuestRam,
+}
+
+impl Vm {
+    /// Makes a VM with `ram`, its interrupt controller and `cpus` vCPUs, which
+    /// still need [`Vcpu::set_up`].
+    ///
+    /// # Errors
+    /// KVM is missing, not permitted, too old, or refuses the machine.
+    pub fn new(ram: &GuestRam, cpus: u32) -> Result<(Arc<Self>, Vec<Vcpu>), Error> {
+        let kvm = open()?;
+        check_cpus(&kvm, cpus)?;
+        let fd = native::create_vm(&kvm)?;
+        add_memory(&fd, ram)?;
+        let host = Arc::new(native::Host::of(&kvm, &fd)?);
+        let (controller, vcpus) = native::create_controller(&fd, || {
+            (0..cpus)
+                .map(|index| Vcpu::new(&fd, &host, index, cpus))
+                .collect()
+        })?;
+        let vm = Self {
+            fd,
+            routes: Mutex::default(),
+            _controller: controller,
+            _ram: ram.clone(),
+        };
+        vm.set_routing(&Routes::default())?;
+        Ok((Arc::new(vm), vcpus))
+    }
+
+    pub(super) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    pub(super) fn route_table(&self) -> &Mutex<Routes> {
+        &self.routes
+    }
+
+    /// Signals `event` when the guest writes to `address`, in the kernel: any
+    /// access of any width when `value` is `None`, else only a 32-bit write of
+    /// that value.
+    ///
+    /// # Errors
+    /// The kernel refuses it; the same doorbell may be there already.
+    pub fn add_doorbell(
+        &self,
+        space: Space,
+        address: u64,
+        value: Option<u32>,
+        event: &EventFd,
+    ) -> Result<(), Error> {
+        let address = io_address(space, address);
+        match value {
+            Some(value) => self.fd.register_ioevent(event, &address, value),
+            None => self.fd.register_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(failed("KVM_IOEVENTFD"))
+    }
+
+    /// Takes back what [`Self::add_doorbell`] with the same arguments did.
+    ///
+    /// # Errors
+    /// There is no such doorbell.
+    pub fn remove_doorbell(
+        &self,
+        space: Space,
+        address: u64,
+        value: Option<u32>,
+        event: &EventFd,
+    ) -> Result<(), Error> {
+        let address = io_address(space, address);
+        match value {
+            Some(value) => self.fd.unregister_ioevent(event, &address, value),
+            None => self.fd.unregister_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(failed("KVM_IOEVENTFD"))
+    }
+}
+
+fn io_address(space: Space, address: u64) -> IoEventAddress {
+    match space {
+        Space::Pio => IoEventAddress::Pio(address),
+        Space::Mmio => IoEventAddress::Mmio(address),
+    }
+}
+
+fn check_cpus(kvm: &Kvm, asked: u32) -> Result<(), Error> {
+    let max = u32::try_from(kvm.get_max_vcpus())
+        .unwrap_or(u32::MAX)
+        .min(layout::MAX_CPUS);
+    if (1..=max).contains(&asked) {
+        Ok(())
+    } else {
+        Err(Error::TooManyCpus { asked, max })
+    }
+}
+
+fn add_memory(fd: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    for (slot, region) in (0..).zip(ram.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is a mapping of `memory_size` bytes at
+        // `userspace_addr`, regions of one memory do not overlap, and `Vm`
+        // keeps the mapping for as long as it keeps the VM.
+        unsafe { fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
