@@ -21,10 +21,11 @@ mod native;
 use std::io;
 use std::os::fd::FromRawFd;
 
+use kvm_bindings::KVM_CAP_IOEVENTFD_ANY_LENGTH;
 use kvm_ioctls::{Cap, Kvm};
 
 pub use memory::{Backing, allocate};
-pub use routes::{Line, Message, Msi};
+pub use routes::Line;
 pub use vcpu::{Exit, Vcpu};
 pub use vcpus::{Buses, End, Vcpus};
 pub use vm::Vm;
@@ -85,9 +86,6 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
-    /// No GSI is left for another message-signalled interrupt.
-    #[error("all {0} interrupt routes are in use")]
-    NoRoute(u32),
     /// A thread could not be started.
     #[error("starting the thread of vCPU {index}: {source}")]
     Thread {
@@ -133,8 +131,12 @@ fn open() -> Result<Kvm, Error> {
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
         (Cap::Irqfd, "KVM_CAP_IRQFD"),
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-        (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+        (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     ];
+    // kvm-ioctls has no name for it; without it a doorbell matches one width.
+    if kvm.check_extension_raw(KVM_CAP_IOEVENTFD_ANY_LENGTH.into()) <= 0 {
+        return Err(Error::MissingCapability("KVM_CAP_IOEVENTFD_ANY_LENGTH"));
+    }
     for (cap, name) in common.iter().chain(native::CAPABILITIES) {
         if !kvm.check_extension(*cap) {
             return Err(Error::MissingCapability(name));

@@ -6,9 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::layout::FIRST_MSI_GSI;
+use devices::interrupt::{IrqLine, MsiMessage, MsiSink, MsiVector};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi,
@@ -21,23 +22,11 @@ use super::{Error, Vm, failed};
 /// `KVM_MAX_IRQ_ROUTES`: GSIs are below this.
 const GSI_LIMIT: u32 = 4096;
 
-/// A message-signalled interrupt as it reaches the interrupt controller: the
-/// address is a guest physical one, after any translation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Message {
-    /// Doorbell address.
-    pub address: u64,
-    /// Data written.
-    pub data: u32,
-    /// Requester ID, which the ITS takes as DeviceID (aarch64).
-    pub requester: u32,
-}
-
 /// The routing table. GSIs below [`FIRST_MSI_GSI`] are wired to the interrupt
 /// controller's pins one to one; `None` is an allocated GSI without a message.
 #[derive(Debug, Default)]
 pub(super) struct Routes {
-    messages: BTreeMap<u32, Option<Message>>,
+    messages: BTreeMap<u32, Option<MsiMessage>>,
 }
 
 impl Routes {
@@ -52,7 +41,7 @@ impl Routes {
     }
 
     /// Returns whether the kernel must be told.
-    fn set(&mut self, gsi: u32, message: Option<Message>) -> bool {
+    fn set(&mut self, gsi: u32, message: Option<MsiMessage>) -> bool {
         match self.messages.insert(gsi, message) {
             Some(old) => old != message,
             None => message.is_some(),
@@ -83,8 +72,8 @@ fn wired(gsi: u32) -> kvm_irq_routing_entry {
     entry
 }
 
-fn signalled(gsi: u32, message: Message) -> kvm_irq_routing_entry {
-    let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
+fn signalled(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let [a, b, c, d, e, f, g, h] = message.address.0.to_le_bytes();
     let mut msi = kvm_irq_routing_msi {
         address_lo: u32::from_le_bytes([a, b, c, d]),
         address_hi: u32::from_le_bytes([e, f, g, h]),
@@ -92,7 +81,7 @@ fn signalled(gsi: u32, message: Message) -> kvm_irq_routing_entry {
         ..kvm_irq_routing_msi::default()
     };
     if native::MSI_FLAGS != 0 {
-        msi.__bindgen_anon_1.devid = message.requester;
+        msi.__bindgen_anon_1.devid = message.requester.0;
     }
     let mut entry = kvm_irq_routing_entry {
         gsi,
@@ -117,27 +106,12 @@ impl Vm {
         Ok(Line { event })
     }
 
-    /// A message-signalled interrupt without a message yet.
-    ///
-    /// # Errors
-    /// All GSIs are in use, no eventfd is to be had or the kernel refuses it.
-    pub fn msi(self: &Arc<Self>) -> Result<Msi, Error> {
-        let event = EventFd::new(EFD_NONBLOCK).map_err(failed("creating an eventfd"))?;
-        let gsi = self
-            .routes()
-            .allocate()
-            .ok_or(Error::NoRoute(GSI_LIMIT - FIRST_MSI_GSI))?;
-        // From here on dropping gives the GSI back.
-        let msi = Msi {
-            vm: Arc::clone(self),
-            gsi,
-            event,
-            attached: Mutex::new(false),
-        };
-        Ok(msi)
+    /// Gives out message-signalled interrupts.
+    pub fn msi_sink(self: &Arc<Self>) -> Arc<dyn MsiSink> {
+        Arc::new(Sink(Arc::clone(self)))
     }
 
-    fn set_message(&self, gsi: u32, message: Option<Message>) -> Result<(), Error> {
+    fn set_message(&self, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
         let mut routes = self.routes();
         if !routes.set(gsi, message) {
             return Ok(());
@@ -145,7 +119,7 @@ impl Vm {
         self.set_routing(&routes)
     }
 
-    fn routes(&self) -> std::sync::MutexGuard<'_, Routes> {
+    fn routes(&self) -> MutexGuard<'_, Routes> {
         // The table is whole between any two of its operations.
         self.route_table()
             .lock()
@@ -154,69 +128,77 @@ impl Vm {
 
     /// Tells the kernel the whole table. The lock is held so that an older
     /// table never replaces a newer one.
-    pub(super) fn set_routing(&self, routes: &Routes) -> Result<(), Error> {
-        let table = KvmIrqRouting::from_entries(&routes.entries())
-            .map_err(|error| failed("KVM_SET_GSI_ROUTING")(io::Error::other(error)))?;
-        self.fd()
-            .set_gsi_routing(&table)
-            .map_err(failed("KVM_SET_GSI_ROUTING"))
+    pub(super) fn set_routing(&self, routes: &Routes) -> io::Result<()> {
+        let table = KvmIrqRouting::from_entries(&routes.entries()).map_err(io::Error::other)?;
+        Ok(self.fd().set_gsi_routing(&table)?)
     }
 }
 
-/// A wired interrupt.
+/// A wired interrupt. All of them are edge-triggered, so it is an irqfd: one
+/// system call an edge.
 #[derive(Debug)]
 pub struct Line {
     event: EventFd,
 }
 
-impl Line {
-    /// Raises it: one edge.
-    ///
-    /// # Errors
-    /// Never in practice: the eventfd's counter is full, which means that an
-    /// edge is pending anyway.
-    pub fn raise(&self) -> io::Result<()> {
-        self.event.write(1)
+impl IrqLine for Line {
+    fn set(&self, high: bool) {
+        if high && let Err(error) = self.event.write(1) {
+            // The counter is full: an edge is pending anyway.
+            log::debug!("raising an interrupt line: {error}");
+        }
     }
+}
 
-    /// The eventfd behind it, for a device that raises interrupts itself.
-    pub fn event(&self) -> &EventFd {
-        &self.event
+struct Sink(Arc<Vm>);
+
+impl MsiSink for Sink {
+    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let gsi = self.0.routes().allocate();
+        let gsi = gsi.ok_or_else(|| io::Error::other("all interrupt routes are in use"))?;
+        let vm = Arc::clone(&self.0);
+        Ok(Arc::new(Vector {
+            vm,
+            gsi,
+            event,
+            attached: Mutex::new(false),
+        }))
     }
 }
 
 /// A message-signalled interrupt. Gives back its GSI when dropped.
-#[derive(Debug)]
-pub struct Msi {
+struct Vector {
     vm: Arc<Vm>,
     gsi: u32,
     event: EventFd,
-    /// Whether the kernel consumes the eventfd.
+    /// Whether the kernel consumes the eventfd. Taken before the table's lock.
     attached: Mutex<bool>,
 }
 
-impl Msi {
-    /// Sets what the interrupt writes and where; `None` masks it. While it is
-    /// masked, what is signalled stays in the eventfd, unread: it is delivered
-    /// when a message is set again.
-    ///
-    /// # Errors
-    /// The kernel refuses the route.
-    pub fn set(&self, message: Option<Message>) -> Result<(), Error> {
-        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        let fd = self.vm.fd();
+impl Vector {
+    fn attached(&self) -> MutexGuard<'_, bool> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MsiVector for Vector {
+    fn eventfd(&self) -> &EventFd {
+        &self.event
+    }
+
+    fn route(&self, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut attached = self.attached();
         match message {
             Some(_) => {
                 self.vm.set_message(self.gsi, message)?;
                 if !*attached {
-                    fd.register_irqfd(&self.event, self.gsi)
-                        .map_err(failed("KVM_IRQFD"))?;
+                    self.vm.fd().register_irqfd(&self.event, self.gsi)?;
                     *attached = true;
                 }
             }
             None if *attached => {
-                fd.unregister_irqfd(&self.event, self.gsi)
-                    .map_err(failed("KVM_IRQFD"))?;
+                self.vm.fd().unregister_irqfd(&self.event, self.gsi)?;
                 *attached = false;
             }
             None => {}
@@ -224,30 +206,21 @@ impl Msi {
         Ok(())
     }
 
-    /// Raises it, or leaves it pending while masked.
-    ///
-    /// # Errors
-    /// Never in practice: the eventfd's counter is full, which means that the
-    /// interrupt is pending anyway.
-    pub fn raise(&self) -> io::Result<()> {
-        self.event.write(1)
-    }
-
-    /// The eventfd to signal, for vhost or a device of the event loop.
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// Takes back what was raised while masked; true if there was something.
-    pub fn take_pending(&self) -> bool {
-        let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        !*attached && self.event.read().is_ok()
+    fn pending(&self) -> bool {
+        let attached = self.attached();
+        // Nobody else reads the counter while it is not attached, so it may be
+        // taken and put back.
+        !*attached
+            && match self.event.read() {
+                Ok(count) => self.event.write(count).is_ok(),
+                Err(_) => false,
+            }
     }
 }
 
-impl Drop for Msi {
+impl Drop for Vector {
     fn drop(&mut self) {
-        if let Err(error) = self.set(None) {
+        if let Err(error) = self.route(None) {
             log::warn!("interrupt route {}: {error}", self.gsi);
         }
         // The kernel forgets the entry with the next change of the table; no
@@ -259,11 +232,12 @@ impl Drop for Msi {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use iommu::{Gpa, StreamId};
 
-    const MESSAGE: Message = Message {
-        address: 0x1_FEE0_1000,
+    const MESSAGE: MsiMessage = MsiMessage {
+        address: Gpa(0x1_FEE0_1000),
         data: 0x4021,
-        requester: 0x18,
+        requester: StreamId(0x18),
     };
 
     #[test]
@@ -285,7 +259,7 @@ mod tests {
         assert!(!routes.set(gsi, None));
         assert!(routes.set(gsi, Some(MESSAGE)));
         assert!(!routes.set(gsi, Some(MESSAGE)));
-        assert!(routes.set(gsi, Some(Message { data: 1, ..MESSAGE })));
+        assert!(routes.set(gsi, Some(MsiMessage { data: 1, ..MESSAGE })));
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The VM: memory slots, interrupt controller, vCPUs, doorbells.
 #![allow(unsafe_code)] // Hands guest RAM to the kernel.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
-use arch::{Space, layout};
-use iommu::GuestRam;
+use arch::layout;
+use devices::interrupt::Doorbells;
+use iommu::{Gpa, GuestRam};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -47,10 +49,12 @@ impl Vm {
             _controller: controller,
             _ram: ram.clone(),
         };
-        vm.set_routing(&Routes::default())?;
+        vm.set_routing(&Routes::default())
+            .map_err(failed("KVM_SET_GSI_ROUTING"))?;
         Ok((Arc::new(vm), vcpus))
     }
 
+    /// What the kernel calls this VM by.
     pub(super) fn fd(&self) -> &VmFd {
         &self.fd
     }
@@ -58,52 +62,18 @@ impl Vm {
     pub(super) fn route_table(&self) -> &Mutex<Routes> {
         &self.routes
     }
-
-    /// Signals `event` when the guest writes to `address`, in the kernel: any
-    /// access of any width when `value` is `None`, else only a 32-bit write of
-    /// that value.
-    ///
-    /// # Errors
-    /// The kernel refuses it; the same doorbell may be there already.
-    pub fn add_doorbell(
-        &self,
-        space: Space,
-        address: u64,
-        value: Option<u32>,
-        event: &EventFd,
-    ) -> Result<(), Error> {
-        let address = io_address(space, address);
-        match value {
-            Some(value) => self.fd.register_ioevent(event, &address, value),
-            None => self.fd.register_ioevent(event, &address, NoDatamatch),
-        }
-        .map_err(failed("KVM_IOEVENTFD"))
-    }
-
-    /// Takes back what [`Self::add_doorbell`] with the same arguments did.
-    ///
-    /// # Errors
-    /// There is no such doorbell.
-    pub fn remove_doorbell(
-        &self,
-        space: Space,
-        address: u64,
-        value: Option<u32>,
-        event: &EventFd,
-    ) -> Result<(), Error> {
-        let address = io_address(space, address);
-        match value {
-            Some(value) => self.fd.unregister_ioevent(event, &address, value),
-            None => self.fd.unregister_ioevent(event, &address, NoDatamatch),
-        }
-        .map_err(failed("KVM_IOEVENTFD"))
-    }
 }
 
-fn io_address(space: Space, address: u64) -> IoEventAddress {
-    match space {
-        Space::Pio => IoEventAddress::Pio(address),
-        Space::Mmio => IoEventAddress::Mmio(address),
+/// Doorbells are memory-mapped: the kernel signals the eventfd.
+impl Doorbells for Vm {
+    fn attach(&self, address: Gpa, kick: &EventFd) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address.0);
+        Ok(self.fd.register_ioevent(kick, &address, NoDatamatch)?)
+    }
+
+    fn detach(&self, address: Gpa, kick: &EventFd) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address.0);
+        Ok(self.fd.unregister_ioevent(kick, &address, NoDatamatch)?)
     }
 }
 
