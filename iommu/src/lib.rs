@@ -16,6 +16,13 @@
 //! 3. a model's state (tables, TLB), never held while a gate is taken;
 //! 4. a consumer's own lock, taken inside its [`NotifierSink`].
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        reason = "tests index small tables by the addresses they made up"
+    )
+)]
 
 mod addr;
 pub mod dma;
@@ -24,6 +31,7 @@ mod notifier;
 mod region;
 mod space;
 mod translate;
+pub mod virtio;
 
 pub use addr::{EmptyRange, Gpa, Hva, Iova, IovaRange, StreamId};
 pub use dma::{DmaSpace, DmaView};

@@ -122,3 +122,17 @@ pub fn ram_blocks(ram: &GuestRam) -> impl Iterator<Item = Mapping> + '_ {
         })
     })
 }
+
+/// The mapping of `iova` to itself: the whole block of RAM it lies in, or its
+/// page outside of RAM (an interrupt doorbell, say).
+pub(crate) fn identity_around(ram: &GuestRam, iova: Iova) -> Mapping {
+    let block = ram_blocks(ram).find(|block| block.iova.contains(iova));
+    block.unwrap_or_else(|| {
+        let page = IovaRange::block(iova, 12);
+        Mapping {
+            iova: page,
+            gpa: Gpa(page.first().0),
+            perm: Perm::READ_WRITE,
+        }
+    })
+}

@@ -1,0 +1,292 @@
+//! The virtio-iommu's queues and registers (virtio 1.2 §5.13) around the model
+//! of [`iommu::virtio`].
+//!
+//! Requests are handled on the vCPU that kicks: Linux sends most of them with
+//! interrupts off and polls the used ring, so every hop to another thread would
+//! be time that it spins.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, spec};
+use iommu::{DmaSpace, DmaView};
+use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{DescriptorChain, Queue, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+
+const REQUEST_QUEUE: u16 = 0;
+const EVENT_QUEUE: u16 = 1;
+const QUEUE_SIZES: [u16; 2] = [256, 64];
+/// The longest request that a driver writes, and the longest answer.
+const MAX_REQUEST: usize = 128;
+const MAX_REPLY: usize = spec::PROBE_SIZE as usize + spec::request::TAIL_SIZE;
+
+/// A queue in use.
+struct Running {
+    queue: Queue,
+    dma: DmaSpace,
+    interrupt: Interrupt,
+}
+
+impl Running {
+    fn new(started: StartedQueue) -> Self {
+        Self {
+            dma: started.space.dma(),
+            queue: started.queue,
+            interrupt: started.interrupt,
+        }
+    }
+
+    fn position(&self) -> QueuePosition {
+        QueuePosition {
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+}
+
+/// The event queue. It has a lock of its own, because faults are reported from
+/// threads that must not wait for the transport: one of its requests may be
+/// waiting for them.
+#[derive(Default)]
+pub struct EventQueue {
+    running: Mutex<Option<Running>>,
+    dropped: AtomicU64,
+    reported: AtomicU64,
+}
+
+impl EventQueue {
+    /// Reports that found a buffer, and reports that found none.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        let reported = self.reported.load(Ordering::Relaxed);
+        (reported, self.dropped.load(Ordering::Relaxed))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl FaultSink for EventQueue {
+    fn report(&self, report: &FaultReport) {
+        let mut running = self.lock();
+        let told = running
+            .as_mut()
+            .is_some_and(|running| push_report(running, report));
+        let counter = if told { &self.reported } else { &self.dropped };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Puts a report into the next buffer (§5.13.6.9); `false` when there is none
+/// that holds it.
+fn push_report(running: &mut Running, report: &FaultReport) -> bool {
+    let view = running.dma.view();
+    let Some(chain) = running.queue.pop_descriptor_chain(&view) else {
+        return false;
+    };
+    let head = chain.head_index();
+    let bytes = report.to_bytes();
+    let written = chain
+        .writable()
+        .next()
+        .filter(|buffer| buffer.len() as usize >= bytes.len())
+        .is_some_and(|buffer| view.write_slice(&bytes, buffer.addr()).is_ok());
+    let len = if written { bytes.len() } else { 0 };
+    let len = u32::try_from(len).unwrap_or(0);
+    if running.queue.add_used(&view, head, len).is_err() {
+        return false;
+    }
+    if running.queue.needs_notification(&view).unwrap_or(true) {
+        running.interrupt.signal();
+    }
+    written
+}
+
+/// The device.
+pub struct VirtioIommuDevice {
+    model: Arc<VirtioIommu>,
+    events: Arc<EventQueue>,
+    requests: Option<Running>,
+}
+
+impl VirtioIommuDevice {
+    /// The device around `model`, whose faults go to `events`.
+    #[must_use]
+    pub fn new(model: Arc<VirtioIommu>, events: Arc<EventQueue>) -> Self {
+        Self {
+            model,
+            events,
+            requests: None,
+        }
+    }
+}
+
+impl VirtioDevice for VirtioIommuDevice {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_IOMMU
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        self.model.features() | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.model.config_space();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = config.get(start..).unwrap_or_default().iter();
+        let bytes = bytes.copied().chain(std::iter::repeat(0));
+        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (true, [value, ..]) = (offset == spec::CONFIG_BYPASS as u64, data) {
+            self.model.set_bypass(*value);
+        }
+    }
+
+    fn inline(&self) -> bool {
+        true
+    }
+
+    fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.model.negotiated(features);
+        Ok(())
+    }
+
+    fn start_queue(&mut self, index: u16, queue: StartedQueue) -> Result<(), DeviceError> {
+        let running = Some(Running::new(queue));
+        match index {
+            REQUEST_QUEUE => self.requests = running,
+            _ => *self.events.lock() = running,
+        }
+        // A driver may have posted requests before DRIVER_OK.
+        if index == REQUEST_QUEUE {
+            self.kicked(index)?;
+        }
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
+        let stopped = match index {
+            REQUEST_QUEUE => self.requests.take(),
+            EVENT_QUEUE => self.events.lock().take(),
+            _ => None,
+        };
+        stopped.map(|running| running.position())
+    }
+
+    fn kicked(&mut self, index: u16) -> Result<(), DeviceError> {
+        match &mut self.requests {
+            Some(running) if index == REQUEST_QUEUE => serve(&self.model, running),
+            _ => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.model.reset();
+    }
+}
+
+/// Handles what the driver has posted, in two passes: with its kicks off, and
+/// once more after they are on again, for what came in between without a kick.
+/// A ring holds no more than that, so a driver that posts without end on
+/// another CPU does not keep this one here.
+fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> {
+    let view = running.dma.view();
+    let queue = &mut running.queue;
+    queue.disable_notification(&view).map_err(not_in_memory)?;
+    drain(model, &view, queue)?;
+    queue.enable_notification(&view).map_err(not_in_memory)?;
+    drain(model, &view, queue)?;
+    if queue.needs_notification(&view).map_err(not_in_memory)? {
+        running.interrupt.signal();
+    }
+    Ok(())
+}
+
+/// Handles up to a ring of requests, then one flush for what they unmapped, and
+/// only then shows that they are done.
+fn drain(model: &VirtioIommu, view: &DmaView<'_>, queue: &mut Queue) -> Result<(), DeviceError> {
+    let mut done = Vec::new();
+    let mut outcome = Ok(());
+    while outcome.is_ok() && done.len() < usize::from(queue.size()) {
+        let Some(chain) = queue.pop_descriptor_chain(view) else {
+            break;
+        };
+        let head = chain.head_index();
+        match answer(model, view, chain) {
+            Some(len) => done.push((head, len)),
+            None => outcome = Err(bad_request("a request has no room for its answer")),
+        }
+    }
+    if view.take_fault().is_some() {
+        outcome = Err(bad_request("a request is not in memory"));
+    }
+    model.flush();
+    for (head, len) in done {
+        queue.add_used(view, head, len).map_err(not_in_memory)?;
+    }
+    outcome
+}
+
+fn bad_request(reason: &'static str) -> DeviceError {
+    DeviceError::BadQueue {
+        queue: REQUEST_QUEUE,
+        reason,
+    }
+}
+
+fn not_in_memory(_: virtio_queue::Error) -> DeviceError {
+    bad_request("its rings are not in memory")
+}
+
+/// One request: a copy in, the answer out. `None` when the driver left no room
+/// for the answer.
+fn answer(
+    model: &VirtioIommu,
+    view: &DmaView<'_>,
+    chain: DescriptorChain<&DmaView<'_>>,
+) -> Option<u32> {
+    let mut request = [0; MAX_REQUEST];
+    let mut reply = [0; MAX_REPLY];
+    let mut given = 0;
+    let mut room = Vec::new();
+    let mut room_len = 0;
+    for descriptor in chain {
+        let len = descriptor.len() as usize;
+        if descriptor.is_write_only() {
+            room_len += len.min(MAX_REPLY);
+            room.push((descriptor.addr(), len));
+        } else {
+            let rest = request.get_mut(given..)?;
+            let take = rest.len().min(len);
+            let bytes = rest.get_mut(..take)?;
+            view.read_slice(bytes, descriptor.addr()).ok()?;
+            given += take;
+        }
+    }
+    let reply_room = reply.get_mut(..room_len.min(MAX_REPLY))?;
+    let size = model.handle(request.get(..given)?, reply_room)?;
+    scatter(view, reply.get(..size)?, &room).ok()?;
+    u32::try_from(size).ok()
+}
+
+/// Writes `bytes` over the buffers in order.
+fn scatter(view: &DmaView<'_>, mut bytes: &[u8], room: &[(GuestAddress, usize)]) -> io::Result<()> {
+    for &(at, len) in room {
+        let (now, later) = bytes.split_at(bytes.len().min(len));
+        view.write_slice(now, at).map_err(io::Error::other)?;
+        bytes = later;
+    }
+    Ok(())
+}

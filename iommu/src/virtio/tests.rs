@@ -1,0 +1,452 @@
+use proptest::prelude::*;
+use vm_memory::GuestAddress;
+
+use super::spec::{feature, request};
+use super::*;
+use crate::{IommuNotifier, NotifierSink, Registration};
+
+const NIC: StreamId = StreamId(0x08);
+const DISK: StreamId = StreamId(0x10);
+const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::MMIO | feature::BYPASS_CONFIG;
+
+#[derive(Default)]
+struct Reports(Mutex<Vec<FaultReport>>);
+
+impl FaultSink for Reports {
+    fn report(&self, report: &FaultReport) {
+        self.0.lock().unwrap().push(*report);
+    }
+}
+
+/// What a listener was told, in order.
+#[derive(Default)]
+struct Listener(Mutex<Vec<String>>);
+
+impl Listener {
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl NotifierSink for Listener {
+    fn map(&self, mapping: &Mapping) {
+        let line = format!("map {} {:?}", mapping.iova, mapping.perm);
+        self.0.lock().unwrap().push(line);
+    }
+
+    fn unmap(&self, ranges: &[IovaRange]) {
+        self.0.lock().unwrap().push(format!("unmap {ranges:?}"));
+    }
+
+    fn registered(&self, outcome: &Registration) {
+        self.0.lock().unwrap().push(outcome.events.to_string());
+    }
+}
+
+struct World {
+    iommu: Arc<VirtioIommu>,
+    reports: Arc<Reports>,
+    nic: Arc<IommuRegion>,
+    _disk: Arc<IommuRegion>,
+}
+
+fn world() -> World {
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let reports = Arc::new(Reports::default());
+    let config = VirtioIommuConfig {
+        input_range: IovaRange::new(Iova(0), Iova((1 << 48) - 1)).unwrap(),
+        msi_window: Some(IovaRange::new(Iova(0xfee0_0000), Iova(0xfeef_ffff)).unwrap()),
+        boot_bypass: true,
+    };
+    let sink = Arc::clone(&reports) as Arc<dyn FaultSink>;
+    let iommu = Arc::new(VirtioIommu::new(config, Arc::new(ram), sink));
+    iommu.negotiated(ALL);
+    let region = |stream| IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, stream);
+    World {
+        nic: region(NIC),
+        _disk: region(DISK),
+        reports,
+        iommu,
+    }
+}
+
+impl World {
+    fn send(&self, request: &[u8]) -> Status {
+        let mut reply = [0xff; 600];
+        let size = self.iommu.handle(request, &mut reply).expect("has room");
+        self.iommu.flush();
+        let status = reply[size - 4];
+        let known = [
+            Status::Ok,
+            Status::Unsupp,
+            Status::Inval,
+            Status::Range,
+            Status::Noent,
+            Status::Nomem,
+        ];
+        *known.iter().find(|known| **known as u8 == status).unwrap()
+    }
+
+    fn listen(&self) -> Arc<Listener> {
+        let listener = Arc::new(Listener::default());
+        self.nic.register(IommuNotifier {
+            wanted: vec![
+                NotifierEvents::DEVIOTLB_UNMAP,
+                NotifierEvents::MAP | NotifierEvents::UNMAP,
+            ],
+            range: IovaRange::ALL,
+            sink: Arc::clone(&listener) as Arc<dyn NotifierSink>,
+        });
+        listener
+    }
+
+    fn read(&self, iova: u64) -> Result<Gpa, FaultReason> {
+        let answer = self.nic.enter().translate(Iova(iova), Access::Read);
+        answer
+            .map(|mapping| mapping.gpa_of(Iova(iova)).unwrap())
+            .map_err(|fault| fault.reason)
+    }
+}
+
+fn attach(domain: u32, endpoint: StreamId, flags: u32) -> Vec<u8> {
+    let words = [domain, endpoint.0, flags, 0];
+    head(
+        request::ATTACH,
+        words.into_iter().flat_map(u32::to_le_bytes),
+    )
+}
+
+fn detach(domain: u32, endpoint: StreamId) -> Vec<u8> {
+    let words = [domain, endpoint.0, 0, 0];
+    head(
+        request::DETACH,
+        words.into_iter().flat_map(u32::to_le_bytes),
+    )
+}
+
+fn map(domain: u32, first: u64, last: u64, gpa: u64, flags: u32) -> Vec<u8> {
+    let body = domain.to_le_bytes().into_iter();
+    let body = body.chain([first, last, gpa].into_iter().flat_map(u64::to_le_bytes));
+    head(request::MAP, body.chain(flags.to_le_bytes()))
+}
+
+fn unmap(domain: u32, first: u64, last: u64) -> Vec<u8> {
+    let body = domain.to_le_bytes().into_iter();
+    let body = body.chain([first, last].into_iter().flat_map(u64::to_le_bytes));
+    head(request::UNMAP, body.chain([0; 4]))
+}
+
+fn probe(endpoint: StreamId) -> Vec<u8> {
+    head(
+        request::PROBE,
+        endpoint.0.to_le_bytes().into_iter().chain([0; 64]),
+    )
+}
+
+fn head(kind: u8, body: impl Iterator<Item = u8>) -> Vec<u8> {
+    [kind, 0, 0, 0].into_iter().chain(body).collect()
+}
+
+#[test]
+fn request_sizes_are_those_of_the_specification() {
+    assert_eq!(attach(1, NIC, 0).len(), request::ATTACH_SIZE);
+    assert_eq!(detach(1, NIC).len(), request::DETACH_SIZE);
+    assert_eq!(map(1, 0, 0, 0, 0).len(), request::MAP_SIZE);
+    assert_eq!(unmap(1, 0, 0).len(), request::UNMAP_SIZE);
+    assert_eq!(probe(NIC).len(), request::PROBE_SIZE);
+}
+
+/// Every rule of §5.13.6 that a single request can break, on an endpoint that
+/// is attached to domain 1 with 0x1000..=0x2fff mapped, and another in bypass
+/// domain 2.
+#[test]
+fn every_rule_has_its_status() {
+    use Status::{Inval, Noent, Ok, Range, Unsupp};
+    let stranger = StreamId(0x99);
+    let corrupt = |mut request: Vec<u8>, at: usize| {
+        request[at] = 1;
+        request
+    };
+    let table: Vec<(&str, Vec<u8>, Status)> = vec![
+        ("unknown type", head(77, [0; 32].into_iter()), Unsupp),
+        ("empty request", vec![], Inval),
+        ("head is reserved", corrupt(unmap(1, 0, 0xfff), 1), Inval),
+        ("short attach", attach(1, NIC, 0)[..19].to_vec(), Inval),
+        ("attach reserved", corrupt(attach(1, NIC, 0), 16), Inval),
+        ("attach unknown flag", attach(1, NIC, 2), Inval),
+        ("attach unknown endpoint", attach(1, stranger, 0), Noent),
+        ("attach again", attach(1, NIC, 0), Ok),
+        ("bypass into translated domain", attach(1, DISK, 1), Inval),
+        ("translated into bypass domain", attach(2, NIC, 0), Inval),
+        ("detach reserved", corrupt(detach(1, NIC), 19), Inval),
+        ("detach unknown endpoint", detach(1, stranger), Noent),
+        ("detach from another domain", detach(2, NIC), Inval),
+        ("detach from no domain", detach(9, NIC), Inval),
+        ("short map", map(1, 0, 0xfff, 0, 1)[..35].to_vec(), Inval),
+        ("map unknown domain", map(9, 0x8000, 0x8fff, 0, 1), Noent),
+        ("map unknown flag", map(1, 0x8000, 0x8fff, 0, 8), Inval),
+        ("map unaligned start", map(1, 0x8001, 0x8fff, 0, 1), Range),
+        ("map unaligned end", map(1, 0x8000, 0x8ffe, 0, 1), Range),
+        ("map unaligned target", map(1, 0x8000, 0x8fff, 1, 1), Range),
+        ("map end before start", map(1, 0x8000, 0x6fff, 0, 1), Inval),
+        ("map over", map(1, 0x2000, 0x4fff, 0, 1), Inval),
+        (
+            "map beyond the input range",
+            map(1, 0, u64::MAX, 0, 1),
+            Range,
+        ),
+        ("map in bypass domain", map(2, 0x8000, 0x8fff, 0, 1), Inval),
+        (
+            "map over MSIs",
+            map(1, 0xfee0_0000, 0xfee0_0fff, 0, 1),
+            Inval,
+        ),
+        (
+            "map to the end of memory and beyond",
+            map(1, 0x8000, 0x9fff, u64::MAX - 0xfff, 1),
+            Range,
+        ),
+        ("map device memory", map(1, 0x9000, 0x9fff, 0, 7), Ok),
+        ("unmap reserved", corrupt(unmap(1, 0, 0xfff), 24), Inval),
+        ("unmap unknown domain", unmap(9, 0, 0xfff), Noent),
+        ("unmap unaligned", unmap(1, 0x800, 0xfff), Range),
+        ("unmap a part", unmap(1, 0x1000, 0x1fff), Range),
+        ("unmap nothing", unmap(1, 0x4_0000, 0x4_ffff), Ok),
+        ("unmap in bypass domain", unmap(2, 0, 0xfff), Inval),
+        ("unmap with holes", unmap(1, 0, 0xffff), Ok),
+        ("probe unknown endpoint", probe(stranger), Noent),
+        ("probe reserved", corrupt(probe(NIC), 8), Inval),
+        ("probe", probe(NIC), Ok),
+    ];
+    for (what, request, status) in table {
+        let world = world();
+        assert_eq!(world.send(&attach(1, NIC, 0)), Ok);
+        assert_eq!(world.send(&attach(2, DISK, 1)), Ok);
+        assert_eq!(world.send(&map(1, 0x1000, 0x2fff, 0x5000, 3)), Ok);
+        assert_eq!(world.send(&request), status, "{what}");
+    }
+}
+
+#[test]
+fn reply_without_room_does_nothing() {
+    let world = world();
+    let mut reply = [0; 3];
+    assert_eq!(world.iommu.handle(&attach(1, NIC, 0), &mut reply), None);
+    assert_eq!(world.iommu.endpoint(NIC).unwrap().domain, None);
+}
+
+#[test]
+fn bypass_at_boot_answers_with_all_of_ram_until_attached() {
+    let world = world();
+    let whole = world.nic.enter().translate(Iova(0x1234), Access::Write);
+    assert_eq!(whole.unwrap().iova.size(), Some(0x10_0000));
+    world.send(&attach(1, NIC, 0));
+    assert_eq!(world.read(0x1234), Err(FaultReason::Translation));
+}
+
+#[test]
+fn bypass_survives_reset_as_it_was_set() {
+    let world = world();
+    world.iommu.set_bypass(0);
+    assert_eq!(world.read(0x1234), Err(FaultReason::Configuration));
+    world.iommu.reset();
+    assert_eq!(world.read(0x1234), Err(FaultReason::Configuration));
+    world.iommu.set_bypass(1);
+    assert_eq!(
+        world.read(0x1234),
+        Err(FaultReason::Configuration),
+        "not negotiated, so it cannot be written"
+    );
+    world.iommu.negotiated(ALL);
+    world.iommu.set_bypass(2);
+    assert_eq!(world.read(0x1234), Err(FaultReason::Configuration));
+    world.iommu.set_bypass(1);
+    assert_eq!(world.read(0x1234), Ok(Gpa(0x1234)));
+}
+
+#[test]
+fn fault_is_reported_with_its_reason() {
+    let world = world();
+    world.iommu.set_bypass(0);
+    let _ = world.read(0x7008);
+    world.send(&attach(1, NIC, 0));
+    world.send(&map(1, 0x7000, 0x7fff, 0, request::MAP_READ));
+    let denied = world.nic.enter().translate(Iova(0x7008), Access::Write);
+    assert_eq!(denied.unwrap_err().reason, FaultReason::Permission);
+    let _ = world.nic.enter().lookup(Iova(0x9000), Access::Read);
+    let reports = world.reports.0.lock().unwrap();
+    let bytes: Vec<_> = reports.iter().map(FaultReport::to_bytes).collect();
+    assert_eq!(bytes.len(), 2, "a lookup leaves no trace");
+    assert_eq!(
+        bytes[0],
+        [
+            1, 0, 0, 0, 1, 1, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 8, 0x70, 0, 0, 0, 0, 0, 0
+        ]
+    );
+    assert_eq!(
+        bytes[1],
+        [
+            2, 0, 0, 0, 2, 1, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 8, 0x70, 0, 0, 0, 0, 0, 0
+        ]
+    );
+}
+
+#[test]
+fn listener_is_shown_each_view_of_memory_in_turn() {
+    let world = world();
+    let listener = world.listen();
+    assert_eq!(
+        listener.take(),
+        ["map+unmap", "map 0x0..=0xfffff rw"],
+        "bypass is prefilled whole"
+    );
+    world.send(&attach(1, NIC, 0));
+    world.send(&map(1, 0x7000, 0x7fff, 0, request::MAP_READ));
+    assert_eq!(
+        listener.take(),
+        ["unmap [0x0..=0xffffffffffffffff]", "map 0x7000..=0x7fff r-"]
+    );
+    world.send(&attach(3, DISK, 0));
+    world.send(&map(3, 0x7000, 0x7fff, 0, 3));
+    world.send(&unmap(3, 0x7000, 0x7fff));
+    assert_eq!(listener.take(), [""; 0], "another domain is no concern");
+    world.send(&detach(1, NIC));
+    assert_eq!(
+        listener.take(),
+        ["unmap [0x0..=0xffffffffffffffff]", "map 0x0..=0xfffff rw"]
+    );
+}
+
+#[test]
+fn adjacent_unmaps_of_one_kick_are_one_invalidation() {
+    let world = world();
+    world.send(&attach(1, NIC, 0));
+    for page in 0..4_u64 {
+        world.send(&map(1, page << 12, (page << 12) | 0xfff, 0, 3));
+    }
+    let listener = world.listen();
+    listener.take();
+    let mut reply = [0; 4];
+    for page in [0_u64, 1, 3] {
+        let request = unmap(1, page << 12, (page << 12) | 0xfff);
+        world.iommu.handle(&request, &mut reply).unwrap();
+    }
+    assert_eq!(listener.take(), [""; 0], "nothing before the flush");
+    world.iommu.flush();
+    assert_eq!(listener.take(), ["unmap [0x0..=0x1fff, 0x3000..=0x3fff]"]);
+}
+
+#[test]
+fn map_over_what_was_just_unmapped_is_not_dropped_with_it() {
+    let world = world();
+    world.send(&attach(1, NIC, 0));
+    world.send(&map(1, 0x1000, 0x1fff, 0, 3));
+    let listener = world.listen();
+    listener.take();
+    let mut reply = [0; 4];
+    world
+        .iommu
+        .handle(&unmap(1, 0x1000, 0x1fff), &mut reply)
+        .unwrap();
+    world
+        .iommu
+        .handle(&map(1, 0x1000, 0x1fff, 0x2000, 1), &mut reply)
+        .unwrap();
+    world.iommu.flush();
+    assert_eq!(
+        listener.take(),
+        ["unmap [0x1000..=0x1fff]", "map 0x1000..=0x1fff r-"]
+    );
+}
+
+#[test]
+fn domain_dies_with_its_last_endpoint() {
+    let world = world();
+    world.send(&attach(1, NIC, 0));
+    world.send(&attach(1, DISK, 0));
+    world.send(&map(1, 0x1000, 0x1fff, 0, 3));
+    world.send(&attach(2, NIC, 0));
+    assert_eq!(world.iommu.mapped(), 1);
+    assert_eq!(world.send(&detach(1, DISK)), Status::Ok);
+    assert_eq!(world.iommu.mapped(), 0);
+    assert_eq!(world.send(&map(1, 0, 0xfff, 0, 3)), Status::Noent);
+}
+
+#[test]
+fn mappings_are_bounded() {
+    let world = world();
+    world.send(&attach(1, NIC, 0));
+    let base = 1_u64 << 33;
+    let one = |page: u64| map(1, base + (page << 12), base + (page << 12) + 0xfff, 0, 3);
+    let full = MAX_DOMAIN_MAPPINGS as u64;
+    for page in 0..full {
+        assert_eq!(world.send(&one(page)), Status::Ok);
+    }
+    assert_eq!(world.send(&one(full)), Status::Nomem);
+    assert_eq!(world.send(&unmap(1, base, (1 << 40) - 1)), Status::Ok);
+    assert_eq!(world.send(&one(full)), Status::Ok);
+}
+
+#[test]
+fn interrupts_of_an_attached_endpoint_pass_untranslated() {
+    let world = world();
+    world.send(&attach(1, NIC, 0));
+    let doorbell = Iova(0xfee0_1000);
+    let mapping = world
+        .nic
+        .enter()
+        .translate(doorbell, Access::Write)
+        .unwrap();
+    assert_eq!(mapping.gpa_of(doorbell), Some(Gpa(0xfee0_1000)));
+    assert!(world.nic.enter().translate(doorbell, Access::Read).is_err());
+    let mut reply = [0; 600];
+    world.iommu.handle(&probe(NIC), &mut reply).unwrap();
+    assert_eq!(reply[..8], [1, 0, 20, 0, 1, 0, 0, 0]);
+    assert_eq!(reply[8..16], 0xfee0_0000_u64.to_le_bytes());
+    assert_eq!(reply[16..24], 0xfeef_ffff_u64.to_le_bytes());
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_of_a_driver_panic(requests in prop::collection::vec(
+        (0_u8..8, prop::collection::vec(any::<u8>(), 0..100)), 0..20,
+    )) {
+        let world = world();
+        let mut reply = [0; 600];
+        for (kind, mut bytes) in requests {
+            if let Some(first) = bytes.first_mut() {
+                *first = kind;
+            }
+            let _ = world.iommu.handle(&bytes, &mut reply);
+        }
+        world.iommu.flush();
+    }
+
+    /// Pages mapped and unmapped at random: the endpoint sees what a table of
+    /// pages says, and the listener holds exactly the same.
+    #[test]
+    fn translation_and_listener_agree_with_a_table_of_pages(
+        ops in prop::collection::vec((0_u64..16, 0_u64..256, any::<bool>()), 1..80),
+    ) {
+        let world = world();
+        world.send(&attach(1, NIC, 0));
+        let mut table = [None; 16];
+        for (page, frame, mapping) in ops {
+            let (first, last) = (page << 12, (page << 12) | 0xfff);
+            let cell = &mut table[page as usize];
+            if mapping {
+                let status = world.send(&map(1, first, last, frame << 12, 1));
+                prop_assert_eq!(status == Status::Ok, cell.is_none());
+                cell.get_or_insert(frame);
+            } else {
+                prop_assert_eq!(world.send(&unmap(1, first, last)), Status::Ok);
+                *cell = None;
+            }
+        }
+        for (page, cell) in table.iter().enumerate() {
+            let seen = world.read((page as u64) << 12);
+            prop_assert_eq!(seen.ok(), cell.map(|frame| Gpa(frame << 12)));
+        }
+        prop_assert_eq!(world.iommu.mapped(), table.iter().flatten().count());
+    }
+}
