@@ -5,6 +5,7 @@
 //! serving: it never waits for the machine. Every size and time is bounded ([`Limits`]), so that
 //! no client can make it grow or stand still.
 
+pub mod client;
 pub mod http;
 mod prometheus;
 pub mod route;

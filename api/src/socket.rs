@@ -1,13 +1,12 @@
 //! The socket's place in the file system: owner-only from the first moment, never taken from a
 //! server that lives, taken over from one that died, gone when its server ends.
 
+use crate::client::connect;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
 /// How often to try again when another process races for the same path.
@@ -146,7 +145,7 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
     if !metadata.file_type().is_socket() {
         return Err(BindError::NotASocket(path.to_owned()));
     }
-    match connect(path) {
+    match connect(path, CONNECT_TIMEOUT) {
         Some(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => {}
         Some(Err(error)) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Some(Ok(_)) | None => return Err(BindError::InUse(path.to_owned())),
@@ -159,14 +158,6 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
         fs::remove_file(path).map_err(|source| host("remove the stale socket", path, source))?;
     }
     Ok(())
-}
-
-/// Connects, but waits no longer than [`CONNECT_TIMEOUT`]; `None` if that was not enough.
-fn connect(path: &Path) -> Option<io::Result<UnixStream>> {
-    let (sender, receiver) = mpsc::channel();
-    let path = path.to_owned();
-    thread::spawn(move || sender.send(UnixStream::connect(path)));
-    receiver.recv_timeout(CONNECT_TIMEOUT).ok()
 }
 
 fn inode_of(metadata: &fs::Metadata) -> (u64, u64) {
@@ -185,6 +176,7 @@ fn host(step: &'static str, path: &Path, source: io::Error) -> BindError {
 mod tests {
     use super::*;
     use crate::testing::Directory;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn the_socket_is_for_its_owner_and_leaves_nothing_behind() {

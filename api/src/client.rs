@@ -1,0 +1,212 @@
+//! The other end: one request on a connection of its own.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longest answer that is read. A page of mappings is a tenth of it.
+const MAX_ANSWER: usize = 4 << 20;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing is at the path.
+    #[error("no machine is at {0}: there is no such socket; is its monitor running?")]
+    NoSocket(PathBuf),
+    /// The socket's server is gone.
+    #[error("no machine is at {0} any more: its monitor ended and left the socket behind")]
+    Refused(PathBuf),
+    /// Another user's.
+    #[error("not permitted to connect to {0}; run this as the user who runs the machine")]
+    NotPermitted(PathBuf),
+    /// The server is alive and silent.
+    #[error("the machine at {0} does not answer")]
+    Silent(PathBuf),
+    /// What answered does not speak HTTP, or says too much.
+    #[error("what answers at {0} is not a machine: {1}")]
+    NotHttp(PathBuf, &'static str),
+    /// The host refused something else.
+    #[error("cannot talk to the machine at {path}")]
+    Host {
+        /// The socket.
+        path: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
+}
+
+/// What a machine answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status code.
+    pub status: u16,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// Sends one request to the machine at `path` and waits for its answer, `patience` at most.
+/// `target` and `method` must be free of spaces and control characters.
+///
+/// # Errors
+/// There is no answer. A status of 400 or more is an answer.
+pub fn request(
+    path: &Path,
+    (method, target): (&str, &str),
+    body: Option<&str>,
+    patience: Duration,
+) -> Result<Answer, ClientError> {
+    let give_up = Instant::now() + patience;
+    let explain = |source| explain(path, source);
+    let mut stream = connect(path, patience)
+        .ok_or_else(|| ClientError::Silent(path.to_owned()))?
+        .map_err(explain)?;
+    stream.set_write_timeout(Some(patience)).map_err(explain)?;
+    let mut request = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
+    request.push_str("Connection: close\r\n");
+    if let Some(body) = body {
+        let length = body.len();
+        request.push_str("Content-Type: application/json\r\n");
+        request.push_str(&format!("Content-Length: {length}\r\n"));
+    }
+    request.push_str("\r\n");
+    request.push_str(body.unwrap_or_default());
+    // A server that refuses a request early may close before it has read all; its answer counts.
+    match stream.write_all(request.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(explain(error)),
+        _ => {}
+    }
+    let bytes = read_to_end(&mut stream, give_up, path)?;
+    parse(&bytes).map_err(|problem| ClientError::NotHttp(path.to_owned(), problem))
+}
+
+fn read_to_end(
+    stream: &mut UnixStream,
+    give_up: Instant,
+    path: &Path,
+) -> Result<Vec<u8>, ClientError> {
+    let mut bytes = Vec::new();
+    let mut chunk = [0; 16 << 10];
+    loop {
+        let left = give_up.saturating_duration_since(Instant::now());
+        // A timeout of zero would mean none.
+        let left = left.max(Duration::from_millis(1));
+        stream
+            .set_read_timeout(Some(left))
+            .map_err(|source| explain(path, source))?;
+        match stream.read(&mut chunk) {
+            Ok(0) => return Ok(bytes),
+            Ok(count) => bytes.extend(chunk.iter().take(count)),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(bytes),
+            Err(source) => return Err(explain(path, source)),
+        }
+        if bytes.len() > MAX_ANSWER {
+            return Err(ClientError::NotHttp(path.to_owned(), "it says too much"));
+        }
+    }
+}
+
+fn parse(bytes: &[u8]) -> Result<Answer, &'static str> {
+    let mut headers = [httparse::EMPTY_HEADER; 32];
+    let mut head = httparse::Response::new(&mut headers);
+    let head_len = match head.parse(bytes) {
+        Ok(httparse::Status::Complete(len)) => len,
+        Ok(httparse::Status::Partial) if bytes.is_empty() => return Err("it says nothing"),
+        Ok(httparse::Status::Partial) => return Err("it breaks off"),
+        Err(_) => return Err("it does not speak HTTP"),
+    };
+    let body = bytes.get(head_len..).unwrap_or_default();
+    let announced = head
+        .headers
+        .iter()
+        .find(|header| header.name.eq_ignore_ascii_case("content-length"))
+        .map_or(Some(0), |header| {
+            std::str::from_utf8(header.value)
+                .ok()?
+                .parse::<usize>()
+                .ok()
+        });
+    if announced != Some(body.len()) {
+        return Err("it breaks off");
+    }
+    Ok(Answer {
+        status: head.code.unwrap_or_default(),
+        body: body.to_vec(),
+    })
+}
+
+fn explain(path: &Path, source: io::Error) -> ClientError {
+    let path = path.to_owned();
+    match source.kind() {
+        ErrorKind::NotFound => ClientError::NoSocket(path),
+        ErrorKind::ConnectionRefused => ClientError::Refused(path),
+        ErrorKind::PermissionDenied => ClientError::NotPermitted(path),
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => ClientError::Silent(path),
+        _ => ClientError::Host { path, source },
+    }
+}
+
+/// Connects, but waits no longer than `patience`; `None` if that was not enough, as it is when
+/// a server that stands still has a full queue.
+pub(crate) fn connect(path: &Path, patience: Duration) -> Option<io::Result<UnixStream>> {
+    let (sender, receiver) = mpsc::channel();
+    let path = path.to_owned();
+    thread::spawn(move || sender.send(UnixStream::connect(path)));
+    receiver.recv_timeout(patience).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use std::os::unix::net::UnixListener;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn error(path: &Path, patience: Duration) -> String {
+        request(path, ("GET", "/"), None, patience)
+            .unwrap_err()
+            .to_string()
+    }
+
+    /// The error against a server that says `words` and closes.
+    fn error_after(words: &'static [u8]) -> String {
+        let directory = Directory::new();
+        let path = directory.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 512];
+            let count = stream.read(&mut request).unwrap();
+            assert!(request[..count].starts_with(b"GET / HTTP/1.1\r\n"));
+            stream.write_all(words).unwrap();
+        });
+        let error = error(&path, PATIENCE);
+        server.join().unwrap();
+        error
+    }
+
+    #[test]
+    fn each_reason_for_no_answer_has_its_own_words() {
+        let directory = Directory::new();
+        let path = directory.path().join("s");
+        assert!(error(&path, PATIENCE).contains("no such socket"));
+        let listener = UnixListener::bind(&path).unwrap();
+        let silent = error(&path, Duration::from_millis(20));
+        assert!(silent.contains("does not answer"), "{silent}");
+        drop(listener);
+        assert!(error(&path, PATIENCE).contains("left the socket behind"));
+    }
+
+    #[test]
+    fn what_is_no_answer_is_called_so() {
+        assert!(error_after(b"").contains("says nothing"));
+        assert!(error_after(b"HTTP/1.1 200 OK\r\n").contains("breaks off"));
+        let short = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab";
+        assert!(error_after(short).contains("breaks off"));
+        assert!(error_after(b"220 mail ready\r\n\r\n").contains("does not speak HTTP"));
+    }
+}

@@ -1,0 +1,324 @@
+//! `portcullis ctl`: asks a running machine.
+//!
+//! Exit status: 0 done; 1 the machine refused; 2 the request makes no sense; 3 no machine
+//! answers.
+
+mod map;
+mod show;
+
+use api::client::{self, Answer, ClientError};
+use clap::{Args, Subcommand};
+use serde_json::Value;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use vmm::action::{EndpointInfo, InstanceInfo, IommuInfo, Mapping, MappingsPage};
+use vmm::config::VmConfig;
+
+/// How long a question may take.
+const QUERY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a change may take: longer than the monitor itself waits for its machine.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(70);
+
+/// Mappings that are asked for at a time.
+const PAGE: u32 = 1000;
+
+/// Most mappings that `iommu map` fetches; a drawing of more shows nothing.
+const MAX_MAPPINGS: usize = 100_000;
+
+/// Ask a running machine, or tell it what to do.
+#[derive(Debug, Args)]
+pub struct CtlArgs {
+    /// The machine's API socket
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+    /// Print the machine's own JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    word: Word,
+}
+
+#[derive(Debug, Subcommand)]
+enum Word {
+    /// What the machine is and does
+    Info,
+    /// Start it as it is configured
+    Start,
+    /// Hold its processors
+    Pause,
+    /// Release its processors
+    Resume,
+    /// End it and its monitor at once
+    Stop,
+    /// Its IOMMU: endpoints, how each is served, counters
+    Iommu(IommuArgs),
+    /// Its metrics
+    Metrics,
+    /// Any request: METHOD PATH [JSON]
+    #[command(external_subcommand)]
+    Request(Vec<String>),
+}
+
+#[derive(Debug, Args)]
+struct IommuArgs {
+    /// Refresh the table, with rates per second, until interrupted
+    #[arg(long)]
+    watch: bool,
+    /// Seconds between two refreshes
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    interval: u32,
+    #[command(subcommand)]
+    view: Option<IommuView>,
+}
+
+#[derive(Debug, Subcommand)]
+enum IommuView {
+    /// Draw the IOVA space of an endpoint
+    Map {
+        /// Its name, PCI address, or stream as 0x and hexadecimal digits
+        endpoint: String,
+    },
+}
+
+/// Why a word was not done.
+enum Failure {
+    /// The machine says no.
+    Refused(String),
+    /// The request makes no sense.
+    Usage(String),
+    /// There is no answer.
+    Unreachable(ClientError),
+    /// The answer cannot be read, or written.
+    Other(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Other(format!("cannot print: {error}"))
+    }
+}
+
+/// Does what the command line says and prints the answer.
+pub fn main(args: &CtlArgs) -> ExitCode {
+    let mut out = io::stdout().lock();
+    let session = Session {
+        socket: &args.api_socket,
+        json: args.json,
+    };
+    let done = session
+        .run(&args.word, &mut out)
+        .and_then(|()| Ok(out.flush()?));
+    let (message, status) = match done {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Refused(message)) => (message, 1),
+        Err(Failure::Usage(message)) => (message, 2),
+        Err(Failure::Unreachable(ClientError::Host { path, source })) => (
+            format!("cannot talk to the machine at {}: {source}", path.display()),
+            3,
+        ),
+        Err(Failure::Unreachable(error)) => (error.to_string(), 3),
+        Err(Failure::Other(message)) => (message, 1),
+    };
+    eprintln!("portcullis ctl: {message}");
+    ExitCode::from(status)
+}
+
+struct Session<'a> {
+    socket: &'a Path,
+    json: bool,
+}
+
+impl Session<'_> {
+    fn run(&self, word: &Word, out: &mut impl Write) -> Result<(), Failure> {
+        match word {
+            Word::Info => self.info(out),
+            Word::Start => self.change("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#),
+            Word::Pause => self.change("PATCH", "/vm", r#"{"state":"Paused"}"#),
+            Word::Resume => self.change("PATCH", "/vm", r#"{"state":"Resumed"}"#),
+            Word::Stop => self.change("PUT", "/actions", r#"{"action_type":"InstanceStop"}"#),
+            Word::Iommu(args) => self.iommu(args, out),
+            Word::Metrics => {
+                let text = self.get("/metrics")?;
+                Ok(out.write_all(&text)?)
+            }
+            Word::Request(words) => self.request(words, out),
+        }
+    }
+
+    fn info(&self, out: &mut impl Write) -> Result<(), Failure> {
+        let instance = self.get("/")?;
+        if self.json {
+            return print_json(&instance, out);
+        }
+        let instance: InstanceInfo = decode(&instance)?;
+        let config: VmConfig = decode(&self.get("/vm/config")?)?;
+        Ok(out.write_all(show::info(&instance, &config).as_bytes())?)
+    }
+
+    fn iommu(&self, args: &IommuArgs, out: &mut impl Write) -> Result<(), Failure> {
+        if let Some(IommuView::Map { endpoint }) = &args.view {
+            return self.map(endpoint, out);
+        }
+        if args.watch {
+            return self.watch(Duration::from_secs(args.interval.into()), out);
+        }
+        let body = self.get("/iommu")?;
+        if self.json {
+            return print_json(&body, out);
+        }
+        let info: IommuInfo = decode(&body)?;
+        Ok(out.write_all(show::iommu(&info, None).as_bytes())?)
+    }
+
+    /// Prints the table again and again, until it is interrupted, the machine ends, or nobody
+    /// reads any more.
+    fn watch(&self, interval: Duration, out: &mut impl Write) -> Result<(), Failure> {
+        let clear = io::stdout().is_terminal();
+        let mut before: Option<(IommuInfo, Instant)> = None;
+        loop {
+            let body = self.get("/iommu")?;
+            let now = Instant::now();
+            let printed = if self.json {
+                let mut line = body.clone();
+                line.push(b'\n');
+                out.write_all(&line)
+            } else {
+                let info: IommuInfo = decode(&body)?;
+                let since = before
+                    .as_ref()
+                    .map(|(info, then)| (info, now.duration_since(*then)));
+                let home = if clear { "\x1b[H\x1b[2J" } else { "" };
+                let table = show::iommu(&info, since);
+                before = Some((info, now));
+                out.write_all(format!("{home}{table}").as_bytes())
+            };
+            match printed.and_then(|()| out.flush()) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                other => other?,
+            }
+            std::thread::sleep(interval);
+        }
+    }
+
+    fn map(&self, name: &str, out: &mut impl Write) -> Result<(), Failure> {
+        let path = format!("/iommu/endpoints/{}", encode_segment(name));
+        let endpoint = self.get(&path)?;
+        let mut mappings: Vec<Mapping> = Vec::new();
+        let mut after = String::new();
+        let mut more = true;
+        while more && mappings.len() < MAX_MAPPINGS {
+            let page = self.get(&format!("{path}/mappings?limit={PAGE}{after}"))?;
+            let page: MappingsPage = decode(&page)?;
+            mappings.extend(page.mappings);
+            more = page.next.is_some();
+            after = page
+                .next
+                .map_or(String::new(), |next| format!("&after={next}"));
+        }
+        if self.json {
+            let text = serde_json::to_vec(&mappings)
+                .map_err(|error| Failure::Other(format!("cannot write JSON: {error}")))?;
+            return print_json(&text, out);
+        }
+        let endpoint: EndpointInfo = decode(&endpoint)?;
+        Ok(out.write_all(map::draw(&endpoint, &mappings, more).as_bytes())?)
+    }
+
+    fn request(&self, words: &[String], out: &mut impl Write) -> Result<(), Failure> {
+        let (method, target, body) = match words {
+            [method, target] => (method, target, None),
+            [method, target, body] => (method, target, Some(body.as_str())),
+            _ => return Err(unknown_word(words)),
+        };
+        let plain =
+            |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
+        if !method.bytes().all(|byte| byte.is_ascii_uppercase()) || !target.starts_with('/') {
+            return Err(unknown_word(words));
+        }
+        if !plain(method) || !plain(target) {
+            let message = format!("{target:?} has spaces or other characters a path cannot have");
+            return Err(Failure::Usage(message));
+        }
+        let answer = self.ask(method, target, body, CHANGE_PATIENCE)?;
+        match serde_json::from_slice::<Value>(&answer) {
+            Ok(_) => print_json(&answer, out),
+            Err(_) => Ok(out.write_all(&answer)?),
+        }
+    }
+
+    fn change(&self, method: &str, target: &str, body: &str) -> Result<(), Failure> {
+        self.ask(method, target, Some(body), CHANGE_PATIENCE)
+            .map(drop)
+    }
+
+    fn get(&self, target: &str) -> Result<Vec<u8>, Failure> {
+        self.ask("GET", target, None, QUERY_PATIENCE)
+    }
+
+    fn ask(
+        &self,
+        method: &str,
+        target: &str,
+        body: Option<&str>,
+        patience: Duration,
+    ) -> Result<Vec<u8>, Failure> {
+        let Answer { status, body } =
+            client::request(self.socket, (method, target), body, patience)
+                .map_err(Failure::Unreachable)?;
+        if status < 400 {
+            return Ok(body);
+        }
+        let fault: Option<Value> = serde_json::from_slice(&body).ok();
+        let message = fault
+            .as_ref()
+            .and_then(|fault| fault["fault_message"].as_str())
+            .map_or_else(
+                || format!("the machine answered with status {status}"),
+                str::to_owned,
+            );
+        Err(Failure::Refused(message))
+    }
+}
+
+fn unknown_word(words: &[String]) -> Failure {
+    Failure::Usage(format!(
+        "cannot make sense of \"{}\"; use info, start, pause, resume, stop, iommu, metrics, \
+         or METHOD /PATH [JSON]",
+        words.join(" ")
+    ))
+}
+
+fn decode<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|error| {
+        Failure::Other(format!(
+            "cannot read the machine's answer, its version may be another: {error}"
+        ))
+    })
+}
+
+fn print_json(body: &[u8], out: &mut impl Write) -> Result<(), Failure> {
+    if body.is_empty() {
+        return Ok(());
+    }
+    let value: Value = decode(body)?;
+    writeln!(out, "{value:#}")?;
+    Ok(())
+}
+
+/// A name as a path segment (RFC 3986 §2.1).
+fn encode_segment(name: &str) -> String {
+    name.bytes()
+        .map(|byte| match byte {
+            byte if byte.is_ascii_alphanumeric() || b"-._~:".contains(&byte) => {
+                char::from(byte).to_string()
+            }
+            byte => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;
