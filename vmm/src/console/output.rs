@@ -1,0 +1,255 @@
+//! The guest's serial output on its way to the host.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use devices::legacy::SerialSink;
+
+/// Bytes that may wait for a reader who is slow or has stopped reading.
+const LIMIT: usize = 256 * 1024;
+/// What [`SerialSink::ready`] promises to take.
+const FIFO: usize = 64;
+/// Bytes written at a time.
+const CHUNK: usize = 4096;
+/// How long the writer gathers bytes before it writes a line's first ones.
+const GATHER: Duration = Duration::from_millis(1);
+
+/// Called when a full buffer has room again.
+type OnRoom = Box<dyn Fn() + Send + Sync>;
+
+/// A bounded buffer between the guest and a file.
+///
+/// vCPUs fill it and never wait; a thread of its own writes it out, so that a
+/// reader who stops (a pager, a terminal after Ctrl-s, a full pipe) blocks that
+/// thread and nothing else. When the buffer is full the guest sees a busy
+/// transmitter. When writing fails for good (the reader is gone), output is
+/// dropped and the guest runs on.
+pub struct Output {
+    buffer: Mutex<Buffer>,
+    /// The buffer got its first bytes, or was closed.
+    filled: Condvar,
+    /// Bytes were written.
+    drained: Condvar,
+    on_room: OnceLock<OnRoom>,
+}
+
+#[derive(Default)]
+struct Buffer {
+    bytes: VecDeque<u8>,
+    /// The writer waits for [`Output::filled`].
+    idle: bool,
+    /// [`SerialSink::ready`] said no since there was last room.
+    refused: bool,
+    /// Nobody reads any more.
+    broken: bool,
+}
+
+impl Output {
+    /// Starts the thread that writes to `file`.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(file: File) -> io::Result<Arc<Self>> {
+        let output = Arc::new(Self {
+            buffer: Mutex::default(),
+            filled: Condvar::new(),
+            drained: Condvar::new(),
+            on_room: OnceLock::new(),
+        });
+        let writer = Arc::clone(&output);
+        // Never joined: it may be blocked in a write until the process ends.
+        thread::Builder::new()
+            .name("console".into())
+            .spawn(move || writer.write_out(file))?;
+        Ok(output)
+    }
+
+    /// Sets what to call, on the writing thread and with no lock held, when a
+    /// full buffer is half empty again. Only the first call counts.
+    pub fn on_room(&self, call: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_room.set(Box::new(call));
+    }
+
+    /// Waits until everything is written, or until nothing has been written for
+    /// `patience`. Returns how many bytes are left.
+    pub fn flush(&self, patience: Duration) -> usize {
+        let mut buffer = self.lock();
+        let mut left = buffer.bytes.len();
+        let mut deadline = Instant::now() + patience;
+        while left != 0 && !buffer.broken {
+            let Some(wait) = deadline.checked_duration_since(Instant::now()) else {
+                break;
+            };
+            let waited = self.drained.wait_timeout(buffer, wait);
+            buffer = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if buffer.bytes.len() < left {
+                deadline = Instant::now() + patience;
+            }
+            left = buffer.bytes.len();
+        }
+        left
+    }
+
+    fn write_out(&self, mut file: File) {
+        let mut chunk = Vec::with_capacity(CHUNK);
+        loop {
+            self.next_chunk(&mut chunk);
+            // Written bytes leave the buffer afterwards, so that an empty buffer
+            // means that all is written.
+            match write_all(&mut file, &chunk) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    self.lock().broken = true;
+                    log::info!("console: nobody reads the output any more; dropping it");
+                }
+                Err(error) => log::warn!("console: {} bytes are lost: {error}", chunk.len()),
+            }
+            self.forget(chunk.len());
+        }
+    }
+
+    /// Waits for bytes and copies the next ones.
+    fn next_chunk(&self, chunk: &mut Vec<u8>) {
+        let mut buffer = self.lock();
+        if buffer.bytes.is_empty() {
+            while buffer.bytes.is_empty() {
+                buffer.idle = true;
+                let woken = self.filled.wait(buffer);
+                buffer = woken.unwrap_or_else(PoisonError::into_inner);
+            }
+            buffer.idle = false;
+            // A guest sends byte by byte: a moment's patience makes one write
+            // and one wake-up of a whole line.
+            drop(buffer);
+            thread::sleep(GATHER);
+            buffer = self.lock();
+        }
+        chunk.clear();
+        chunk.extend(buffer.bytes.iter().take(CHUNK));
+    }
+
+    fn forget(&self, count: usize) {
+        let mut buffer = self.lock();
+        buffer.bytes.drain(..count);
+        if buffer.broken {
+            buffer.bytes.clear();
+        }
+        let has_room = buffer.refused && buffer.bytes.len() <= LIMIT / 2;
+        if has_room {
+            buffer.refused = false;
+        }
+        drop(buffer);
+        self.drained.notify_all();
+        if let (true, Some(on_room)) = (has_room, self.on_room.get()) {
+            on_room();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SerialSink for Output {
+    fn put(&self, byte: u8) -> bool {
+        let mut buffer = self.lock();
+        if buffer.broken {
+            return true;
+        }
+        if buffer.bytes.len() >= LIMIT {
+            return false;
+        }
+        buffer.bytes.push_back(byte);
+        if std::mem::take(&mut buffer.idle) {
+            self.filled.notify_one();
+        }
+        true
+    }
+
+    fn ready(&self) -> bool {
+        let mut buffer = self.lock();
+        let ready = buffer.broken || buffer.bytes.len() + FIFO <= LIMIT;
+        buffer.refused |= !ready;
+        ready
+    }
+}
+
+/// `write_all` that also waits where the file was made non-blocking by someone
+/// who shares it.
+fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn pipe() -> (io::PipeReader, Arc<Output>) {
+        let (reader, writer) = io::pipe().unwrap();
+        let output = Output::start(File::from(OwnedFd::from(writer))).unwrap();
+        (reader, output)
+    }
+
+    #[test]
+    fn bytes_come_out_in_order_and_flush_waits_for_them() {
+        let (mut reader, output) = pipe();
+        assert!(b"hello".iter().all(|&byte| output.put(byte)));
+        assert_eq!(output.flush(Duration::from_secs(60)), 0);
+        let mut bytes = [0; 5];
+        reader.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"hello");
+    }
+
+    #[test]
+    fn a_reader_who_stops_makes_the_transmitter_busy_until_it_reads_again() {
+        let (mut reader, output) = pipe();
+        let (room, has_room) = mpsc::channel();
+        output.on_room(move || room.send(()).unwrap());
+        let mut sent = 0;
+        while output.ready() {
+            assert!(output.put(b'x'));
+            sent += 1;
+        }
+        // The promise: one FIFO more would have been taken, and was.
+        for _ in 0..FIFO - 1 {
+            sent += usize::from(output.put(b'x'));
+        }
+        assert!(output.flush(Duration::from_millis(1)) > 0);
+        let mut bytes = vec![0; sent];
+        reader.read_exact(&mut bytes).unwrap();
+        has_room.recv().unwrap();
+        assert!(output.ready());
+    }
+
+    #[test]
+    fn output_is_dropped_when_nobody_reads() {
+        let (reader, output) = pipe();
+        drop(reader);
+        for _ in 0..2 * LIMIT {
+            if !output.ready() {
+                output.flush(Duration::from_secs(60));
+            }
+            assert!(output.put(b'x'));
+        }
+        assert_eq!(output.flush(Duration::from_secs(60)), 0);
+    }
+}

@@ -1,0 +1,131 @@
+//! Signals from the host, as events of the loop.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use libc::{
+    SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, c_int, c_void, siginfo_t,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::{block_signal, register_signal_handler};
+
+use crate::console::terminal;
+
+/// Signalled by the handler. Never closed: a signal may come at any time.
+static WAKE: OnceLock<EventFd> = OnceLock::new();
+/// Signals that arrived since [`Signals::take`], one bit a number.
+static PENDING: AtomicU64 = AtomicU64::new(0);
+/// When the first terminating signal arrived, in milliseconds since 1970; 0
+/// before it.
+static TERMINATING: AtomicU64 = AtomicU64::new(0);
+/// Signals this close to the first are the same request: `timeout` and shells
+/// send one to the process and one to its group.
+const SAME_REQUEST_MS: u64 = 1_000;
+
+/// What the host asks of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// End (SIGTERM, SIGINT, SIGQUIT, SIGHUP).
+    Terminate,
+    /// Stop, giving the terminal back (SIGTSTP).
+    Suspend,
+    /// The process was continued (SIGCONT).
+    Continue,
+}
+
+/// The process's signal handlers.
+#[derive(Debug)]
+pub struct Signals {
+    wake: &'static EventFd,
+}
+
+impl Signals {
+    /// Installs the handlers. The first terminating signal is an event; should
+    /// the event loop not get to it, one a second later ends the process at
+    /// once.
+    ///
+    /// SIGTTIN and SIGTTOU are blocked here and in every thread started later:
+    /// a job in the background then reads EIO from its terminal, and writes to
+    /// it, instead of being stopped.
+    ///
+    /// # Errors
+    /// No event fd, or a handler cannot be installed.
+    pub fn install() -> io::Result<Self> {
+        let wake = match WAKE.get() {
+            Some(wake) => wake,
+            None => {
+                let created = EventFd::new(EFD_NONBLOCK)?;
+                WAKE.get_or_init(|| created)
+            }
+        };
+        for number in [SIGTTIN, SIGTTOU] {
+            // The only failure is that it was blocked already.
+            let _ = block_signal(number);
+        }
+        for number in [SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGTSTP, SIGCONT] {
+            register_signal_handler(number, handle)
+                .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        }
+        Ok(Self { wake })
+    }
+
+    /// The signals since the last call, in the order they are to be handled.
+    pub fn take(&self) -> impl Iterator<Item = Signal> + use<> {
+        // Empty when a spurious wake-up: nothing is pending then either.
+        let _ = self.wake.read();
+        let pending = PENDING.swap(0, Ordering::SeqCst);
+        let any = move |numbers: &[c_int]| numbers.iter().any(|&n| pending & bit(n) != 0);
+        [
+            (Signal::Suspend, any(&[SIGTSTP])),
+            (Signal::Continue, any(&[SIGCONT])),
+            (Signal::Terminate, any(&[SIGTERM, SIGINT, SIGQUIT, SIGHUP])),
+        ]
+        .into_iter()
+        .filter_map(|(signal, arrived)| arrived.then_some(signal))
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+}
+
+fn bit(number: c_int) -> u64 {
+    1 << (number & 63)
+}
+
+/// Runs on any thread, at any time: only async-signal-safe calls.
+extern "C" fn handle(number: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    if !matches!(number, SIGTSTP | SIGCONT) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(1, |since| {
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        });
+        let first = TERMINATING.compare_exchange(0, now, Ordering::SeqCst, Ordering::SeqCst);
+        if first.is_err_and(|first| now.saturating_sub(first) > SAME_REQUEST_MS) {
+            terminal::restore_and_exit();
+        }
+    }
+    PENDING.fetch_or(bit(number), Ordering::SeqCst);
+    if let Some(wake) = WAKE.get() {
+        let _ = wake.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_becomes_an_event_once() {
+        let signals = Signals::install().unwrap();
+        // As the kernel would call it; the arguments are not looked at.
+        handle(SIGCONT, std::ptr::null_mut(), std::ptr::null_mut());
+        assert_eq!(signals.take().collect::<Vec<_>>(), [Signal::Continue]);
+        assert_eq!(signals.take().count(), 0);
+    }
+}
