@@ -1,5 +1,18 @@
-//! The machine: configuration, actions, controller, KVM.
+//! The machine: configuration, actions, controller, KVM. Knows no HTTP.
+//!
+//! A [`config::VmConfig`] says what the user wants, [`plan::MachinePlan`] what
+//! will be built, [`builder`] builds it, and a [`controller::Controller`] owns
+//! it and answers every [`action::Action`].
 
 pub mod action;
+pub mod builder;
 pub mod config;
+pub mod console;
+pub mod controller;
+pub mod ending;
 pub mod kvm;
+pub mod logger;
+pub mod metrics;
+pub mod plan;
+pub mod reports;
+pub mod signals;

@@ -1,0 +1,95 @@
+//! Counters of the monitor: plain atomics, counted where things happen and
+//! read when somebody asks.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use devices::legacy::SerialCounters;
+
+use crate::action::{MachineState, MetricFamily, MetricKind, metrics_json};
+use crate::logger;
+
+/// What the monitor counts.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Actions that were done.
+    pub actions_done: AtomicU64,
+    /// Actions that were refused or failed.
+    pub actions_failed: AtomicU64,
+    /// The serial port.
+    pub serial: Arc<SerialCounters>,
+}
+
+impl Metrics {
+    /// All metrics, as they are now.
+    pub fn families(&self, state: MachineState) -> Vec<MetricFamily> {
+        let counter = |name, help, value: &AtomicU64| {
+            let value = value.load(Ordering::Relaxed);
+            MetricFamily::single(name, help, MetricKind::Counter, value)
+        };
+        vec![
+            MetricFamily::single(
+                "portcullis_running",
+                "Whether the guest's processors run.",
+                MetricKind::Gauge,
+                u64::from(state == MachineState::Running),
+            ),
+            counter(
+                "portcullis_actions_done_total",
+                "Actions that were done.",
+                &self.actions_done,
+            ),
+            counter(
+                "portcullis_actions_failed_total",
+                "Actions that were refused or failed.",
+                &self.actions_failed,
+            ),
+            counter(
+                "portcullis_serial_received_bytes_total",
+                "Bytes the guest read from its serial port.",
+                &self.serial.received,
+            ),
+            counter(
+                "portcullis_serial_transmitted_bytes_total",
+                "Bytes the guest wrote to its serial port.",
+                &self.serial.transmitted,
+            ),
+            counter(
+                "portcullis_serial_lost_bytes_total",
+                "Bytes the guest wrote to its serial port while it was busy.",
+                &self.serial.lost,
+            ),
+        ]
+    }
+}
+
+/// The file of `PUT /metrics`: one JSON object a line.
+#[derive(Debug)]
+pub struct MetricsFile(File);
+
+impl MetricsFile {
+    /// Opens it to append to.
+    ///
+    /// # Errors
+    /// It cannot be opened or made.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        logger::open_for_appending(path).map(Self)
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// It cannot be written now: a FIFO nobody reads, or a full file system.
+    pub fn append(&mut self, families: &[MetricFamily]) -> io::Result<()> {
+        // Before 1970 it is 1970.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or(u64::MAX);
+        let mut line = metrics_json(families, now);
+        line.push('\n');
+        self.0.write_all(line.as_bytes())
+    }
+}

@@ -1,0 +1,195 @@
+//! What was said becomes what will be done.
+//!
+//! [`VmConfig`] is what the user gave, by command line, file or API;
+//! [`MachinePlan`] is the machine that will be built: every default filled in,
+//! every address assigned. [`MachinePlan::resolve`] is the one conversion, and
+//! the one place where it can fail. Printed as JSON by `portcullis check`.
+
+use std::path::PathBuf;
+
+use arch::layout;
+use serde::Serialize;
+
+use crate::action::Hex;
+use crate::config::{ConfigError, VmConfig};
+
+/// Console and behaviour of a guest whose command line was left out: log and
+/// login on the serial port; a kernel panic resets at once instead of hanging.
+#[cfg(target_arch = "x86_64")]
+const DEFAULT_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 panic=-1";
+#[cfg(target_arch = "aarch64")]
+const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// A machine as it will be built.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MachinePlan {
+    /// Virtual processors, all present at boot.
+    pub vcpus: u8,
+    /// Guest memory, ascending and disjoint.
+    pub memory: Vec<MemoryRange>,
+    /// What it boots.
+    pub boot: Boot,
+    /// Where the serial console is.
+    pub console: Console,
+}
+
+/// A range of guest physical addresses that is RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryRange {
+    /// First address.
+    pub base: Hex,
+    /// Length in bytes.
+    pub size: Hex,
+}
+
+/// Kernel, initial ramdisk and command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Boot {
+    /// File of the kernel.
+    pub kernel: PathBuf,
+    /// File of the initial ramdisk.
+    pub initrd: Option<PathBuf>,
+    /// The whole command line the guest sees.
+    pub cmdline: String,
+}
+
+/// Where the serial console is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Console {
+    /// Standard output, with the keyboard on standard input.
+    Stdio,
+    /// A file or FIFO, and no keyboard.
+    File(PathBuf),
+}
+
+impl MachinePlan {
+    /// Decides what to build. Touches neither files nor the host.
+    ///
+    /// # Errors
+    /// The first value that cannot be built, by its name in the configuration.
+    pub fn resolve(config: &VmConfig) -> Result<Self, ConfigError> {
+        let source = config.validate_for_start()?;
+        refuse_pci_devices(config)?;
+        let machine = &config.machine_config;
+        let serial_file = config
+            .serial
+            .as_ref()
+            .and_then(|s| s.serial_out_path.clone());
+        Ok(Self {
+            vcpus: machine.vcpu_count,
+            memory: memory_ranges(machine.mem_size_mib)?,
+            boot: Boot {
+                kernel: PathBuf::from(&source.kernel_image_path),
+                initrd: source.initrd_path.as_ref().map(PathBuf::from),
+                cmdline: source
+                    .boot_args
+                    .clone()
+                    .unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+            },
+            console: serial_file.map_or(Console::Stdio, |path| Console::File(path.into())),
+        })
+    }
+}
+
+fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
+    let ranges = mib
+        .checked_mul(1 << 20)
+        .and_then(|size| layout::ram_ranges(size).ok())
+        .ok_or_else(|| {
+            let problem = format!(
+                "{mib} MiB cannot be laid out; use {} to {}",
+                layout::MIN_RAM >> 20,
+                layout::MAX_RAM >> 20
+            );
+            ConfigError::new("machine-config.mem_size_mib", problem)
+        })?;
+    let range = |range: &arch::Range| MemoryRange {
+        base: Hex(range.base),
+        size: Hex(range.size),
+    };
+    Ok(ranges.iter().map(range).collect())
+}
+
+/// There is no PCI bus yet for them to sit on.
+fn refuse_pci_devices(config: &VmConfig) -> Result<(), ConfigError> {
+    let sections = [
+        ("drives", !config.drives.is_empty()),
+        ("network-interfaces", !config.network_interfaces.is_empty()),
+        ("vsock", config.vsock.is_some()),
+        ("entropy", config.entropy.is_some()),
+        ("iommu", config.iommu != crate::config::Iommu::default()),
+    ];
+    match sections.iter().find(|(_, given)| *given) {
+        Some((section, _)) => Err(ConfigError::new(
+            *section,
+            "this version has no PCI devices; remove the section",
+        )),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{BootSource, Drive};
+
+    fn config() -> VmConfig {
+        VmConfig {
+            boot_source: Some(BootSource {
+                kernel_image_path: "vmlinuz".into(),
+                ..BootSource::default()
+            }),
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn what_was_left_out_gets_a_console() {
+        let plan = MachinePlan::resolve(&config()).unwrap();
+        assert!(plan.boot.cmdline.contains("console=ttyS0"));
+        assert_eq!(plan.console, Console::Stdio);
+        assert_eq!(plan.memory[0].size, Hex(512 << 20));
+    }
+
+    #[test]
+    fn a_command_line_that_was_given_is_taken_as_it_is() {
+        let mut config = config();
+        config.boot_source.as_mut().unwrap().boot_args = Some("quiet".into());
+        let plan = MachinePlan::resolve(&config).unwrap();
+        assert_eq!(plan.boot.cmdline, "quiet");
+    }
+
+    #[test]
+    fn memory_that_does_not_fit_the_layout_is_refused_by_name() {
+        for mib in [1, 63, 1 << 20] {
+            let mut config = config();
+            config.machine_config.mem_size_mib = mib;
+            let error = MachinePlan::resolve(&config).unwrap_err();
+            assert_eq!(error.field, "machine-config.mem_size_mib", "{mib}");
+        }
+    }
+
+    #[test]
+    fn memory_beyond_4_gib_is_all_there() {
+        let mut config = config();
+        config.machine_config.mem_size_mib = 6 << 10;
+        let plan = MachinePlan::resolve(&config).unwrap();
+        let total: u64 = plan.memory.iter().map(|range| range.size.0).sum();
+        assert_eq!(total, 6 << 30);
+    }
+
+    #[test]
+    fn a_machine_without_a_kernel_is_refused() {
+        let error = MachinePlan::resolve(&VmConfig::default()).unwrap_err();
+        assert!(error.to_string().contains("--kernel"), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_built_is_refused_and_not_forgotten() {
+        let mut config = config();
+        config.drives = vec!["path=disk,id=d".parse::<Drive>().unwrap()];
+        let error = MachinePlan::resolve(&config).unwrap_err();
+        assert_eq!(error.field, "drives");
+    }
+}
