@@ -1,6 +1,7 @@
 //! The command line.
 
 mod ctl;
+mod run;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -16,12 +17,18 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(run::RunArgs),
+    Serve(run::ServeArgs),
+    Check(run::CheckArgs),
     /// Ask a running machine, or tell it what to do
     Ctl(ctl::CtlArgs),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
+        Command::Run(args) => run::run(args),
+        Command::Serve(args) => run::serve(args),
+        Command::Check(args) => run::check(&args),
         Command::Ctl(args) => ctl::main(&args),
     }
 }

@@ -1,0 +1,247 @@
+//! `portcullis run`, `serve` and `check`.
+
+use std::fmt::Display;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow};
+use api::{Limits, Server, Socket};
+use clap::Args;
+use vmm::builder::{BootFiles, BuildError};
+use vmm::config::{BootSource, LogLevel, Logger, MemorySize, VmConfig};
+use vmm::controller::Controller;
+use vmm::plan::MachinePlan;
+use vmm::{console, logger};
+
+/// The command line or the configuration cannot be used.
+const USAGE_STATUS: u8 = 2;
+
+/// Boot a machine and connect its serial console to standard input and output
+/// (Ctrl-a x quits)
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Kernel: a vmlinux or bzImage (x86_64), an Image, gzip'd Image or EFI
+    /// zboot vmlinuz (aarch64)
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial ramdisk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line, instead of one that gives a console
+    #[arg(long, value_name = "STRING")]
+    cmdline: Option<String>,
+    /// Virtual processors, 1 to 32
+    #[arg(long, value_name = "N")]
+    cpus: Option<u8>,
+    /// Guest memory: 512M, 2G, or a number of MiB
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<MemorySize>,
+    /// Machine as JSON; the options above replace what it says
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Serve the API at this Unix socket meanwhile
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// Wait for the API to configure and start a machine
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Unix socket to serve the API at
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+    /// Machine as JSON, to begin with
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// Validate a machine, print how it would be built, and start nothing
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Machine as JSON
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct LogArgs {
+    /// off, error, warning, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "warning")]
+    log_level: LogLevel,
+    /// Append the log to this file instead of standard error
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+}
+
+/// Runs a machine until it ends; the exit status says how it did.
+pub fn run(args: RunArgs) -> ExitCode {
+    finish(try_run(args))
+}
+
+fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
+    args.log.apply()?;
+    let socket = args.api_socket.clone();
+    let config = args.into_config()?;
+    let mut controller = new_controller()?;
+    controller.configure(config).map_err(usage)?;
+    controller.start().map_err(|error| match error {
+        BuildError::Config(error) => usage(error),
+        other => Failure::Other(other.into()),
+    })?;
+    let server = socket.map(|path| start_server(&path, &controller));
+    serve_until_end(controller, server.transpose()?)
+}
+
+/// Serves the API until the machine it configures ends.
+pub fn serve(args: ServeArgs) -> ExitCode {
+    finish(try_serve(args))
+}
+
+fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
+    args.log.apply()?;
+    let mut controller = new_controller()?;
+    if let Some(path) = &args.config {
+        controller
+            .configure(read_config(path)?)
+            .map_err(|error| usage(format!("{}: {error}", path.display())))?;
+    }
+    let server = start_server(&args.api_socket, &controller)?;
+    serve_until_end(controller, Some(server))
+}
+
+/// Prints the machine a configuration describes.
+pub fn check(args: &CheckArgs) -> ExitCode {
+    finish(try_check(args))
+}
+
+fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
+    let config = read_config(&args.config)?;
+    let name = |error| usage(format!("{}: {error}", args.config.display()));
+    let plan = MachinePlan::resolve(&config).map_err(name)?;
+    BootFiles::open(&plan).map_err(name)?;
+    let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
+    println!("{json}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn new_controller() -> Result<Controller, Failure> {
+    console::end_process_on_panic();
+    let controller = Controller::new().context("cannot set up")?;
+    Ok(controller)
+}
+
+fn start_server(path: &Path, controller: &Controller) -> Result<Server, Failure> {
+    let socket = Socket::bind(path).map_err(usage)?;
+    let server = Server::start(socket, controller.client(), Limits::default());
+    Ok(server.context("cannot serve the API")?)
+}
+
+fn serve_until_end(controller: Controller, server: Option<Server>) -> Result<ExitCode, Failure> {
+    let ending = controller.run();
+    drop(server);
+    match ending.status() {
+        1 => Err(Failure::Other(anyhow!("{ending}"))),
+        4 => {
+            complain(&ending);
+            Ok(ExitCode::from(4))
+        }
+        status => Ok(ExitCode::from(status)),
+    }
+}
+
+impl RunArgs {
+    /// The configuration file, if any, with the options in it.
+    fn into_config(self) -> Result<VmConfig, Failure> {
+        let mut config = match &self.config {
+            Some(path) => read_config(path)?,
+            None => VmConfig::default(),
+        };
+        if let Some(kernel) = self.kernel {
+            let source = config.boot_source.get_or_insert_with(BootSource::default);
+            source.kernel_image_path = utf8("--kernel", kernel)?;
+        }
+        match &mut config.boot_source {
+            Some(source) => {
+                if let Some(initrd) = self.initrd {
+                    source.initrd_path = Some(utf8("--initrd", initrd)?);
+                }
+                source.boot_args = self.cmdline.or(source.boot_args.take());
+            }
+            None => return Err(usage("no kernel: give --kernel FILE or --config FILE")),
+        }
+        let machine = &mut config.machine_config;
+        machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
+        machine.mem_size_mib = self.memory.map_or(machine.mem_size_mib, MemorySize::mib);
+        Ok(config)
+    }
+}
+
+impl LogArgs {
+    fn apply(&self) -> Result<(), Failure> {
+        let path = self.log_file.clone();
+        let settings = Logger {
+            log_path: path.map(|path| utf8("--log-file", path)).transpose()?,
+            level: Some(self.log_level),
+            ..Logger::default()
+        };
+        logger::start();
+        logger::configure(&settings)
+            .map_err(|error| usage(format!("--log-file: {}", error.problem)))
+    }
+}
+
+fn read_config(path: &Path) -> Result<VmConfig, Failure> {
+    let text = fs::read_to_string(path)
+        .map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
+    VmConfig::from_json(&text).map_err(|error| usage(format!("{}: {error}", path.display())))
+}
+
+/// The configuration is JSON, so its paths are text.
+fn utf8(flag: &str, path: PathBuf) -> Result<String, Failure> {
+    path.into_os_string().into_string().map_err(|path| {
+        let path = path.to_string_lossy();
+        usage(format!("{flag}: {path} is not UTF-8; rename the file"))
+    })
+}
+
+/// Why there is no exit status of the guest.
+enum Failure {
+    /// What the user gave cannot be used.
+    Usage(String),
+    /// Anything else.
+    Other(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+fn usage(error: impl Display) -> Failure {
+    Failure::Usage(error.to_string())
+}
+
+fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
+    console::restore_terminal();
+    match outcome {
+        Ok(status) => status,
+        Err(Failure::Usage(message)) => {
+            complain(&message);
+            ExitCode::from(USAGE_STATUS)
+        }
+        Err(Failure::Other(error)) => {
+            complain(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn complain(message: &dyn Display) {
+    eprintln!("portcullis: {message}");
+}
