@@ -205,10 +205,10 @@ fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> 
     let view = running.dma.view();
     let queue = &mut running.queue;
     queue.disable_notification(&view).map_err(not_in_memory)?;
-    drain(model, &view, queue)?;
+    let mut handled = drain(model, &view, queue)?;
     queue.enable_notification(&view).map_err(not_in_memory)?;
-    drain(model, &view, queue)?;
-    if queue.needs_notification(&view).map_err(not_in_memory)? {
+    handled += drain(model, &view, queue)?;
+    if handled != 0 && queue.needs_notification(&view).map_err(not_in_memory)? {
         running.interrupt.signal();
     }
     Ok(())
@@ -216,7 +216,7 @@ fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> 
 
 /// Handles up to a ring of requests, then one flush for what they unmapped, and
 /// only then shows that they are done.
-fn drain(model: &VirtioIommu, view: &DmaView<'_>, queue: &mut Queue) -> Result<(), DeviceError> {
+fn drain(model: &VirtioIommu, view: &DmaView<'_>, queue: &mut Queue) -> Result<usize, DeviceError> {
     let mut done = Vec::new();
     let mut outcome = Ok(());
     while outcome.is_ok() && done.len() < usize::from(queue.size()) {
@@ -233,10 +233,11 @@ fn drain(model: &VirtioIommu, view: &DmaView<'_>, queue: &mut Queue) -> Result<(
         outcome = Err(bad_request("a request is not in memory"));
     }
     model.flush();
+    let handled = done.len();
     for (head, len) in done {
         queue.add_used(view, head, len).map_err(not_in_memory)?;
     }
-    outcome
+    outcome.map(|()| handled)
 }
 
 fn bad_request(reason: &'static str) -> DeviceError {
@@ -290,3 +291,6 @@ fn scatter(view: &DmaView<'_>, mut bytes: &[u8], room: &[(GuestAddress, usize)])
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

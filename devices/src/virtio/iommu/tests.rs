@@ -1,0 +1,216 @@
+use iommu::{
+    Access, AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId,
+    virtio::VirtioIommuConfig,
+};
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+use crate::interrupt::{MsiMessage, MsiVector};
+
+const NIC: StreamId = StreamId(8);
+const SIZE: u16 = 16;
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const REQUEST: u64 = 0x4000;
+const REPLY: u64 = 0x5000;
+/// How far the event queue's memory lies behind the request queue's.
+const EVENTS: u64 = 0x8000;
+
+struct Vector(EventFd);
+
+impl MsiVector for Vector {
+    fn eventfd(&self) -> &EventFd {
+        &self.0
+    }
+
+    fn route(&self, _message: Option<MsiMessage>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn pending(&self) -> bool {
+        false
+    }
+}
+
+/// A device with both queues started, and the driver's end of them.
+struct Driver {
+    ram: Arc<GuestRam>,
+    device: VirtioIommuDevice,
+    model: Arc<VirtioIommu>,
+    events: Arc<EventQueue>,
+    nic: Arc<IommuRegion>,
+    interrupts: [Arc<Vector>; 2],
+}
+
+fn driver() -> Driver {
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let ram = Arc::new(ram);
+    let config = VirtioIommuConfig {
+        input_range: IovaRange::new(Iova(0), Iova((1 << 48) - 1)).unwrap(),
+        msi_window: None,
+        boot_bypass: false,
+    };
+    let events = Arc::new(EventQueue::default());
+    let sink = Arc::clone(&events) as Arc<dyn FaultSink>;
+    let model = Arc::new(VirtioIommu::new(config, Arc::clone(&ram), sink));
+    let nic = IommuRegion::new(Arc::clone(&model) as Arc<dyn Iommu>, NIC);
+    let vector = || Arc::new(Vector(EventFd::new(EFD_NONBLOCK).unwrap()));
+    let mut driver = Driver {
+        device: VirtioIommuDevice::new(Arc::clone(&model), Arc::clone(&events)),
+        interrupts: [vector(), vector()],
+        ram,
+        model,
+        events,
+        nic,
+    };
+    let features = driver.device.features();
+    driver.device.negotiated(features).unwrap();
+    for index in [REQUEST_QUEUE, EVENT_QUEUE] {
+        driver.start(index, u64::from(index) * EVENTS);
+    }
+    driver
+}
+
+impl Driver {
+    fn start(&mut self, index: u16, offset: u64) {
+        let mut queue = Queue::new(SIZE).unwrap();
+        let low = |address: u64| Some(u32::try_from(address + offset).unwrap());
+        queue.set_desc_table_address(low(DESC), Some(0));
+        queue.set_avail_ring_address(low(AVAIL), Some(0));
+        queue.set_used_ring_address(low(USED), Some(0));
+        queue.set_ready(true);
+        let vector = Arc::clone(&self.interrupts[usize::from(index)]);
+        let started = StartedQueue {
+            queue,
+            space: AddressSpace::identity(StreamId(0), Arc::clone(&self.ram)),
+            kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            interrupt: Interrupt::new(vector as Arc<dyn MsiVector>),
+        };
+        self.device.start_queue(index, started).unwrap();
+    }
+
+    fn write<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
+        self.ram.write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    fn read<T: vm_memory::ByteValued>(&self, at: u64) -> T {
+        self.ram.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// Posts a chain of buffers as the next entry of a ring.
+    fn post(&self, offset: u64, buffers: &[(u64, u32, bool)]) {
+        let index: u16 = self.read(offset + AVAIL + 2);
+        for (slot, &(address, len, writable)) in (0_u16..).zip(buffers) {
+            let at = offset + DESC + u64::from(slot) * 16;
+            let more = usize::from(slot) + 1 < buffers.len();
+            self.write(at, address);
+            self.write(at + 8, len);
+            self.write(at + 12, u16::from(more) | u16::from(writable) << 1);
+            self.write(at + 14, slot + 1);
+        }
+        self.write(offset + AVAIL + 4 + u64::from(index % SIZE) * 2, 0_u16);
+        self.write(offset + AVAIL + 2, index.wrapping_add(1));
+    }
+
+    fn used(&self, offset: u64) -> u16 {
+        self.read(offset + USED + 2)
+    }
+
+    /// Sends an ATTACH of the NIC and kicks; the status as it stands in memory.
+    fn attach(&mut self, buffers: &[(u64, u32, bool)]) -> Result<u8, DeviceError> {
+        let words = [1_u32, 1, NIC.0, 0, 0];
+        for (slot, word) in (0_u64..).zip(words) {
+            self.write(REQUEST + slot * 4, word);
+        }
+        self.write(REPLY, 0xff_u8);
+        self.post(0, buffers);
+        self.device.kicked(REQUEST_QUEUE)?;
+        Ok(self.read(REPLY))
+    }
+}
+
+#[test]
+fn request_is_answered_before_the_kick_returns() {
+    let mut driver = driver();
+    let status = driver.attach(&[(REQUEST, 20, false), (REPLY, 4, true)]);
+    assert_eq!(status.unwrap(), 0);
+    assert_eq!(driver.used(0), 1);
+    assert_eq!(driver.model.endpoint(NIC).unwrap().domain, Some(1));
+    assert_eq!(driver.interrupts[0].0.read().unwrap(), 1);
+}
+
+#[test]
+fn request_cut_into_bytes_is_a_request() {
+    let mut driver = driver();
+    let pieces = (0..10).map(|piece| (REQUEST + piece * 2, 2, false));
+    let tail = [(REPLY, 1, true), (REPLY + 1, 3, true)];
+    let buffers: Vec<_> = pieces.chain(tail).collect();
+    assert_eq!(driver.attach(&buffers).unwrap(), 0);
+}
+
+#[test]
+fn request_without_room_for_its_answer_needs_a_reset() {
+    let mut driver = driver();
+    let outcome = driver.attach(&[(REQUEST, 20, false), (REPLY, 3, true)]);
+    assert!(matches!(outcome, Err(DeviceError::BadQueue { .. })));
+    assert_eq!(driver.model.endpoint(NIC).unwrap().domain, None);
+}
+
+#[test]
+fn request_outside_of_memory_needs_a_reset() {
+    let mut driver = driver();
+    let outcome = driver.attach(&[(0xffff_f000, 20, false), (REPLY, 4, true)]);
+    assert!(matches!(outcome, Err(DeviceError::BadQueue { .. })));
+}
+
+#[test]
+fn endless_request_is_read_to_its_bound() {
+    let mut driver = driver();
+    let status = driver.attach(&[(REQUEST, 0xf_0000, false), (REPLY, 4, true)]);
+    assert_eq!(status.unwrap(), 0, "what lies behind a request is ignored");
+}
+
+#[test]
+fn faults_reach_the_driver_while_it_posts_buffers() {
+    let driver = driver();
+    driver.post(EVENTS, &[(REPLY, 24, true)]);
+    for page in [0x7000, 0x8000] {
+        let _ = driver.nic.enter().translate(Iova(page), Access::Write);
+    }
+    assert_eq!(driver.used(EVENTS), 1);
+    assert_eq!(driver.read::<u8>(REPLY), spec::fault::REASON_DOMAIN);
+    assert_eq!(driver.read::<u64>(REPLY + 16), 0x7000);
+    assert_eq!(
+        driver.events.counts(),
+        (1, 1),
+        "the second one had no buffer"
+    );
+    assert_eq!(driver.interrupts[1].0.read().unwrap(), 1);
+}
+
+#[test]
+fn bypass_is_a_byte_of_the_configuration() {
+    let mut driver = driver();
+    let mut config = [0xff; 44];
+    driver.device.read_config(0, &mut config);
+    assert_eq!(config[..8], (!0xfff_u64).to_le_bytes());
+    assert_eq!(config[36..], [0; 8]);
+    driver.device.write_config(36, &[1]);
+    driver.device.read_config(36, &mut config[..1]);
+    assert_eq!(config[0], 1);
+    let seen = driver.nic.enter().translate(Iova(0x1234), Access::Read);
+    assert_eq!(seen.unwrap().gpa_of(Iova(0x1234)), Some(Gpa(0x1234)));
+}
+
+#[test]
+fn stopped_queue_tells_where_it_is() {
+    let mut driver = driver();
+    driver
+        .attach(&[(REQUEST, 20, false), (REPLY, 4, true)])
+        .unwrap();
+    let position = driver.device.stop_queue(REQUEST_QUEUE).unwrap();
+    assert_eq!((position.next_avail, position.next_used), (1, 1));
+    assert_eq!(driver.device.stop_queue(REQUEST_QUEUE), None);
+}
