@@ -2,5 +2,7 @@
 
 mod device;
 pub mod iommu;
+pub mod pci;
+pub mod rng;
 
 pub use device::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};

@@ -1,0 +1,289 @@
+//! Configuration space from tables (PCIe 6.0 §7.5): each double word has a value
+//! and a mask of the bits that software can write. Accesses of any size are
+//! merged in one place.
+
+use iommu::Gpa;
+
+/// Bytes of a function's configuration space.
+const SIZE: usize = 4096;
+const WORDS: usize = SIZE / 4;
+/// Where extended capabilities start (§7.6).
+const EXTENDED: u16 = 0x100;
+/// Registers of the type 0 header (§7.5.1).
+const COMMAND: u16 = 0x04;
+const BAR0: u16 = 0x10;
+const CAPABILITIES: u16 = 0x34;
+const FIRST_CAPABILITY: u16 = 0x40;
+/// Command bits: memory space enable, bus master enable, INTx disable.
+const MEMORY_SPACE: u32 = 1 << 1;
+const BUS_MASTER: u32 = 1 << 2;
+const INTX_DISABLE: u32 = 1 << 10;
+/// Status bit: the list of capabilities exists.
+const CAPABILITY_LIST: u32 = 1 << 20;
+/// A BAR for 64-bit, prefetchable memory (§7.5.1.2.1).
+const BAR_MEMORY64_PREFETCHABLE: u32 = 0b1100;
+
+/// What identifies a function.
+#[derive(Clone, Copy, Debug)]
+pub struct Ids {
+    /// Who made it.
+    pub vendor: u16,
+    /// What it is.
+    pub device: u16,
+    /// Class, subclass and programming interface in bits 23:0.
+    pub class: u32,
+    /// Revision.
+    pub revision: u8,
+    /// Subsystem vendor.
+    pub subsystem_vendor: u16,
+    /// Subsystem.
+    pub subsystem: u16,
+}
+
+/// A memory region of a function: BAR 0 and 1 as one 64-bit BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// Where it is at first; a multiple of its size.
+    pub base: Gpa,
+    /// Bytes; a power of two of at least 16.
+    pub size: u64,
+}
+
+/// The configuration space of one function.
+#[derive(Debug)]
+pub struct ConfigSpace {
+    values: [u32; WORDS],
+    writable: [u32; WORDS],
+    bar: Option<Bar>,
+    next_capability: u16,
+    last_capability: u16,
+    next_extended: u16,
+    last_extended: Option<u16>,
+}
+
+impl ConfigSpace {
+    /// A type 0 header with nothing behind it.
+    #[must_use]
+    pub fn new(ids: &Ids, bar: Option<Bar>) -> Self {
+        let mut space = Self {
+            values: [0; WORDS],
+            writable: [0; WORDS],
+            bar,
+            next_capability: FIRST_CAPABILITY,
+            last_capability: CAPABILITIES,
+            next_extended: EXTENDED,
+            last_extended: None,
+        };
+        let word = |low: u16, high: u16| u32::from(low) | u32::from(high) << 16;
+        space.set(0x00, word(ids.vendor, ids.device), 0);
+        space.set(COMMAND, 0, MEMORY_SPACE | BUS_MASTER | INTX_DISABLE);
+        space.set(0x08, u32::from(ids.revision) | ids.class << 8, 0);
+        // The cache line size is for software alone (§7.5.1.1.7).
+        space.set(0x0c, 0, 0xff);
+        space.set(0x2c, word(ids.subsystem_vendor, ids.subsystem), 0);
+        // The interrupt line is for software alone (§7.5.1.1.12).
+        space.set(0x3c, 0, 0xff);
+        if let Some(bar) = bar {
+            let (low, high) = halves(bar.base.0);
+            let (low_mask, high_mask) = halves(!(bar.size - 1));
+            space.set(BAR0, low | BAR_MEMORY64_PREFETCHABLE, low_mask & !0xf);
+            space.set(BAR0 + 4, high, high_mask);
+        }
+        space
+    }
+
+    /// Adds a capability (§7.5.3): its bytes from behind the two-byte header on,
+    /// and which of their bits software can write. Returns where its header is.
+    ///
+    /// # Panics
+    /// When it does not fit: the parts of a function are known when it is made.
+    pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u16 {
+        let at = self.next_capability;
+        let len = u16::try_from(body.len() + 2).expect("a capability is short");
+        assert!(at + len <= EXTENDED, "no room for capability {id:#x}");
+        let link = if self.last_capability == CAPABILITIES {
+            self.set_bits(COMMAND, CAPABILITY_LIST);
+            CAPABILITIES
+        } else {
+            self.last_capability + 1
+        };
+        let [low, _] = at.to_le_bytes();
+        self.init(link, &[low], &[0]);
+        self.init(at, &[id, 0], &[0, 0]);
+        self.init(at + 2, body, writable);
+        self.last_capability = at;
+        self.next_capability = (at + len).next_multiple_of(4);
+        at
+    }
+
+    /// Adds an extended capability (§7.6.3): its double words from behind the
+    /// header on, each with the bits that software can write.
+    ///
+    /// # Panics
+    /// When it does not fit.
+    pub fn add_extended_capability(&mut self, id: u16, version: u8, body: &[(u32, u32)]) -> u16 {
+        let at = self.next_extended;
+        if let Some(last) = self.last_extended {
+            self.set_bits(last, u32::from(at) << 20);
+        }
+        self.set(at, u32::from(id) | u32::from(version) << 16, 0);
+        let mut next = at + 4;
+        for &(value, writable) in body {
+            self.set(next, value, writable);
+            next += 4;
+        }
+        self.last_extended = Some(at);
+        self.next_extended = next;
+        at
+    }
+
+    /// Reads at `offset`; what lies beyond the space reads as ones.
+    pub fn read(&self, offset: u16, data: &mut [u8]) {
+        for (at, byte) in (usize::from(offset)..).zip(data) {
+            let word = self.values.get(at / 4).copied().unwrap_or(u32::MAX);
+            *byte = word.to_le_bytes()[at % 4];
+        }
+    }
+
+    /// Writes the bits that can be written.
+    pub fn write(&mut self, offset: u16, data: &[u8]) {
+        for (at, &byte) in (usize::from(offset)..).zip(data) {
+            let (Some(value), Some(mask)) =
+                (self.values.get_mut(at / 4), self.writable.get(at / 4))
+            else {
+                return;
+            };
+            let shift = 8 * (at % 4);
+            let mask = mask & 0xff << shift;
+            *value = *value & !mask | u32::from(byte) << shift & mask;
+        }
+    }
+
+    /// The double word at `offset`, a multiple of 4.
+    #[must_use]
+    pub fn word(&self, offset: u16) -> u32 {
+        let word = self.values.get(usize::from(offset) / 4);
+        word.copied().unwrap_or(u32::MAX)
+    }
+
+    /// Where the BAR is now, or `None` while the function does not decode it.
+    #[must_use]
+    pub fn bar(&self) -> Option<Bar> {
+        let bar = self.bar?;
+        if self.word(COMMAND) & MEMORY_SPACE == 0 {
+            return None;
+        }
+        let base = u64::from(self.word(BAR0) & !0xf) | u64::from(self.word(BAR0 + 4)) << 32;
+        Some(Bar {
+            base: Gpa(base),
+            ..bar
+        })
+    }
+
+    /// Whether the function may write to memory, and so interrupt.
+    #[must_use]
+    pub fn bus_master(&self) -> bool {
+        self.word(COMMAND) & BUS_MASTER != 0
+    }
+
+    fn init(&mut self, offset: u16, bytes: &[u8], writable: &[u8]) {
+        let bytes = bytes.iter().zip(writable);
+        for (at, (&byte, &mask)) in (usize::from(offset)..).zip(bytes) {
+            let shift = 8 * (at % 4);
+            if let (Some(value), Some(mask_word)) =
+                (self.values.get_mut(at / 4), self.writable.get_mut(at / 4))
+            {
+                *value = *value & !(0xff << shift) | u32::from(byte) << shift;
+                *mask_word |= u32::from(mask) << shift;
+            }
+        }
+    }
+
+    fn set(&mut self, offset: u16, value: u32, writable: u32) {
+        self.init(offset, &value.to_le_bytes(), &writable.to_le_bytes());
+    }
+
+    fn set_bits(&mut self, offset: u16, bits: u32) {
+        if let Some(value) = self.values.get_mut(usize::from(offset) / 4) {
+            *value |= bits;
+        }
+    }
+}
+
+fn halves(value: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    (
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const IDS: Ids = Ids {
+        vendor: 0x1af4,
+        device: 0x1041,
+        class: 0x02_0000,
+        revision: 1,
+        subsystem_vendor: 0x1af4,
+        subsystem: 0x40,
+    };
+
+    fn space() -> ConfigSpace {
+        let bar = Bar {
+            base: Gpa(0x40_0000_0000),
+            size: 0x8000,
+        };
+        ConfigSpace::new(&IDS, Some(bar))
+    }
+
+    #[test]
+    fn identity_cannot_be_written() {
+        let mut space = space();
+        space.write(0, &[0xff; 4]);
+        assert_eq!(space.word(0), 0x1041_1af4);
+    }
+
+    #[test]
+    fn bar_tells_its_size_and_moves() {
+        let mut space = space();
+        assert_eq!(space.bar(), None, "memory space is off at first");
+        space.write(BAR0, &[0xff; 8]);
+        assert_eq!(space.word(BAR0), 0xffff_800c);
+        assert_eq!(space.word(BAR0 + 4), 0xffff_ffff);
+        space.write(BAR0, &0x41_0000_0000_u64.to_le_bytes());
+        space.write(COMMAND, &[2]);
+        assert_eq!(space.bar().unwrap().base, Gpa(0x41_0000_0000));
+    }
+
+    #[test]
+    fn capabilities_are_a_list() {
+        let mut space = space();
+        let first = space.add_capability(0x11, &[0; 10], &[0; 10]);
+        let second = space.add_capability(0x09, &[14; 14], &[0; 14]);
+        assert_eq!(space.word(COMMAND) & CAPABILITY_LIST, CAPABILITY_LIST);
+        assert_eq!(space.word(CAPABILITIES), u32::from(first));
+        assert_eq!(space.word(first) & 0xffff, 0x11 | u32::from(second) << 8);
+        assert_eq!(space.word(second) & 0xffff, 0x09);
+        let ats = space.add_extended_capability(0x0f, 1, &[(0x20, 0x8000_0000)]);
+        assert_eq!(space.word(ats), 0x0001_000f);
+    }
+
+    proptest! {
+        #[test]
+        fn access_in_pieces_is_the_access(
+            offset in 0_u16..4096, value in any::<u32>(), cut in 1_usize..4,
+        ) {
+            let (mut whole, mut pieces) = (space(), space());
+            let bytes = value.to_le_bytes();
+            whole.write(offset, &bytes);
+            pieces.write(offset, &bytes[..cut]);
+            pieces.write(offset + u16::try_from(cut).unwrap(), &bytes[cut..]);
+            prop_assert_eq!(whole.values, pieces.values);
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! PCI Express: one root complex with one bus, and what a function is made of.
+//!
+//! Stream IDs, ATS and the translation of MSIs only make sense here, so every
+//! device that reaches memory is a PCI function.
+
+mod config;
+mod msi;
+mod msix;
+mod root;
+
+pub use config::{Bar, ConfigSpace, Ids};
+pub use msi::{MsiTarget, Requester, StaleMsis};
+pub use msix::{MSIX_ENTRY_SIZE, Msix};
+pub use root::{BarMove, PciFunction, PciRoot, PlaceError, SLOTS};

@@ -1,0 +1,257 @@
+//! Message-signalled interrupts of one requester.
+//!
+//! An MSI is a memory write of the device, so the IOMMU translates its address
+//! like any other. The translation is made when the message is set, and again
+//! whenever its mapping changes: while there is none, the interrupt is held
+//! back and not sent to where the page used to be.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use iommu::{
+    Access, AddressSpace, Gpa, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents,
+    NotifierSink, Registration, StreamId,
+};
+use log::warn;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::interrupt::{MsiMessage, MsiVector};
+
+/// Doorbell pages of one requester that are listened to. Guests use one.
+const MAX_PAGES: usize = 8;
+
+/// What a PCI function is to the rest of the machine: its memory view and its
+/// MSI target, made together from one requester ID (invariant 2).
+#[derive(Clone)]
+pub struct Requester {
+    /// The memory view.
+    pub space: AddressSpace,
+    /// Where its interrupts go.
+    pub msi: Arc<MsiTarget>,
+}
+
+impl Requester {
+    /// The requester whose view of memory `space` is. `stale` learns of
+    /// interrupts that have to be translated again.
+    #[must_use]
+    pub fn new(space: AddressSpace, stale: &Arc<StaleMsis>) -> Self {
+        let msi = Arc::new(MsiTarget {
+            sink: Arc::new(Routes {
+                requester: space.requester(),
+                routes: Mutex::default(),
+                stale: Arc::clone(stale),
+            }),
+            pages: Mutex::default(),
+            space: space.clone(),
+        });
+        stale.add(&msi);
+        Self { space, msi }
+    }
+}
+
+/// A source of interrupts and the message that the guest wants for it.
+struct Route {
+    vector: Arc<dyn MsiVector>,
+    wanted: Option<(Iova, u32)>,
+    current: Option<MsiMessage>,
+}
+
+/// The routes of a requester. Its lock is taken inside the stream's gate.
+struct Routes {
+    requester: StreamId,
+    routes: Mutex<Vec<Route>>,
+    stale: Arc<StaleMsis>,
+}
+
+impl Routes {
+    fn lock(&self) -> MutexGuard<'_, Vec<Route>> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, route: &mut Route, doorbell: Option<Gpa>) {
+        let message = route.wanted.zip(doorbell);
+        let message = message.map(|((_, data), address)| MsiMessage {
+            address,
+            data,
+            requester: self.requester,
+        });
+        if route.current == message {
+            return;
+        }
+        route.current = message;
+        if let Err(error) = route.vector.route(message) {
+            warn!("{}: routing an interrupt: {error}", self.requester);
+        }
+    }
+}
+
+impl NotifierSink for Routes {
+    fn map(&self, mapping: &Mapping) {
+        if !mapping.perm.allows(Access::Write) {
+            return;
+        }
+        for route in self.lock().iter_mut() {
+            let doorbell = route.wanted.and_then(|(iova, _)| mapping.gpa_of(iova));
+            if doorbell.is_some() {
+                self.send(route, doorbell);
+            }
+        }
+    }
+
+    fn unmap(&self, ranges: &[IovaRange]) {
+        let mut any = false;
+        for route in self.lock().iter_mut() {
+            let Some((iova, _)) = route.wanted else {
+                continue;
+            };
+            if ranges.iter().any(|range| range.contains(iova)) {
+                self.send(route, None);
+                any = true;
+            }
+        }
+        if any {
+            self.stale.wake();
+        }
+    }
+
+    fn registered(&self, _outcome: &Registration) {}
+}
+
+/// The MSI target of one requester. Its methods enter the stream's gate.
+pub struct MsiTarget {
+    space: AddressSpace,
+    sink: Arc<Routes>,
+    pages: Mutex<Vec<Iova>>,
+}
+
+impl MsiTarget {
+    /// Adds a source, sent nowhere. Returns its number, from 0 on.
+    pub fn add(&self, vector: Arc<dyn MsiVector>) -> usize {
+        let mut routes = self.sink.lock();
+        routes.push(Route {
+            vector,
+            wanted: None,
+            current: None,
+        });
+        routes.len() - 1
+    }
+
+    /// Sends source `number` to the message that the guest wrote, or nowhere.
+    pub fn set(&self, number: usize, wanted: Option<(Iova, u32)>) {
+        if let Some((doorbell, _)) = wanted {
+            self.listen(doorbell);
+        }
+        self.update(|at, route| {
+            let mine = at == number && route.wanted != wanted;
+            if mine {
+                route.wanted = wanted;
+            }
+            mine
+        });
+    }
+
+    /// Translates again what is held back for want of a translation.
+    pub fn retry(&self) {
+        self.update(|_, route| route.wanted.is_some() && route.current.is_none());
+    }
+
+    /// Whether source `number` has signalled something that is held back.
+    #[must_use]
+    pub fn pending(&self, number: usize) -> bool {
+        let routes = self.sink.lock();
+        routes
+            .get(number)
+            .is_some_and(|route| route.vector.pending())
+    }
+
+    /// Routes anew the sources that `choose` picks.
+    fn update(&self, mut choose: impl FnMut(usize, &mut Route) -> bool) {
+        let inside = self.space.region().map(|region| region.enter());
+        for (at, route) in self.sink.lock().iter_mut().enumerate() {
+            if !choose(at, route) {
+                continue;
+            }
+            let doorbell = route.wanted.and_then(|(iova, _)| match &inside {
+                None => Some(Gpa(iova.0)),
+                Some(inside) => {
+                    let mapping = inside.lookup(iova, Access::Write).ok()?;
+                    mapping.gpa_of(iova)
+                }
+            });
+            self.sink.send(route, doorbell);
+        }
+    }
+
+    /// Registers for changes of the doorbell's page, once.
+    fn listen(&self, doorbell: Iova) {
+        let Some(region) = self.space.region() else {
+            return;
+        };
+        let page = IovaRange::block(doorbell, 12);
+        {
+            let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            if pages.contains(&page.first()) {
+                return;
+            }
+            if pages.len() == MAX_PAGES {
+                warn!("{}: too many interrupt doorbells", region.stream());
+                return;
+            }
+            pages.push(page.first());
+        }
+        region.register(IommuNotifier {
+            wanted: vec![
+                NotifierEvents::MAP | NotifierEvents::UNMAP,
+                NotifierEvents::UNMAP,
+            ],
+            range: page,
+            sink: Arc::clone(&self.sink) as Arc<dyn NotifierSink>,
+        });
+    }
+}
+
+/// Who has interrupts that lost their translation. An IOMMU that does not
+/// announce mappings cannot say when there is a new one, so the event loop
+/// looks, after each invalidation that took one away.
+pub struct StaleMsis {
+    event: EventFd,
+    targets: Mutex<Vec<Weak<MsiTarget>>>,
+}
+
+impl StaleMsis {
+    /// With the eventfd that wakes the event loop.
+    #[must_use]
+    pub fn new(event: EventFd) -> Arc<Self> {
+        Arc::new(Self {
+            event,
+            targets: Mutex::default(),
+        })
+    }
+
+    /// What the event loop waits for; then it calls [`retry`](Self::retry).
+    #[must_use]
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Translates again whatever is held back. Enters gates: not to be called
+    /// with any lock of a device held.
+    pub fn retry(&self) {
+        let _ = self.event.read();
+        let targets = self.lock().clone();
+        for target in targets.iter().filter_map(Weak::upgrade) {
+            target.retry();
+        }
+    }
+
+    fn wake(&self) {
+        let _ = self.event.write(1);
+    }
+
+    fn add(&self, target: &Arc<MsiTarget>) {
+        self.lock().push(Arc::downgrade(target));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<MsiTarget>>> {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,167 @@
+//! MSI-X (PCIe 6.0 §6.1.4, §7.7.2): the table, masking, pending bits.
+
+use std::sync::Arc;
+
+use iommu::Iova;
+
+use super::{ConfigSpace, MsiTarget};
+
+/// The capability's ID.
+const CAPABILITY: u8 = 0x11;
+/// Bits 15 and 14 of the message control register.
+const ENABLE: u16 = 1 << 15;
+const FUNCTION_MASK: u16 = 1 << 14;
+/// Bytes of a table entry.
+pub const MSIX_ENTRY_SIZE: u64 = 16;
+/// Bit 0 of an entry's vector control.
+const ENTRY_MASK: u32 = 1;
+
+/// A table entry as the guest wrote it: address low and high, data, control.
+type Entry = [u32; 4];
+
+/// The MSI-X capability and table of one function.
+///
+/// The sources of interrupts (queues, configuration changes) each point at an
+/// entry; several may share one. A source is routed while its entry, the
+/// function and the bus mastering of the function let it; otherwise its eventfd
+/// keeps what is signalled, which is the pending bit.
+pub struct Msix {
+    target: Arc<MsiTarget>,
+    capability: u16,
+    entries: Vec<Entry>,
+    /// The entry of each source, by its number at the target.
+    sources: Vec<Option<u16>>,
+    control: u16,
+    bus_master: bool,
+}
+
+impl Msix {
+    /// Adds the capability to `config`: a table of `entries` entries at `table`
+    /// and the pending bits at `pending`, both offsets into BAR 0. There is one
+    /// source for each of the target's.
+    #[must_use]
+    pub fn new(
+        config: &mut ConfigSpace,
+        target: Arc<MsiTarget>,
+        entries: u16,
+        sources: usize,
+        (table, pending): (u32, u32),
+    ) -> Self {
+        let mut body = [0; 10];
+        let fields = (entries - 1).to_le_bytes().into_iter();
+        let fields = fields
+            .chain(table.to_le_bytes())
+            .chain(pending.to_le_bytes());
+        for (byte, value) in body.iter_mut().zip(fields) {
+            *byte = value;
+        }
+        let mut writable = [0; 10];
+        writable[1] = 0xc0;
+        Self {
+            target,
+            capability: config.add_capability(CAPABILITY, &body, &writable),
+            entries: vec![[0, 0, 0, ENTRY_MASK]; usize::from(entries)],
+            sources: vec![None; sources],
+            control: 0,
+            bus_master: false,
+        }
+    }
+
+    /// How many entries there are.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Points source `source` at an entry, or at none.
+    pub fn bind(&mut self, source: usize, entry: Option<u16>) {
+        if let Some(bound) = self.sources.get_mut(source) {
+            *bound = entry;
+            self.route(|at, _| at == source);
+        }
+    }
+
+    /// Follows a write to configuration space.
+    pub fn config_written(&mut self, config: &ConfigSpace) {
+        let [_, _, low, high] = config.word(self.capability).to_le_bytes();
+        let control = u16::from_le_bytes([low, high]) & (ENABLE | FUNCTION_MASK);
+        let bus_master = config.bus_master();
+        if (control, bus_master) != (self.control, self.bus_master) {
+            (self.control, self.bus_master) = (control, bus_master);
+            self.route(|_, _| true);
+        }
+    }
+
+    /// Reads the table at `offset` bytes.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            let word = word_at(at).and_then(|(entry, word)| self.entries.get(entry)?.get(word));
+            let shift = usize::from(at.to_le_bytes()[0] % 4);
+            *byte = word.copied().unwrap_or(0).to_le_bytes()[shift];
+        }
+    }
+
+    /// Writes the table at `offset` bytes.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        let mut touched = None;
+        for (at, &byte) in (offset..).zip(data) {
+            let Some((entry, word)) = word_at(at) else {
+                return;
+            };
+            let Some(word) = self.entries.get_mut(entry).and_then(|e| e.get_mut(word)) else {
+                break;
+            };
+            let mut bytes = word.to_le_bytes();
+            bytes[usize::from(at.to_le_bytes()[0] % 4)] = byte;
+            *word = u32::from_le_bytes(bytes);
+            touched = Some(entry);
+        }
+        if let Some(touched) = touched {
+            self.route(|_, entry| entry.is_some_and(|entry| usize::from(entry) == touched));
+        }
+    }
+
+    /// Reads the pending bits at `offset` bytes.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        for (source, entry) in self.sources.iter().enumerate() {
+            let Some(bit) = entry.map(u64::from).filter(|_| self.target.pending(source)) else {
+                continue;
+            };
+            let byte = (bit / 8)
+                .checked_sub(offset)
+                .and_then(|at| data.get_mut(usize::try_from(at).ok()?));
+            if let Some(byte) = byte {
+                *byte |= 1 << (bit % 8);
+            }
+        }
+    }
+
+    /// Back to the state after reset of the function's interrupts.
+    pub fn unbind_all(&mut self) {
+        self.sources.fill(None);
+        self.route(|_, _| true);
+    }
+
+    fn message(&self, entry: Option<u16>) -> Option<(Iova, u32)> {
+        let open = self.control == ENABLE && self.bus_master;
+        let &[low, high, data, control] = self.entries.get(usize::from(entry?))?;
+        let address = u64::from(low & !3) | u64::from(high) << 32;
+        (open && control & ENTRY_MASK == 0).then_some((Iova(address), data))
+    }
+
+    fn route(&self, choose: impl Fn(usize, Option<u16>) -> bool) {
+        for (source, &entry) in self.sources.iter().enumerate() {
+            if choose(source, entry) {
+                self.target.set(source, self.message(entry));
+            }
+        }
+    }
+}
+
+/// Which entry and which of its words a byte of the table belongs to.
+fn word_at(at: u64) -> Option<(usize, usize)> {
+    let entry = usize::try_from(at / MSIX_ENTRY_SIZE).ok()?;
+    let word = usize::try_from(at % MSIX_ENTRY_SIZE / 4).ok()?;
+    Some((entry, word))
+}

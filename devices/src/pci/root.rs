@@ -1,0 +1,191 @@
+//! The root complex: configuration space by ECAM (PCIe 6.0 §7.2.2), functions
+//! as root complex integrated endpoints on bus 0.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use iommu::Gpa;
+use log::warn;
+
+use super::config::{Bar, ConfigSpace, Ids};
+use crate::bus::{Bus, BusDevice};
+
+/// Device numbers on the bus.
+pub const SLOTS: u8 = 32;
+/// Bytes of configuration space of one function, as a shift.
+const FUNCTION_SHIFT: u32 = 12;
+/// The host bridge of the PCI ID database's "Red Hat, QEMU PCIe host bridge":
+/// what Linux knows to have no quirks.
+const BRIDGE: Ids = Ids {
+    vendor: 0x1b36,
+    device: 0x0008,
+    class: 0x06_0000,
+    revision: 0,
+    subsystem_vendor: 0,
+    subsystem: 0,
+};
+
+/// A BAR that a write to configuration space moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarMove {
+    /// Where it is decoded from now on.
+    pub to: Option<Bar>,
+}
+
+/// A PCI function with one BAR. The methods are called on the vCPU that makes
+/// the access; each takes the function's own lock.
+pub trait PciFunction: Send + Sync {
+    /// Reads configuration space at `offset` bytes.
+    fn read_config(&self, offset: u16, data: &mut [u8]);
+
+    /// Writes configuration space at `offset` bytes. What that does to the
+    /// BAR is returned, not done.
+    fn write_config(&self, offset: u16, data: &[u8]) -> Option<BarMove>;
+
+    /// The BAR is decoded at this address now, or nowhere.
+    fn placed(&self, at: Option<Gpa>);
+
+    /// Reads the BAR at `offset` bytes.
+    fn read_bar(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the BAR at `offset` bytes.
+    fn write_bar(&self, offset: u64, data: &[u8]);
+}
+
+/// No slot is left on the bus.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("slot {0} of the PCI bus is taken or does not exist")]
+pub struct PlaceError(pub u8);
+
+/// A function's BAR on the memory bus.
+struct BarDevice(Arc<dyn PciFunction>);
+
+impl BusDevice for BarDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read_bar(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write_bar(offset, data);
+    }
+}
+
+/// The root complex as the device behind the ECAM window.
+pub struct PciRoot {
+    bridge: Mutex<ConfigSpace>,
+    functions: RwLock<BTreeMap<u8, Arc<dyn PciFunction>>>,
+    memory: Arc<Bus>,
+    /// Where the BAR of each slot is on the bus. Held while one moves, so that
+    /// the bus and the functions agree.
+    placed: Mutex<BTreeMap<u8, u64>>,
+}
+
+impl PciRoot {
+    /// A root complex that places BARs on `memory`.
+    #[must_use]
+    pub fn new(memory: Arc<Bus>) -> Self {
+        Self {
+            bridge: Mutex::new(ConfigSpace::new(&BRIDGE, None)),
+            functions: RwLock::default(),
+            memory,
+            placed: Mutex::default(),
+        }
+    }
+
+    /// Puts a function into a slot; slot 0 is the host bridge.
+    ///
+    /// # Errors
+    /// The slot is taken or does not exist.
+    pub fn add(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<(), PlaceError> {
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if slot == 0 || slot >= SLOTS || functions.contains_key(&slot) {
+            return Err(PlaceError(slot));
+        }
+        functions.insert(slot, function);
+        Ok(())
+    }
+
+    fn function(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
+        let functions = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.get(&slot).cloned()
+    }
+
+    fn relocate(
+        &self,
+        slot: u8,
+        function: &Arc<dyn PciFunction>,
+        to: Option<Bar>,
+        placed: &mut BTreeMap<u8, u64>,
+    ) {
+        if let Some(base) = placed.remove(&slot) {
+            function.placed(None);
+            let _ = self.memory.remove(base);
+        }
+        let Some(to) = to else {
+            return;
+        };
+        let device = Arc::new(BarDevice(Arc::clone(function)));
+        match self.memory.insert(to.base.0, to.size, device) {
+            Ok(()) => {
+                placed.insert(slot, to.base.0);
+                function.placed(Some(to.base));
+            }
+            // The guest put it over something else: it is decoded nowhere.
+            Err(error) => warn!("PCI device {slot}: {error}"),
+        }
+    }
+}
+
+/// Which device (function 0 only) on bus 0 and which register an ECAM offset
+/// means.
+fn decode(offset: u64) -> Option<(u8, u16)> {
+    let register = u16::try_from(offset & ((1 << FUNCTION_SHIFT) - 1)).ok()?;
+    let function = u32::try_from(offset >> FUNCTION_SHIFT).ok()?;
+    let slot = u8::try_from(function / 8)
+        .ok()
+        .filter(|&slot| slot < SLOTS)?;
+    (function % 8 == 0).then_some((slot, register))
+}
+
+impl BusDevice for PciRoot {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        match decode(offset) {
+            Some((0, register)) => {
+                let bridge = self.bridge.lock().unwrap_or_else(PoisonError::into_inner);
+                bridge.read(register, data);
+            }
+            Some((slot, register)) => {
+                if let Some(function) = self.function(slot) {
+                    function.read_config(register, data);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match decode(offset) {
+            Some((0, register)) => {
+                let mut bridge = self.bridge.lock().unwrap_or_else(PoisonError::into_inner);
+                bridge.write(register, data);
+            }
+            Some((slot, register)) => {
+                let Some(function) = self.function(slot) else {
+                    return;
+                };
+                let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(change) = function.write_config(register, data) {
+                    self.relocate(slot, &function, change.to, &mut placed);
+                }
+            }
+            None => {}
+        }
+    }
+}
