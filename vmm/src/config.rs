@@ -184,6 +184,14 @@ fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
     )
 }
 
+/// Names an element of a list by its identifier, or by its index if it has no proper one.
+fn element(list: &str, index: usize, id: &str) -> String {
+    match check_id("", id) {
+        Ok(()) => format!("{list}[{id}]"),
+        Err(_) => format!("{list}[{index}]"),
+    }
+}
+
 /// Checks a path that the host will open: not empty, no NUL byte.
 fn check_path(field: &str, path: &str) -> Result<(), ConfigError> {
     require(!path.is_empty(), field, "is empty; give a path")?;
@@ -284,12 +292,12 @@ impl VmConfig {
                 .validate()
                 .map_err(|error| error.within("boot-source"))?;
         }
-        for drive in &self.drives {
-            let section = format!("drives[{}]", drive.drive_id);
+        for (index, drive) in self.drives.iter().enumerate() {
+            let section = element("drives", index, &drive.drive_id);
             drive.validate().map_err(|error| error.within(&section))?;
         }
-        for interface in &self.network_interfaces {
-            let section = format!("network-interfaces[{}]", interface.iface_id);
+        for (index, interface) in self.network_interfaces.iter().enumerate() {
+            let section = element("network-interfaces", index, &interface.iface_id);
             interface
                 .validate()
                 .map_err(|error| error.within(&section))?;

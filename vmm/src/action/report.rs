@@ -252,10 +252,10 @@ impl IommuInfo {
             .ok_or_else(|| {
                 let known: Vec<_> = endpoints().map(|endpoint| endpoint.id.as_str()).collect();
                 ActionError::NotFound(if known.is_empty() {
-                    format!("there is no endpoint {name}: the machine has none yet")
+                    format!("there is no endpoint {name:?}: the machine has none yet")
                 } else {
                     format!(
-                        "there is no endpoint {name}; there are: {}",
+                        "there is no endpoint {name:?}; there are: {}",
                         known.join(", ")
                     )
                 })

@@ -162,8 +162,8 @@ fn values_out_of_range_are_refused_by_name() {
             "boot_args",
         ),
         (
-            r#"{"drives": [{"drive_id": "a/b", "path_on_host": "b"}]}"#,
-            "drive_id",
+            r#"{"drives": [{"drive_id": "a\nb", "path_on_host": "b"}]}"#,
+            "drives[0].drive_id",
         ),
         (
             r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "num_queues": 0}]}"#,
