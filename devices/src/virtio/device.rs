@@ -2,12 +2,17 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
-use iommu::AddressSpace;
-use virtio_queue::Queue;
+use iommu::{AddressSpace, DmaView};
+use virtio_queue::{Queue, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::MsiVector;
+
+/// The flag of the available ring by which a driver asks for no interrupts.
+const NO_INTERRUPT: u16 = 1;
 
 /// How a device interrupts its driver for one queue, or for a change of
 /// configuration.
@@ -24,6 +29,17 @@ impl Interrupt {
     /// Interrupts. A full counter means that it is signalled already.
     pub fn signal(&self) {
         let _ = self.0.eventfd().write(1);
+    }
+
+    /// Interrupts for used entries of `queue`, unless the driver asked for none
+    /// (virtio 1.2 §2.7.7). For devices without `EVENT_IDX`.
+    pub fn signal_for(&self, queue: &Queue, view: &DmaView<'_>) {
+        // The used index must be visible before the flags are looked at.
+        fence(Ordering::SeqCst);
+        let flags = view.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::SeqCst);
+        if flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0) {
+            self.signal();
+        }
     }
 
     /// What to give a kernel back end as its call eventfd. It stays the same
@@ -108,7 +124,9 @@ pub trait VirtioDevice: Send {
     }
 
     /// Whether kicks are to be handled at once, by [`kicked`](Self::kicked) on
-    /// the vCPU that kicks, rather than by the kick eventfd.
+    /// the vCPU that kicks, rather than by the kick eventfd. Such a device
+    /// offers no `EVENT_IDX`: every batch that the driver posts has its kick,
+    /// so a bounded amount of work a kick misses nothing.
     fn inline(&self) -> bool {
         false
     }

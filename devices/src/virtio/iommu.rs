@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, spec};
 use iommu::{DmaSpace, DmaView};
 use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{DescriptorChain, Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -102,9 +102,7 @@ fn push_report(running: &mut Running, report: &FaultReport) -> bool {
     if running.queue.add_used(&view, head, len).is_err() {
         return false;
     }
-    if running.queue.needs_notification(&view).unwrap_or(true) {
-        running.interrupt.signal();
-    }
+    running.interrupt.signal_for(&running.queue, &view);
     written
 }
 
@@ -137,7 +135,7 @@ impl VirtioDevice for VirtioIommuDevice {
     }
 
     fn features(&self) -> u64 {
-        self.model.features() | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        self.model.features() | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -197,34 +195,20 @@ impl VirtioDevice for VirtioIommuDevice {
     }
 }
 
-/// Handles what the driver has posted, in two passes: with its kicks off, and
-/// once more after they are on again, for what came in between without a kick.
-/// A ring holds no more than that, so a driver that posts without end on
-/// another CPU does not keep this one here.
+/// Handles what the driver has posted: up to a ring of requests, then one flush
+/// for what they unmapped, and only then shows that they are done. A driver
+/// that posts without end on another CPU does not keep this one here.
 fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> {
     let view = running.dma.view();
     let queue = &mut running.queue;
-    queue.disable_notification(&view).map_err(not_in_memory)?;
-    let mut handled = drain(model, &view, queue)?;
-    queue.enable_notification(&view).map_err(not_in_memory)?;
-    handled += drain(model, &view, queue)?;
-    if handled != 0 && queue.needs_notification(&view).map_err(not_in_memory)? {
-        running.interrupt.signal();
-    }
-    Ok(())
-}
-
-/// Handles up to a ring of requests, then one flush for what they unmapped, and
-/// only then shows that they are done.
-fn drain(model: &VirtioIommu, view: &DmaView<'_>, queue: &mut Queue) -> Result<usize, DeviceError> {
     let mut done = Vec::new();
     let mut outcome = Ok(());
     while outcome.is_ok() && done.len() < usize::from(queue.size()) {
-        let Some(chain) = queue.pop_descriptor_chain(view) else {
+        let Some(chain) = queue.pop_descriptor_chain(&view) else {
             break;
         };
         let head = chain.head_index();
-        match answer(model, view, chain) {
+        match answer(model, &view, chain) {
             Some(len) => done.push((head, len)),
             None => outcome = Err(bad_request("a request has no room for its answer")),
         }
@@ -233,11 +217,14 @@ fn drain(model: &VirtioIommu, view: &DmaView<'_>, queue: &mut Queue) -> Result<u
         outcome = Err(bad_request("a request is not in memory"));
     }
     model.flush();
-    let handled = done.len();
+    let any = !done.is_empty();
     for (head, len) in done {
-        queue.add_used(view, head, len).map_err(not_in_memory)?;
+        queue.add_used(&view, head, len).map_err(not_in_memory)?;
     }
-    outcome.map(|()| handled)
+    if any {
+        running.interrupt.signal_for(queue, &view);
+    }
+    outcome
 }
 
 fn bad_request(reason: &'static str) -> DeviceError {

@@ -5,7 +5,7 @@ use std::io;
 
 use iommu::DmaSpace;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::Bytes as _;
 
@@ -51,7 +51,7 @@ impl VirtioDevice for Rng {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
@@ -120,9 +120,8 @@ impl Running {
         if view.take_fault().is_some() {
             return Err(bad("its rings are not in memory"));
         }
-        let notify = any && self.queue.needs_notification(&view).unwrap_or(true);
-        if notify {
-            self.interrupt.signal();
+        if any {
+            self.interrupt.signal_for(&self.queue, &view);
         }
         Ok(())
     }
