@@ -1,0 +1,203 @@
+//! Static binaries of the product and of its boot tests, for either architecture.
+
+use std::ffi::OsStr;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::arch::Arch;
+use crate::packages::{self, Suite};
+use crate::paths;
+use crate::userland::Sysroot;
+
+/// Libraries of the C library's package, by their stem.
+const C_LIBRARY: [&str; 11] = [
+    "libc",
+    "libm",
+    "libmvec",
+    "libdl",
+    "librt",
+    "libpthread",
+    "libresolv",
+    "libutil",
+    "libanl",
+    "libthread_db",
+    "libc_malloc_debug",
+];
+
+/// How to compile.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// As `cargo build` does.
+    Dev,
+    /// As `cargo build --release` does.
+    Release,
+}
+
+/// Builds `portcullis` for `arch` and returns the binary.
+pub fn build(arch: Arch, profile: Profile) -> Result<PathBuf> {
+    let toolchain = Toolchain::find(arch)?;
+    let mut cargo = toolchain.cargo("build");
+    cargo.args(["--package", "portcullis", "--bin", "portcullis"]);
+    if profile == Profile::Release {
+        cargo.arg("--release");
+    }
+    packages::checked(&mut cargo, &format!("building portcullis for {arch}"))?;
+    let directory = match profile {
+        Profile::Dev => "debug",
+        Profile::Release => "release",
+    };
+    Ok(toolchain
+        .target_dir
+        .join(arch.target())
+        .join(directory)
+        .join("portcullis"))
+}
+
+/// What compiles for one architecture.
+pub struct Toolchain {
+    arch: Arch,
+    target_dir: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+impl Toolchain {
+    /// Finds or fetches what `arch` needs: rustup's standard library where it can be had, the
+    /// distribution's otherwise.
+    pub fn find(arch: Arch) -> Result<Toolchain> {
+        let variable = arch.target().replace('-', "_").to_uppercase();
+        let mut toolchain = Toolchain {
+            arch,
+            target_dir: paths::target().join("static"),
+            environment: vec![(
+                format!("CARGO_TARGET_{variable}_RUSTFLAGS"),
+                "-C target-feature=+crt-static".to_owned(),
+            )],
+        };
+        if arch != Arch::native() {
+            let linker = toolchain.find_linker()?;
+            toolchain
+                .environment
+                .push((format!("CARGO_TARGET_{variable}_LINKER"), linker));
+            if !has_standard_library(arch) {
+                toolchain.use_distribution_compiler()?;
+            }
+        }
+        Ok(toolchain)
+    }
+
+    /// A cargo command with static linking for the architecture.
+    pub fn cargo(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(cargo());
+        command
+            .current_dir(paths::workspace())
+            .arg(subcommand)
+            .args(["--target", self.arch.target(), "--target-dir"])
+            .arg(&self.target_dir)
+            .env_remove("RUSTFLAGS")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    fn find_linker(&self) -> Result<String> {
+        let name = format!("{}-gcc", self.arch.triplet());
+        if Command::new(&name).arg("--version").output().is_ok() {
+            return Ok(name);
+        }
+        let package = format!("gcc-{}", self.arch.triplet().replace('_', "-"));
+        let compiler = Sysroot::of_packages(
+            packages::STABLE,
+            Arch::native(),
+            &format!("cross-{}", self.arch),
+            &[&package],
+        )?;
+        wrapper(&compiler, &name)
+    }
+
+    fn use_distribution_compiler(&mut self) -> Result<()> {
+        let native = Arch::native();
+        let root = Sysroot::of_packages(
+            packages::STABLE,
+            native,
+            &format!("rustc-for-{}", self.arch),
+            &["rustc-web", "libstd-rust-web-dev"],
+        )?;
+        let library = root.path(&format!("usr/lib/rustlib/{}", self.arch.target()));
+        if !library.exists() {
+            let suite = Suite::open(packages::STABLE, self.arch)?;
+            let files = suite.download(&["libstd-rust-web-dev"])?;
+            packages::unpack(&files, &root.path(""))?;
+        }
+        let compiler = wrapper(&root, "rustc")?;
+        self.target_dir = paths::target().join("static-distribution");
+        self.environment.push(("RUSTC".to_owned(), compiler));
+        self.environment
+            .push(("RUSTUP_TOOLCHAIN".to_owned(), active_toolchain()?));
+        Ok(())
+    }
+}
+
+/// The cargo that runs us.
+pub fn cargo() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
+}
+
+fn active_toolchain() -> Result<String> {
+    let text = packages::output(Command::new("rustc").arg("--version"))?;
+    text.split_whitespace()
+        .nth(1)
+        .map(str::to_owned)
+        .context("rustc tells no version")
+}
+
+/// True if the compiler has a standard library for `arch`, asking rustup for it if need be.
+fn has_standard_library(arch: Arch) -> bool {
+    let present = || {
+        let mut rustc = Command::new("rustc");
+        rustc.args(["--print", "target-libdir", "--target", arch.target()]);
+        packages::output(&mut rustc).is_ok_and(|dir| {
+            std::fs::read_dir(dir.trim()).is_ok_and(|mut entries| entries.next().is_some())
+        })
+    };
+    if present() {
+        return true;
+    }
+    eprintln!("build: asking rustup for the standard library of {arch}");
+    let mut rustup = Command::new("timeout");
+    rustup.args(["120", "rustup", "target", "add", arch.target()]);
+    packages::checked(&mut rustup, "rustup target add").is_ok() && present()
+}
+
+/// A script that runs `program` of a private directory with that directory's libraries, except
+/// the C library: what these programs start is partly the machine's own.
+fn wrapper(root: &Sysroot, program: &str) -> Result<String> {
+    let base = root.path("wrapped");
+    paths::made_once(&base.join(program), program, |dir| {
+        let libraries = dir.join("lib");
+        fs::create_dir(&libraries)?;
+        for entry in fs::read_dir(root.path("usr/lib").join(Arch::native().triplet()))? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+            let stem = name.split_once('.').map_or(name, |(stem, _)| stem);
+            let of_c = C_LIBRARY.contains(&stem)
+                || name.starts_with("ld-linux")
+                || name.starts_with("libnss");
+            if name.contains(".so") && !of_c {
+                symlink(&path, libraries.join(name))?;
+            }
+        }
+        let script = dir.join(program);
+        let text = format!(
+            "#!/bin/sh\nLD_LIBRARY_PATH='{}' exec '{}' \"$@\"\n",
+            libraries.display(),
+            root.path("usr/bin").join(program).display()
+        );
+        fs::write(&script, text)?;
+        fs::set_permissions(script, Permissions::from_mode(0o755))?;
+        Ok(())
+    })?;
+    Ok(base.join(program).join(program).display().to_string())
+}
