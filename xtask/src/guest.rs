@@ -41,7 +41,8 @@ const INIT: &str = include_str!("../guest/init");
 const INTRODUCE: &str = include_str!("../guest/introduce");
 
 /// Programs in the bigger of the two initramfs archives.
-const TOOLS: [&str; 9] = [
+const TOOLS: [&str; 10] = [
+    "bin/dash",
     "usr/bin/lspci",
     "usr/bin/setpci",
     "bin/ip",
@@ -83,6 +84,8 @@ pub fn prepare(arch: Arch) -> Result<Images> {
             kernel_forms(&kernel, arch, series, &dir, &tools)?;
         }
         archive.write(&dir.join("initramfs.cpio"))?;
+        // Busybox's shell would run its own ip and lspci, whatever PATH says.
+        archive.link("bin/sh", "/usr/bin/dash");
         programs.install(&mut archive, &TOOLS)?;
         archive.write(&dir.join("initramfs-tools.cpio"))?;
         file_system(&tools, &dir, &base.join("images.ext4"))

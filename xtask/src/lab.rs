@@ -38,7 +38,9 @@ const MODULES: [&str; 10] = [
     "veth",
 ];
 
-const PROGRAMS: [&str; 15] = [
+const PROGRAMS: [&str; 17] = [
+    "bin/dash",
+    "bin/tar",
     "bin/ip",
     "sbin/tc",
     "sbin/bridge",
@@ -166,6 +168,9 @@ fn prepare_host(arch: Arch) -> Result<Host> {
         let mut archive = Archive::default();
         guest::busybox(&mut archive, &programs)?;
         programs.install(&mut archive, &PROGRAMS)?;
+        // Busybox's shell would run its own ip and tar, whatever PATH says.
+        archive.link("bin/sh", "/usr/bin/dash");
+        archive.copy("bin/bash", &programs.path("bin/bash-static"))?;
         archive.file("init", 0o755, INIT.into());
         archive.file("etc/modules", 0o644, modules.join("\n").into());
         kernel.add_modules(&mut archive, &modules)?;
@@ -209,7 +214,7 @@ fn pack(job: &Job, dir: &Path, interactive: bool) -> Result<()> {
     }
     let words: Vec<String> = job.command.iter().map(|word| quoted(word)).collect();
     let command = if words.is_empty() {
-        "sh".to_owned()
+        "bash --norc".to_owned()
     } else {
         words.join(" ")
     };

@@ -117,6 +117,9 @@ pub fn guest_programs(arch: Arch) -> Result<Sysroot> {
         "strace",
         "tcpdump",
         "util-linux",
+        "dash",
+        "bash-static",
+        "tar",
     ];
     Sysroot::of_packages(packages::STABLE, arch, "programs", &names)
 }
