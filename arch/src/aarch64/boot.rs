@@ -133,18 +133,30 @@ fn check_complete<K: Read + Seek>(
     head: &[u8],
     size: u64,
 ) -> Result<(), kernel::Error> {
+    const HEADER: u64 = 64;
+    const PE_HEADER: usize = 24;
     const SECTION: u64 = 40;
     const RAW_SIZE_AND_OFFSET: u64 = 16;
     let u16_at = |at: usize| {
         head.get(at..at + 2)
             .map_or(0, |b| u16::from_le_bytes([b[0], b[1]]))
     };
-    let pe = usize::from(u16_at(0x3C));
-    if !head.starts_with(b"MZ") || head.get(pe..pe + 4) != Some(b"PE\0\0") {
+    let pe = match head.starts_with(b"MZ") {
+        true => usize::from(u16_at(0x3C)),
+        false => 0,
+    };
+    let headers = HEADER.max((pe + PE_HEADER) as u64);
+    if size < headers {
+        return Err(kernel::Error::Truncated {
+            have: size,
+            need: headers,
+        });
+    }
+    if head.get(pe..pe + 4) != Some(b"PE\0\0") {
         return Ok(());
     }
     let sections = u64::from(u16_at(pe + 6));
-    let table = pe as u64 + 24 + u64::from(u16_at(pe + 20));
+    let table = (pe + PE_HEADER) as u64 + u64::from(u16_at(pe + 20));
     let mut need = table + sections * SECTION;
     for index in 0..sections {
         let mut raw = [0; 8];

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use crate::Error;
 use crate::kernel::{self, Format};
-use crate::platform::{Initrd, Platform, Range};
+use crate::platform::{Initrd, Platform, PowerPorts, Range};
 use crate::x86_64::{acpi, layout};
 
 /// Where and how the first vCPU starts.
@@ -78,6 +78,7 @@ where
     write_cmdline(memory, &platform.cmdline, image.cmdline_max)?;
     let tables = acpi::tables(platform, layout::ACPI)?;
     memory.write_slice(&tables, GuestAddress(layout::ACPI.base))?;
+    write_reset_vector(memory)?;
     match image.entry {
         ImageEntry::Pvh(ip) => {
             write_start_info(memory, platform, initrd)?;
@@ -289,6 +290,7 @@ fn memory_map(platform: &Platform) -> Vec<(Range, u32)> {
     let mut map = vec![
         (Range::new(0, layout::EBDA), XEN_HVM_MEMMAP_TYPE_RAM),
         (layout::ACPI, XEN_HVM_MEMMAP_TYPE_ACPI),
+        (layout::FIRMWARE, XEN_HVM_MEMMAP_TYPE_RESERVED),
     ];
     for (index, ram) in platform.ram.iter().enumerate() {
         let start = if index == 0 { layout::HIMEM } else { ram.base };
@@ -393,6 +395,30 @@ fn write_seed<M: GuestMemoryBackend>(memory: &M, seed: &[u8; 32]) -> Result<(), 
     data.extend(32u32.to_le_bytes());
     data.extend(seed);
     memory.write_slice(&data, GuestAddress(layout::SETUP_DATA))?;
+    Ok(())
+}
+
+/// Writes what a BIOS would have at its real-mode entry: a jump there resets.
+///
+/// Linux restarts a hardware-reduced machine through EFI and, there being
+/// none, by entering the BIOS; it does not get to ACPI's reset register.
+fn write_reset_vector<M: GuestMemoryBackend>(memory: &M) -> Result<(), Error> {
+    let Some(ports) = layout::POWER else {
+        return Ok(());
+    };
+    let [low, high] = ports.reset.to_le_bytes();
+    let code = [
+        0xBA,
+        low,
+        high, // mov dx, port
+        0xB0,
+        PowerPorts::RESET_VALUE, // mov al, value
+        0xEE,                    // out dx, al
+        0xF4,                    // hlt
+        0xEB,
+        0xFD, // jmp to the hlt
+    ];
+    memory.write_slice(&code, GuestAddress(layout::RESET_VECTOR))?;
     Ok(())
 }
 

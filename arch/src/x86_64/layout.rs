@@ -74,7 +74,11 @@ pub const PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line.
 pub const CMDLINE: Range = Range::new(0x2_0000, 0x1_0000);
 /// ACPI tables: the RSDP first, in the area Linux would scan for it.
-pub const ACPI: Range = Range::new(0xE_0000, 0x2_0000);
+pub const ACPI: Range = Range::new(0xE_0000, 0x1_F000);
+/// The last page below 1 MiB, where a BIOS would be entered after a reset.
+pub const FIRMWARE: Range = Range::new(0xF_F000, 0x1000);
+/// Real-mode reset vector, F000:FFF0.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Conventional memory ends here; above it up to 1 MiB is not RAM.
 pub const EBDA: u64 = 0x9_FC00;
 /// Extended memory: kernels load from here.

@@ -1,1 +1,190 @@
+use std::io::{Cursor, Write};
 
+use flate2::{Compression, write::GzEncoder};
+use vm_memory::GuestMemoryMmap;
+
+use super::*;
+
+type Memory = GuestMemoryMmap<()>;
+
+const MIB: u64 = 1 << 20;
+const IMAGE_SIZE: u64 = 4 * MIB;
+
+/// An `Image` with a PE section that ends with the file.
+fn image() -> Vec<u8> {
+    let mut file = vec![0; 0x2_0000];
+    let len = u32::try_from(file.len()).unwrap();
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"MZ");
+    put(16, &IMAGE_SIZE.to_le_bytes());
+    put(0x38, b"ARM\x64\x40");
+    put(0x40, b"PE\0\0");
+    put(0x46, &[1, 0]);
+    put(0x54, &[0xA0, 0]);
+    let section = 0x40 + 24 + 0xA0;
+    put(section + 16, &(len - 0x1000).to_le_bytes());
+    put(section + 20, &0x1000u32.to_le_bytes());
+    put(0x1000, b"kernel text");
+    put(0x1_FFFC, b"end.");
+    file
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
+    let mut file = vec![0; 0x1000];
+    let size = u32::try_from(payload.len()).unwrap();
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"MZ\0\0zimg");
+    put(8, &0x1000u32.to_le_bytes());
+    put(12, &size.to_le_bytes());
+    put(24, compression.as_bytes());
+    file.extend_from_slice(payload);
+    file
+}
+
+fn boot(
+    mib: u64,
+    cmdline: &str,
+    kernel: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+) -> (Memory, Result<Entry, Error>) {
+    let ram = layout::ram_ranges(mib * MIB).unwrap();
+    let size = usize::try_from(ram[0].size).unwrap();
+    let memory = Memory::from_ranges(&[(GuestAddress(ram[0].base), size)]).unwrap();
+    let platform = Platform {
+        cpus: 1,
+        ram,
+        cmdline: cmdline.into(),
+        seed: None,
+        serial: None,
+        rtc: None,
+        pci: None,
+        iommu: None,
+    };
+    let mut initrd = initrd.map(Cursor::new);
+    let entry = load(
+        &memory,
+        &platform,
+        &mut Cursor::new(kernel),
+        initrd.as_mut(),
+    );
+    (memory, entry)
+}
+
+fn refusal(mib: u64, kernel: Vec<u8>, initrd: Option<Vec<u8>>) -> String {
+    boot(mib, "", kernel, initrd).1.unwrap_err().to_string()
+}
+
+fn text_at(memory: &Memory, at: u64, len: usize) -> String {
+    let mut bytes = vec![0; len];
+    memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn every_wrapping_of_an_image_ends_up_the_same_in_memory() {
+    let image = image();
+    for kernel in [image.clone(), gzip(&image), zboot("gzip", &gzip(&image))] {
+        let (memory, entry) = boot(64, "", kernel, Some(b"initrd".to_vec()));
+        let expected = Entry {
+            pc: layout::KERNEL,
+            fdt: layout::FDT.base,
+        };
+        assert_eq!(entry.unwrap(), expected);
+        assert_eq!(text_at(&memory, layout::KERNEL + 0x1000, 11), "kernel text");
+        assert_eq!(text_at(&memory, layout::KERNEL + 0x1_FFFC, 4), "end.");
+        let magic: u32 = memory.read_obj(GuestAddress(layout::FDT.base)).unwrap();
+        assert_eq!(magic, 0xD00D_FEEDu32.to_be());
+        // Behind the BSS, not behind the file.
+        assert_eq!(text_at(&memory, layout::KERNEL + IMAGE_SIZE, 6), "initrd");
+    }
+}
+
+#[test]
+fn an_old_image_is_placed_at_the_offset_of_its_time() {
+    let mut old = image();
+    old[16..24].fill(0);
+    let (_, entry) = boot(64, "", old, None);
+    assert_eq!(entry.unwrap().pc, layout::KERNEL + OLD_TEXT_OFFSET);
+}
+
+#[test]
+fn kernels_that_cannot_boot_are_refused_with_the_reason() {
+    let mut x86 = vec![0; 1024];
+    x86[0x202..0x206].copy_from_slice(b"HdrS");
+    assert!(refusal(64, x86.clone(), None).contains("for x86_64, this machine is aarch64"));
+    assert!(refusal(64, gzip(&x86), None).contains("for x86_64, this machine is aarch64"));
+    assert!(refusal(64, b"text".to_vec(), None).contains("not a Linux kernel"));
+    assert!(refusal(64, gzip(b"text"), None).contains("not a Linux kernel"));
+    let error = refusal(64, zboot("zstd", b"payload"), None);
+    assert!(error.contains("\"zstd\"; gzip is supported"), "{error}");
+    let mut big_endian = image();
+    big_endian[24] = 1;
+    assert!(refusal(64, big_endian, None).contains("big-endian"));
+}
+
+#[test]
+fn files_that_end_early_are_refused() {
+    let whole = image();
+    let error = refusal(64, whole[..whole.len() - 1].to_vec(), None);
+    assert!(
+        error.contains("truncated: 131071 bytes of 131072"),
+        "{error}"
+    );
+    let packed = gzip(&whole);
+    let error = refusal(64, packed[..packed.len() / 2].to_vec(), None);
+    assert!(error.contains("cannot be decompressed"), "{error}");
+    let wrapped = zboot("gzip", &packed);
+    let error = refusal(64, wrapped[..wrapped.len() - 1].to_vec(), None);
+    assert!(error.contains("truncated"), "{error}");
+    for len in 0..0x200 {
+        // Whatever is cut off inside a header: an error, never a panic.
+        refusal(64, whole[..len].to_vec(), None);
+        refusal(64, wrapped[..len].to_vec(), None);
+    }
+}
+
+#[test]
+fn what_does_not_fit_in_memory_is_refused_with_the_size() {
+    let mut large = image();
+    large[16..24].copy_from_slice(&(63 * MIB).to_le_bytes());
+    let error = refusal(64, large, None);
+    assert!(
+        error.contains("needs 63 MiB of guest memory from 0x40200000"),
+        "{error}"
+    );
+    let mut endless = image();
+    endless[8..16].fill(0xFF);
+    assert!(refusal(64, endless, None).contains("does not fit"));
+    let initrd = vec![0; usize::try_from(59 * MIB).unwrap()];
+    let error = refusal(64, image(), Some(initrd));
+    assert!(
+        error.starts_with("initrd does not fit: it needs 59 MiB"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_decompression_bomb_stops_at_the_end_of_memory() {
+    let mut bomb = image();
+    bomb.resize(usize::try_from(70 * MIB).unwrap(), 0);
+    assert!(refusal(64, gzip(&bomb), None).contains("does not fit"));
+}
+
+#[test]
+fn a_command_line_longer_than_the_kernel_takes_is_refused() {
+    assert!(boot(64, &"x".repeat(2047), image(), None).1.is_ok());
+    let error = boot(64, &"x".repeat(2048), image(), None)
+        .1
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "kernel command line of 2048 bytes: the kernel takes at most 2047"
+    );
+}

@@ -1,1 +1,264 @@
+//! The tree is read back from its bytes (Devicetree Specification v0.4 §5).
 
+use std::collections::BTreeMap;
+
+use super::*;
+
+/// Properties by `path/of/node:property`; nodes as `path/` with no value.
+struct Tree(BTreeMap<String, Vec<u8>>);
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|&byte| byte == 0).unwrap();
+    String::from_utf8(bytes[..end].to_vec()).unwrap()
+}
+
+impl Tree {
+    fn of(platform: &Platform, initrd: Option<Initrd>) -> Self {
+        let blob = tree(platform, initrd).unwrap();
+        let offset = |at: usize| usize::try_from(u32_at(&blob, at)).unwrap();
+        assert_eq!(u32_at(&blob, 0), 0xD00D_FEED);
+        assert_eq!(offset(4), blob.len());
+        let (mut at, names) = (offset(8), offset(12));
+        let mut found = BTreeMap::new();
+        let mut path: Vec<String> = Vec::new();
+        loop {
+            let token = u32_at(&blob, at);
+            at += 4;
+            match token {
+                1 => {
+                    path.push(text(&blob[at..]));
+                    at += path.last().unwrap().len() + 1;
+                    found.insert(format!("{}/", path[1..].join("/")), Vec::new());
+                }
+                2 => drop(path.pop().unwrap()),
+                3 => {
+                    let len = usize::try_from(u32_at(&blob, at)).unwrap();
+                    let name = text(&blob[names + offset(at + 4)..]);
+                    let value = blob[at + 8..at + 8 + len].to_vec();
+                    found.insert(format!("{}:{name}", path[1..].join("/")), value);
+                    at += 8 + len;
+                }
+                9 => break,
+                other => panic!("token {other} at {at}"),
+            }
+            at = at.next_multiple_of(4);
+        }
+        assert!(path.is_empty());
+        Self(found)
+    }
+
+    fn get(&self, property: &str) -> &[u8] {
+        self.0
+            .get(property)
+            .unwrap_or_else(|| panic!("no {property}"))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    fn cells(&self, property: &str) -> Vec<u32> {
+        let value = self.get(property);
+        assert_eq!(value.len() % 4, 0);
+        value.chunks_exact(4).map(|cell| u32_at(cell, 0)).collect()
+    }
+
+    fn strings(&self, property: &str) -> Vec<String> {
+        let value = self.get(property);
+        let value = value.strip_suffix(&[0]).unwrap();
+        value
+            .split(|&b| b == 0)
+            .map(|s| String::from_utf8(s.to_vec()).unwrap())
+            .collect()
+    }
+}
+
+fn platform() -> Platform {
+    Platform {
+        cpus: 2,
+        ram: layout::ram_ranges(5 << 30).unwrap(),
+        cmdline: "console=ttyS0 quiet".into(),
+        seed: Some([7; 32]),
+        serial: Some(layout::SERIAL),
+        rtc: Some(layout::RTC),
+        pci: None,
+        iommu: None,
+    }
+}
+
+fn with_iommu(model: IommuModel, endpoints: Vec<std::ops::RangeInclusive<u16>>) -> Tree {
+    let pci = PciHost {
+        ecam: layout::PCI_ECAM,
+        last_bus: layout::PCI_LAST_BUS,
+        mmio32: layout::PCI_MMIO32,
+        mmio64: layout::PCI_MMIO64,
+    };
+    let iommu = Some(IommuNode { model, endpoints });
+    Tree::of(
+        &Platform {
+            pci: Some(pci),
+            iommu,
+            ..platform()
+        },
+        None,
+    )
+}
+
+#[test]
+fn the_boot_arguments_are_in_chosen() {
+    let tree = Tree::of(
+        &platform(),
+        Some(Initrd {
+            base: 0x4800_0000,
+            size: 0x1234,
+        }),
+    );
+    assert_eq!(tree.strings("chosen:bootargs"), ["console=ttyS0 quiet"]);
+    assert_eq!(tree.cells("chosen:linux,initrd-start"), [0, 0x4800_0000]);
+    assert_eq!(tree.cells("chosen:linux,initrd-end"), [0, 0x4800_1234]);
+    assert_eq!(tree.strings("chosen:stdout-path"), ["/serial@9000000"]);
+    assert_eq!(tree.get("chosen:rng-seed"), [7; 32]);
+    assert_eq!(
+        tree.cells("memory@40000000:reg"),
+        [0, 0x4000_0000, 1, 0x4000_0000]
+    );
+    assert!(!Tree::of(&platform(), None).has("chosen:linux,initrd-start"));
+}
+
+#[test]
+fn processors_carry_the_affinity_kvm_gives_them() {
+    let tree = Tree::of(
+        &Platform {
+            cpus: 18,
+            ..platform()
+        },
+        None,
+    );
+    assert_eq!(
+        tree.0
+            .keys()
+            .filter(|name| name.ends_with(":enable-method"))
+            .count(),
+        18
+    );
+    assert_eq!(tree.cells("cpus/cpu@f:reg"), [0, 15]);
+    assert_eq!(tree.cells("cpus/cpu@101:reg"), [0, 0x101]);
+    assert_eq!(tree.strings("cpus/cpu@0:enable-method"), ["psci"]);
+    assert_eq!(tree.strings("psci:method"), ["hvc"]);
+    // Two redistributor frames for each.
+    let reg = tree.cells("interrupt-controller@8000000:reg");
+    assert_eq!(reg[6..], [0, 18 * 0x2_0000]);
+}
+
+#[test]
+fn wired_interrupts_are_edge_triggered_spis() {
+    let tree = Tree::of(&platform(), None);
+    assert_eq!(
+        tree.cells("serial@9000000:interrupts"),
+        [0, layout::SERIAL.gsi, 1]
+    );
+    assert_eq!(
+        tree.cells("rtc@9010000:interrupts"),
+        [0, layout::RTC.gsi, 1]
+    );
+    let clock = tree.cells("apb-pclk:phandle");
+    assert_eq!(tree.cells("rtc@9010000:clocks"), clock);
+    let bare = Tree::of(
+        &Platform {
+            serial: None,
+            rtc: None,
+            ..platform()
+        },
+        None,
+    );
+    assert!(!bare.has("serial@9000000/") && !bare.has("rtc@9010000/"));
+    assert!(!bare.has("chosen:stdout-path"));
+}
+
+#[test]
+fn messages_of_pci_functions_go_to_the_its_by_requester_id() {
+    let tree = with_iommu(IommuModel::VirtioPci { bdf: 8 }, vec![]);
+    let its = tree.cells("interrupt-controller@8000000/msi-controller@8080000:phandle");
+    assert_eq!(
+        tree.cells("pcie@3f000000:msi-map"),
+        [0, its[0], 0, 0x1_0000]
+    );
+    assert_eq!(
+        tree.cells("pcie@3f000000:reg"),
+        [0, 0x3F00_0000, 0, 0x10_0000]
+    );
+    assert_eq!(tree.cells("pcie@3f000000:bus-range"), [0, 0]);
+    let low = [0x0200_0000, 0, 0x1000_0000, 0, 0x1000_0000, 0, 0x2F00_0000];
+    let high = [0x4300_0000, 0x40, 0, 0x40, 0, 0x10, 0];
+    assert_eq!(tree.cells("pcie@3f000000:ranges"), [low, high].concat());
+}
+
+#[test]
+fn a_virtio_iommu_is_a_function_that_is_not_behind_itself() {
+    let tree = with_iommu(
+        IommuModel::VirtioPci { bdf: 0x08 },
+        vec![0..=7, 0x10..=0xFFFF],
+    );
+    let node = "pcie@3f000000/iommu@1,0";
+    assert_eq!(
+        tree.strings(&format!("{node}:compatible")),
+        ["virtio,pci-iommu"]
+    );
+    assert_eq!(tree.cells(&format!("{node}:reg")), [0x800, 0, 0, 0, 0]);
+    let phandle = tree.cells(&format!("{node}:phandle"))[0];
+    assert_eq!(
+        tree.cells("pcie@3f000000:iommu-map"),
+        [0, phandle, 0, 8, 0x10, phandle, 0x10, 0xFFF0]
+    );
+    assert!(!tree.has("pcie@3f000000:ats-supported"));
+}
+
+#[test]
+fn an_smmu_has_its_interrupts_by_name_and_says_what_it_is_told() {
+    let tree_of = |ats, coherent| {
+        let smmu = layout::SMMU.unwrap();
+        with_iommu(
+            IommuModel::Smmuv3 {
+                smmu,
+                ats,
+                coherent,
+            },
+            vec![0..=0xFFFF],
+        )
+    };
+    let tree = tree_of(true, true);
+    let gsis = layout::SMMU.unwrap().gsis;
+    let names = tree.strings("iommu@9050000:interrupt-names");
+    assert_eq!(names, ["eventq", "gerror", "priq", "cmdq-sync"]);
+    let expected = [gsis.eventq, gsis.gerror, gsis.priq, gsis.cmdq_sync];
+    assert_eq!(
+        tree.cells("iommu@9050000:interrupts"),
+        expected.map(|gsi| [0, gsi, 1]).concat()
+    );
+    let phandle = tree.cells("iommu@9050000:phandle")[0];
+    assert_eq!(
+        tree.cells("pcie@3f000000:iommu-map"),
+        [0, phandle, 0, 0x1_0000]
+    );
+    assert!(tree.has("pcie@3f000000:ats-supported") && tree.has("iommu@9050000:dma-coherent"));
+    let plain = tree_of(false, false);
+    assert!(!plain.has("pcie@3f000000:ats-supported") && !plain.has("iommu@9050000:dma-coherent"));
+}
+
+#[test]
+fn a_nul_in_the_command_line_is_an_error() {
+    assert!(
+        tree(
+            &Platform {
+                cmdline: "a\0b".into(),
+                ..platform()
+            },
+            None
+        )
+        .is_err()
+    );
+}
