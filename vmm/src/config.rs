@@ -44,11 +44,12 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    /// An error in `field`.
+    /// An error in `field`. What came from a client may be part of either text, so control
+    /// characters are escaped: the error stays one line, in the log too.
     pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self {
-            field: field.into(),
-            problem: problem.into(),
+            field: one_line(field.into()),
+            problem: one_line(problem.into()),
         }
     }
 
@@ -62,6 +63,20 @@ impl ConfigError {
     }
 }
 
+fn one_line(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let escape = |character: char| {
+        if character.is_control() {
+            character.escape_default().to_string()
+        } else {
+            character.to_string()
+        }
+    };
+    text.chars().map(escape).collect()
+}
+
 /// Refuses `field` unless `ok`.
 fn require(ok: bool, field: &str, problem: &str) -> Result<(), ConfigError> {
     if ok {
@@ -71,8 +86,8 @@ fn require(ok: bool, field: &str, problem: &str) -> Result<(), ConfigError> {
     }
 }
 
-/// A field or section of Firecracker's that has no counterpart here. Absent, `null`, `[]` and
-/// `{}` are read as "not asked for"; anything else is remembered and refused by `validate`.
+/// A field or section of Firecracker's that has no counterpart here. Absent, `null` and `[]` are
+/// read as "not asked for"; anything else is remembered and refused by `validate`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unsupported {
     given: bool,
@@ -94,7 +109,6 @@ impl<'de> Deserialize<'de> for Unsupported {
         let given = match Value::deserialize(deserializer)? {
             Value::Null => false,
             Value::Array(items) => !items.is_empty(),
-            Value::Object(fields) => !fields.is_empty(),
             _ => true,
         };
         Ok(Self { given })
@@ -159,7 +173,8 @@ impl RateLimiter {
 /// from the outside in (`drives[1].iommu`), which `serde_json` alone does not for a wrong type.
 ///
 /// # Errors
-/// The bytes are not JSON, or not of the shape of `T`.
+/// The bytes are not JSON, or not of the shape of `T`. A list in the place of an object is not,
+/// although serde would take its elements for the fields in their order.
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
@@ -170,7 +185,32 @@ pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
     reader
         .end()
         .map_err(|error| ConfigError::new("JSON", error.to_string()))?;
+    let shape = serde_json::from_slice(bytes)
+        .map_err(|error| ConfigError::new("JSON", error.to_string()))?;
+    refuse_lists(&shape, "")?;
     Ok(value)
+}
+
+/// The sections that are lists of objects. Nothing else in a configuration is a list.
+const LISTS: [&str; 3] = ["drives", "network-interfaces", "pmem"];
+
+fn refuse_lists(value: &serde_json::Value, path: &str) -> Result<(), ConfigError> {
+    use serde_json::Value;
+    match value {
+        Value::Array(items) if LISTS.contains(&path) => items
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, item)| refuse_lists(item, &format!("{path}[{index}]"))),
+        Value::Array(_) => {
+            let field = if path.is_empty() { "JSON" } else { path };
+            Err(ConfigError::new(field, "is a list; give an object"))
+        }
+        Value::Object(fields) => fields.iter().try_for_each(|(name, value)| {
+            let dot = if path.is_empty() { "" } else { "." };
+            refuse_lists(value, &format!("{path}{dot}{name}"))
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Checks an identifier: letters, digits, `_`, `-` and `.`, at most 64 of them.
@@ -192,10 +232,14 @@ fn element(list: &str, index: usize, id: &str) -> String {
     }
 }
 
-/// Checks a path that the host will open: not empty, no NUL byte.
+/// Checks a path that the host will open: not empty, no control character.
 fn check_path(field: &str, path: &str) -> Result<(), ConfigError> {
     require(!path.is_empty(), field, "is empty; give a path")?;
-    require(!path.contains('\0'), field, "contains a NUL byte")
+    require(
+        !path.contains(char::is_control),
+        field,
+        "contains a control character; rename the file",
+    )
 }
 
 /// Checks a number of queues.

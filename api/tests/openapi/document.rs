@@ -154,7 +154,9 @@ impl Document {
             json!(1.5),
             json!(-1),
             json!("\u{0}"),
+            json!([]),
             json!(["x"]),
+            json!([null, null]),
             json!({ "__unknown": 1 }),
         ];
         for (limit, step) in [("minimum", -1), ("maximum", 1)] {

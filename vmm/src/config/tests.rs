@@ -80,6 +80,31 @@ fn wrong_types_are_refused_by_path() {
 }
 
 #[test]
+fn refusals_stay_on_one_line_whatever_a_client_names_its_fields() {
+    let error = refusal(r#"{"a\nb\u001b[2J": 1}"#);
+    assert!(
+        !error.contains(char::is_control) && error.contains("a\\nb"),
+        "{error}"
+    );
+    let error = refusal(r#"{"logger": {"log_path": "a\nb"}}"#);
+    assert!(
+        error.starts_with("logger.log_path: contains a control"),
+        "{error}"
+    );
+}
+
+#[test]
+fn lists_do_not_pass_for_objects() {
+    assert!(refusal(r#"[{"kernel_image_path": "k"}]"#).starts_with("JSON: is a list"));
+    assert!(refusal(r#"{"logger": [null, null]}"#).starts_with("logger: is a list"));
+    let drive = r#"{"drives": [["a", "b"]]}"#;
+    assert!(refusal(drive).starts_with("drives[0]: is a list"));
+    let limiter = r#"{"entropy": {"rate_limiter": [null, null]}}"#;
+    assert!(refusal(limiter).starts_with("entropy.rate_limiter: is a list"));
+    assert!(refusal(r#"{"balloon": {}}"#).starts_with("balloon: "));
+}
+
+#[test]
 fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
     let refused = [
         (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),
