@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use vmm::action::{
-    Action, Inbox, InstanceInfo, IommuInfo, Lifecycle, MachineState, MappingsPage, MetricFamily,
-    MetricKind, Outcome, Query, Reply, channel,
+    Action, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, Inbox,
+    InstanceInfo, IommuInfo, Lifecycle, MachineState, Mapping, MappingsPage, MetricFamily,
+    MetricKind, Outcome, Permissions, Query, Registration, RegistrationKind, Reply, channel,
 };
 use vmm::config::VmConfig;
 
@@ -199,11 +200,11 @@ impl Model {
     }
 
     fn answer(&self, query: Query) -> Outcome {
-        let iommu = IommuInfo::default();
+        let iommu = self.iommu();
         Ok(match query {
             Query::InstanceInfo => Reply::InstanceInfo(InstanceInfo {
                 app_name: "portcullis".to_owned(),
-                id: "test".to_owned(),
+                id: "portcullis".to_owned(),
                 state: self.state,
                 vmm_version: "0.1.0".to_owned(),
             }),
@@ -217,10 +218,93 @@ impl Model {
             )]),
             Query::Iommu => Reply::Iommu(iommu),
             Query::Endpoint(name) => Reply::Endpoint(Box::new(iommu.find(&name)?.clone())),
-            Query::Mappings { endpoint, .. } => {
+            Query::Mappings {
+                endpoint,
+                after,
+                limit,
+            } => {
                 iommu.find(&endpoint)?;
-                Reply::Mappings(MappingsPage::default())
+                Reply::Mappings(mappings(after, limit))
             }
         })
     }
+
+    /// The IOMMU of a started machine whose guest has booted and used its interfaces.
+    fn iommu(&self) -> IommuInfo {
+        let started = self.state != MachineState::NotStarted;
+        let names = self.config.network_interfaces.iter();
+        let endpoint = |(slot, id): (u32, &String)| EndpointInfo {
+            id: id.clone(),
+            device: DeviceKind::Net,
+            pci_address: format!("00:{slot:02x}.0"),
+            stream_id: slot << 3,
+            state: EndpointState::Translated,
+            domain: Some(slot),
+            asid: None,
+            vmid: None,
+            ats: None,
+            registration: Some(Registration {
+                kind: RegistrationKind::Unmap,
+                reason: "virtio-iommu has no device IOTLB to invalidate".to_owned(),
+            }),
+            counters: EndpointCounters {
+                translations: 81_230,
+                hits: 80_914,
+                misses: 12,
+                updates: 316,
+                prefills: 304,
+                invalidations_sent: 301,
+                invalidations_saved: 77,
+                faults: [("F_UNKNOWN_MAPPING".to_owned(), 2)].into(),
+                stalled_queues: 0,
+            },
+        };
+        let endpoints = (2..).zip(names.map(|interface| &interface.iface_id));
+        let feature = |name: &str, negotiated| Feature {
+            name: name.to_owned(),
+            negotiated: Some(negotiated),
+        };
+        IommuInfo {
+            model: self.config.iommu.model,
+            enabled: started,
+            features: vec![
+                feature("VIRTIO_IOMMU_F_MAP_UNMAP", true),
+                feature("VIRTIO_IOMMU_F_BYPASS_CONFIG", true),
+                feature("VIRTIO_IOMMU_F_MMIO", false),
+            ],
+            endpoints: if started {
+                endpoints.map(endpoint).collect()
+            } else {
+                Vec::new()
+            },
+        }
+    }
+}
+
+/// An IOVA space as Linux leaves it: rings and buffers from the top of 32 bits down, and the
+/// MSI window.
+fn mappings(after: Option<u64>, limit: u32) -> MappingsPage {
+    let mapping = |start: u64, bytes: u64, target: u64, write, mmio| Mapping {
+        start: Hex(start),
+        end: Hex(start + bytes - 1),
+        target: Hex(target),
+        permissions: Permissions { read: true, write },
+        mmio,
+    };
+    let all = [
+        mapping(0x0800_0000, 0x1000, 0xfee0_0000, true, true),
+        mapping(0xfde0_0000, 0x10_0000, 0x0420_0000, true, false),
+        mapping(0xfdf0_0000, 0x4000, 0x0231_0000, false, false),
+        mapping(0xffff_8000, 0x2000, 0x0104_a000, true, false),
+        mapping(0xffff_a000, 0x2000, 0x0107_0000, true, false),
+        mapping(0xffff_e000, 0x2000, 0x0104_c000, true, false),
+    ];
+    let mut rest = all
+        .into_iter()
+        .filter(|mapping| after.is_none_or(|after| mapping.start.0 > after));
+    let mappings: Vec<_> = rest.by_ref().take(limit as usize).collect();
+    let next = rest
+        .next()
+        .and_then(|_| mappings.last().map(|last| last.start));
+    MappingsPage { mappings, next }
 }
