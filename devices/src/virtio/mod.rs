@@ -1,5 +1,6 @@
 //! Virtio: what a device is to its transport, and the devices.
 
+pub mod block;
 mod device;
 pub mod iommu;
 pub mod pci;

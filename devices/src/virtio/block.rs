@@ -1,0 +1,347 @@
+//! The block device (virtio 1.2 §5.2) over a raw image.
+//!
+//! One thread a disk does the work: a read from a slow disk sleeps in the
+//! kernel with the stream's gate held, so it must not be the thread that
+//! answers the control plane.
+
+mod image;
+mod request;
+
+use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::{io, thread};
+
+use iommu::DmaSpace;
+use log::error;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueT as _};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::image::SECTOR;
+pub use self::image::{Image, ImageError};
+use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+
+const QUEUE_SIZE: u16 = 256;
+/// Most data segments of a request: a ring's worth without header and status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Most sectors of one discard or write-zeroes segment (4 GiB).
+const MAX_CLEAR_SECTORS: u32 = 1 << 23;
+/// Token of the eventfd that ends the worker; queues have their index.
+const STOP: u64 = u64::MAX;
+
+/// What a disk has done.
+#[derive(Debug, Default)]
+pub struct BlockCounters {
+    /// Bytes the guest read.
+    pub read_bytes: AtomicU64,
+    /// Bytes the guest wrote.
+    pub written_bytes: AtomicU64,
+    /// Requests of any kind.
+    pub requests: AtomicU64,
+    /// Requests that ended in an error.
+    pub errors: AtomicU64,
+}
+
+struct Running {
+    queue: Queue,
+    dma: DmaSpace,
+    interrupt: Interrupt,
+    kick: Arc<EventFd>,
+    /// Not served until the driver resets the device.
+    failed: bool,
+}
+
+/// What the worker shares with the device.
+struct Shared {
+    queues: Vec<Mutex<Option<Running>>>,
+    /// Set to make the worker leave a queue between two requests.
+    leave: Vec<AtomicBool>,
+    epoll: Epoll,
+    stop: EventFd,
+    failure: Mutex<Option<DeviceError>>,
+    counters: Arc<BlockCounters>,
+}
+
+impl Shared {
+    fn queue(&self, index: usize) -> Option<MutexGuard<'_, Option<Running>>> {
+        let queue = self.queues.get(index)?;
+        Some(queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A disk.
+pub struct Block {
+    shared: Arc<Shared>,
+    worker: Option<JoinHandle<()>>,
+    sizes: Vec<u16>,
+    features: u64,
+    config: [u8; 60],
+    kicks: Vec<Option<Arc<EventFd>>>,
+}
+
+impl Block {
+    /// A disk of `queues` queues over `image`. `name` names its thread.
+    ///
+    /// # Errors
+    /// No file descriptor or thread is left.
+    pub fn new(name: &str, image: Image, queues: u16) -> io::Result<Self> {
+        let count = usize::from(queues.max(1));
+        let shared = Arc::new(Shared {
+            queues: (0..count).map(|_| Mutex::default()).collect(),
+            leave: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            epoll: Epoll::new()?,
+            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            failure: Mutex::default(),
+            counters: Arc::default(),
+        });
+        let stop = EpollEvent::new(EventSet::IN, STOP);
+        shared
+            .epoll
+            .ctl(ControlOperation::Add, shared.stop.as_raw_fd(), stop)?;
+        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_MQ
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        features |= if image.read_only() {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        let config = config_space(image.sectors(), queues.max(1));
+        let worker = {
+            let shared = Arc::clone(&shared);
+            let thread = thread::Builder::new().name(format!("disk-{name}"));
+            thread.spawn(move || work(&shared, image))?
+        };
+        Ok(Self {
+            sizes: vec![QUEUE_SIZE; count],
+            kicks: vec![None; count],
+            worker: Some(worker),
+            shared,
+            features,
+            config,
+        })
+    }
+
+    /// What the disk has done.
+    #[must_use]
+    pub fn counters(&self) -> Arc<BlockCounters> {
+        Arc::clone(&self.shared.counters)
+    }
+}
+
+/// The device configuration (§5.2.4).
+fn config_space(sectors: u64, queues: u16) -> [u8; 60] {
+    let mut config = [0; 60];
+    let mut put = |at: usize, bytes: &[u8]| {
+        let field = config.iter_mut().skip(at).zip(bytes);
+        field.for_each(|(to, from)| *to = *from);
+    };
+    put(0, &sectors.to_le_bytes());
+    put(12, &SEG_MAX.to_le_bytes());
+    put(20, &u32::try_from(SECTOR).unwrap_or(512).to_le_bytes());
+    put(34, &queues.to_le_bytes());
+    // Discard: sectors, segments, alignment in sectors.
+    put(36, &MAX_CLEAR_SECTORS.to_le_bytes());
+    put(40, &1_u32.to_le_bytes());
+    put(44, &8_u32.to_le_bytes());
+    // Write zeroes: sectors, segments, may unmap.
+    put(48, &MAX_CLEAR_SECTORS.to_le_bytes());
+    put(52, &1_u32.to_le_bytes());
+    put(56, &[1]);
+    config
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = self.config.get(start..).unwrap_or_default().iter();
+        let bytes = bytes.chain(std::iter::repeat(&0));
+        data.iter_mut()
+            .zip(bytes)
+            .for_each(|(to, &from)| *to = from);
+    }
+
+    fn negotiated(&mut self, _features: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+        let at = usize::from(index);
+        let (Some(mut queue), Some(kick)) = (self.shared.queue(at), self.kicks.get_mut(at)) else {
+            return Ok(());
+        };
+        *queue = Some(Running {
+            dma: started.space.dma(),
+            queue: started.queue,
+            interrupt: started.interrupt,
+            kick: Arc::clone(&started.kick),
+            failed: false,
+        });
+        let event = EpollEvent::new(EventSet::IN, u64::from(index));
+        let watched = self
+            .shared
+            .epoll
+            .ctl(ControlOperation::Add, started.kick.as_raw_fd(), event);
+        watched.map_err(|source| DeviceError::Backend {
+            what: "watching a queue",
+            source,
+        })?;
+        // A driver may have posted requests before it was ready.
+        let _ = started.kick.write(1);
+        *kick = Some(started.kick);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
+        let at = usize::from(index);
+        if let Some(kick) = self.kicks.get_mut(at).and_then(Option::take) {
+            let gone = EpollEvent::default();
+            let _ = self
+                .shared
+                .epoll
+                .ctl(ControlOperation::Delete, kick.as_raw_fd(), gone);
+        }
+        let leave = self.shared.leave.get(at)?;
+        leave.store(true, Ordering::Release);
+        let stopped = self.shared.queue(at)?.take();
+        leave.store(false, Ordering::Release);
+        stopped.map(|running| QueuePosition {
+            next_avail: running.queue.next_avail(),
+            next_used: running.queue.next_used(),
+        })
+    }
+
+    fn reset(&mut self) {}
+
+    fn take_failure(&mut self) -> Option<DeviceError> {
+        let failure = self.shared.failure.lock();
+        failure.unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        for leave in &self.shared.leave {
+            leave.store(true, Ordering::Release);
+        }
+        let _ = self.shared.stop.write(1);
+        if let Some(worker) = self.worker.take() {
+            let _ = worker.join();
+        }
+    }
+}
+
+/// The worker: serves the queue that was kicked, until it is stopped.
+fn work(shared: &Shared, mut image: Image) {
+    let mut events = [EpollEvent::default(); 8];
+    loop {
+        let ready = match shared.epoll.wait(-1, &mut events) {
+            Ok(ready) => ready,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                error!("a disk's thread cannot wait: {error}");
+                return;
+            }
+        };
+        for event in events.iter().take(ready) {
+            if event.data() == STOP {
+                return;
+            }
+            let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            let Some(mut queue) = shared.queue(index) else {
+                continue;
+            };
+            // The queue may have been stopped since: its kick is not ours then.
+            let Some(running) = queue.as_mut() else {
+                continue;
+            };
+            let _ = running.kick.read();
+            if running.failed {
+                continue;
+            }
+            if let Err(failure) = serve(shared, index, running, &mut image) {
+                running.failed = true;
+                let mut slot = shared
+                    .failure
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *slot = Some(failure);
+            }
+        }
+    }
+}
+
+/// Serves what is posted until there is nothing more or the queue is to stop.
+fn serve(
+    shared: &Shared,
+    index: usize,
+    running: &mut Running,
+    image: &mut Image,
+) -> Result<(), DeviceError> {
+    let number = u16::try_from(index).unwrap_or(0);
+    let bad = |reason| DeviceError::BadQueue {
+        queue: number,
+        reason,
+    };
+    let rings = |_| bad("its rings are not in memory");
+    let leave = |shared: &Shared| {
+        let leave = shared.leave.get(index);
+        leave.is_none_or(|leave| leave.load(Ordering::Acquire))
+    };
+    loop {
+        {
+            let view = running.dma.view();
+            running.queue.disable_notification(&view).map_err(rings)?;
+        }
+        while !leave(shared) {
+            // One view a request: an unmap of the guest waits for no more.
+            let view = running.dma.view();
+            let Some(chain) = running.queue.pop_descriptor_chain(&view) else {
+                if view.take_fault().is_some() {
+                    return Err(bad("its rings are not in memory"));
+                }
+                break;
+            };
+            let head = chain.head_index();
+            let written = request::execute(&view, chain, image, &shared.counters).map_err(bad)?;
+            running
+                .queue
+                .add_used(&view, head, written)
+                .map_err(rings)?;
+            if running.queue.needs_notification(&view).map_err(rings)? {
+                running.interrupt.signal();
+            }
+        }
+        let view = running.dma.view();
+        let more = running.queue.enable_notification(&view).map_err(rings)?;
+        if !more || leave(shared) {
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
