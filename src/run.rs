@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use api::{Limits, Server, Socket};
 use clap::Args;
 use vmm::builder::{BootFiles, BuildError};
-use vmm::config::{BootSource, LogLevel, Logger, MemorySize, VmConfig};
+use vmm::config::{BootSource, Drive, Entropy, Iommu, LogLevel, Logger, MemorySize, VmConfig};
 use vmm::controller::Controller;
 use vmm::plan::MachinePlan;
 use vmm::{console, logger};
@@ -37,7 +37,16 @@ pub struct RunArgs {
     /// Guest memory: 512M, 2G, or a number of MiB
     #[arg(long, value_name = "SIZE")]
     memory: Option<MemorySize>,
-    /// Machine as JSON; the options above replace what it says
+    /// IOMMU before the PCI devices: none, virtio-iommu
+    #[arg(long, value_name = "MODEL")]
+    iommu: Option<Iommu>,
+    /// Disk: path=FILE[,id=ID][,readonly=on][,queues=N][,iommu=on|off]
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<Drive>,
+    /// Source of entropy
+    #[arg(long)]
+    rng: bool,
+    /// Machine as JSON; the options above replace what it says, devices add to it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Serve the API at this Unix socket meanwhile
@@ -177,6 +186,11 @@ impl RunArgs {
         let machine = &mut config.machine_config;
         machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
         machine.mem_size_mib = self.memory.map_or(machine.mem_size_mib, MemorySize::mib);
+        config.iommu = self.iommu.unwrap_or(config.iommu);
+        config.drives.extend(self.disk);
+        if self.rng {
+            config.entropy.get_or_insert_with(Entropy::default);
+        }
         Ok(config)
     }
 }

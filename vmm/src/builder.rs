@@ -25,6 +25,7 @@ use crate::ending::Ending;
 use crate::kvm::{self, Backing, Buses, End, Vcpu, Vcpus, Vm};
 use crate::logger;
 use crate::metrics::Metrics;
+use crate::pci::PciBus;
 use crate::plan::{Console, MachinePlan};
 use crate::reports::Reporter;
 
@@ -63,6 +64,8 @@ pub struct Machine {
     pub vcpus: Vcpus,
     /// The serial output.
     pub output: Arc<Output>,
+    /// The PCI bus and what is on it.
+    pub pci: Option<PciBus>,
     _vm: Arc<Vm>,
 }
 
@@ -86,7 +89,7 @@ pub fn build(
     reporter: &Reporter,
 ) -> Result<Built, BuildError> {
     let mut files = BootFiles::open(plan)?;
-    let ram = allocate_ram(plan)?;
+    let ram = Arc::new(allocate_ram(plan)?);
     let (vm, processors) = Vm::new(&ram, u32::from(plan.vcpus))?;
     let buses = Buses {
         pio: Arc::new(Bus::new()),
@@ -96,11 +99,13 @@ pub fn build(
     let input = add_serial(plan, &vm, &buses, &output, metrics, reporter)?;
     add_clock(&buses)?;
     add_power(&buses, reporter)?;
-    load_and_set_up(plan, &ram, &mut files, &processors)?;
+    let pci = PciBus::build(plan, &vm, &buses.mmio, &ram)?;
+    load_and_set_up(plan, &ram, &mut files, &processors, pci.as_ref())?;
     let vcpus = start_processors(processors, &buses, reporter)?;
     let machine = Machine {
         vcpus,
         output,
+        pci,
         _vm: vm,
     };
     Ok(Built { machine, input })
@@ -247,7 +252,7 @@ fn place(buses: &Buses, at: LegacyDevice, device: Arc<dyn BusDevice>) -> Result<
 }
 
 /// What the firmware tables tell the guest.
-fn describe(plan: &MachinePlan) -> io::Result<Platform> {
+fn describe(plan: &MachinePlan, pci: Option<&PciBus>) -> io::Result<Platform> {
     // The guest would otherwise wait for entropy it has no source of.
     let mut seed = [0; 32];
     File::open("/dev/urandom")?.read_exact(&mut seed)?;
@@ -258,8 +263,8 @@ fn describe(plan: &MachinePlan) -> io::Result<Platform> {
         seed: Some(seed),
         serial: Some(layout::SERIAL),
         rtc: Some(layout::RTC),
-        pci: None,
-        iommu: None,
+        pci: pci.map(|_| PciBus::host()),
+        iommu: pci.and_then(PciBus::iommu_node),
     })
 }
 
@@ -268,8 +273,9 @@ fn load_and_set_up(
     ram: &GuestRam,
     files: &mut BootFiles,
     processors: &[Vcpu],
+    pci: Option<&PciBus>,
 ) -> Result<(), BuildError> {
-    let platform = describe(plan)?;
+    let platform = describe(plan, pci)?;
     let kernel = &mut files.kernel;
     let entry = arch::boot::load(ram, &platform, kernel, files.initrd.as_mut())
         .map_err(|error| name_file(plan, error))?;
@@ -336,6 +342,8 @@ mod tests {
                 cmdline: String::new(),
             },
             console: Console::Stdio,
+            iommu: crate::config::Iommu::default(),
+            functions: Vec::new(),
         }
     }
 

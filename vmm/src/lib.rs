@@ -13,6 +13,7 @@ pub mod ending;
 pub mod kvm;
 pub mod logger;
 pub mod metrics;
+pub mod pci;
 pub mod plan;
 pub mod reports;
 pub mod signals;

@@ -8,10 +8,11 @@
 use std::path::PathBuf;
 
 use arch::layout;
+use devices::pci::SLOTS;
 use serde::Serialize;
 
 use crate::action::Hex;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, Drive, Iommu, IommuModel, VmConfig};
 
 /// Console and behaviour of a guest whose command line was left out: log and
 /// login on the serial port; a kernel panic resets at once instead of hanging.
@@ -31,6 +32,42 @@ pub struct MachinePlan {
     pub boot: Boot,
     /// Where the serial console is.
     pub console: Console,
+    /// The IOMMU before the PCI functions.
+    pub iommu: Iommu,
+    /// The functions on the PCI bus; there is no bus without one.
+    pub functions: Vec<FunctionPlan>,
+}
+
+/// A function on the PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FunctionPlan {
+    /// The device number on bus 0.
+    pub slot: u8,
+    /// The name that the user gave it.
+    pub id: String,
+    /// Whether it is behind the IOMMU.
+    pub iommu: bool,
+    /// What it is.
+    pub device: DevicePlan,
+}
+
+/// What a PCI function is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DevicePlan {
+    /// The virtio-iommu itself.
+    VirtioIommu,
+    /// A disk.
+    Block {
+        /// The image.
+        path: PathBuf,
+        /// Never written.
+        read_only: bool,
+        /// Request queues.
+        queues: u16,
+    },
+    /// A source of entropy.
+    Entropy,
 }
 
 /// A range of guest physical addresses that is RAM.
@@ -70,7 +107,6 @@ impl MachinePlan {
     /// The first value that cannot be built, by its name in the configuration.
     pub fn resolve(config: &VmConfig) -> Result<Self, ConfigError> {
         let source = config.validate_for_start()?;
-        refuse_pci_devices(config)?;
         let machine = &config.machine_config;
         let serial_file = config
             .serial
@@ -82,11 +118,10 @@ impl MachinePlan {
             boot: Boot {
                 kernel: PathBuf::from(&source.kernel_image_path),
                 initrd: source.initrd_path.as_ref().map(PathBuf::from),
-                cmdline: source
-                    .boot_args
-                    .clone()
-                    .unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+                cmdline: cmdline(source.boot_args.as_deref(), &config.drives),
             },
+            iommu: config.iommu.clone(),
+            functions: functions(config)?,
             console: serial_file.map_or(Console::Stdio, |path| Console::File(path.into())),
         })
     }
@@ -111,19 +146,70 @@ fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
     Ok(ranges.iter().map(range).collect())
 }
 
-/// There is no PCI bus yet for them to sit on.
-fn refuse_pci_devices(config: &VmConfig) -> Result<(), ConfigError> {
+/// The command line, with `root=` for the drive that is the root device.
+fn cmdline(given: Option<&str>, drives: &[Drive]) -> String {
+    let mut cmdline = given.unwrap_or(DEFAULT_CMDLINE).to_owned();
+    let root = drives
+        .iter()
+        .zip('a'..)
+        .find(|(drive, _)| drive.is_root_device);
+    if let Some((drive, letter)) = root {
+        let device = match &drive.partuuid {
+            Some(partuuid) => format!("PARTUUID={partuuid}"),
+            // Linux names virtio disks in the order of their slots.
+            None => format!("/dev/vd{letter}"),
+        };
+        let mode = if drive.is_read_only { "ro" } else { "rw" };
+        cmdline.push_str(&format!(" root={device} {mode}"));
+    }
+    cmdline
+}
+
+/// Gives every function its slot: the IOMMU first, so that its driver can be
+/// there before the others' need it.
+fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
+    refuse_what_is_missing(config)?;
+    let mut devices = Vec::new();
+    if config.iommu.model == IommuModel::VirtioIommu {
+        devices.push(("iommu".to_owned(), false, DevicePlan::VirtioIommu));
+    }
+    for drive in &config.drives {
+        let device = DevicePlan::Block {
+            path: PathBuf::from(&drive.path_on_host),
+            read_only: drive.is_read_only,
+            queues: drive.num_queues,
+        };
+        devices.push((drive.drive_id.clone(), drive.iommu, device));
+    }
+    if config.entropy.is_some() {
+        devices.push(("entropy".to_owned(), true, DevicePlan::Entropy));
+    }
+    if devices.len() >= usize::from(SLOTS) {
+        let problem = format!("the PCI bus has room for {} devices", SLOTS - 1);
+        return Err(ConfigError::new("drives", problem));
+    }
+    let translated = config.iommu.model != IommuModel::None;
+    let numbered = (1..).zip(devices);
+    let functions = numbered.map(|(slot, (id, behind, device))| FunctionPlan {
+        slot,
+        id,
+        iommu: behind && translated,
+        device,
+    });
+    Ok(functions.collect())
+}
+
+/// Sections of the configuration whose devices do not exist yet.
+fn refuse_what_is_missing(config: &VmConfig) -> Result<(), ConfigError> {
     let sections = [
-        ("drives", !config.drives.is_empty()),
         ("network-interfaces", !config.network_interfaces.is_empty()),
         ("vsock", config.vsock.is_some()),
-        ("entropy", config.entropy.is_some()),
-        ("iommu", config.iommu != crate::config::Iommu::default()),
+        ("iommu", config.iommu.model == IommuModel::Smmuv3),
     ];
     match sections.iter().find(|(_, given)| *given) {
         Some((section, _)) => Err(ConfigError::new(
             *section,
-            "this version has no PCI devices; remove the section",
+            "this version has no such device; remove the section",
         )),
         None => Ok(()),
     }
@@ -186,10 +272,29 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_cannot_be_built_is_refused_and_not_forgotten() {
+    fn functions_get_slots_behind_the_iommu() {
         let mut config = config();
-        config.drives = vec!["path=disk,id=d".parse::<Drive>().unwrap()];
-        let error = MachinePlan::resolve(&config).unwrap_err();
-        assert_eq!(error.field, "drives");
+        config.iommu.model = IommuModel::VirtioIommu;
+        config.drives = vec![
+            "path=disk,id=d".parse::<Drive>().unwrap(),
+            Drive {
+                drive_id: "e".into(),
+                is_root_device: true,
+                iommu: false,
+                ..Drive::default()
+            },
+        ];
+        config.drives[1].path_on_host = "other".into();
+        let plan = MachinePlan::resolve(&config).unwrap();
+        let functions: Vec<_> = plan
+            .functions
+            .iter()
+            .map(|function| (function.slot, function.id.as_str(), function.iommu))
+            .collect();
+        assert_eq!(
+            functions,
+            [(1, "iommu", false), (2, "d", true), (3, "e", false)]
+        );
+        assert!(plan.boot.cmdline.ends_with(" root=/dev/vdb rw"));
     }
 }

@@ -16,6 +16,11 @@ use crate::platform::{LegacyDevice, PowerPorts, Range, Smmu, SmmuGsis, Space};
 pub const GICD: Range = Range::new(0x0800_0000, 0x1_0000);
 /// Interrupt translation service: control and translation frames.
 pub const ITS: Range = Range::new(0x0808_0000, 0x2_0000);
+/// Where message-signalled interrupts are written to: the ITS's translation
+/// page, with `GITS_TRANSLATER`.
+pub const MSI_DOORBELLS: u64 = 0x0809_0000;
+/// Address bits within [`MSI_DOORBELLS`].
+pub const MSI_DOORBELL_BITS: u32 = 16;
 /// GICv3 redistributors, [`GICR_STRIDE`] bytes a vCPU.
 pub const GICR: Range = Range::new(0x080A_0000, 0x00F6_0000);
 /// Size of one redistributor (RD_base and SGI_base frames).

@@ -24,6 +24,10 @@ pub const PCI_MMIO64: Range = Range::new(0x40_0000_0000, 0x10_0000_0000);
 pub const IOAPIC: Range = Range::new(0xFEC0_0000, 0x1000);
 /// Local APIC registers.
 pub const LAPIC: Range = Range::new(0xFEE0_0000, 0x1000);
+/// Where message-signalled interrupts are written to (Intel SDM 3A §11.11.1).
+pub const MSI_DOORBELLS: u64 = 0xFEE0_0000;
+/// Address bits within [`MSI_DOORBELLS`].
+pub const MSI_DOORBELL_BITS: u32 = 20;
 /// One page KVM uses for real-mode page tables on Intel hosts.
 pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// Three pages KVM uses for a TSS on Intel hosts.

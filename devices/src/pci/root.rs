@@ -2,7 +2,7 @@
 //! as root complex integrated endpoints on bus 0.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use iommu::Gpa;
 use log::warn;
@@ -74,7 +74,8 @@ impl BusDevice for BarDevice {
 pub struct PciRoot {
     bridge: Mutex<ConfigSpace>,
     functions: RwLock<BTreeMap<u8, Arc<dyn PciFunction>>>,
-    memory: Arc<Bus>,
+    /// Weak: the bus holds the root.
+    memory: Weak<Bus>,
     /// Where the BAR of each slot is on the bus. Held while one moves, so that
     /// the bus and the functions agree.
     placed: Mutex<BTreeMap<u8, u64>>,
@@ -83,11 +84,11 @@ pub struct PciRoot {
 impl PciRoot {
     /// A root complex that places BARs on `memory`.
     #[must_use]
-    pub fn new(memory: Arc<Bus>) -> Self {
+    pub fn new(memory: &Arc<Bus>) -> Self {
         Self {
             bridge: Mutex::new(ConfigSpace::new(&BRIDGE, None)),
             functions: RwLock::default(),
-            memory,
+            memory: Arc::downgrade(memory),
             placed: Mutex::default(),
         }
     }
@@ -123,15 +124,18 @@ impl PciRoot {
         to: Option<Bar>,
         placed: &mut BTreeMap<u8, u64>,
     ) {
+        let Some(memory) = self.memory.upgrade() else {
+            return;
+        };
         if let Some(base) = placed.remove(&slot) {
             function.placed(None);
-            let _ = self.memory.remove(base);
+            let _ = memory.remove(base);
         }
         let Some(to) = to else {
             return;
         };
         let device = Arc::new(BarDevice(Arc::clone(function)));
-        match self.memory.insert(to.base.0, to.size, device) {
+        match memory.insert(to.base.0, to.size, device) {
             Ok(()) => {
                 placed.insert(slot, to.base.0);
                 function.placed(Some(to.base));

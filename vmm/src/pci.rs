@@ -1,0 +1,253 @@
+//! The PCI bus of a machine: the root, the IOMMU before its functions, and the
+//! functions.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use arch::{IommuModel as NodeModel, IommuNode, PciHost, layout};
+use devices::bus::Bus;
+use devices::interrupt::Doorbells;
+use devices::pci::{PciRoot, Requester, StaleMsis};
+use devices::virtio::VirtioDevice;
+use devices::virtio::block::{Block, Image};
+use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
+use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
+use devices::virtio::rng::Rng;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
+use iommu::{AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::builder::BuildError;
+use crate::config::{ConfigError, IommuModel};
+use crate::kvm::Vm;
+use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
+
+/// Addresses that endpoints of a virtio-iommu may use: 48 bits, as much as page
+/// tables of the guest's CPUs usually translate.
+const INPUT_BITS: u32 = 48;
+
+/// A function and how it stands before the IOMMU.
+pub struct Function {
+    /// Its name.
+    pub id: String,
+    /// Its requester ID.
+    pub stream: StreamId,
+    /// What it is.
+    pub device: DevicePlan,
+    /// Its part of the IOMMU, if it is behind it.
+    pub region: Option<Arc<IommuRegion>>,
+    /// The function itself.
+    pub virtio: Arc<VirtioPci>,
+}
+
+/// The bus. Dropping it ends the devices' threads.
+pub struct PciBus {
+    functions: Vec<Function>,
+    virtio_iommu: Option<VirtioIommuParts>,
+    stale: Arc<StaleMsis>,
+}
+
+/// The virtio-iommu: its model, and the queue of its faults.
+struct VirtioIommuParts {
+    model: Arc<VirtioIommu>,
+    events: Arc<EventQueue>,
+}
+
+/// What every function is made with.
+struct Makings<'a> {
+    vm: &'a Arc<Vm>,
+    ram: &'a Arc<GuestRam>,
+    stale: &'a Arc<StaleMsis>,
+    virtio_iommu: Option<&'a VirtioIommuParts>,
+}
+
+impl PciBus {
+    /// Puts the plan's functions on a bus; `None` when there are none.
+    ///
+    /// # Errors
+    /// The first device that cannot be had, by its name in the configuration.
+    pub fn build(
+        plan: &MachinePlan,
+        vm: &Arc<Vm>,
+        memory: &Arc<Bus>,
+        ram: &Arc<GuestRam>,
+    ) -> Result<Option<Self>, BuildError> {
+        if plan.functions.is_empty() {
+            return Ok(None);
+        }
+        let stale = StaleMsis::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let wanted = plan.iommu.model == IommuModel::VirtioIommu;
+        let virtio_iommu = wanted.then(|| VirtioIommuParts::new(ram));
+        let makings = Makings {
+            vm,
+            ram,
+            stale: &stale,
+            virtio_iommu: virtio_iommu.as_ref(),
+        };
+        let root = Arc::new(PciRoot::new(memory));
+        let mut functions = Vec::new();
+        for function in &plan.functions {
+            let made = makings.make(function)?;
+            let added = root.add(function.slot, made.virtio.clone());
+            added.map_err(|error| BuildError::Host(io::Error::other(error)))?;
+            functions.push(made);
+        }
+        memory.insert(layout::PCI_ECAM.base, layout::PCI_ECAM.size, root)?;
+        Ok(Some(Self {
+            functions,
+            virtio_iommu,
+            stale,
+        }))
+    }
+
+    /// The host bridge as the firmware tables describe it.
+    #[must_use]
+    pub fn host() -> PciHost {
+        PciHost {
+            ecam: layout::PCI_ECAM,
+            last_bus: layout::PCI_LAST_BUS,
+            mmio32: layout::PCI_MMIO32,
+            mmio64: layout::PCI_MMIO64,
+        }
+    }
+
+    /// The IOMMU as the firmware tables describe it.
+    #[must_use]
+    pub fn iommu_node(&self) -> Option<IommuNode> {
+        let requester = |function: &Function| u16::try_from(function.stream.0).ok();
+        let iommu = self
+            .functions
+            .iter()
+            .find(|function| function.device == DevicePlan::VirtioIommu)?;
+        let behind = self.functions.iter().filter(|f| f.region.is_some());
+        let endpoints = behind.filter_map(requester).map(|id| id..=id).collect();
+        Some(IommuNode {
+            model: NodeModel::VirtioPci {
+                bdf: requester(iommu)?,
+            },
+            endpoints,
+        })
+    }
+
+    /// The functions, by slot.
+    #[must_use]
+    pub fn functions(&self) -> &[Function] {
+        &self.functions
+    }
+
+    /// The virtio-iommu's model, if the machine has one.
+    #[must_use]
+    pub fn virtio_iommu(&self) -> Option<&VirtioIommu> {
+        self.virtio_iommu.as_ref().map(|parts| &*parts.model)
+    }
+
+    /// Fault reports of the virtio-iommu: those that found a buffer of the
+    /// driver, and those that found none.
+    #[must_use]
+    pub fn fault_reports(&self) -> (u64, u64) {
+        let parts = self.virtio_iommu.as_ref();
+        parts.map_or((0, 0), |parts| parts.events.counts())
+    }
+
+    /// What the event loop has to do for the bus.
+    #[must_use]
+    pub fn subscriber(&self) -> Box<dyn MutEventSubscriber + Send> {
+        Box::new(Retries(Arc::clone(&self.stale)))
+    }
+}
+
+impl VirtioIommuParts {
+    fn new(ram: &Arc<GuestRam>) -> Self {
+        // On x86 interrupts are not translated, and their addresses are a part
+        // of the local APICs' page. On Arm the guest maps the ITS's doorbell.
+        let msi_window = cfg!(target_arch = "x86_64")
+            .then(|| IovaRange::block(Iova(layout::MSI_DOORBELLS), layout::MSI_DOORBELL_BITS));
+        let config = VirtioIommuConfig {
+            input_range: IovaRange::block(Iova(0), INPUT_BITS),
+            msi_window,
+            boot_bypass: true,
+        };
+        let events = Arc::new(EventQueue::default());
+        let sink = Arc::clone(&events) as Arc<dyn FaultSink>;
+        Self {
+            model: Arc::new(VirtioIommu::new(config, Arc::clone(ram), sink)),
+            events,
+        }
+    }
+}
+
+impl Makings<'_> {
+    fn make(&self, plan: &FunctionPlan) -> Result<Function, BuildError> {
+        let stream = StreamId::from_bdf(0, plan.slot, 0);
+        let iommu = self.virtio_iommu.filter(|_| plan.iommu);
+        let region = iommu.map(|parts| {
+            let model = Arc::clone(&parts.model) as Arc<dyn Iommu>;
+            IommuRegion::new(model, stream)
+        });
+        let ram = Arc::clone(self.ram);
+        let space = match &region {
+            Some(region) => AddressSpace::translated(Arc::clone(region), ram),
+            None => AddressSpace::identity(stream, ram),
+        };
+        let device = self.device(plan)?;
+        let bar = layout::PCI_MMIO64.base + u64::from(plan.slot) * BAR_SIZE;
+        let parts = Parts {
+            requester: Requester::new(space, self.stale),
+            msi: self.vm.msi_sink(),
+            doorbells: Arc::clone(self.vm) as Arc<dyn Doorbells>,
+            bar: Gpa(bar),
+            ats: None,
+        };
+        Ok(Function {
+            id: plan.id.clone(),
+            stream,
+            device: plan.device.clone(),
+            region,
+            virtio: Arc::new(VirtioPci::new(&plan.id, device, parts)?),
+        })
+    }
+
+    fn device(&self, plan: &FunctionPlan) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        Ok(match &plan.device {
+            DevicePlan::VirtioIommu => {
+                let parts = self.virtio_iommu.ok_or_else(|| {
+                    ConfigError::new("iommu.model", "is not the IOMMU of this machine")
+                })?;
+                let (model, events) = (Arc::clone(&parts.model), Arc::clone(&parts.events));
+                Box::new(VirtioIommuDevice::new(model, events))
+            }
+            DevicePlan::Block {
+                path,
+                read_only,
+                queues,
+            } => {
+                let image = open_image(&plan.id, path, *read_only)?;
+                Box::new(Block::new(&plan.id, image, *queues)?)
+            }
+            DevicePlan::Entropy => Box::new(Rng::new()?),
+        })
+    }
+}
+
+fn open_image(id: &str, path: &Path, read_only: bool) -> Result<Image, ConfigError> {
+    Image::open(path, read_only).map_err(|error| {
+        let field = format!("drives[{id}].path_on_host");
+        ConfigError::new(field, format!("{} {error}", path.display()))
+    })
+}
+
+/// Translates interrupts again that lost their translation.
+struct Retries(Arc<StaleMsis>);
+
+impl MutEventSubscriber for Retries {
+    fn init(&mut self, ops: &mut EventOps) {
+        let added = ops.add(Events::new(self.0.event(), EventSet::IN));
+        added.expect("an eventfd can be watched");
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.0.retry();
+    }
+}
