@@ -188,6 +188,7 @@ impl RunArgs {
         machine.mem_size_mib = self.memory.map_or(machine.mem_size_mib, MemorySize::mib);
         config.iommu = self.iommu.unwrap_or(config.iommu);
         config.drives.extend(self.disk);
+        config.name_devices();
         if self.rng {
             config.entropy.get_or_insert_with(Entropy::default);
         }
