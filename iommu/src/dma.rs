@@ -175,6 +175,10 @@ impl DmaView<'_> {
     }
 
     fn note(&self, fault: Fault) {
+        // The model counts the faults that it finds itself.
+        if let (FaultReason::NotRam, Some(region)) = (fault.reason, self.space.region()) {
+            region.counters().count_fault(fault.reason);
+        }
         if self.fault.get().is_none() {
             self.fault.set(Some(fault));
         }

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::gate::{Entered, Gate};
 use crate::{
-    Access, Fault, Iommu, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents, NotifierId,
-    Registration, Request, RequestKind, StreamId,
+    Access, Fault, FaultReason, Iommu, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents,
+    NotifierId, Registration, Request, RequestKind, StreamId,
 };
 
 /// What happened on a stream, counted with relaxed atomics.
@@ -16,9 +16,17 @@ use crate::{
 pub struct StreamCounters {
     pub(crate) translations: AtomicU64,
     pub(crate) hits: AtomicU64,
-    pub(crate) faults: AtomicU64,
+    faults: [AtomicU64; FaultReason::ALL.len()],
     invalidations: AtomicU64,
     maps: AtomicU64,
+}
+
+impl StreamCounters {
+    pub(crate) fn count_fault(&self, reason: FaultReason) {
+        if let Some(counter) = self.faults.get(reason as usize) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 /// A copy of [`StreamCounters`].
@@ -28,8 +36,9 @@ pub struct StreamStats {
     pub translations: u64,
     /// Requests that the device's own cache of answers served.
     pub hits: u64,
-    /// Requests that faulted.
-    pub faults: u64,
+    /// Requests that faulted, by the place of their reason in
+    /// [`FaultReason::ALL`].
+    pub faults: [u64; FaultReason::ALL.len()],
     /// Invalidations that reached the stream.
     pub invalidations: u64,
     /// Mappings that were announced to the stream's notifiers.
@@ -86,7 +95,7 @@ impl IommuRegion {
         StreamStats {
             translations: get(&self.counters.translations),
             hits: get(&self.counters.hits),
-            faults: get(&self.counters.faults),
+            faults: std::array::from_fn(|at| self.counters.faults.get(at).map_or(0, get)),
             invalidations: get(&self.counters.invalidations),
             maps: get(&self.counters.maps),
         }
@@ -295,8 +304,8 @@ impl Translating<'_> {
             kind,
             ..Request::untranslated(self.region.stream, iova, access)
         });
-        if answer.is_err() {
-            counters.faults.fetch_add(1, Ordering::Relaxed);
+        if let Err(fault) = &answer {
+            counters.count_fault(fault.reason);
         }
         answer
     }

@@ -160,6 +160,20 @@ pub enum FaultReason {
     NotRam,
 }
 
+impl FaultReason {
+    /// Every reason, in the order of their declaration.
+    pub const ALL: [Self; 8] = [
+        Self::Configuration,
+        Self::Translation,
+        Self::Permission,
+        Self::AddressSize,
+        Self::AccessFlag,
+        Self::External,
+        Self::Aborted,
+        Self::NotRam,
+    ];
+}
+
 /// A request without a translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{access:?} of {iova} by {stream} faults: {reason:?}")]

@@ -18,7 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::action::{
     self, Action, ActionError, Client, Configure, Inbox, InstanceInfo, IommuInfo, Lifecycle,
-    MachineState, MappingsPage, Outcome, Query, Reply,
+    MachineState, Outcome, Query, Reply,
 };
 use crate::builder::{self, BuildError, Built, Machine};
 use crate::config::{ConfigError, VmConfig};
@@ -292,14 +292,28 @@ impl Controller {
             Query::Version => Reply::Version(env!("CARGO_PKG_VERSION").into()),
             Query::VmConfig => Reply::VmConfig(Box::new(self.config.clone())),
             Query::Metrics => Reply::Metrics(self.metrics.families(self.state)),
-            Query::Iommu => Reply::Iommu(IommuInfo::default()),
+            Query::Iommu => Reply::Iommu(self.iommu_info()),
             Query::Endpoint(name) => {
-                Reply::Endpoint(Box::new(IommuInfo::default().find(name)?.clone()))
+                Reply::Endpoint(Box::new(self.iommu_info().find(name)?.clone()))
             }
-            Query::Mappings { endpoint, .. } => {
-                IommuInfo::default().find(endpoint)?;
-                Reply::Mappings(MappingsPage::default())
+            Query::Mappings {
+                endpoint,
+                after,
+                limit,
+            } => {
+                let info = self.iommu_info();
+                let stream = info.find(endpoint)?.stream_id;
+                let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
+                let page = pci.map(|pci| pci.mappings(stream, *after, *limit));
+                Reply::Mappings(page.unwrap_or_default())
             }
+        })
+    }
+
+    fn iommu_info(&self) -> IommuInfo {
+        let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
+        pci.map_or_else(IommuInfo::default, |pci| {
+            pci.iommu_info(self.config.iommu.model)
         })
     }
 

@@ -1,6 +1,8 @@
 //! The PCI bus of a machine: the root, the IOMMU before its functions, and the
 //! functions.
 
+mod report;
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
