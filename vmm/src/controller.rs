@@ -26,6 +26,7 @@ use crate::console::terminal;
 use crate::ending::Ending;
 use crate::logger;
 use crate::metrics::{Metrics, MetricsFile};
+use crate::pci::PciBus;
 use crate::plan::MachinePlan;
 use crate::reports::{self, Reporter, Reports};
 use crate::signals::{Signal, Signals};
@@ -291,7 +292,7 @@ impl Controller {
             }),
             Query::Version => Reply::Version(env!("CARGO_PKG_VERSION").into()),
             Query::VmConfig => Reply::VmConfig(Box::new(self.config.clone())),
-            Query::Metrics => Reply::Metrics(self.metrics.families(self.state)),
+            Query::Metrics => Reply::Metrics(self.families()),
             Query::Iommu => Reply::Iommu(self.iommu_info()),
             Query::Endpoint(name) => {
                 Reply::Endpoint(Box::new(self.iommu_info().find(name)?.clone()))
@@ -308,6 +309,13 @@ impl Controller {
                 Reply::Mappings(page.unwrap_or_default())
             }
         })
+    }
+
+    fn families(&self) -> Vec<action::MetricFamily> {
+        let mut families = self.metrics.families(self.state);
+        let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
+        families.extend(pci.into_iter().flat_map(PciBus::families));
+        families
     }
 
     fn iommu_info(&self) -> IommuInfo {
@@ -330,7 +338,7 @@ impl Controller {
     }
 
     fn flush_metrics(&mut self) -> Result<(), ActionError> {
-        let families = self.metrics.families(self.state);
+        let families = self.families();
         match &mut self.metrics_file {
             Some(file) => file
                 .append(&families)

@@ -12,7 +12,7 @@ use devices::bus::Bus;
 use devices::interrupt::Doorbells;
 use devices::pci::{PciRoot, Requester, StaleMsis};
 use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Block, Image};
+use devices::virtio::block::{Block, BlockCounters, Image};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
@@ -40,8 +40,18 @@ pub struct Function {
     pub device: DevicePlan,
     /// Its part of the IOMMU, if it is behind it.
     pub region: Option<Arc<IommuRegion>>,
+    /// What its back end counts.
+    pub back_end: BackEnd,
     /// The function itself.
     pub virtio: Arc<VirtioPci>,
+}
+
+/// What the back end of a function counts.
+pub enum BackEnd {
+    /// Nothing.
+    None,
+    /// A disk's requests.
+    Block(Arc<BlockCounters>),
 }
 
 /// The bus. Dropping it ends the devices' threads.
@@ -193,7 +203,7 @@ impl Makings<'_> {
             Some(region) => AddressSpace::translated(Arc::clone(region), ram),
             None => AddressSpace::identity(stream, ram),
         };
-        let device = self.device(plan)?;
+        let (device, back_end) = self.device(plan)?;
         let bar = layout::PCI_MMIO64.base + u64::from(plan.slot) * BAR_SIZE;
         let parts = Parts {
             requester: Requester::new(space, self.stale),
@@ -207,12 +217,13 @@ impl Makings<'_> {
             stream,
             device: plan.device.clone(),
             region,
+            back_end,
             virtio: Arc::new(VirtioPci::new(&plan.id, device, parts)?),
         })
     }
 
-    fn device(&self, plan: &FunctionPlan) -> Result<Box<dyn VirtioDevice>, BuildError> {
-        Ok(match &plan.device {
+    fn device(&self, plan: &FunctionPlan) -> Result<(Box<dyn VirtioDevice>, BackEnd), BuildError> {
+        let device: Box<dyn VirtioDevice> = match &plan.device {
             DevicePlan::VirtioIommu => {
                 let parts = self.virtio_iommu.ok_or_else(|| {
                     ConfigError::new("iommu.model", "is not the IOMMU of this machine")
@@ -226,10 +237,13 @@ impl Makings<'_> {
                 queues,
             } => {
                 let image = open_image(&plan.id, path, *read_only)?;
-                Box::new(Block::new(&plan.id, image, *queues)?)
+                let block = Block::new(&plan.id, image, *queues)?;
+                let counters = BackEnd::Block(block.counters());
+                return Ok((Box::new(block), counters));
             }
             DevicePlan::Entropy => Box::new(Rng::new()?),
-        })
+        };
+        Ok((device, BackEnd::None))
     }
 }
 

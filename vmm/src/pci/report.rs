@@ -1,14 +1,16 @@
 //! What the IOMMU and its endpoints say of themselves, as the API shows it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use devices::virtio::block::BlockCounters;
 use iommu::virtio::spec::feature;
 use iommu::{Access, FaultReason, Iova, StreamStats};
 
-use super::{Function, PciBus};
+use super::{BackEnd, Function, PciBus};
 use crate::action::{
     DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo, Mapping,
-    MappingsPage, Permissions,
+    MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
 };
 use crate::config::IommuModel;
 use crate::plan::DevicePlan;
@@ -23,7 +25,132 @@ const VIRTIO_FEATURES: [(u64, &str); 6] = [
     (feature::BYPASS_CONFIG, "VIRTIO_IOMMU_F_BYPASS_CONFIG"),
 ];
 
+/// A metric that every endpoint has: its name, what it counts, and where.
+type EndpointMetric = (&'static str, &'static str, fn(&EndpointCounters) -> u64);
+
+const ENDPOINT_METRICS: [EndpointMetric; 7] = [
+    (
+        "portcullis_iommu_translations_total",
+        "Translations asked of the IOMMU.",
+        |counters| counters.translations,
+    ),
+    (
+        "portcullis_iommu_hits_total",
+        "Translations answered from the device's cache.",
+        |counters| counters.hits,
+    ),
+    (
+        "portcullis_iotlb_misses_total",
+        "Misses that vhost's IOTLB reported.",
+        |counters| counters.misses,
+    ),
+    (
+        "portcullis_iotlb_updates_total",
+        "Translations sent to vhost, prefills included.",
+        |counters| counters.updates,
+    ),
+    (
+        "portcullis_iotlb_prefills_total",
+        "Translations sent to vhost before it missed them.",
+        |counters| counters.prefills,
+    ),
+    (
+        "portcullis_iotlb_invalidations_sent_total",
+        "Invalidations sent to vhost.",
+        |counters| counters.invalidations_sent,
+    ),
+    (
+        "portcullis_iotlb_invalidations_saved_total",
+        "Invalidations not sent, because vhost held nothing there.",
+        |counters| counters.invalidations_saved,
+    ),
+];
+
+/// A metric that every disk has.
+type BlockMetric = (&'static str, &'static str, fn(&BlockCounters) -> &AtomicU64);
+
+const BLOCK_METRICS: [BlockMetric; 4] = [
+    (
+        "portcullis_block_requests_total",
+        "Requests of the guest to a disk.",
+        |counters| &counters.requests,
+    ),
+    (
+        "portcullis_block_errors_total",
+        "Requests to a disk that failed.",
+        |counters| &counters.errors,
+    ),
+    (
+        "portcullis_block_read_bytes_total",
+        "Bytes the guest read from a disk.",
+        |counters| &counters.read_bytes,
+    ),
+    (
+        "portcullis_block_written_bytes_total",
+        "Bytes the guest wrote to a disk.",
+        |counters| &counters.written_bytes,
+    ),
+];
+
 impl PciBus {
+    /// What the bus counts, by device.
+    #[must_use]
+    pub fn families(&self) -> Vec<MetricFamily> {
+        let endpoints: Vec<_> = self
+            .functions
+            .iter()
+            .filter_map(|f| self.endpoint(f))
+            .collect();
+        let device = |id: &str| vec![("device", id.to_owned())];
+        let mut families: Vec<_> = ENDPOINT_METRICS
+            .iter()
+            .map(|&(name, help, value)| {
+                let samples = endpoints.iter().map(|endpoint| Sample {
+                    labels: device(&endpoint.id),
+                    value: value(&endpoint.counters),
+                });
+                family(name, help, MetricKind::Counter, samples.collect())
+            })
+            .collect();
+        let faults = endpoints.iter().flat_map(|endpoint| {
+            let faults = endpoint.counters.faults.iter();
+            faults.map(|(kind, &value)| Sample {
+                labels: vec![("device", endpoint.id.clone()), ("type", kind.clone())],
+                value,
+            })
+        });
+        families.push(family(
+            "portcullis_iommu_faults_total",
+            "Faults of a device, by the specification's name of their type.",
+            MetricKind::Counter,
+            faults.collect(),
+        ));
+        let stalled = endpoints.iter().map(|endpoint| Sample {
+            labels: device(&endpoint.id),
+            value: endpoint.counters.stalled_queues.into(),
+        });
+        families.push(family(
+            "portcullis_iotlb_stalled_queues",
+            "Queues that wait for a mapping that does not exist.",
+            MetricKind::Gauge,
+            stalled.collect(),
+        ));
+        for (name, help, counter) in BLOCK_METRICS {
+            let disks = self.functions.iter().filter_map(|function| {
+                let BackEnd::Block(counters) = &function.back_end else {
+                    return None;
+                };
+                Some(Sample {
+                    labels: device(&function.id),
+                    value: counter(counters).load(Ordering::Relaxed),
+                })
+            });
+            families.push(family(name, help, MetricKind::Counter, disks.collect()));
+        }
+        families.retain(|family| !family.samples.is_empty());
+        families
+    }
+
     /// The IOMMU as a whole.
     #[must_use]
     pub fn iommu_info(&self, model: IommuModel) -> IommuInfo {
@@ -96,6 +223,20 @@ impl PciBus {
             registration: None,
             counters: counters(&stats),
         })
+    }
+}
+
+fn family(
+    name: &'static str,
+    help: &'static str,
+    kind: MetricKind,
+    samples: Vec<Sample>,
+) -> MetricFamily {
+    MetricFamily {
+        name,
+        help,
+        kind,
+        samples,
     }
 }
 
