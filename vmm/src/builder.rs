@@ -19,7 +19,7 @@ use devices::legacy::{
 use iommu::GuestRam;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, HugePages, MemBacking};
 use crate::console::{Input, Output};
 use crate::ending::Ending;
 use crate::kvm::{self, Backing, Buses, End, Vcpu, Vcpus, Vm};
@@ -154,7 +154,12 @@ fn open_file(field: &str, path: &Path) -> Result<File, ConfigError> {
 
 fn allocate_ram(plan: &MachinePlan) -> Result<GuestRam, BuildError> {
     let ranges = ram_ranges(plan);
-    Ok(kvm::allocate(&ranges, Backing::Anonymous, false)?)
+    let backing = match plan.mem_backing {
+        MemBacking::Anonymous => Backing::Anonymous,
+        MemBacking::Memfd => Backing::Memfd,
+    };
+    let huge = plan.huge_pages == HugePages::TwoMib;
+    Ok(kvm::allocate(&ranges, backing, huge)?)
 }
 
 fn ram_ranges(plan: &MachinePlan) -> Vec<arch::Range> {
@@ -336,6 +341,8 @@ mod tests {
         MachinePlan {
             vcpus: 1,
             memory: Vec::new(),
+            mem_backing: MemBacking::Anonymous,
+            huge_pages: HugePages::None,
             boot: Boot {
                 kernel: kernel.into(),
                 initrd: None,

@@ -18,7 +18,7 @@ pub use devices::{
 };
 pub use host::{LogLevel, Logger, Metrics};
 pub use iommu::{Iommu, IommuModel, Stage};
-pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate};
+pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

@@ -12,7 +12,7 @@ use devices::pci::SLOTS;
 use serde::Serialize;
 
 use crate::action::Hex;
-use crate::config::{ConfigError, Drive, Iommu, IommuModel, VmConfig};
+use crate::config::{ConfigError, Drive, HugePages, Iommu, IommuModel, MemBacking, VmConfig};
 
 /// Console and behaviour of a guest whose command line was left out: log and
 /// login on the serial port; a kernel panic resets at once instead of hanging.
@@ -28,6 +28,10 @@ pub struct MachinePlan {
     pub vcpus: u8,
     /// Guest memory, ascending and disjoint.
     pub memory: Vec<MemoryRange>,
+    /// What guest memory is a mapping of.
+    pub mem_backing: MemBacking,
+    /// The pages of guest memory.
+    pub huge_pages: HugePages,
     /// What it boots.
     pub boot: Boot,
     /// Where the serial console is.
@@ -108,6 +112,10 @@ impl MachinePlan {
     pub fn resolve(config: &VmConfig) -> Result<Self, ConfigError> {
         let source = config.validate_for_start()?;
         let machine = &config.machine_config;
+        if machine.huge_pages == HugePages::TwoMib && !machine.mem_size_mib.is_multiple_of(2) {
+            let problem = "use an even number with pages of 2 MiB";
+            return Err(ConfigError::new("machine-config.mem_size_mib", problem));
+        }
         let serial_file = config
             .serial
             .as_ref()
@@ -115,6 +123,8 @@ impl MachinePlan {
         Ok(Self {
             vcpus: machine.vcpu_count,
             memory: memory_ranges(machine.mem_size_mib)?,
+            mem_backing: machine.mem_backing,
+            huge_pages: machine.huge_pages,
             boot: Boot {
                 kernel: PathBuf::from(&source.kernel_image_path),
                 initrd: source.initrd_path.as_ref().map(PathBuf::from),

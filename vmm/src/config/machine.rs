@@ -22,9 +22,20 @@ pub enum HugePages {
     None,
     /// Transparent huge pages. Not supported.
     Transparent,
-    /// Pages of 2 MiB from hugetlbfs. Not supported.
+    /// Pages of 2 MiB from the host's pool (`vm.nr_hugepages`).
     #[serde(rename = "2M")]
     TwoMib,
+}
+
+/// What guest memory is a mapping of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemBacking {
+    /// Private anonymous memory.
+    #[default]
+    Anonymous,
+    /// A memfd, which other processes can map.
+    Memfd,
 }
 
 /// Processors and memory (`/machine-config`).
@@ -44,9 +55,12 @@ pub struct MachineConfig {
     /// Accepted as `"None"` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<String>,
-    /// Accepted as `"None"` only.
+    /// The pages of guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// What guest memory is a mapping of. Not in Firecracker's API.
+    #[serde(default)]
+    pub mem_backing: MemBacking,
 }
 
 impl Default for MachineConfig {
@@ -58,6 +72,7 @@ impl Default for MachineConfig {
             track_dirty_pages: false,
             cpu_template: None,
             huge_pages: HugePages::None,
+            mem_backing: MemBacking::Anonymous,
         }
     }
 }
@@ -92,9 +107,9 @@ impl MachineConfig {
             "CPU templates are not supported; leave it out or use \"None\"",
         )?;
         require(
-            self.huge_pages == HugePages::None,
+            self.huge_pages != HugePages::Transparent,
             "huge_pages",
-            "only \"None\" is supported",
+            "use \"None\" or \"2M\"",
         )
     }
 }
@@ -121,6 +136,9 @@ pub struct MachineConfigUpdate {
     /// See [`MachineConfig::huge_pages`].
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
+    /// See [`MachineConfig::mem_backing`].
+    #[serde(default)]
+    pub mem_backing: Option<MemBacking>,
 }
 
 impl MachineConfigUpdate {
@@ -134,6 +152,7 @@ impl MachineConfigUpdate {
             track_dirty_pages: self.track_dirty_pages.unwrap_or(current.track_dirty_pages),
             cpu_template: self.cpu_template.or_else(|| current.cpu_template.clone()),
             huge_pages: self.huge_pages.unwrap_or(current.huge_pages),
+            mem_backing: self.mem_backing.unwrap_or(current.mem_backing),
         }
     }
 }

@@ -119,7 +119,7 @@ fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
             "machine-config.cpu_template",
         ),
         (
-            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "huge_pages": "2M"}}"#,
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "huge_pages": "Transparent"}}"#,
             "machine-config.huge_pages",
         ),
         (
