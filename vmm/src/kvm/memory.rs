@@ -22,6 +22,7 @@ pub enum Backing {
     Memfd,
 }
 
+const HUGE_PAGE: u64 = 2 << 20;
 const NAME: &CStr = c"portcullis-ram";
 
 /// Allocates RAM at `ranges`, zeroed, in pages of the usual size or of 2 MiB.
@@ -42,6 +43,10 @@ pub fn allocate(ranges: &[Range], backing: Backing, huge: bool) -> Result<GuestR
 }
 
 fn build(ranges: &[Range], backing: Backing, huge: bool, bytes: u64) -> io::Result<GuestRam> {
+    let odd = |range: &Range| !range.size.is_multiple_of(HUGE_PAGE);
+    if huge && ranges.iter().any(odd) {
+        return Err(io::Error::other("not a multiple of 2 MiB"));
+    }
     let file = match backing {
         Backing::Anonymous => None,
         Backing::Memfd => Some(memfd(bytes, huge)?),
@@ -124,9 +129,23 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_that_do_not_exist_are_an_error_with_a_hint() {
-        let odd = [Range::new(0, (2 << 20) + 4096)];
-        let error = allocate(&odd, Backing::Memfd, true).unwrap_err();
-        assert!(error.to_string().contains("nr_hugepages"), "{error}");
+    fn a_size_that_huge_pages_cannot_have_is_refused() {
+        let odd = [Range::new(0, HUGE_PAGE + 4096)];
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let error = allocate(&odd, backing, true).unwrap_err();
+            assert!(
+                error.to_string().contains("not a multiple of 2 MiB"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn more_huge_pages_than_there_are_is_an_error_with_a_hint() {
+        let huge = [Range::new(0, 1 << 46)];
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let error = allocate(&huge, backing, true).unwrap_err();
+            assert!(error.to_string().contains("nr_hugepages"), "{error}");
+        }
     }
 }

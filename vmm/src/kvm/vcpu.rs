@@ -146,6 +146,9 @@ impl Vcpu {
             Err(error) => match error.errno() {
                 // EAGAIN: a vCPU that waits for its start-up IPI was woken.
                 libc::EINTR | libc::EAGAIN => Exit::Interrupted,
+                libc::ENOSYS => Exit::Crash(
+                    "an access outside RAM by an instruction that KVM cannot decode".into(),
+                ),
                 _ => Exit::Crash(format!("KVM_RUN: {error}")),
             },
         }
