@@ -13,6 +13,9 @@ pub enum Arch {
 }
 
 impl Arch {
+    /// Both, in the order in which they are tested.
+    pub const ALL: [Arch; 2] = [Arch::X86_64, Arch::Aarch64];
+
     /// The architecture of this machine.
     pub fn native() -> Arch {
         if cfg!(target_arch = "aarch64") {

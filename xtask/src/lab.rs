@@ -71,8 +71,8 @@ pub struct Job {
     pub memory_mib: u32,
     /// Time from power-on to the end of the command.
     pub timeout: Duration,
-    /// Programs put into /portcullis/bin, which is in PATH.
-    pub programs: Vec<PathBuf>,
+    /// Programs put into /portcullis/bin, which is in PATH, by the name they get there.
+    pub programs: Vec<(String, PathBuf)>,
     /// An initramfs segment appended to those of the guests.
     pub guest_tools: Option<PathBuf>,
     /// Directory copied to /share and, as far as the command changed it, back.
@@ -201,8 +201,7 @@ fn lock() -> Result<File> {
 fn pack(job: &Job, dir: &Path, interactive: bool) -> Result<()> {
     let stage = dir.join("stage");
     fs::create_dir_all(stage.join("bin"))?;
-    for program in &job.programs {
-        let name = program.file_name().context("program without a name")?;
+    for (name, program) in &job.programs {
         fs::copy(program, stage.join("bin").join(name))
             .with_context(|| format!("cannot copy {}", program.display()))?;
     }

@@ -1,10 +1,13 @@
 //! Development tasks: `cargo xtask guest | lab | build | …`.
 
 mod arch;
+mod check;
 mod cpio;
+mod demo;
 mod guest;
 mod kernel;
 mod lab;
+mod machine;
 mod packages;
 mod paths;
 mod product;
@@ -28,6 +31,16 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Build portcullis, prepare a guest and boot it
+    Demo {
+        /// Architecture of the guest
+        #[arg(long, default_value_t = Arch::native())]
+        arch: Arch,
+        #[command(flatten)]
+        place: machine::PlaceArgs,
+    },
+    /// Run all tests; boot tests on both architectures
+    Test(check::TestArgs),
     /// Prepare guest kernels and initramfs images from the distribution's packages
     Guest {
         /// Architecture of the guest
@@ -84,6 +97,8 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<ExitCode> {
     match task {
+        Task::Demo { arch, place } => demo::run(arch, place),
+        Task::Test(args) => check::run(&args),
         Task::Guest { arch } => {
             let images = guest::prepare(arch)?;
             println!("{}", images.dir.display());
@@ -101,8 +116,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Lab(args) => {
             let mut job = lab::Job::new(args.arch);
             if !args.no_build {
-                job.programs
-                    .push(product::build(args.arch, product::Profile::Dev)?);
+                let binary = product::build(args.arch, product::Profile::Dev)?;
+                job.programs.push(("portcullis".to_owned(), binary));
             }
             job.share = args.share;
             job.memory_mib = args.memory;

@@ -102,6 +102,11 @@ impl Toolchain {
         command
     }
 
+    /// False if the compiler is not rustup's, which alone comes with lints.
+    pub fn has_clippy(&self) -> bool {
+        self.environment.iter().all(|(name, _)| name != "RUSTC")
+    }
+
     fn find_linker(&self) -> Result<String> {
         let name = format!("{}-gcc", self.arch.triplet());
         if Command::new(&name).arg("--version").output().is_ok() {

@@ -1,0 +1,492 @@
+//! All tests: formatting, lints, unit tests, and boot tests on both architectures.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::arch::Arch;
+use crate::cpio::Archive;
+use crate::guest;
+use crate::lab;
+use crate::machine::{Place, PlaceArgs};
+use crate::paths;
+use crate::product::{self, Profile, Toolchain};
+
+/// The root package's feature that its boot tests need, so that `cargo test` leaves them out.
+const FEATURE: &str = "boot-tests";
+/// Unit tests that are also run where the boot tests are: of the code that differs between
+/// architectures or talks to KVM.
+const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
+/// How long one test program may take.
+const PROGRAM_LIMIT_S: u32 = 1500;
+
+/// What to test, and where.
+#[derive(clap::Args)]
+pub struct TestArgs {
+    /// Only what needs no guest: formatting, lints, unit tests
+    #[arg(long)]
+    quick: bool,
+    /// Boot tests of one architecture only
+    #[arg(long)]
+    arch: Option<Arch>,
+    /// Only the boot tests whose program or own name contains this
+    #[arg(long, conflicts_with = "quick")]
+    only: Option<String>,
+    /// Minutes for the boot tests of one architecture
+    #[arg(long, default_value_t = 40)]
+    minutes: u64,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+/// What has been counted so far.
+#[derive(Default, Debug, PartialEq)]
+struct Tally {
+    passed: u32,
+    failed: u32,
+    retries: u32,
+    failures: Vec<String>,
+}
+
+impl Tally {
+    fn add(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.retries += other.retries;
+        self.failures.extend(other.failures);
+    }
+
+    fn fail(&mut self, what: String) {
+        self.failed += 1;
+        self.failures.push(what);
+    }
+
+    /// Counts one thing by whether it worked.
+    fn count(&mut self, what: &str, worked: bool) {
+        if worked {
+            self.passed += 1;
+        } else {
+            self.fail(what.to_owned());
+        }
+    }
+}
+
+/// Runs the tests and says how many passed.
+pub fn run(args: &TestArgs) -> Result<ExitCode> {
+    let started = Instant::now();
+    let mut tally = Tally::default();
+    if args.only.is_none() {
+        static_checks(&mut tally)?;
+        unit_tests(&mut tally)?;
+    }
+    if !args.quick {
+        for arch in args.arch.map_or(Arch::ALL.to_vec(), |arch| vec![arch]) {
+            match boot_tests(arch, args) {
+                Ok(counted) => tally.add(counted),
+                Err(error) => {
+                    eprintln!("xtask: boot tests on {arch}: {error:#}");
+                    tally.fail(format!("boot tests on {arch}"));
+                }
+            }
+        }
+    }
+    println!();
+    for failure in &tally.failures {
+        println!("failed: {failure}");
+    }
+    println!("{} boots had to be tried again", tally.retries);
+    println!("all took {:.0} s", started.elapsed().as_secs_f32());
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(if tally.failed == 0 && tally.passed > 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn title(text: &str) {
+    println!("\n== {text}");
+}
+
+fn static_checks(tally: &mut Tally) -> Result<()> {
+    title("formatting");
+    let mut fmt = Command::new(product::cargo());
+    fmt.current_dir(paths::workspace())
+        .args(["fmt", "--all", "--", "--check"]);
+    tally.count("formatting", succeeds(&mut fmt)?);
+    for arch in Arch::ALL {
+        title(&format!("lints for {arch}"));
+        let toolchain = Toolchain::find(arch)?;
+        if !toolchain.has_clippy() {
+            println!("left out: the compiler for {arch} is the distribution's and has no clippy");
+            continue;
+        }
+        let mut clippy = toolchain.cargo("clippy");
+        clippy
+            .args(["--workspace", "--all-targets"])
+            .args(with_boot_tests()?);
+        tally.count(
+            &format!("lints for {arch}"),
+            succeeds(clippy.args(["--", "-D", "warnings"]))?,
+        );
+    }
+    Ok(())
+}
+
+fn unit_tests(tally: &mut Tally) -> Result<()> {
+    title("unit tests");
+    let mut tests = Toolchain::find(Arch::native())?.cargo("test");
+    let mut listener = Listener::default();
+    let worked = listen(tests.args(["--workspace", "--no-fail-fast"]), &mut listener)?;
+    let counted = listener.finish();
+    if !worked && counted.failed == 0 {
+        tally.fail("unit tests: building or running them".to_owned());
+    }
+    tally.add(counted);
+
+    title("every interleaving of a device's access and an invalidation (loom)");
+    let mut loom = Command::new(product::cargo());
+    loom.current_dir(paths::workspace())
+        .args(["test", "--package", "iommu", "--lib", "--target-dir"])
+        .arg(paths::target().join("loom"))
+        .args(["--", "loom"])
+        .env("RUSTFLAGS", "--cfg loom");
+    let mut listener = Listener::default();
+    let worked = listen(&mut loom, &mut listener)?;
+    let counted = listener.finish();
+    if counted.passed == 0 || !worked && counted.failed == 0 {
+        tally.fail("loom tests: building or running them".to_owned());
+    }
+    tally.add(counted);
+    Ok(())
+}
+
+/// Builds and runs everything that needs a guest of `arch` or its KVM.
+fn boot_tests(arch: Arch, args: &TestArgs) -> Result<Tally> {
+    title(&format!("boot tests on {arch}"));
+    let place = args.place.decide(arch)?;
+    let toolchain = Toolchain::find(arch)?;
+    let binary = product::build(arch, Profile::Dev)?;
+    let mut tests = test_programs(&toolchain, args.only.is_none())?;
+    let mut filter = "";
+    if let Some(only) = args.only.as_deref() {
+        if tests.iter().any(|(name, _)| name.contains(only)) {
+            tests.retain(|(name, _)| name.contains(only));
+        } else {
+            filter = only;
+        }
+    }
+    if tests.is_empty() {
+        bail!("there are none");
+    }
+    let tools = guest_tools(arch, &toolchain)?;
+    let script = script(arch, &tests, filter);
+    let mut programs = tests;
+    programs.push(("portcullis".to_owned(), binary));
+    let limit = Duration::from_secs(args.minutes * 60);
+    let mut counted = match place {
+        Place::Native => run_natively(arch, &programs, &tools, &script, limit)?,
+        Place::Lab => run_in_lab(arch, programs, tools, &script, limit)?,
+    };
+    if counted.passed + counted.failed == 0 {
+        counted.fail(format!("boot tests on {arch}: no test was run"));
+    }
+    Ok(counted)
+}
+
+fn run_in_lab(
+    arch: Arch,
+    programs: Vec<(String, PathBuf)>,
+    tools: PathBuf,
+    script: &str,
+    limit: Duration,
+) -> Result<Tally> {
+    let mut job = lab::Job::new(arch);
+    job.programs = programs;
+    job.guest_tools = Some(tools);
+    job.command = ["sh", "-c", script].map(str::to_owned).to_vec();
+    job.timeout = limit;
+    let mut again = 0;
+    loop {
+        let mut listener = Listener::default();
+        let ended = lab::run(&job, &mut |line| listener.line(line));
+        let mut counted = listener.finish();
+        counted.retries += again;
+        match ended {
+            Ok(0) if counted.failed == 0 => return Ok(counted),
+            Ok(status) => {
+                if counted.failed == 0 {
+                    counted.fail(format!("boot tests on {arch}: the lab ended with {status}"));
+                }
+                return Ok(counted);
+            }
+            Err(error) if again == 0 => {
+                println!("{error:#}: starting the emulated host again");
+                again = 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn run_natively(
+    arch: Arch,
+    programs: &[(String, PathBuf)],
+    tools: &Path,
+    script: &str,
+    limit: Duration,
+) -> Result<Tally> {
+    let images = guest::prepare(arch)?;
+    let dir = paths::target().join("boot-tests");
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    let (bin, guest) = (dir.join("bin"), dir.join("guest"));
+    fs::create_dir_all(&bin)?;
+    fs::create_dir_all(&guest)?;
+    for (name, program) in programs {
+        fs::copy(program, bin.join(name))?;
+    }
+    for entry in fs::read_dir(&images.dir)? {
+        let (from, to) = (entry?.path(), &guest);
+        let name = from.file_name().context("image without a name")?;
+        let mut data = fs::read(&from)?;
+        if from
+            .extension()
+            .is_some_and(|extension| extension == "cpio")
+        {
+            data.extend(fs::read(tools)?);
+        }
+        fs::write(to.join(name), data)?;
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new("timeout");
+    command
+        .arg(limit.as_secs().to_string())
+        .args(["sh", "-c", script])
+        .env("PATH", format!("{}:{path}", bin.display()))
+        .env("PORTCULLIS_BIN", bin.join("portcullis"))
+        .env("PORTCULLIS_GUEST_DIR", guest)
+        .env("PORTCULLIS_RETRIES", dir.join("retries"))
+        .stdin(Stdio::null());
+    let mut listener = Listener::default();
+    let worked = listen(&mut command, &mut listener)?;
+    let mut counted = listener.finish();
+    if !worked && counted.failed == 0 {
+        counted.fail(format!("boot tests on {arch}: ended early"));
+    }
+    Ok(counted)
+}
+
+/// Runs the programs one after the other; what it prints besides, [`Listener`] understands.
+fn script(arch: Arch, programs: &[(String, PathBuf)], filter: &str) -> String {
+    let mut script = String::from("worst=0\n");
+    for (name, _) in programs {
+        script += &format!(
+            "echo '== {name} on {arch}'\n\
+             timeout -s KILL {PROGRAM_LIMIT_S} {name} --test-threads=1 {filter}\n\
+             status=$?; echo \"== status $status\"; [ $status = 0 ] || worst=1\n"
+        );
+    }
+    script
+        + "while read -r line; do echo \"== retry $line\"; done < \"$PORTCULLIS_RETRIES\" 2>/dev/null\n\
+              exit $worst\n"
+}
+
+/// Counts what test programs say about themselves.
+#[derive(Default)]
+struct Listener {
+    tally: Tally,
+    program: String,
+    failures_before: u32,
+}
+
+impl Listener {
+    fn line(&mut self, line: &str) {
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            self.tally.passed += count_of(counts, "passed");
+            self.tally.failed += count_of(counts, "failed");
+        } else if line.starts_with("test ") && line.ends_with("FAILED") {
+            let name = line
+                .trim_start_matches("test ")
+                .split(" ... ")
+                .next()
+                .unwrap_or(line);
+            self.tally.failures.push(format!("{name} {}", self.program));
+        } else if let Some(rest) = line.strip_prefix("== ") {
+            if let Some(status) = rest.strip_prefix("status ") {
+                if status != "0" && self.tally.failed == self.failures_before {
+                    self.tally
+                        .fail(format!("{}: ended with {status}", self.program));
+                }
+            } else if rest.starts_with("retry ") {
+                self.tally.retries += 1;
+            } else {
+                self.program = format!("({rest})");
+                self.failures_before = self.tally.failed;
+            }
+        }
+    }
+
+    fn finish(self) -> Tally {
+        self.tally
+    }
+}
+
+/// The number before `word` in `ok. 3 passed; 0 failed; …`.
+fn count_of(text: &str, word: &str) -> u32 {
+    let before = text.split_once(word).map_or("", |(before, _)| before);
+    before
+        .split_whitespace()
+        .last()
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0)
+}
+
+/// Arguments that make cargo include the boot tests.
+fn with_boot_tests() -> Result<Vec<String>> {
+    let present = metadata()?
+        .iter()
+        .any(|package| package["name"] == "portcullis" && package["features"][FEATURE].is_array());
+    Ok(if present {
+        vec!["--features".to_owned(), format!("portcullis/{FEATURE}")]
+    } else {
+        Vec::new()
+    })
+}
+
+/// Builds the boot tests, and some unit tests if asked, and returns the programs by name.
+fn test_programs(toolchain: &Toolchain, units: bool) -> Result<Vec<(String, PathBuf)>> {
+    let mut cargo = toolchain.cargo("test");
+    cargo
+        .args(["--no-run", "--package", "portcullis", "--test", "*"])
+        .args(with_boot_tests()?);
+    let mut programs = built(&mut cargo, "test")?;
+    if units {
+        let mut cargo = toolchain.cargo("test");
+        cargo.args(["--no-run", "--lib"]);
+        for package in UNIT_TESTS {
+            cargo.args(["--package", package]);
+        }
+        let built = built(&mut cargo, "lib")?;
+        programs.splice(
+            0..0,
+            built
+                .into_iter()
+                .map(|(name, path)| (format!("unit-{name}"), path)),
+        );
+    }
+    Ok(programs)
+}
+
+/// The programs that run in guests (packages below `tests/`), as an initramfs segment.
+fn guest_tools(arch: Arch, toolchain: &Toolchain) -> Result<PathBuf> {
+    let mut archive = Archive::default();
+    let tests = paths::workspace().join("tests");
+    for package in metadata()? {
+        let manifest = package["manifest_path"].as_str().unwrap_or_default();
+        if !Path::new(manifest).starts_with(&tests) {
+            continue;
+        }
+        let name = package["name"].as_str().context("package without a name")?;
+        let mut cargo = toolchain.cargo("build");
+        for (name, path) in built(cargo.args(["--bins", "--package", name]), "bin")? {
+            archive.copy(&format!("usr/bin/{name}"), &path)?;
+        }
+    }
+    let path = paths::target().join(format!("guest-tools-{arch}.cpio"));
+    archive.write(&path)?;
+    Ok(path)
+}
+
+/// The packages of the workspace, as cargo describes them.
+fn metadata() -> Result<Vec<Value>> {
+    let mut cargo = Command::new(product::cargo());
+    cargo
+        .current_dir(paths::workspace())
+        .args(["metadata", "--no-deps", "--format-version", "1"]);
+    let text = crate::packages::output(&mut cargo)?;
+    let value: Value = serde_json::from_str(&text).context("cargo metadata")?;
+    Ok(value["packages"].as_array().cloned().unwrap_or_default())
+}
+
+/// Runs a cargo command that builds, and returns the programs of `kind` that it made.
+fn built(cargo: &mut Command, kind: &str) -> Result<Vec<(String, PathBuf)>> {
+    cargo
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let text = crate::packages::output(cargo)?;
+    let mut programs = Vec::new();
+    for line in text.lines() {
+        let Ok(message) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
+        let target = &message["target"];
+        if let (Some(path), Some(name)) = (message["executable"].as_str(), target["name"].as_str())
+            && target["kind"][0] == kind
+        {
+            programs.push((name.to_owned(), PathBuf::from(path)));
+        }
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+fn succeeds(command: &mut Command) -> Result<bool> {
+    let name = command.get_program().display().to_string();
+    Ok(command
+        .status()
+        .with_context(|| format!("cannot run {name}"))?
+        .success())
+}
+
+/// Runs a command, passes its standard output on and lets `listener` read along.
+fn listen(command: &mut Command, listener: &mut Listener) -> Result<bool> {
+    let name = command.get_program().display().to_string();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    let output = child.stdout.take().context("no standard output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        writeln!(io::stdout(), "{line}")?;
+        listener.line(line.trim_end());
+    }
+    Ok(child.wait()?.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heard(lines: &str) -> Tally {
+        let mut listener = Listener::default();
+        lines.lines().for_each(|line| listener.line(line));
+        listener.finish()
+    }
+
+    #[test]
+    fn results_of_several_programs_add_up() {
+        let tally = heard(
+            "== boot on x86_64\ntest power_off ... ok\ntest reset ... FAILED\n\
+             test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured\n== status 101\n\
+             == net on x86_64\ntest result: ok. 4 passed; 0 failed; 0 ignored\n== status 0\n\
+             == retry ping: boot 1: time is up",
+        );
+        assert_eq!((tally.passed, tally.failed, tally.retries), (5, 1, 1));
+        assert_eq!(tally.failures, ["reset (boot on x86_64)"]);
+    }
+
+    #[test]
+    fn a_program_that_dies_without_a_result_counts_as_a_failure() {
+        let tally = heard("== boot on x86_64\ntest power_off ...\n== status 137");
+        assert_eq!((tally.passed, tally.failed), (0, 1));
+    }
+}
