@@ -57,16 +57,25 @@ pub enum BuildError {
 
 /// A machine that has been built. Dropping it ends the guest.
 ///
-/// Fields are dropped in order: the processors first, so that no device is
-/// called any more when it goes.
+/// Fields are dropped in order: the processors first, which use all else.
 pub struct Machine {
     /// The processors' threads, held until resumed.
     pub vcpus: Vcpus,
-    /// The serial output.
-    pub output: Arc<Output>,
-    /// The PCI bus and what is on it.
+/// The PCI bus and what is on it.
     pub pci: Option<PciBus>,
+    output: Arc<Output>,
+    /// Owns guest memory.
     _vm: Arc<Vm>,
+}
+
+impl Machine {
+    /// Ends the guest. Returns its serial output, which may still be on its
+    /// way.
+    pub fn stop(self) -> Arc<Output> {
+        let output = Arc::clone(&self.output);
+        drop(self);
+        output
+    }
 }
 
 /// What a build makes besides the machine.

@@ -372,10 +372,10 @@ impl Controller {
         {
             log::warn!("{error}");
         }
-        let Some(Machine { vcpus, output, .. }) = self.machine.take() else {
+        let Some(machine) = self.machine.take() else {
             return;
         };
-        vcpus.stop();
+        let output = machine.stop();
         let left = output.flush(OUTPUT_PATIENCE);
         if left != 0 {
             log::warn!("console: nobody reads the last {left} bytes");
