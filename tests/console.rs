@@ -1,0 +1,243 @@
+//! The serial console, as a user at a terminal and as a program at a pipe see
+//! it.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use support::{Guest, Machine, PROMPT, READY, TempDir};
+
+/// Boots on a terminal, as a user does.
+fn boot_on_terminal(machine: &Machine) -> Guest {
+    let arguments = machine.arguments();
+    let launch = || Guest::launch_on_terminal(&support::portcullis(), &arguments);
+    let mut guest = machine.boot_by(launch);
+    guest.quieten();
+    guest
+}
+
+#[test]
+fn a_session_is_typed_on_a_terminal_and_ctrl_a_x_leaves_it() {
+    let before = support::Pty::open().expect("a terminal").mode();
+    let mut guest = boot_on_terminal(&Machine::new());
+    assert!(guest.terminal().mode().is_raw());
+    assert_eq!(guest.run("echo typed | tr a-z A-Z"), "TYPED");
+    guest.type_text("\x01x").expect_exit(0);
+    assert_eq!(guest.terminal().mode(), before);
+}
+
+#[test]
+fn keys_that_make_signals_and_flow_control_elsewhere_reach_the_guest() {
+    let mut guest = boot_on_terminal(&Machine::new());
+    // Ctrl-c: the program that repeats a line is up, and ends.
+    guest.type_line("cat; echo ended: $?");
+    guest
+        .type_line("repeat me")
+        .wait_for("repeat me")
+        .wait_for("repeat me");
+    guest
+        .type_text("\x03")
+        .wait_for("ended: 130")
+        .wait_for(PROMPT);
+    // Ctrl-a for the guest, Ctrl-s, Ctrl-q, Ctrl-v and carriage return.
+    guest.run("stty raw -echo < /dev/ttyS0; echo ready");
+    guest.type_text("head -c 7 | od -An -tx1\n");
+    guest.type_text("\x01\x01\x13\x11\x16\x1a\r\n");
+    guest.wait_for("01 13 11 16 1a 0d 0a");
+    guest.type_text("\x01x").expect_exit(0);
+}
+
+/// However it is ended, the terminal is given back.
+#[track_caller]
+fn gives_the_terminal_back_on(signal: &str) {
+    let mut guest = boot_on_terminal(&Machine::new());
+    assert!(guest.terminal().mode().is_raw());
+    guest.signal(signal).expect_exit(0);
+    assert!(guest.terminal().mode().is_cooked(), "after SIG{signal}");
+}
+
+#[test]
+fn the_terminal_is_given_back_on_sigterm() {
+    gives_the_terminal_back_on("TERM");
+}
+
+#[test]
+fn the_terminal_is_given_back_on_sighup() {
+    gives_the_terminal_back_on("HUP");
+}
+
+#[test]
+fn the_terminal_is_given_back_on_sigint() {
+    gives_the_terminal_back_on("INT");
+}
+
+#[test]
+fn the_terminal_is_given_back_when_the_guest_resets() {
+    let mut guest = boot_on_terminal(&Machine::new());
+    guest.type_line("reboot -f").expect_exit(3);
+    assert!(guest.terminal().mode().is_cooked());
+}
+
+#[test]
+fn the_terminal_is_given_back_while_stopped_and_taken_again() {
+    let mut guest = boot_on_terminal(&Machine::new());
+    // A terminal's Ctrl-z would do it; the guest has that key.
+    guest.signal("TSTP");
+    eventually("cooked", || guest.terminal().mode().is_cooked());
+    guest.signal("CONT");
+    eventually("raw", || guest.terminal().mode().is_raw());
+    assert_eq!(guest.run("echo still here"), "still here");
+    guest.type_text("\x01x").expect_exit(0);
+}
+
+/// Waits for the terminal to become so.
+#[track_caller]
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + support::time_limit();
+    while !is_so() {
+        assert!(std::time::Instant::now() < deadline, "never {what}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
+    // A shell with job control on a terminal that stops background output, and
+    // then brings the machine to the foreground.
+    let script = format!(
+        "set -m; stty tostop; {} {} & jobs; read word; echo \"shell read $word\"; fg",
+        support::portcullis().display(),
+        quoted(&Machine::new().arguments())
+    );
+    let machine = Machine::new();
+    let launch = || Guest::launch_on_terminal(Path::new("/bin/sh"), &["-c", &script]);
+    let mut guest = machine.boot_by(launch);
+    assert!(guest.terminal().mode().is_cooked());
+    // What is typed now is the shell's.
+    guest.type_line("hello").wait_for("shell read hello");
+    eventually("raw", || guest.terminal().mode().is_raw());
+    assert_eq!(guest.run("echo in front"), "in front");
+    guest.type_text("\x01x").expect_exit(0);
+    assert!(guest.terminal().mode().is_cooked());
+}
+
+/// The arguments as a shell reads them.
+fn quoted(arguments: &[String]) -> String {
+    let quote = |argument: &String| format!("'{argument}'");
+    arguments.iter().map(quote).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_line_typed_before_the_guest_is_up_arrives_whole() {
+    let machine = Machine::new();
+    let mut guest = machine.boot_by(|| {
+        let mut guest = machine.launch();
+        guest.type_line("echo early-$((40 + 2))-bird");
+        guest
+    });
+    guest.wait_for("early-42-bird");
+    guest.type_line("poweroff -f").expect_exit(0);
+}
+
+#[test]
+fn a_large_paste_arrives_whole() {
+    let mut guest = Machine::new().boot();
+    let lines = (0..400).map(|n| format!("{n:04} the quick brown fox jumps over the lazy dog\n"));
+    let paste: String = lines.collect();
+    guest.run("stty -echo");
+    guest.type_line("cat > /tmp/paste; echo cat ended");
+    guest
+        .type_text(&paste)
+        .type_text("\x04")
+        .wait_for("cat ended");
+    assert_eq!(guest.run("wc -c < /tmp/paste"), paste.len().to_string());
+    let expected = "i=0; while [ $i -lt 400 ]; do \
+                    printf '%04d the quick brown fox jumps over the lazy dog\\n' $i; \
+                    i=$((i+1)); done | cmp - /tmp/paste";
+    guest.run(expected);
+    guest.type_line("poweroff -f").expect_exit(0);
+}
+
+#[test]
+fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
+    let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
+    let mut command = Command::new(support::portcullis());
+    command.args(machine.arguments()).stdin(Stdio::null());
+    let mut guest = Guest::launch_command(command);
+    guest.wait_for("alone").expect_exit(0);
+}
+
+#[test]
+fn a_machine_with_standard_input_closed_runs_to_its_end() {
+    let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "exec \"$@\" <&-", "sh"]);
+    command.arg(support::portcullis()).args(machine.arguments());
+    let mut guest = Guest::launch_command(command);
+    guest.wait_for("alone").expect_exit(0);
+}
+
+#[test]
+fn the_end_of_standard_input_ends_nothing() {
+    let mut guest = Machine::new().boot();
+    guest.type_line("sleep 1; echo after; poweroff -f");
+    guest.close_keyboard().wait_for("after").expect_exit(0);
+}
+
+#[test]
+fn a_file_on_standard_input_is_typed_whole() {
+    let files = TempDir::new("typed");
+    let script = files.file("script", b"echo from-$((1 + 1))-files\npoweroff -f\n");
+    let mut command = Command::new(support::portcullis());
+    command.args(Machine::new().arguments());
+    command.stdin(std::fs::File::open(script).expect("it was just made"));
+    let mut guest = Guest::launch_command(command);
+    guest
+        .wait_for(READY)
+        .wait_for("from-2-files")
+        .expect_exit(0);
+}
+
+#[test]
+fn a_reader_who_stops_holds_up_the_console_and_nothing_else() {
+    let files = TempDir::new("slow");
+    let socket = files.path("api");
+    // The shell's child reads nothing until it is told to by a file.
+    let go = files.path("go");
+    let machine = Machine::new()
+        .cmdline("guest.run=\"seq 200000; echo all of it; poweroff -f\"")
+        .with("--api-socket", &socket);
+    let reader = format!("while ! [ -e {go} ]; do sleep 0.1; done; tail -n 20");
+    let pipeline = format!("{{ \"$@\"; echo status $? >&2; }} | {{ {reader}; }}");
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", &pipeline, "sh"])
+        .arg(support::portcullis());
+    command.args(machine.arguments()).stdin(Stdio::null());
+    let mut guest = Guest::launch_command(command);
+
+    let ctl = |words: &[&str]| {
+        let mut command = Command::new(support::portcullis());
+        command.args(["ctl", "--api-socket", &socket]).args(words);
+        support::run_to_end(&mut command)
+    };
+    // Until the guest waits for its console, more and more is transmitted.
+    let transmitted = || {
+        let metrics = ctl(&["metrics"]).stdout;
+        let line = metrics
+            .lines()
+            .find(|l| l.starts_with("portcullis_serial_transmitted"));
+        let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
+        count.unwrap_or(0)
+    };
+    eventually("a full buffer", || transmitted() >= 256 * 1024);
+    for words in [["pause"], ["resume"], ["info"]] {
+        let said = ctl(&words);
+        assert_eq!(said.status, Some(0), "{words:?}: {said:?}");
+    }
+    std::fs::write(&go, "").expect("a file can be made");
+    guest.wait_for("all of it");
+    guest.expect_exit(0);
+    assert!(guest.log().contains("status 0"), "{}", guest.log());
+}

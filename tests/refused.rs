@@ -1,0 +1,239 @@
+//! What cannot be run is refused in one clear line that names it, and with a
+//! status that says whose fault it is.
+
+mod support;
+
+use std::process::Command;
+
+use support::{Said, TempDir};
+
+/// The command line, configuration or a file it names cannot be used.
+const USAGE: i32 = 2;
+/// The host has not got what it takes.
+const HOST: i32 = 1;
+
+fn portcullis(arguments: &[&str]) -> Said {
+    support::run_to_end(Command::new(support::portcullis()).args(arguments))
+}
+
+/// One line on standard error, with every one of `words` in it, and nothing
+/// else.
+#[track_caller]
+fn refuses(said: &Said, status: i32, words: &[&str]) {
+    assert_eq!(said.status, Some(status), "{said:?}");
+    assert_eq!(said.stdout, "", "{said:?}");
+    assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
+    assert!(said.stderr.starts_with("portcullis: "), "{said:?}");
+    for word in words {
+        assert!(said.stderr.contains(word), "no {word:?} in {said:?}");
+    }
+}
+
+/// Runs with a kernel that is `contents`.
+fn with_kernel(contents: &[u8]) -> Said {
+    let files = TempDir::new("kernel");
+    let kernel = files.file("the-kernel", contents);
+    let said = portcullis(&["run", "--kernel", &kernel]);
+    assert!(
+        said.stderr.contains(&kernel),
+        "the file is not named: {said:?}"
+    );
+    said
+}
+
+#[test]
+fn a_file_that_is_no_kernel() {
+    refuses(
+        &with_kernel(b"#!/bin/sh\n"),
+        USAGE,
+        &["is not a Linux kernel"],
+    );
+    refuses(&with_kernel(b""), USAGE, &["is not a Linux kernel"]);
+    refuses(
+        &with_kernel(&[0; 1 << 20]),
+        USAGE,
+        &["is not a Linux kernel"],
+    );
+}
+
+#[test]
+fn a_kernel_for_another_architecture() {
+    let mut arm = vec![0; 4096];
+    arm[56..60].copy_from_slice(b"ARM\x64");
+    let mut x86 = vec![0; 4096];
+    x86[0x202..0x206].copy_from_slice(b"HdrS");
+    let mut riscv = vec![0; 4096];
+    riscv[56..60].copy_from_slice(b"RSC\x05");
+    let others = if cfg!(target_arch = "x86_64") {
+        [(arm, "aarch64"), (riscv, "riscv")]
+    } else {
+        [(x86, "x86_64"), (riscv, "riscv")]
+    };
+    for (kernel, architecture) in others {
+        refuses(
+            &with_kernel(&kernel),
+            USAGE,
+            &["is a kernel for", architecture],
+        );
+    }
+}
+
+#[test]
+fn a_truncated_kernel() {
+    let whole = std::fs::read(support::kernel()).expect("the kernel can be read");
+    refuses(
+        &with_kernel(&whole[..whole.len() / 2]),
+        USAGE,
+        &["truncated"],
+    );
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_truncated_vmlinux() {
+    let whole = std::fs::read(support::image("vmlinux-6.12")).expect("it can be read");
+    refuses(
+        &with_kernel(&whole[..whole.len() / 2]),
+        USAGE,
+        &["truncated"],
+    );
+}
+
+#[test]
+fn a_kernel_that_is_not_there_or_no_file() {
+    let missing = portcullis(&["run", "--kernel", "/no/such/kernel"]);
+    refuses(&missing, USAGE, &["/no/such/kernel", "No such file"]);
+    let directory = portcullis(&["run", "--kernel", "/tmp"]);
+    refuses(&directory, USAGE, &["/tmp", "not a regular file"]);
+}
+
+#[test]
+fn an_initial_ramdisk_that_is_not_there_or_too_large() {
+    let kernel = support::kernel();
+    let missing = portcullis(&["run", "--kernel", &kernel, "--initrd", "/no/initrd"]);
+    refuses(&missing, USAGE, &["initrd_path", "/no/initrd"]);
+    let files = TempDir::new("initrd");
+    let large = files.path("large");
+    let made = std::fs::File::create(&large).and_then(|file| file.set_len(1 << 30));
+    made.expect("a sparse file can be made");
+    let arguments = [
+        "run", "--kernel", &kernel, "--initrd", &large, "--memory", "256M",
+    ];
+    refuses(
+        &portcullis(&arguments),
+        USAGE,
+        &["initrd_path", &large, "does not fit"],
+    );
+}
+
+#[test]
+fn a_file_that_may_not_be_read() {
+    let files = TempDir::new("unreadable");
+    let kernel = files.file("kernel", b"secret");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o000);
+    std::fs::set_permissions(&kernel, mode).expect("a mode can be set");
+    let said = as_nobody(&["run", "--kernel", &kernel]);
+    refuses(&said, USAGE, &[&kernel, "Permission denied"]);
+}
+
+#[test]
+fn a_host_where_kvm_may_not_be_used() {
+    let said = as_nobody(&["run", "--kernel", &support::kernel()]);
+    refuses(&said, HOST, &["/dev/kvm", "permission", "kvm group"]);
+}
+
+#[test]
+fn a_host_without_kvm() {
+    let script = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script, "sh"]);
+    command.arg(support::portcullis());
+    command.args(["run", "--kernel", &support::kernel()]);
+    refuses(
+        &support::run_to_end(&mut command),
+        HOST,
+        &["/dev/kvm does not exist"],
+    );
+}
+
+/// As a user without any right. Takes root, to become that user.
+fn as_nobody(arguments: &[&str]) -> Said {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    command.arg(support::portcullis()).args(arguments);
+    support::run_to_end(&mut command)
+}
+
+#[test]
+fn amounts_of_memory_that_cannot_be() {
+    for amount in ["1M", "63M", "1024G"] {
+        let said = portcullis(&["run", "--kernel", "k", "--memory", amount]);
+        refuses(&said, USAGE, &["mem_size_mib", "use 64 to"]);
+    }
+}
+
+#[test]
+fn numbers_of_processors_that_cannot_be() {
+    for count in ["0", "33"] {
+        let said = portcullis(&["run", "--kernel", "k", "--cpus", count]);
+        refuses(&said, USAGE, &["vcpu_count", "use 1 to 32"]);
+    }
+}
+
+#[test]
+fn a_command_line_that_is_too_long() {
+    let long = "a".repeat(2048);
+    let kernel = support::kernel();
+    let said = portcullis(&["run", "--kernel", &kernel, "--cmdline", &long]);
+    refuses(&said, USAGE, &["boot_args", "2047"]);
+}
+
+#[test]
+fn a_machine_without_a_kernel() {
+    refuses(&portcullis(&["run"]), USAGE, &["--kernel"]);
+}
+
+#[test]
+fn a_configuration_that_cannot_be_used() {
+    let files = TempDir::new("bad-config");
+    for (text, words) in [
+        ("{", vec!["line 1"]),
+        (r#"{"boot_source": {}}"#, vec!["boot_source", "boot-source"]),
+        (
+            r#"{"machine-config": {"vcpu_count": "two", "mem_size_mib": 1}}"#,
+            vec!["vcpu_count"],
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 99, "mem_size_mib": 128}}"#,
+            vec!["vcpu_count"],
+        ),
+    ] {
+        let config = files.file("config.json", text.as_bytes());
+        let mut expected = words.clone();
+        expected.push("config.json");
+        refuses(&portcullis(&["run", "--config", &config]), USAGE, &expected);
+        refuses(
+            &portcullis(&["check", "--config", &config]),
+            USAGE,
+            &expected,
+        );
+    }
+    let missing = portcullis(&["check", "--config", "/no/such/file"]);
+    refuses(&missing, USAGE, &["/no/such/file"]);
+}
+
+#[test]
+fn options_that_do_not_exist() {
+    let said = portcullis(&["run", "--kernel", "k", "--no-such-option"]);
+    assert_eq!(said.status, Some(USAGE), "{said:?}");
+    assert!(said.stderr.contains("--no-such-option"), "{said:?}");
+}
+
+#[test]
+fn a_log_file_and_a_socket_that_cannot_be_made() {
+    let kernel = support::kernel();
+    let log = portcullis(&["run", "--kernel", &kernel, "--log-file", "/no/log"]);
+    refuses(&log, USAGE, &["--log-file", "/no/log"]);
+    let socket = portcullis(&["serve", "--api-socket", "/no/socket"]);
+    refuses(&socket, USAGE, &["/no/socket"]);
+}

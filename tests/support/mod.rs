@@ -1,0 +1,429 @@
+//! A guest as a test sees it: launch it, wait for what it says, type to it,
+//! expect how it ends.
+//!
+//! What is needed comes from the environment: `PORTCULLIS_BIN` (the program),
+//! `PORTCULLIS_GUEST_DIR` (kernels and initramfs), `PORTCULLIS_RETRIES` (a file
+//! that gets a line for each boot tried again), `PORTCULLIS_TEST_SECONDS` (how
+//! long anything may take; 120 when unset).
+#![allow(dead_code, reason = "each test program uses its part")]
+
+mod console;
+mod pty;
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use console::Console;
+pub use pty::Pty;
+
+/// What the guest's init says when it is up.
+pub const READY: &str = "portcullis-guest: ready";
+/// Its shell's prompt.
+pub const PROMPT: &str = "guest# ";
+
+/// How often a boot that failed is tried again. The emulated host is not
+/// perfectly reliable; each retry is reported, and what repeats is a failure.
+const RETRIES: usize = 2;
+
+/// Guests run one at a time: an emulated host has one processor.
+static ONE_GUEST: Mutex<()> = Mutex::new(());
+
+/// How long anything may take. Generous: it is met only when something hangs.
+pub fn time_limit() -> Duration {
+    let seconds = env::var("PORTCULLIS_TEST_SECONDS").ok();
+    Duration::from_secs(seconds.map_or(120, |text| {
+        text.parse().expect("PORTCULLIS_TEST_SECONDS is a number")
+    }))
+}
+
+/// The program under test.
+pub fn portcullis() -> PathBuf {
+    required("PORTCULLIS_BIN")
+}
+
+/// A file among the guest images: a kernel or an initramfs.
+pub fn image(name: &str) -> String {
+    let path = required("PORTCULLIS_GUEST_DIR").join(name);
+    assert!(path.exists(), "there is no guest image {}", path.display());
+    path.into_os_string().into_string().expect("a UTF-8 path")
+}
+
+fn required(variable: &str) -> PathBuf {
+    env::var_os(variable)
+        .unwrap_or_else(|| panic!("{variable} is not set; run the boot tests by cargo xtask test"))
+        .into()
+}
+
+/// The kernel most tests boot: the newest, as the distribution ships it.
+pub fn kernel() -> String {
+    image("vmlinuz-6.12")
+}
+
+/// A directory for a test's files, removed when it ends.
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// An empty directory.
+    pub fn new(name: &str) -> Self {
+        let path = env::temp_dir().join(format!("portcullis-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("a directory can be made");
+        Self(path)
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> String {
+        let path = self.0.join(name);
+        path.into_os_string().into_string().expect("a UTF-8 path")
+    }
+
+    /// A new file in it.
+    pub fn file(&self, name: &str, contents: &[u8]) -> String {
+        let path = self.path(name);
+        fs::write(&path, contents).expect("a file can be written");
+        path
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A machine of the usual size with the usual kernel and initramfs, and what is
+/// to be different about it.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    kernel: String,
+    initramfs: String,
+    more: Vec<String>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self {
+            kernel: kernel(),
+            initramfs: image("initramfs.cpio"),
+            more: Vec::new(),
+        }
+    }
+}
+
+impl Machine {
+    /// One processor, the default memory, the newest kernel.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Boots the image `name` instead.
+    pub fn kernel(mut self, name: &str) -> Self {
+        self.kernel = image(name);
+        self
+    }
+
+    /// Has the initramfs with more tools in it.
+    pub fn tools(mut self) -> Self {
+        self.initramfs = image("initramfs-tools.cpio");
+        self
+    }
+
+    /// One more option of `portcullis run`.
+    pub fn with(mut self, option: &str, value: impl ToString) -> Self {
+        self.more.extend([option.to_owned(), value.to_string()]);
+        self
+    }
+
+    /// A command line with a console, fewer messages, and `more`.
+    pub fn cmdline(self, more: &str) -> Self {
+        self.with("--cmdline", format!("console=ttyS0 quiet panic=-1 {more}"))
+    }
+
+    /// The arguments of `portcullis` that run it.
+    pub fn arguments(&self) -> Vec<String> {
+        let fixed = ["run", "--kernel", &self.kernel, "--initrd", &self.initramfs];
+        let mut arguments: Vec<String> = fixed.map(str::to_owned).into();
+        arguments.extend(self.more.iter().cloned());
+        arguments
+    }
+
+    /// Starts it with pipes for a console.
+    pub fn launch(&self) -> Guest {
+        Guest::launch(&self.arguments())
+    }
+
+    /// Starts it and waits for its shell, trying again a few times.
+    pub fn boot(&self) -> Guest {
+        let mut guest = self.boot_by(|| self.launch());
+        guest.quieten();
+        guest
+    }
+
+    /// Starts it by `launch` and waits for its shell, trying again a few times.
+    pub fn boot_by(&self, launch: impl Fn() -> Guest) -> Guest {
+        for _ in 0..RETRIES {
+            let mut guest = launch();
+            if guest.reaches(READY) && guest.reaches(PROMPT) {
+                return guest;
+            }
+            report_retry(&format!("{self:?}"), &guest.console.text());
+        }
+        let mut guest = launch();
+        guest.wait_for(READY).wait_for(PROMPT);
+        guest
+    }
+}
+
+/// A line in the report, and the whole console in the test's output.
+fn report_retry(machine: &str, console: &str) {
+    eprintln!("boot failed, trying again: {machine}\n{console}");
+    if let Some(path) = env::var_os("PORTCULLIS_RETRIES") {
+        let report = OpenOptions::new().create(true).append(true).open(path);
+        let line = format!("boot tried again: {machine}\n");
+        let written = report.and_then(|mut file| file.write_all(line.as_bytes()));
+        written.expect("a retry can be reported");
+    }
+}
+
+/// Where a test types.
+enum Keyboard {
+    Pipe(Option<io::PipeWriter>),
+    Terminal,
+}
+
+/// A running `portcullis`. Ended when dropped.
+pub struct Guest {
+    child: Child,
+    console: Console,
+    log: Console,
+    keyboard: Keyboard,
+    terminal: Option<Pty>,
+    commands: u32,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Guest {
+    /// Runs `portcullis` with pipes for its console.
+    pub fn launch<S: AsRef<OsStr>>(arguments: &[S]) -> Self {
+        let (stdin, keyboard) = io::pipe().expect("a pipe");
+        let mut command = Command::new(portcullis());
+        command.args(arguments).stdin(stdin);
+        Self::start(command, Keyboard::Pipe(Some(keyboard)))
+    }
+
+    /// Runs `command`, which runs `portcullis`, with standard input as it is
+    /// set and pipes for the output.
+    pub fn launch_command(command: Command) -> Self {
+        Self::start(command, Keyboard::Pipe(None))
+    }
+
+    fn start(mut command: Command, keyboard: Keyboard) -> Self {
+        let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("portcullis can be started");
+        let stdout = child.stdout.take().expect("its output is a pipe");
+        let stderr = child.stderr.take().expect("its log is a pipe");
+        Self {
+            child,
+            console: Console::collect(OwnedFd::from(stdout)),
+            log: Console::collect(OwnedFd::from(stderr)),
+            keyboard,
+            terminal: None,
+            commands: 0,
+            _alone: alone,
+        }
+    }
+
+    /// Runs `program` in a session of its own on a new terminal, as a shell in
+    /// a terminal window would be.
+    pub fn launch_on_terminal<S: AsRef<OsStr>>(program: &Path, arguments: &[S]) -> Self {
+        let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let terminal = Pty::open().expect("a pseudo-terminal");
+        let slave = || Stdio::from(terminal.slave().expect("its other side"));
+        let mut command = Command::new("setsid");
+        // In place: this process leads no group, so setsid need not fork.
+        command.arg("-c").arg(program).args(arguments);
+        command.stdin(slave()).stdout(slave()).stderr(slave());
+        let child = command.spawn().expect("setsid can be started");
+        let output = terminal.output().expect("the terminal can be read");
+        Self {
+            child,
+            console: Console::collect(output),
+            log: Console::empty(),
+            keyboard: Keyboard::Terminal,
+            terminal: Some(terminal),
+            commands: 0,
+            _alone: alone,
+        }
+    }
+
+    /// The terminal it was launched on.
+    pub fn terminal(&self) -> &Pty {
+        self.terminal.as_ref().expect("it has a terminal")
+    }
+
+    /// Waits until it says `text` after what was waited for before.
+    #[track_caller]
+    pub fn wait_for(&mut self, text: &str) -> &mut Self {
+        if !self.reaches(text) {
+            panic!(
+                "the guest did not say {text:?}; its console:\n{}\nits log:\n{}",
+                self.console.text(),
+                self.log.text()
+            );
+        }
+        self
+    }
+
+    fn reaches(&mut self, text: &str) -> bool {
+        self.console.find(text, time_limit()).is_some()
+    }
+
+    /// Keeps kernel messages, but for a panic, from between the lines of what
+    /// commands say.
+    pub fn quieten(&mut self) {
+        self.run("dmesg -n 1");
+    }
+
+    /// Types text, as it is.
+    #[track_caller]
+    pub fn type_text(&mut self, text: &str) -> &mut Self {
+        let typed = match (&mut self.keyboard, &mut self.terminal) {
+            (Keyboard::Pipe(Some(pipe)), _) => pipe.write_all(text.as_bytes()),
+            (Keyboard::Terminal, Some(terminal)) => terminal.type_text(text),
+            _ => panic!("there is no keyboard"),
+        };
+        typed.expect("the guest's keyboard can be typed on");
+        self
+    }
+
+    /// Types a line.
+    #[track_caller]
+    pub fn type_line(&mut self, line: &str) -> &mut Self {
+        self.type_text(&format!("{line}\n"))
+    }
+
+    /// Ends its standard input.
+    pub fn close_keyboard(&mut self) -> &mut Self {
+        self.keyboard = Keyboard::Pipe(None);
+        self
+    }
+
+    /// Runs a command in the guest's shell, which must succeed, and returns
+    /// what it says, without the white space around it.
+    #[track_caller]
+    pub fn run(&mut self, command: &str) -> String {
+        let (status, said) = self.try_run(command);
+        assert_eq!(status, 0, "{command} failed: {said}");
+        said
+    }
+
+    /// Runs a command in the guest's shell. Returns its exit status and what it
+    /// says.
+    #[track_caller]
+    pub fn try_run(&mut self, command: &str) -> (u8, String) {
+        self.commands += 1;
+        let number = self.commands;
+        // The shell's echo of the line has the words apart, so it is not taken
+        // for the answer.
+        self.type_line(&format!(
+            "echo '[begin' '{number}]'; {command}; echo '[end' \"{number} $?]\""
+        ));
+        self.wait_for(&format!("[begin {number}]"));
+        let said = self.console.find(&format!("[end {number} "), time_limit());
+        let said = said.unwrap_or_else(|| {
+            panic!(
+                "{command} does not end; the console:\n{}",
+                self.console.text()
+            )
+        });
+        let status = self.console.find("]", time_limit()).expect("its status");
+        let status = status.parse().expect("a status is a number");
+        self.wait_for(PROMPT);
+        (status, said.replace('\r', "").trim().to_owned())
+    }
+
+    /// Its log so far, or with [`Guest::launch_on_terminal`] nothing.
+    pub fn log(&self) -> String {
+        self.log.text()
+    }
+
+    /// Everything it said so far.
+    pub fn said(&self) -> String {
+        self.console.text()
+    }
+
+    /// Sends it a signal by its name, such as `TERM`.
+    pub fn signal(&mut self, name: &str) -> &mut Self {
+        signal(self.child.id(), name);
+        self
+    }
+
+    /// Waits for it to end with this exit status.
+    #[track_caller]
+    pub fn expect_exit(&mut self, status: i32) {
+        let deadline = Instant::now() + time_limit();
+        let ended = loop {
+            if let Some(ended) = self.child.try_wait().expect("it can be waited for") {
+                break ended;
+            }
+            if Instant::now() > deadline {
+                panic!("it does not end; its console:\n{}", self.console.text());
+            }
+            thread::sleep(Duration::from_millis(20));
+        };
+        assert_eq!(
+            ended.code(),
+            Some(status),
+            "its end: {ended}; its console:\n{}\nits log:\n{}",
+            self.console.text(),
+            self.log.whole(time_limit())
+        );
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It has ended, or the test has failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Sends a signal by its name, such as `TERM`.
+pub fn signal(process: u32, name: &str) {
+    let mut kill = Command::new("kill");
+    kill.args([format!("-{name}"), process.to_string()]);
+    assert!(kill.status().expect("kill can be started").success());
+}
+
+/// What a `portcullis` said that was not to start a guest.
+#[derive(Debug)]
+pub struct Said {
+    /// Exit status.
+    pub status: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// Runs a command to its end, with nothing to read.
+pub fn run_to_end(command: &mut Command) -> Said {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.expect("portcullis can be started");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("it says UTF-8");
+    Said {
+        status: output.status.code(),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
+}
