@@ -61,7 +61,7 @@ pub enum BuildError {
 pub struct Machine {
     /// The processors' threads, held until resumed.
     pub vcpus: Vcpus,
-/// The PCI bus and what is on it.
+    /// The PCI bus and what is on it.
     pub pci: Option<PciBus>,
     output: Arc<Output>,
     /// Owns guest memory.
