@@ -8,4 +8,6 @@ pub mod bus;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+pub mod tap;
+pub mod vhost;
 pub mod virtio;

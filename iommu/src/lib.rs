@@ -38,7 +38,7 @@ pub use dma::{DmaSpace, DmaView};
 pub use notifier::{
     IommuNotifier, NotifierEvents, NotifierId, NotifierSink, Refused, Registration,
 };
-pub use region::{IommuRegion, StreamCounters, StreamStats};
+pub use region::{IommuRegion, StreamCounters, StreamStats, Translating};
 pub use space::{AddressSpace, MemoryListener, Section};
 pub use translate::{Access, Fault, FaultReason, Iommu, Mapping, Perm, Request, RequestKind};
 

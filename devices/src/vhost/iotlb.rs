@@ -1,0 +1,887 @@
+//! The kernel's IOTLB of one vhost file, kept in step with the guest's IOMMU.
+//!
+//! Locks, from the outermost: the reader's (who answers misses), the stream's
+//! gate, the table's (shadow and rings). The table's lock is held while a
+//! message is sent, so that the shadow's order is the kernel's, and nothing is
+//! translated under it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use iommu::{
+    Access, AddressSpace, GuestRam, Hva, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping,
+    NotifierEvents, NotifierId, NotifierSink, Perm, Registration, Translating,
+};
+use log::{info, warn};
+use serde::Serialize;
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::failure::Failure;
+use super::message::{Message, Miss};
+use super::posted::{Buffer, Layout, Memory, Unreadable, posted};
+use super::shadow::{DEFAULT_LIMIT, Entry, Shadow};
+use crate::virtio::DeviceError;
+
+/// Most translations that one miss brings with it, however large the IOTLB.
+const MAX_PREFETCH: usize = 256;
+/// Most parts of entries that are sent again after an invalidation took more
+/// than it was for.
+const MAX_RESTORED: usize = 16;
+/// Most places at which queues wait for a mapping.
+const MAX_PENDING: usize = 64;
+/// Most misses at one place before the kernel is made to forget them: it keeps
+/// each of them until it is answered.
+const MAX_UNANSWERED: u32 = 256;
+/// Errors without a cause that we see and without progress, until we give up.
+const MAX_STRIKES: u32 = 16;
+
+/// The kernel's end.
+pub trait Channel: Send + Sync {
+    /// Sends a message. What an invalidation is for is out of use when this
+    /// returns.
+    ///
+    /// # Errors
+    /// The kernel refused it.
+    fn send(&self, message: &Message) -> io::Result<()>;
+
+    /// Takes the next miss, if there is one.
+    ///
+    /// # Errors
+    /// The kernel sent something else.
+    fn receive(&self) -> io::Result<Option<Miss>>;
+
+    /// Takes the back end away from every ring: for when an invalidation
+    /// cannot be delivered.
+    fn halt(&self);
+}
+
+/// A queue that runs, as far as its memory is concerned.
+#[derive(Clone)]
+pub struct Ring {
+    /// Its number on the device, for messages.
+    pub number: u16,
+    /// Where it is.
+    pub layout: Layout,
+    /// Sets it going again.
+    pub kick: Arc<EventFd>,
+}
+
+/// What happened, counted with relaxed atomics.
+#[derive(Debug, Default)]
+struct Counters {
+    misses: AtomicU64,
+    updates: AtomicU64,
+    prefills: AtomicU64,
+    prefetched: AtomicU64,
+    invalidations_sent: AtomicU64,
+    invalidations_saved: AtomicU64,
+    faults: AtomicU64,
+}
+
+/// How the IOTLB of one vhost file stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct IotlbStats {
+    /// Misses that the kernel reported.
+    pub misses: u64,
+    /// Translations sent to it, the following two included.
+    pub updates: u64,
+    /// Translations sent when they were mapped, before anybody missed them.
+    pub prefills: u64,
+    /// Translations of posted buffers sent with the answer to another's miss:
+    /// so many misses saved.
+    pub prefetched: u64,
+    /// Invalidations sent.
+    pub invalidations_sent: u64,
+    /// Invalidated ranges that cost no message.
+    pub invalidations_saved: u64,
+    /// Misses that the IOMMU does not translate, and accesses that its
+    /// permissions forbid.
+    pub faults: u64,
+    /// Places at which queues wait for a mapping now.
+    pub stalled: usize,
+    /// Entries that the kernel holds now.
+    pub entries: usize,
+    /// What the notifier chain delivers.
+    pub registration: NotifierEvents,
+    /// What it would not, and why.
+    pub refused: Vec<String>,
+}
+
+/// A miss without an answer.
+struct Pending {
+    iova: Iova,
+    access: Access,
+    /// Misses that the kernel keeps for it; none for an access that it refused
+    /// by itself.
+    unanswered: u32,
+    /// Wakes the queue where the kernel does not do so itself.
+    kick: Option<Arc<EventFd>>,
+}
+
+struct Table {
+    shadow: Shadow,
+    rings: BTreeMap<u16, Ring>,
+    pending: Vec<Pending>,
+    outcome: Registration,
+    /// RAM, while the file is attached to an address space.
+    ram: Option<Arc<GuestRam>>,
+    /// Errors without a cause, and the used index at the last one.
+    strikes: u32,
+}
+
+struct Attached {
+    space: AddressSpace,
+    region: Arc<IommuRegion>,
+    id: NotifierId,
+}
+
+/// How a kernel IOTLB is to be used.
+#[derive(Clone, Copy, Debug)]
+pub struct IotlbOptions {
+    /// Entries that the kernel holds; 0 is no limit.
+    pub limit: usize,
+    /// Send new mappings when they are made, if the IOMMU tells of them.
+    pub prefill: bool,
+    /// Translate every posted buffer of a queue that misses one.
+    pub prefetch: bool,
+}
+
+/// The IOTLB of one vhost file.
+pub struct VhostIotlb {
+    name: String,
+    channel: Arc<dyn Channel>,
+    options: IotlbOptions,
+    failure: Arc<Failure>,
+    reader: Mutex<Option<Attached>>,
+    table: Mutex<Table>,
+    counters: Counters,
+    wake: EventFd,
+}
+
+/// The stream's translation while its gate is held.
+struct World<'a> {
+    inside: &'a Translating<'a>,
+    ram: &'a GuestRam,
+    ats: bool,
+}
+
+impl World<'_> {
+    /// Translates as the device: what faults is the model's event.
+    fn resolve(&self, iova: Iova, access: Access) -> Option<Entry> {
+        let answer = if self.ats {
+            self.inside.request_ats(iova, access)
+        } else {
+            self.inside.translate(iova, access)
+        };
+        let mapping = answer.ok().filter(|mapping| mapping.perm.allows(access))?;
+        pieces(self.ram, &mapping).find(|piece| piece.iova.contains(iova))
+    }
+
+    /// Translates if it is certain to succeed.
+    fn resolve_quietly(&self, iova: Iova, access: Access) -> Option<Entry> {
+        self.inside.lookup(iova, access).ok()?;
+        self.resolve(iova, access)
+    }
+}
+
+/// A mapping as entries, each of which is one piece of this process's memory.
+/// What is not RAM is left out.
+fn pieces<'a>(ram: &'a GuestRam, mapping: &'a Mapping) -> impl Iterator<Item = Entry> + 'a {
+    ram.iter().filter_map(|block| {
+        let start = block.start_addr().0;
+        let below = mapping.gpa.0;
+        let first = start.max(below);
+        let last = (start + (block.len() - 1)).min(below.checked_add(mapping.iova.extent())?);
+        let extent = last.checked_sub(first)?;
+        let iova = mapping.iova.first().checked_add(first - below)?;
+        let host = block.get_host_address(MemoryRegionAddress(first - start));
+        Some(Entry {
+            iova: IovaRange::new(iova, iova.checked_add(extent)?).ok()?,
+            hva: Hva(host.ok()?.addr() as u64),
+            perm: mapping.perm,
+        })
+    })
+}
+
+fn count(counter: &AtomicU64, by: usize) {
+    counter.fetch_add(by as u64, Ordering::Relaxed);
+}
+
+impl VhostIotlb {
+    /// The IOTLB behind `channel`; `name` is for the log.
+    ///
+    /// # Errors
+    /// No eventfd is left.
+    pub fn new(
+        name: &str,
+        channel: Arc<dyn Channel>,
+        options: IotlbOptions,
+        failure: Arc<Failure>,
+    ) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            name: name.to_owned(),
+            channel,
+            options,
+            failure,
+            reader: Mutex::default(),
+            table: Mutex::new(Table {
+                shadow: Shadow::new(options.limit),
+                rings: BTreeMap::new(),
+                pending: Vec::new(),
+                outcome: Registration {
+                    events: NotifierEvents::NONE,
+                    refused: Vec::new(),
+                },
+                ram: None,
+                strikes: 0,
+            }),
+            counters: Counters::default(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        }))
+    }
+
+    /// Signalled when [`revive`](Self::revive) has something to do.
+    #[must_use]
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn stats(&self) -> IotlbStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let table = self.table();
+        IotlbStats {
+            misses: get(&self.counters.misses),
+            updates: get(&self.counters.updates),
+            prefills: get(&self.counters.prefills),
+            prefetched: get(&self.counters.prefetched),
+            invalidations_sent: get(&self.counters.invalidations_sent),
+            invalidations_saved: get(&self.counters.invalidations_saved),
+            faults: get(&self.counters.faults),
+            stalled: table.pending.len(),
+            entries: table.shadow.len(),
+            registration: table.outcome.events,
+            refused: (table.outcome.refused.iter().map(ToString::to_string)).collect(),
+        }
+    }
+
+    /// Listens to the region of `space` from now on. The kernel's IOTLB is
+    /// new and empty. Does nothing if it listens already.
+    ///
+    /// # Errors
+    /// The IOMMU does not tell of invalidations: without them nothing may be
+    /// kept.
+    pub fn attach(
+        self: &Arc<Self>,
+        space: &AddressSpace,
+        region: &Arc<IommuRegion>,
+    ) -> Result<(), DeviceError> {
+        let mut reader = self.reader();
+        if reader.is_some() {
+            return Ok(());
+        }
+        {
+            let mut table = self.table();
+            table.shadow.clear();
+            table.ram = Some(Arc::clone(space.ram()));
+        }
+        let id = region.register(IommuNotifier {
+            wanted: vec![
+                NotifierEvents::DEVIOTLB_UNMAP,
+                NotifierEvents::MAP | NotifierEvents::UNMAP,
+                NotifierEvents::UNMAP,
+            ],
+            range: IovaRange::ALL,
+            sink: Arc::clone(self) as Arc<dyn NotifierSink>,
+        });
+        *reader = Some(Attached {
+            space: space.clone(),
+            region: Arc::clone(region),
+            id,
+        });
+        drop(reader);
+        if self.table().outcome.events.is_empty() {
+            self.detach();
+            return Err(no_invalidations());
+        }
+        Ok(())
+    }
+
+    /// Forgets the address space: no ring runs any more. Afterwards the kernel
+    /// holds nothing.
+    pub fn detach(&self) {
+        let mut reader = self.reader();
+        if let Some(attached) = reader.take() {
+            attached.region.unregister(attached.id);
+        }
+        // Misses of rings that have stopped mean nothing any more.
+        while let Ok(Some(_)) = self.channel.receive() {}
+        let mut table = self.table();
+        self.forget_all(&mut table);
+        table.rings.clear();
+        let _ = self.invalidate(&mut table, &[IovaRange::ALL]);
+        table.ram = None;
+    }
+
+    /// A ring is about to run: sends the translation of its three parts, and
+    /// keeps them in from now on.
+    ///
+    /// # Errors
+    /// The IOMMU does not translate one of them.
+    pub fn start_ring(&self, index: u16, ring: Ring) -> Result<(), DeviceError> {
+        let bad = |reason| DeviceError::BadQueue {
+            queue: ring.number,
+            reason,
+        };
+        let parts = ring.layout.parts();
+        let parts = parts.ok_or_else(|| bad("a ring runs beyond the address space"))?;
+        let reader = self.reader();
+        let Some(attached) = &*reader else {
+            return Ok(());
+        };
+        let inside = attached.region.enter();
+        let world = self.world(attached, &inside);
+        let mut found = Vec::new();
+        for part in parts {
+            let whole = self.missing_of(&world, part, &mut found, Trace::Left);
+            if !whole {
+                count(&self.counters.faults, 1);
+                return Err(bad("the IOMMU does not translate its rings"));
+            }
+        }
+        let mut table = self.table();
+        table.rings.insert(index, ring);
+        for entry in found {
+            self.push(&mut table, entry, None).map_err(cannot_send)?;
+        }
+        Ok(())
+    }
+
+    /// A ring has stopped. Answers what it missed until then, so that none of
+    /// it is looked at after the driver went on.
+    pub fn stop_ring(&self, index: u16) {
+        self.service();
+        let mut table = self.table();
+        table.rings.remove(&index);
+        if table.rings.is_empty() {
+            self.forget_all(&mut table);
+        }
+    }
+
+    /// Answers every miss that is there. `false` when the kernel sends what we
+    /// do not understand.
+    pub fn service(&self) -> bool {
+        let reader = self.reader();
+        loop {
+            match (self.channel.receive(), &*reader) {
+                (Ok(Some(miss)), Some(attached)) => self.answer(attached, miss),
+                (Ok(Some(_)), None) => {}
+                (Ok(None), _) => return true,
+                (Err(source), _) => {
+                    self.fail(DeviceError::Backend {
+                        what: "reading a miss of the host's vhost",
+                        source,
+                    });
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Something changed: sends rings that were lost, and tries again what
+    /// could not be translated.
+    pub fn revive(&self) {
+        let _ = self.wake.read();
+        let reader = self.reader();
+        let Some(attached) = &*reader else {
+            return;
+        };
+        let inside = attached.region.enter();
+        let world = self.world(attached, &inside);
+        let (rings, waiting) = {
+            let table = self.table();
+            let rings: Vec<_> = table.rings.values().cloned().collect();
+            let waiting = table.pending.iter().map(|p| (p.iova, p.access));
+            (rings, waiting.collect::<Vec<_>>())
+        };
+        let mut found = Vec::new();
+        for part in rings
+            .iter()
+            .filter_map(|ring| ring.layout.parts())
+            .flatten()
+        {
+            self.missing_of(&world, part, &mut found, Trace::None);
+        }
+        let mut answers = Vec::new();
+        for (iova, access) in waiting {
+            let answer = world.resolve_quietly(iova, access);
+            answers.extend(answer.map(|entry| (entry, iova)));
+        }
+        let mut table = self.table();
+        let rings = found.into_iter().map(|entry| (entry, None));
+        let answers = answers.into_iter().map(|(entry, iova)| (entry, Some(iova)));
+        for (entry, wake) in rings.chain(answers) {
+            if let Err(source) = self.push(&mut table, entry, wake) {
+                self.fail(cannot_send(source));
+                return;
+            }
+        }
+    }
+
+    /// The kernel says that it met an error on a ring. It says so also when
+    /// it holds a translation that forbids the access, and for what resolves
+    /// itself.
+    pub fn ring_failed(&self, index: u16) {
+        let reader = self.reader();
+        let Some(attached) = &*reader else {
+            return;
+        };
+        let Some(ring) = self.table().rings.get(&index).cloned() else {
+            return;
+        };
+        let inside = attached.region.enter();
+        let world = self.world(attached, &inside);
+        let memory = Memory::new(&inside, world.ram);
+        let buffers = match posted(&memory, &ring.layout) {
+            Ok(buffers) => buffers,
+            // The rings are gone: the kernel will miss them.
+            Err(Unreadable::Fault(_)) => Vec::new(),
+            Err(Unreadable::Malformed(reason)) => {
+                let queue = ring.number;
+                self.fail(DeviceError::BadQueue { queue, reason });
+                return;
+            }
+        };
+        match self.forbidden(&buffers) {
+            Some((iova, access)) => match world.resolve(iova, access) {
+                Some(better) => {
+                    let mut table = self.table();
+                    if let Err(source) = self.push(&mut table, better, None) {
+                        self.fail(cannot_send(source));
+                    }
+                    let _ = ring.kick.write(1);
+                }
+                None => {
+                    count(&self.counters.faults, 1);
+                    self.keep(iova, access, Some(ring.kick));
+                }
+            },
+            None => self.strike(&ring),
+        }
+    }
+
+    /// The first byte of the buffers that the kernel holds and may not access.
+    fn forbidden(&self, buffers: &[Buffer]) -> Option<(Iova, Access)> {
+        let table = self.table();
+        buffers.iter().find_map(|buffer| {
+            let mut held: Vec<_> = table.shadow.overlapping(buffer.iova).collect();
+            held.reverse();
+            let entry = held
+                .iter()
+                .find(|entry| !entry.perm.allows(buffer.access))?;
+            let first = entry.iova.first().max(buffer.iova.first());
+            Some((first, buffer.access))
+        })
+    }
+
+    fn strike(&self, ring: &Ring) {
+        let mut table = self.table();
+        table.strikes += 1;
+        if table.strikes > MAX_STRIKES {
+            self.fail(DeviceError::Backend {
+                what: "the host's vhost cannot go on with a queue",
+                source: io::Error::from(io::ErrorKind::InvalidData),
+            });
+        } else {
+            let _ = ring.kick.write(1);
+        }
+    }
+
+    fn answer(&self, attached: &Attached, miss: Miss) {
+        count(&self.counters.misses, 1);
+        let inside = attached.region.enter();
+        let world = self.world(attached, &inside);
+        let Some(entry) = world.resolve(miss.iova, miss.access) else {
+            count(&self.counters.faults, 1);
+            self.keep(miss.iova, miss.access, None);
+            return;
+        };
+        let more = if self.options.prefetch {
+            self.posted_with(&world, miss.iova, entry)
+        } else {
+            Vec::new()
+        };
+        let mut table = self.table();
+        table.strikes = 0;
+        // The one that was missed goes last: it wakes the queue.
+        let mut sent = Ok(true);
+        for other in more {
+            sent = self.push(&mut table, other, None);
+            if let Ok(new) = sent {
+                count(&self.counters.prefetched, usize::from(new));
+            }
+        }
+        let sent = sent.and_then(|_| self.push(&mut table, entry, Some(miss.iova)));
+        if let Err(source) = sent {
+            self.fail(cannot_send(source));
+        }
+    }
+
+    /// What the kernel does not hold of the queue that missed `iova`: its
+    /// rings and the buffers posted on it. `entry` is known already.
+    fn posted_with(&self, world: &World<'_>, iova: Iova, entry: Entry) -> Vec<Entry> {
+        let rings: Vec<_> = self.table().rings.values().cloned().collect();
+        let memory = Memory::new(world.inside, world.ram);
+        for ring in rings {
+            let parts = ring.layout.parts().into_iter().flatten();
+            let Ok(buffers) = posted(&memory, &ring.layout) else {
+                continue;
+            };
+            let all: Vec<_> = parts.chain(buffers).collect();
+            if !all.iter().any(|buffer| buffer.iova.contains(iova)) {
+                continue;
+            }
+            let mut found = vec![entry];
+            for buffer in all {
+                self.missing_of(world, buffer, &mut found, Trace::None);
+                if found.len() > self.prefetch_limit() {
+                    break;
+                }
+            }
+            found.swap_remove(0);
+            return found;
+        }
+        Vec::new()
+    }
+
+    /// Adds to `found` the translations of a buffer that neither it nor the
+    /// kernel has. Returns whether all of the buffer is translated.
+    fn missing_of(
+        &self,
+        world: &World<'_>,
+        buffer: Buffer,
+        found: &mut Vec<Entry>,
+        trace: Trace,
+    ) -> bool {
+        let mut at = buffer.iova.first();
+        loop {
+            let good = |entry: &Entry| entry.perm.allows(buffer.access);
+            let known = found.iter().rev().find(|entry| entry.iova.contains(at));
+            let known = known.copied().filter(good);
+            let known = known.or_else(|| self.table().shadow.holder(at).filter(good));
+            let entry = known.or_else(|| {
+                let entry = match trace {
+                    Trace::Left => world.resolve(at, buffer.access),
+                    Trace::None => world.resolve_quietly(at, buffer.access),
+                };
+                found.extend(entry);
+                entry
+            });
+            let Some(entry) = entry else {
+                return false;
+            };
+            match entry.iova.last().checked_add(1) {
+                Some(next) if next <= buffer.iova.last() => at = next,
+                _ => return true,
+            }
+            if found.len() > MAX_PREFETCH {
+                return false;
+            }
+        }
+    }
+
+    /// Sends a translation unless the kernel has it. With `wake` it is the
+    /// answer to a miss of that byte and sent in any case: the kernel goes on
+    /// only then. Returns whether a message was sent.
+    fn push(&self, table: &mut Table, entry: Entry, wake: Option<Iova>) -> io::Result<bool> {
+        let at = wake.unwrap_or(entry.iova.first());
+        if let Some(held) = table.shadow.holder(at)
+            && held.agrees_with(&entry)
+        {
+            if wake.is_some() {
+                // A second copy; the first one goes when its turn comes.
+                self.update(table, held)?;
+                return Ok(true);
+            }
+            if held.iova.covers(entry.iova) {
+                return Ok(false);
+            }
+        }
+        if table.shadow.overlaps(entry.iova) {
+            self.invalidate(table, &[entry.iova])?;
+        }
+        self.update(table, entry)?;
+        Ok(true)
+    }
+
+    /// Sends an update. Entries of rings whose turn to be dropped has come are
+    /// sent again before, so that they stay.
+    fn update(&self, table: &mut Table, entry: Entry) -> io::Result<()> {
+        for _ in 0..8 * table.rings.len() {
+            match table.shadow.next_victim() {
+                Some(victim) if victim != entry && table.is_ring(&victim) => {
+                    self.send_update(table, victim)?;
+                }
+                _ => break,
+            }
+        }
+        self.send_update(table, entry)?;
+        // The kernel wakes every queue that misses a byte of it.
+        table.pending.retain(|pending| {
+            let over = entry.iova.contains(pending.iova);
+            if let (true, Some(kick)) = (over, &pending.kick) {
+                let _ = kick.write(1);
+            }
+            !over
+        });
+        Ok(())
+    }
+
+    fn send_update(&self, table: &mut Table, entry: Entry) -> io::Result<()> {
+        self.channel.send(&Message::Update(entry))?;
+        table.shadow.add(entry);
+        count(&self.counters.updates, 1);
+        Ok(())
+    }
+
+    /// Takes the ranges away from the kernel and gives back what it dropped
+    /// besides. The caller has seen to it that the rest is still translated:
+    /// it holds the gate.
+    fn invalidate(&self, table: &mut Table, ranges: &[IovaRange]) -> io::Result<()> {
+        let messages = table.shadow.invalidations(ranges);
+        let saved = ranges.len().saturating_sub(messages.len());
+        count(&self.counters.invalidations_saved, saved);
+        let mut lost = Vec::new();
+        for range in messages {
+            if let Err(error) = self.channel.send(&Message::Invalidate(range)) {
+                self.lose_control(&error);
+                return Err(error);
+            }
+            count(&self.counters.invalidations_sent, 1);
+            lost.extend(table.shadow.remove(range));
+        }
+        let rest = lost.iter().flat_map(|entry| entry.without(ranges));
+        let mut rest: Vec<_> = rest.collect();
+        rest.sort_by_key(|entry| !table.is_ring(entry));
+        rest.truncate(MAX_RESTORED);
+        for entry in rest {
+            self.update(table, entry)?;
+        }
+        Ok(())
+    }
+
+    fn fail(&self, error: DeviceError) {
+        self.failure.raise(error);
+        let _ = self.wake.write(1);
+    }
+
+    /// The kernel may go on using what it must not: takes the device away
+    /// from it.
+    fn lose_control(&self, error: &io::Error) {
+        self.channel.halt();
+        self.fail(DeviceError::Backend {
+            what: "the host's vhost does not take an invalidation",
+            source: io::Error::new(error.kind(), error.to_string()),
+        });
+    }
+
+    /// Keeps a place that a queue waits for.
+    fn keep(&self, iova: Iova, access: Access, kick: Option<Arc<EventFd>>) {
+        let mut table = self.table();
+        let missed = u32::from(kick.is_none());
+        let known = (table.pending.iter_mut())
+            .find(|known| known.iova == iova && known.kick.is_some() == kick.is_some());
+        match known {
+            Some(known) => {
+                known.access = access;
+                known.unanswered += missed;
+            }
+            None => table.pending.push(Pending {
+                iova,
+                access,
+                unanswered: missed,
+                kick,
+            }),
+        }
+        let worst = (table.pending.iter()).position(|known| known.unanswered > MAX_UNANSWERED);
+        let worst = worst.or((table.pending.len() > MAX_PENDING).then_some(0));
+        if let Some(index) = worst {
+            let pending = table.pending.remove(index);
+            self.forget(&mut table, &pending);
+        }
+    }
+
+    fn forget_all(&self, table: &mut Table) {
+        for pending in std::mem::take(&mut table.pending) {
+            self.forget(table, &pending);
+        }
+    }
+
+    /// Makes the kernel drop the misses that it keeps for a place, by an
+    /// answer that permits nothing and is gone at once. A queue that still
+    /// wants to go there misses it again.
+    fn forget(&self, table: &mut Table, pending: &Pending) {
+        let Some(ram) = table.ram.clone().filter(|_| pending.unanswered > 0) else {
+            return;
+        };
+        let Ok(byte) = IovaRange::new(pending.iova, pending.iova) else {
+            return;
+        };
+        let whole = ram.iter().next().and_then(|block| {
+            let host = block.get_host_address(MemoryRegionAddress(0)).ok()?;
+            Some(Hva(host.addr() as u64))
+        });
+        let nothing = whole.map(|hva| Entry {
+            iova: byte,
+            hva,
+            perm: Perm::NONE,
+        });
+        if let Some(nothing) = nothing
+            && self.push(table, nothing, None).is_ok()
+        {
+            let _ = self.invalidate(table, &[byte]);
+        }
+    }
+
+    fn world<'a>(&self, attached: &'a Attached, inside: &'a Translating<'a>) -> World<'a> {
+        let events = self.table().outcome.events;
+        World {
+            inside,
+            ram: attached.space.ram(),
+            ats: events.contains(NotifierEvents::DEVIOTLB_UNMAP),
+        }
+    }
+
+    /// Entries up to which mappings are sent when they are made: what is left
+    /// is for answers. Beyond it the kernel would drop what was posted first
+    /// and is used next.
+    fn prefill_limit(&self) -> usize {
+        let limit = self.limit();
+        limit - limit / 8
+    }
+
+    /// Most translations that one miss brings with it.
+    fn prefetch_limit(&self) -> usize {
+        MAX_PREFETCH.min(self.limit() / 4)
+    }
+
+    fn limit(&self) -> usize {
+        match self.options.limit {
+            0 => DEFAULT_LIMIT,
+            limit => limit,
+        }
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Option<Attached>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a fault may be recorded by the model.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trace {
+    Left,
+    None,
+}
+
+impl Table {
+    fn is_ring(&self, entry: &Entry) -> bool {
+        let parts = self.rings.values().filter_map(|ring| ring.layout.parts());
+        parts.flatten().any(|part| part.iova.overlaps(entry.iova))
+    }
+
+    /// Whether a queue waits in an entry: the kernel would wake it, whatever it
+    /// may do there.
+    fn waits_in(&self, entry: &Entry) -> bool {
+        let mut places = self.pending.iter().map(|pending| pending.iova);
+        places.any(|iova| entry.iova.contains(iova))
+    }
+
+    /// The first place in an entry at which a queue waits and may now go on.
+    fn waiting_for(&self, entry: &Entry) -> Option<Iova> {
+        let waits = |p: &&Pending| entry.iova.contains(p.iova) && entry.perm.allows(p.access);
+        self.pending.iter().find(waits).map(|pending| pending.iova)
+    }
+}
+
+fn cannot_send(source: io::Error) -> DeviceError {
+    DeviceError::Backend {
+        what: "sending a translation to the host's vhost",
+        source,
+    }
+}
+
+fn no_invalidations() -> DeviceError {
+    DeviceError::Backend {
+        what: "the IOMMU delivers no invalidations to the host's vhost",
+        source: io::Error::from(io::ErrorKind::Unsupported),
+    }
+}
+
+impl NotifierSink for VhostIotlb {
+    fn map(&self, mapping: &Mapping) {
+        let mut table = self.table();
+        let Some(ram) = table.ram.clone() else {
+            return;
+        };
+        for entry in pieces(&ram, mapping) {
+            let wake = table.waiting_for(&entry);
+            let room = self.options.prefill && table.shadow.len() < self.prefill_limit();
+            if wake.is_none() && (!room || table.waits_in(&entry)) {
+                continue;
+            }
+            match self.push(&mut table, entry, wake) {
+                Ok(sent) => count(&self.counters.prefills, usize::from(sent)),
+                Err(source) => {
+                    self.fail(cannot_send(source));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn unmap(&self, ranges: &[IovaRange]) {
+        let mut table = self.table();
+        // An error has already halted the device.
+        let _ = self.invalidate(&mut table, ranges);
+        let lost = table.rings.values().filter_map(|ring| ring.layout.parts());
+        let lost = lost.flatten().any(|part| {
+            let gone = ranges.iter().any(|range| range.overlaps(part.iova));
+            gone && table.shadow.holder(part.iova.first()).is_none()
+        });
+        if lost || !table.pending.is_empty() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    fn registered(&self, outcome: &Registration) {
+        let mut table = self.table();
+        let refused: Vec<_> = outcome.refused.iter().map(ToString::to_string).collect();
+        let because = if refused.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", refused.join("; "))
+        };
+        if outcome.events.is_empty() {
+            warn!("{}: the IOMMU notifies of nothing{because}", self.name);
+            let error = io::Error::from(io::ErrorKind::Unsupported);
+            self.lose_control(&error);
+        } else if table.outcome != *outcome {
+            let name = &self.name;
+            info!("{name}: the IOMMU notifies of {}{because}", outcome.events);
+        }
+        table.outcome = outcome.clone();
+        let _ = self.wake.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,732 @@
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Weak;
+
+use iommu::{Fault, FaultReason, Gpa, Iommu, Refused, Request, StreamId};
+use proptest::prelude::*;
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::*;
+use crate::vhost::message::parse_message;
+
+const PAGE: u64 = 4096;
+const STREAM: StreamId = StreamId(8);
+
+/// An IOMMU of pages, with as much of the notifier chain as a test wants.
+struct Pages {
+    state: Mutex<PageState>,
+}
+
+#[derive(Default)]
+struct PageState {
+    pages: BTreeMap<u64, (u64, Perm)>,
+    bypass: bool,
+    delivers: NotifierEvents,
+    region: Weak<IommuRegion>,
+    faults: Vec<(Iova, Access)>,
+}
+
+impl Pages {
+    fn state(&self) -> MutexGuard<'_, PageState> {
+        self.state.lock().unwrap()
+    }
+
+    fn region(&self) -> Arc<IommuRegion> {
+        self.state().region.upgrade().unwrap()
+    }
+
+    fn map(&self, iova: u64, gpa: u64, perm: Perm) {
+        self.state().pages.insert(iova, (gpa, perm));
+        self.region().map(&Mapping {
+            iova: page(iova),
+            gpa: Gpa(gpa),
+            perm,
+        });
+    }
+
+    fn unmap(&self, iovas: &[u64]) {
+        for iova in iovas {
+            self.state().pages.remove(iova);
+        }
+        let ranges: Vec<_> = iovas.iter().map(|&iova| page(iova)).collect();
+        self.region().invalidate(&ranges);
+    }
+}
+
+impl Iommu for Pages {
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        let answer = self.lookup(request);
+        if answer.is_err() {
+            self.state().faults.push((request.iova, request.access));
+        }
+        answer
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        let fault = |reason| Fault {
+            stream: request.stream,
+            iova: request.iova,
+            access: request.access,
+            reason,
+        };
+        let state = self.state();
+        if state.bypass {
+            return Ok(Mapping {
+                iova: IovaRange::ALL,
+                gpa: Gpa(0),
+                perm: Perm::READ_WRITE,
+            });
+        }
+        let first = request.iova.0 & !(PAGE - 1);
+        let found = state.pages.get(&first);
+        let &(gpa, perm) = found.ok_or_else(|| fault(FaultReason::Translation))?;
+        if !perm.allows(request.access) {
+            return Err(fault(FaultReason::Permission));
+        }
+        Ok(Mapping {
+            iova: page(first),
+            gpa: Gpa(gpa),
+            perm,
+        })
+    }
+
+    fn notifier_events_changed(
+        &self,
+        _stream: StreamId,
+        _old: NotifierEvents,
+        new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        if self.state().delivers.contains(new) {
+            return Ok(());
+        }
+        Err(Refused {
+            events: new,
+            reason: "the test does not deliver it",
+        })
+    }
+
+    fn replay(&self, _stream: StreamId, _range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+        let pages = self.state().pages.clone();
+        for (iova, (gpa, perm)) in pages {
+            visit(&Mapping {
+                iova: page(iova),
+                gpa: Gpa(gpa),
+                perm,
+            });
+        }
+    }
+
+    fn connect(&self, region: Weak<IommuRegion>) {
+        self.state().region = region;
+    }
+}
+
+fn page(iova: u64) -> IovaRange {
+    IovaRange::from_len(Iova(iova), PAGE).unwrap()
+}
+
+/// The kernel's end, in the plainest way: a list, misses to be read, misses
+/// that were read and wait for an answer.
+#[derive(Default)]
+struct Kernel(Mutex<KernelState>);
+
+#[derive(Default)]
+struct KernelState {
+    limit: usize,
+    list: Vec<Entry>,
+    to_read: VecDeque<Miss>,
+    unanswered: Vec<Iova>,
+    woken: Vec<Iova>,
+    invalidations: usize,
+    refuses: bool,
+    halted: bool,
+}
+
+impl Kernel {
+    fn state(&self) -> MutexGuard<'_, KernelState> {
+        self.0.lock().unwrap()
+    }
+
+    /// A queue wants to access a byte. Returns whether it can; it misses it
+    /// otherwise, or gets nothing but an error where it is forbidden.
+    fn access(&self, iova: u64, access: Access) -> bool {
+        let mut state = self.state();
+        let iova = Iova(iova);
+        let held = state.list.iter().find(|entry| entry.iova.contains(iova));
+        match held.map(|entry| entry.perm.allows(access)) {
+            Some(may) => may,
+            None => {
+                state.to_read.push_back(Miss { iova, access });
+                false
+            }
+        }
+    }
+
+    fn holds(&self, iova: u64) -> Option<Entry> {
+        let state = self.state();
+        let mut holders = state.list.iter().filter(|e| e.iova.contains(Iova(iova)));
+        holders.next().copied()
+    }
+}
+
+impl Channel for Kernel {
+    fn send(&self, message: &Message) -> io::Result<()> {
+        let bytes = message.to_bytes().expect("a message has a form");
+        let mut state = self.state();
+        if state.refuses {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        match parse_message(&bytes).expect("the kernel understands it") {
+            Message::Update(entry) => {
+                if state.limit != 0 && state.list.len() == state.limit {
+                    state.list.remove(0);
+                }
+                state.list.push(entry);
+                let (woken, still) = (state.unanswered.iter())
+                    .partition::<Vec<Iova>, _>(|iova| entry.iova.contains(**iova));
+                state.woken.extend(woken);
+                state.unanswered = still;
+            }
+            Message::Invalidate(range) => {
+                state.invalidations += 1;
+                state.list.retain(|entry| !entry.iova.overlaps(range));
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&self) -> io::Result<Option<Miss>> {
+        let mut state = self.state();
+        let miss = state.to_read.pop_front();
+        state.unanswered.extend(miss.map(|miss| miss.iova));
+        Ok(miss)
+    }
+
+    fn halt(&self) {
+        self.state().halted = true;
+    }
+}
+
+struct World {
+    pages: Arc<Pages>,
+    kernel: Arc<Kernel>,
+    iotlb: Arc<VhostIotlb>,
+    failure: Arc<Failure>,
+    ram: Arc<GuestRam>,
+    space: AddressSpace,
+}
+
+const RAM: u64 = 0x20_0000;
+
+fn world(delivers: NotifierEvents, limit: usize) -> World {
+    let pages = Arc::new(Pages {
+        state: Mutex::new(PageState {
+            delivers,
+            ..PageState::default()
+        }),
+    });
+    let region = IommuRegion::new(Arc::clone(&pages) as Arc<dyn Iommu>, STREAM);
+    let half = usize::try_from(RAM / 2).unwrap();
+    let ranges = [(GuestAddress(0), half), (GuestAddress(RAM / 2), half)];
+    let ram = Arc::new(GuestRam::from_ranges(&ranges).unwrap());
+    let kernel = Arc::new(Kernel::default());
+    kernel.state().limit = limit;
+    let failure = Arc::new(Failure::default());
+    let options = IotlbOptions {
+        limit,
+        prefill: true,
+        prefetch: true,
+    };
+    let channel = Arc::clone(&kernel) as Arc<dyn Channel>;
+    let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&failure)).unwrap();
+    let space = AddressSpace::translated(region, Arc::clone(&ram));
+    World {
+        pages,
+        kernel,
+        iotlb,
+        failure,
+        ram,
+        space,
+    }
+}
+
+impl World {
+    fn attached(delivers: NotifierEvents, limit: usize) -> Self {
+        let world = world(delivers, limit);
+        world.attach().unwrap();
+        world
+    }
+
+    fn attach(&self) -> Result<(), DeviceError> {
+        let region = self.space.region().unwrap();
+        self.iotlb.attach(&self.space, region)
+    }
+
+    fn host(&self, gpa: u64) -> Hva {
+        let slice = self.ram.get_slice(GuestAddress(gpa), 1).unwrap();
+        Hva(slice.ptr_guard().as_ptr().addr() as u64)
+    }
+
+    fn agrees(&self) -> bool {
+        self.iotlb.table().shadow.in_order() == self.kernel.state().list
+    }
+
+    /// A queue of `size` entries with its rings at one page each from `iova`
+    /// on, mapped to the guest-physical pages from `gpa` on.
+    fn ring(&self, size: u16, iova: u64, gpa: u64) -> Ring {
+        for (n, perm) in [(0, Perm::READ), (1, Perm::READ), (2, Perm::READ_WRITE)] {
+            self.pages.map(iova + n * PAGE, gpa + n * PAGE, perm);
+        }
+        Ring {
+            number: 0,
+            layout: Layout {
+                size,
+                desc: Iova(iova),
+                avail: Iova(iova + PAGE),
+                used: Iova(iova + 2 * PAGE),
+            },
+            kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+        }
+    }
+
+    /// Posts one-descriptor buffers on a ring whose tables are at `gpa`.
+    fn post(&self, gpa: u64, buffers: &[(u64, u32, u16)]) {
+        let put = |bytes: &[u8], at| self.ram.write_slice(bytes, GuestAddress(at)).unwrap();
+        for (n, &(iova, len, flags)) in (0_u16..).zip(buffers) {
+            let mut descriptor = [0; 16];
+            descriptor[..8].copy_from_slice(&iova.to_le_bytes());
+            descriptor[8..12].copy_from_slice(&len.to_le_bytes());
+            descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+            put(&descriptor, gpa + 16 * u64::from(n));
+            put(&n.to_le_bytes(), gpa + PAGE + 4 + 2 * u64::from(n));
+        }
+        let count = u16::try_from(buffers.len()).unwrap();
+        put(&count.to_le_bytes(), gpa + PAGE + 2);
+    }
+}
+
+const UNMAP: NotifierEvents = NotifierEvents::UNMAP;
+const DEVIOTLB: NotifierEvents = NotifierEvents::DEVIOTLB_UNMAP;
+
+fn map_unmap() -> NotifierEvents {
+    NotifierEvents::MAP | UNMAP
+}
+
+#[test]
+fn miss_is_answered_with_the_mapping_and_its_permission() {
+    let world = World::attached(UNMAP, 16);
+    world.pages.map(0x10_0000, 0x3000, Perm::READ);
+    assert!(!world.kernel.access(0x10_0123, Access::Read));
+    assert!(world.iotlb.service());
+    let held = world.kernel.holds(0x10_0123).unwrap();
+    assert_eq!(held.iova, page(0x10_0000));
+    assert_eq!(held.hva, world.host(0x3000));
+    assert_eq!(held.perm, Perm::READ);
+    assert_eq!(world.kernel.state().woken, [Iova(0x10_0123)]);
+    assert!(!world.kernel.access(0x10_0123, Access::Write));
+    let stats = world.iotlb.stats();
+    assert_eq!((stats.misses, stats.updates, stats.entries), (1, 1, 1));
+}
+
+#[test]
+fn bypass_is_answered_with_a_whole_region_of_ram() {
+    let world = World::attached(UNMAP, 16);
+    world.pages.state().bypass = true;
+    world.kernel.access(0x18_0000, Access::Write);
+    world.iotlb.service();
+    let held = world.kernel.holds(0x18_0000).unwrap();
+    assert_eq!(held.iova.first(), Iova(RAM / 2));
+    assert_eq!(held.iova.last(), Iova(RAM - 1));
+    assert_eq!(held.hva, world.host(RAM / 2));
+}
+
+#[test]
+fn mapping_to_no_ram_is_a_fault() {
+    let world = World::attached(UNMAP, 16);
+    world.pages.map(0x4000, 0xfee0_0000, Perm::READ_WRITE);
+    world.kernel.access(0x4000, Access::Write);
+    world.iotlb.service();
+    assert!(world.kernel.holds(0x4000).is_none());
+    assert_eq!(world.iotlb.stats().faults, 1);
+}
+
+#[test]
+fn registration_falls_back_and_says_why() {
+    let refused = |world: &World| world.iotlb.stats().refused.len();
+    let world = World::attached(DEVIOTLB | map_unmap(), 16);
+    assert_eq!(world.iotlb.stats().registration, DEVIOTLB);
+    assert_eq!(refused(&world), 0);
+    let world = World::attached(map_unmap(), 16);
+    assert_eq!(world.iotlb.stats().registration, map_unmap());
+    assert_eq!(refused(&world), 1);
+    let world = World::attached(UNMAP, 16);
+    assert_eq!(world.iotlb.stats().registration, UNMAP);
+    assert_eq!(refused(&world), 2);
+}
+
+#[test]
+fn nothing_is_kept_without_invalidations() {
+    let world = world(NotifierEvents::NONE, 16);
+    assert!(world.attach().is_err());
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.kernel.access(0x4000, Access::Read);
+    world.iotlb.service();
+    assert!(world.kernel.state().list.is_empty());
+}
+
+#[test]
+fn mappings_are_sent_when_they_are_made_and_cost_no_miss() {
+    let world = world(map_unmap(), 16);
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.attach().unwrap();
+    world.pages.map(0x5000, 0x7000, Perm::WRITE);
+    assert!(world.kernel.access(0x4000, Access::Read));
+    assert!(world.kernel.access(0x5fff, Access::Write));
+    let stats = world.iotlb.stats();
+    assert_eq!((stats.prefills, stats.misses), (2, 0));
+}
+
+#[test]
+fn invalidation_of_what_is_not_held_costs_no_message() {
+    let world = World::attached(UNMAP, 16);
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.pages.unmap(&[0x9000, 0x4000]);
+    assert_eq!(world.kernel.state().invalidations, 0);
+    assert_eq!(world.iotlb.stats().invalidations_saved, 2);
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.kernel.access(0x4000, Access::Read);
+    world.iotlb.service();
+    world.pages.unmap(&[0x4000]);
+    assert_eq!(world.kernel.state().invalidations, 1);
+    assert!(world.kernel.holds(0x4000).is_none());
+    assert!(world.agrees());
+}
+
+#[test]
+fn every_miss_is_answered_even_for_what_was_sent_already() {
+    let world = World::attached(UNMAP, 16);
+    world.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
+    for byte in [0x4000, 0x4010, 0x4000] {
+        world.kernel.access(byte, Access::Write);
+    }
+    world.iotlb.service();
+    assert!(world.kernel.state().unanswered.is_empty());
+    assert_eq!(world.kernel.state().woken.len(), 3);
+    assert!(world.agrees());
+    world.pages.unmap(&[0x4000]);
+    assert!(world.kernel.state().list.is_empty(), "a copy stayed");
+}
+
+#[test]
+fn miss_that_faults_is_answered_when_a_mapping_appears() {
+    let world = World::attached(map_unmap(), 16);
+    world.kernel.access(0x4008, Access::Write);
+    world.iotlb.service();
+    let stats = world.iotlb.stats();
+    assert_eq!((stats.faults, stats.stalled), (1, 1));
+    assert_eq!(world.pages.state().faults, [(Iova(0x4008), Access::Write)]);
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    assert_eq!(world.iotlb.stats().stalled, 1, "it may not write there");
+    world.pages.unmap(&[0x4000]);
+    world.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
+    assert_eq!(world.kernel.state().woken, [Iova(0x4008)]);
+    assert_eq!(world.iotlb.stats().stalled, 0);
+    assert!(world.agrees());
+}
+
+#[test]
+fn miss_that_faults_is_tried_again_after_an_invalidation() {
+    let world = World::attached(UNMAP, 16);
+    world.kernel.access(0x4008, Access::Write);
+    world.iotlb.service();
+    world.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
+    assert!(world.kernel.state().woken.is_empty(), "nobody told of it");
+    world.pages.unmap(&[0x9000]);
+    assert!(world.iotlb.wake().read().is_ok(), "the thread is woken");
+    world.iotlb.revive();
+    assert_eq!(world.kernel.state().woken, [Iova(0x4008)]);
+    assert_eq!(world.pages.state().faults.len(), 1, "once is enough");
+}
+
+#[test]
+fn faulting_kicks_do_not_pile_up_in_the_kernel() {
+    let world = World::attached(UNMAP, 16);
+    for _ in 0..5000_u64 {
+        world.kernel.access(0x4000, Access::Read);
+        world.iotlb.service();
+    }
+    for place in 0..500 {
+        world.kernel.access(0x10_0000 + place * PAGE, Access::Read);
+        world.iotlb.service();
+    }
+    let most = MAX_PENDING + 1 + usize::try_from(MAX_UNANSWERED).unwrap();
+    assert!(world.kernel.state().unanswered.len() <= most);
+    assert!(world.iotlb.stats().stalled <= MAX_PENDING);
+    assert!(world.agrees());
+    assert!(world.kernel.state().list.is_empty());
+}
+
+#[test]
+fn rings_stay_in_however_many_entries_pass() {
+    let world = World::attached(UNMAP, 16);
+    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+    world.iotlb.start_ring(0, ring).unwrap();
+    for n in 0..100 {
+        let iova = 0x40_0000 + n * PAGE;
+        world.pages.map(iova, 0x3000, Perm::READ_WRITE);
+        world.kernel.access(iova, Access::Read);
+        world.iotlb.service();
+        for part in [0x10_0000, 0x10_1000, 0x10_2000] {
+            assert!(world.kernel.holds(part).is_some(), "after {n}: {part:#x}");
+        }
+        assert!(world.agrees());
+    }
+    world.iotlb.stop_ring(0);
+    for n in 0..20 {
+        let iova = 0x80_0000 + n * PAGE;
+        world.pages.map(iova, 0x3000, Perm::READ_WRITE);
+        world.kernel.access(iova, Access::Read);
+    }
+    world.iotlb.service();
+    assert!(world.kernel.holds(0x10_0000).is_none(), "it ages again");
+}
+
+#[test]
+fn prefill_leaves_room_and_a_miss_still_gets_in() {
+    let world = World::attached(map_unmap(), 16);
+    for n in 0..40 {
+        world.pages.map(n * PAGE, 0x3000, Perm::READ);
+    }
+    assert_eq!(world.kernel.state().list.len(), 14);
+    assert!(world.kernel.access(0, Access::Read));
+    world.kernel.access(39 * PAGE, Access::Read);
+    world.iotlb.service();
+    assert!(world.kernel.access(39 * PAGE, Access::Read));
+    assert!(world.agrees());
+}
+
+#[test]
+fn one_miss_brings_every_buffer_that_is_posted() {
+    let world = World::attached(UNMAP, 256);
+    let ring = world.ring(64, 0x10_0000, 0x1_0000);
+    world.iotlb.start_ring(0, ring).unwrap();
+    let buffers: Vec<_> = (0..40)
+        .map(|n| (0x40_0000 + n * PAGE + 0xf00, 0x200, 2))
+        .collect();
+    for n in 0..=40 {
+        world
+            .pages
+            .map(0x40_0000 + n * PAGE, 0x4_0000 + n * PAGE, Perm::WRITE);
+    }
+    world.post(0x1_0000, &buffers);
+    world.kernel.access(buffers[0].0, Access::Write);
+    world.iotlb.service();
+    for &(iova, len, _) in &buffers {
+        assert!(world.kernel.access(iova, Access::Write));
+        assert!(
+            world
+                .kernel
+                .access(iova + u64::from(len) - 1, Access::Write)
+        );
+    }
+    let stats = world.iotlb.stats();
+    assert_eq!((stats.misses, stats.prefetched), (1, 40));
+    assert!(world.agrees());
+    assert!(world.pages.state().faults.is_empty());
+}
+
+#[test]
+fn posted_buffers_that_are_not_mapped_leave_no_trace() {
+    let world = World::attached(UNMAP, 256);
+    let ring = world.ring(64, 0x10_0000, 0x1_0000);
+    world.iotlb.start_ring(0, ring).unwrap();
+    world.pages.map(0x40_0000, 0x4_0000, Perm::READ_WRITE);
+    world.post(0x1_0000, &[(0x40_0000, 64, 0), (0xdead_0000, 64, 0)]);
+    world.kernel.access(0x40_0000, Access::Read);
+    world.iotlb.service();
+    assert!(world.kernel.access(0x40_0000, Access::Read));
+    assert!(world.pages.state().faults.is_empty());
+    assert_eq!(world.iotlb.stats().faults, 0);
+}
+
+#[test]
+fn rings_that_a_flush_took_are_sent_again() {
+    let world = World::attached(UNMAP, 64);
+    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+    world.iotlb.start_ring(0, ring).unwrap();
+    world.pages.region().invalidate_all();
+    assert!(world.kernel.state().list.is_empty());
+    world.iotlb.revive();
+    for part in [0x10_0000, 0x10_1000, 0x10_2000] {
+        assert!(world.kernel.holds(part).is_some());
+    }
+}
+
+#[test]
+fn ring_that_is_not_mapped_does_not_start() {
+    let world = World::attached(UNMAP, 64);
+    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+    world.pages.unmap(&[0x10_1000]);
+    assert!(matches!(
+        world.iotlb.start_ring(0, ring),
+        Err(DeviceError::BadQueue { queue: 0, .. })
+    ));
+}
+
+#[test]
+fn forbidden_access_is_a_fault_and_goes_on_when_it_is_permitted() {
+    let world = World::attached(map_unmap(), 64);
+    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+    let kick = Arc::clone(&ring.kick);
+    world.iotlb.start_ring(0, ring).unwrap();
+    world.pages.map(0x40_0000, 0x4_0000, Perm::READ);
+    world.post(0x1_0000, &[(0x40_0010, 64, 2)]);
+    assert!(!world.kernel.access(0x40_0010, Access::Write));
+    assert!(
+        world.kernel.state().to_read.is_empty(),
+        "no miss tells of it"
+    );
+    world.iotlb.ring_failed(0);
+    let stats = world.iotlb.stats();
+    assert_eq!((stats.faults, stats.stalled), (1, 1));
+    assert_eq!(
+        world.pages.state().faults,
+        [(Iova(0x40_0010), Access::Write)]
+    );
+    assert!(world.failure.take().is_none(), "the device still works");
+    world.pages.unmap(&[0x40_0000]);
+    world.pages.map(0x40_0000, 0x4_0000, Perm::READ_WRITE);
+    assert!(kick.read().is_ok(), "the queue is set going");
+    assert!(world.kernel.access(0x40_0010, Access::Write));
+    assert_eq!(world.iotlb.stats().stalled, 0);
+}
+
+#[test]
+fn broken_ring_fails_the_device() {
+    let world = World::attached(UNMAP, 64);
+    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+    world.iotlb.start_ring(0, ring).unwrap();
+    world
+        .ram
+        .write_slice(&100_u16.to_le_bytes(), GuestAddress(0x1_1002))
+        .unwrap();
+    world.iotlb.ring_failed(0);
+    let failure = world.failure.take();
+    assert!(matches!(failure, Some(DeviceError::BadQueue { .. })));
+}
+
+#[test]
+fn kernel_that_keeps_what_it_must_drop_is_stopped() {
+    let world = World::attached(UNMAP, 64);
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.kernel.access(0x4000, Access::Read);
+    world.iotlb.service();
+    world.kernel.state().refuses = true;
+    world.pages.unmap(&[0x4000]);
+    assert!(world.kernel.state().halted);
+    assert!(world.failure.take().is_some());
+}
+
+#[test]
+fn detaching_leaves_nothing_behind() {
+    let world = World::attached(map_unmap(), 64);
+    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+    world.iotlb.start_ring(0, ring).unwrap();
+    world.kernel.access(0x70_0000, Access::Read);
+    world.iotlb.service();
+    world.kernel.access(0x71_0000, Access::Read);
+    world.iotlb.stop_ring(0);
+    world.iotlb.detach();
+    let stats = world.iotlb.stats();
+    assert_eq!((stats.entries, stats.stalled), (0, 0));
+    assert!(world.kernel.state().list.is_empty());
+    assert!(world.kernel.state().unanswered.is_empty());
+    let faults = world.pages.state().faults.len();
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.kernel.access(0x4000, Access::Read);
+    world.iotlb.service();
+    assert!(world.kernel.state().list.is_empty());
+    assert_eq!(world.pages.state().faults.len(), faults);
+    assert_eq!(
+        Arc::strong_count(&world.iotlb),
+        1,
+        "the region knows it still"
+    );
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Map(u64, u64, u8),
+    Unmap(Vec<u64>),
+    Access(u64, bool),
+    Flush,
+    Service,
+    Revive,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let at = || 0_u64..24;
+    prop_oneof![
+        4 => (at(), 0_u64..64, 0_u8..3).prop_map(|(a, b, c)| Step::Map(a, b, c)),
+        2 => prop::collection::vec(at(), 1..4).prop_map(Step::Unmap),
+        4 => (at(), any::<bool>()).prop_map(|(a, b)| Step::Access(a, b)),
+        1 => Just(Step::Flush),
+        3 => Just(Step::Service),
+        1 => Just(Step::Revive),
+    ]
+}
+
+proptest! {
+    /// Whatever happens, the shadow is the kernel's list, and the kernel never
+    /// translates what the IOMMU does not.
+    #[test]
+    fn kernel_holds_only_what_is_mapped_and_the_shadow_knows_it(
+        prefill in any::<bool>(),
+        limit in prop_oneof![Just(0_usize), 4_usize..12],
+        steps in prop::collection::vec(step(), 0..80),
+    ) {
+        let world = World::attached(if prefill { map_unmap() } else { UNMAP }, limit);
+        for step in steps {
+            match step {
+                Step::Map(iova, gpa, perm) => {
+                    let iova = iova * PAGE;
+                    if !world.pages.state().pages.contains_key(&iova) {
+                        let perms = [Perm::READ, Perm::WRITE, Perm::READ_WRITE];
+                        world.pages.map(iova, gpa * PAGE, perms[usize::from(perm)]);
+                    }
+                }
+                Step::Unmap(pages) => {
+                    let pages: Vec<_> = pages.iter().map(|page| page * PAGE).collect();
+                    world.pages.unmap(&pages);
+                }
+                Step::Access(at, write) => {
+                    let access = if write { Access::Write } else { Access::Read };
+                    world.kernel.access(at * PAGE + 5, access);
+                }
+                Step::Flush => world.pages.region().invalidate_all(),
+                Step::Service => {
+                    world.iotlb.service();
+                }
+                Step::Revive => world.iotlb.revive(),
+            }
+            prop_assert!(world.agrees());
+            let pages = world.pages.state().pages.clone();
+            for entry in &world.kernel.state().list {
+                let mapped = pages.get(&entry.iova.first().0).copied();
+                let (gpa, perm) = mapped.expect("it is mapped");
+                prop_assert_eq!(entry.hva, world.host(gpa));
+                prop_assert_eq!(entry.perm, perm);
+            }
+        }
+        world.iotlb.service();
+        world.iotlb.revive();
+        let pages = world.pages.state().pages.clone();
+        let stalled = world.iotlb.table().pending.iter().map(|p| p.iova).collect::<Vec<_>>();
+        for iova in &world.kernel.state().unanswered {
+            prop_assert!(stalled.contains(iova), "{iova} is neither answered nor known");
+        }
+        for pending in &world.iotlb.table().pending {
+            let page = pages.get(&(pending.iova.0 & !(PAGE - 1)));
+            prop_assert!(!page.is_some_and(|(_, perm)| perm.allows(pending.access)));
+        }
+    }
+}
