@@ -3,7 +3,9 @@
 pub mod block;
 mod device;
 pub mod iommu;
+pub mod net;
 pub mod pci;
 pub mod rng;
+pub mod vsock;
 
 pub use device::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};

@@ -1,0 +1,534 @@
+//! The network device (virtio 1.2 §5.1): packets go between the guest and a
+//! tap in the host's kernel, by vhost-net.
+
+mod control;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT as _;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::control::Command;
+use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice};
+use crate::tap::{Offloads, Tap};
+use crate::vhost::failure::{Alarm, Failure};
+use crate::vhost::sys::{Kind, OpenError};
+use crate::vhost::thread::Served;
+use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
+
+/// Entries of a data queue.
+const QUEUE_SIZE: u16 = 256;
+/// Entries of the control queue.
+const CONTROL_SIZE: u16 = 64;
+
+/// What the user says of a network device.
+#[derive(Clone, Debug)]
+pub struct NetConfig {
+    /// Its name, for the log.
+    pub id: String,
+    /// The guest's Ethernet address.
+    pub mac: [u8; 6],
+    /// The MTU to tell the guest of.
+    pub mtu: Option<u16>,
+    /// Queue pairs, at least one.
+    pub pairs: u16,
+}
+
+/// The device.
+pub struct Net {
+    config: NetConfig,
+    features: u64,
+    queue_sizes: Vec<u16>,
+    shared: Arc<Shared>,
+    context: VhostContext,
+}
+
+/// What the control queue, served on another thread, also changes.
+struct Shared {
+    state: Mutex<State>,
+    failure: Arc<Failure>,
+    /// The kicks of the control queue, once it has run.
+    kick: OnceLock<Arc<EventFd>>,
+}
+
+struct State {
+    tap: Tap,
+    pairs: Vec<Pair>,
+    /// Pairs that the driver wants to use; the rest has no back end.
+    active: usize,
+    control: Option<(u16, StartedQueue)>,
+    /// The control queue's number among those of the device, as negotiated.
+    control_number: u16,
+}
+
+/// A receive queue and a transmit queue.
+struct Pair {
+    vhost: Vhost,
+    rings: [Option<Ring>; RINGS],
+}
+
+struct Ring {
+    started: StartedQueue,
+    running: bool,
+}
+
+impl Net {
+    /// The device on `tap`, which has as many queues as `config` says.
+    ///
+    /// # Errors
+    /// [`OpenError`] of the host's vhost-net.
+    pub fn new(config: NetConfig, tap: Tap, context: &VhostContext) -> Result<Self, OpenError> {
+        let failure = Arc::new(Failure::default());
+        let mut pairs = Vec::new();
+        for pair in 0..config.pairs {
+            let name = if config.pairs == 1 {
+                config.id.clone()
+            } else {
+                format!("{} pair {pair}", config.id)
+            };
+            pairs.push(Pair {
+                vhost: Vhost::open(Kind::Net, &name, context, &failure)?,
+                rings: [None, None],
+            });
+        }
+        let served = match pairs.first() {
+            Some(pair) => pair.vhost.features(),
+            None => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        };
+        let served = served.map_err(|source| OpenError::Other {
+            kind: Kind::Net,
+            source,
+        })?;
+        let mut queue_sizes = vec![QUEUE_SIZE; RINGS * pairs.len()];
+        if pairs.len() > 1 {
+            queue_sizes.push(CONTROL_SIZE);
+        }
+        Ok(Self {
+            features: offered(&config, served, tap.supported()),
+            config,
+            queue_sizes,
+            shared: Arc::new(Shared {
+                state: Mutex::new(State {
+                    tap,
+                    pairs,
+                    active: 1,
+                    control: None,
+                    control_number: 0,
+                }),
+                failure,
+                kick: OnceLock::new(),
+            }),
+            context: context.clone(),
+        })
+    }
+
+    /// Shows how the IOTLB of each queue pair stands.
+    #[must_use]
+    pub fn monitors(&self) -> Vec<IotlbMonitor> {
+        let state = self.shared.state();
+        state
+            .pairs
+            .iter()
+            .map(|pair| pair.vhost.monitor())
+            .collect()
+    }
+
+    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
+    /// something to give. Called without any lock.
+    pub fn on_failure(&self, alarm: Alarm) {
+        self.shared.failure.on_failure(alarm);
+    }
+}
+
+/// Every feature there is to offer: of the device, and of the kernel for it.
+fn offered(config: &NetConfig, served: u64, tap: Offloads) -> u64 {
+    let kernel = 1 << VIRTIO_NET_F_MRG_RXBUF
+        | 1 << VIRTIO_RING_F_EVENT_IDX
+        | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    let mut features = served & kernel
+        | 1 << VIRTIO_NET_F_MAC
+        | 1 << VIRTIO_NET_F_STATUS
+        | 1 << VIRTIO_NET_F_CSUM
+        | 1 << VIRTIO_NET_F_HOST_TSO4
+        | 1 << VIRTIO_NET_F_HOST_TSO6
+        | 1 << VIRTIO_NET_F_HOST_ECN;
+    for (bit, offload) in GUEST_OFFLOADS {
+        if tap.contains(offload) {
+            features |= 1 << bit;
+        }
+    }
+    if tap.contains(Offloads::UFO) {
+        features |= 1 << VIRTIO_NET_F_HOST_UFO;
+    }
+    if tap.contains(Offloads::USO4.with(Offloads::USO6)) {
+        features |= 1 << VIRTIO_NET_F_HOST_USO;
+    }
+    if config.mtu.is_some() {
+        features |= 1 << VIRTIO_NET_F_MTU;
+    }
+    if config.pairs > 1 {
+        features |= 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+    }
+    features
+}
+
+/// What the guest takes unfinished, and the tap's word for it.
+const GUEST_OFFLOADS: [(u32, Offloads); 7] = [
+    (VIRTIO_NET_F_GUEST_CSUM, Offloads::CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, Offloads::TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, Offloads::TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, Offloads::ECN),
+    (VIRTIO_NET_F_GUEST_UFO, Offloads::UFO),
+    (VIRTIO_NET_F_GUEST_USO4, Offloads::USO4),
+    (VIRTIO_NET_F_GUEST_USO6, Offloads::USO6),
+];
+
+/// What the driver's features let the tap leave unfinished. The kernel takes
+/// nothing without checksums, and UDP in large pieces of both kinds only.
+fn guest_offloads(features: u64) -> Offloads {
+    let has = |bit: u32| features >> bit & 1 == 1;
+    if !has(VIRTIO_NET_F_GUEST_CSUM) {
+        return Offloads::NONE;
+    }
+    let both = has(VIRTIO_NET_F_GUEST_USO4) && has(VIRTIO_NET_F_GUEST_USO6);
+    let uso = [VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
+    // Congestion bits are a property of large pieces of TCP.
+    let tcp = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
+    GUEST_OFFLOADS
+        .into_iter()
+        .filter(|(bit, _)| has(*bit))
+        .filter(|(bit, _)| both || !uso.contains(bit))
+        .filter(|(bit, _)| tcp || *bit != VIRTIO_NET_F_GUEST_ECN)
+        .fold(Offloads::NONE, |all, (_, offload)| all.with(offload))
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let [status, ..] = VIRTIO_NET_S_LINK_UP.to_le_bytes();
+        let mtu = self.config.mtu.unwrap_or(0);
+        let config = (self.config.mac.into_iter())
+            .chain([status, 0])
+            .chain(self.config.pairs.to_le_bytes())
+            .chain(mtu.to_le_bytes())
+            .chain(std::iter::repeat(0));
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(64);
+        data.iter_mut()
+            .zip(config.skip(skip))
+            .for_each(|(to, from)| *to = from);
+    }
+
+    fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
+        let mut state = self.shared.state();
+        let several = features >> VIRTIO_NET_F_MQ & 1 == 1;
+        state.control_number = match several {
+            true => ring_total(state.pairs.len()),
+            false => ring_total(1),
+        };
+        state.active = 1;
+        state
+            .tap
+            .set_offloads(guest_offloads(features))
+            .map_err(failed("setting the offloads of the tap"))?;
+        let mut pairs = state.pairs.iter();
+        pairs.try_for_each(|pair| pair.vhost.negotiated(features))
+    }
+
+    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+        let kick = Arc::clone(&started.kick);
+        let mut state = self.shared.state();
+        if self.queue_sizes.len() > RINGS && index == state.control_number {
+            state.control = Some((index, started));
+            drop(state);
+            return self.watch(&kick);
+        }
+        let (pair, ring) = split(index);
+        let known = state.pairs.get_mut(pair);
+        let slot = known.and_then(|pair| pair.rings.get_mut(ring));
+        let slot = slot.ok_or(DeviceError::BadQueue {
+            queue: index,
+            reason: "there is no such queue",
+        })?;
+        *slot = Some(Ring {
+            started,
+            running: false,
+        });
+        if pair < state.active {
+            state.start_ring(pair, ring)?;
+        }
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
+        let mut state = self.shared.state();
+        let control = state.control.take_if(|(number, _)| *number == index);
+        if let Some((_, started)) = control {
+            return Some(QueuePosition {
+                next_avail: started.queue.next_avail(),
+                next_used: started.queue.next_used(),
+            });
+        }
+        let (pair, ring) = split(index);
+        state.stop_ring(pair, ring);
+        let pair = state.pairs.get_mut(pair)?;
+        let stopped = pair.rings.get_mut(ring)?.take()?;
+        Some(QueuePosition {
+            next_avail: stopped.started.queue.next_avail(),
+            next_used: stopped.started.queue.next_used(),
+        })
+    }
+
+    fn reset(&mut self) {
+        let mut state = self.shared.state();
+        for pair in 0..state.pairs.len() {
+            for ring in 0..RINGS {
+                state.stop_ring(pair, ring);
+            }
+        }
+        for pair in &mut state.pairs {
+            pair.rings = [None, None];
+            pair.vhost.reset();
+        }
+        state.control = None;
+        if let Err(error) = state.use_pairs(1) {
+            log::error!("{}: going back to one queue pair: {error}", self.config.id);
+        }
+        self.shared.failure.clear();
+    }
+
+    fn take_failure(&mut self) -> Option<DeviceError> {
+        self.shared.failure.take()
+    }
+}
+
+impl Net {
+    /// Has the control queue's kicks served by the thread from now on.
+    fn watch(&self, kick: &Arc<EventFd>) -> Result<(), DeviceError> {
+        if self.shared.kick.set(Arc::clone(kick)).is_ok() {
+            let served = Arc::downgrade(&self.shared) as Weak<dyn Served>;
+            let watched = self.context.thread.serve(served, &[&**kick]);
+            watched.map_err(failed("watching the control queue"))?;
+        }
+        // What was posted before may have had its kick before.
+        let _ = kick.write(1);
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Served for Shared {
+    /// The control queue was kicked.
+    fn ready(&self, _source: u32) -> bool {
+        if let Some(kick) = self.kick.get() {
+            let _ = kick.read();
+        }
+        let mut state = self.state();
+        // The queue is elsewhere while the state changes.
+        if let Some((number, mut started)) = state.control.take() {
+            let failure = &self.failure;
+            let served = control::serve(number, &mut started, &mut |command| match command {
+                Command::Pairs(pairs) => state
+                    .use_pairs(usize::from(pairs))
+                    .is_ok_and(|done| done.map_err(|error| failure.raise(error)).is_ok()),
+                Command::Unknown => false,
+            });
+            if let Err(error) = served {
+                failure.raise(error);
+            }
+            state.control = Some((number, started));
+        }
+        drop(state);
+        self.failure.sound();
+        true
+    }
+}
+
+impl State {
+    /// Starts a ring that the driver has enabled and whose pair is in use.
+    fn start_ring(&mut self, pair: usize, index: usize) -> Result<(), DeviceError> {
+        let tap = self.tap.queue(pair);
+        let Some(known) = self.pairs.get_mut(pair) else {
+            return Ok(());
+        };
+        let Some(Some(ring)) = known.rings.get_mut(index) else {
+            return Ok(());
+        };
+        if ring.running {
+            return Ok(());
+        }
+        let number = u16::try_from(RINGS * pair + index).unwrap_or(u16::MAX);
+        known.vhost.set_up_ring(index, number, &ring.started)?;
+        ring.running = true;
+        known
+            .vhost
+            .kernel()
+            .set_tap(index, tap)
+            .map_err(failed("starting a queue of the host's vhost-net"))?;
+        // The kernel does not look at kicks from before it had the tap.
+        let _ = ring.started.kick.write(1);
+        Ok(())
+    }
+
+    /// Stops a ring, if it runs, and notes where it is.
+    fn stop_ring(&mut self, pair: usize, index: usize) {
+        let Some(known) = self.pairs.get_mut(pair) else {
+            return;
+        };
+        let Some(Some(ring)) = known.rings.get_mut(index) else {
+            return;
+        };
+        if !std::mem::take(&mut ring.running) {
+            return;
+        }
+        if let Err(error) = known.vhost.kernel().set_tap(index, None) {
+            log::error!("stopping a queue of the host's vhost-net: {error}");
+        }
+        let position = known.vhost.ring_stopped(index);
+        ring.started.queue.set_next_avail(position.next_avail);
+        ring.started.queue.set_next_used(position.next_used);
+    }
+
+    /// Uses the first `pairs` pairs from now on.
+    ///
+    /// # Errors
+    /// There are not so many, or the tap refused: outside. A queue cannot be
+    /// started: inside.
+    fn use_pairs(&mut self, pairs: usize) -> io::Result<Result<(), DeviceError>> {
+        if pairs == 0 || pairs > self.pairs.len() {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        for pair in pairs..self.active {
+            for ring in 0..RINGS {
+                self.stop_ring(pair, ring);
+            }
+            self.tap.set_attached(pair, false)?;
+            self.active = pair.min(self.active);
+        }
+        for pair in self.active..pairs {
+            self.tap.set_attached(pair, true)?;
+        }
+        let new = self.active..pairs;
+        self.active = pairs;
+        for pair in new {
+            for ring in 0..RINGS {
+                if let Err(error) = self.start_ring(pair, ring) {
+                    return Ok(Err(error));
+                }
+            }
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// The pair of a data queue, and which of its rings it is.
+fn split(index: u16) -> (usize, usize) {
+    (usize::from(index) / RINGS, usize::from(index) % RINGS)
+}
+
+fn ring_total(pairs: usize) -> u16 {
+    u16::try_from(RINGS * pairs).unwrap_or(u16::MAX)
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
+    move |source| DeviceError::Backend { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(pairs: u16, mtu: Option<u16>) -> NetConfig {
+        NetConfig {
+            id: "net0".into(),
+            mac: [6, 0, 1, 2, 3, 4],
+            mtu,
+            pairs,
+        }
+    }
+
+    const ALL: Offloads = Offloads::CSUM
+        .with(Offloads::TSO4)
+        .with(Offloads::TSO6)
+        .with(Offloads::ECN)
+        .with(Offloads::UFO)
+        .with(Offloads::USO4)
+        .with(Offloads::USO6);
+
+    #[test]
+    fn features_follow_the_kernel_the_tap_and_the_user() {
+        let has = |features: u64, bit: u32| features >> bit & 1 == 1;
+        let least = offered(&config(1, None), 0, Offloads::NONE);
+        for bit in [
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_HOST_UFO,
+            VIRTIO_NET_F_HOST_USO,
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_MQ,
+            VIRTIO_NET_F_CTRL_VQ,
+        ] {
+            assert!(!has(least, bit), "bit {bit}");
+            assert!(
+                has(offered(&config(4, Some(9000)), u64::MAX, ALL), bit),
+                "{bit}"
+            );
+        }
+        let kernel_only = offered(&config(1, None), u64::MAX, Offloads::NONE);
+        assert!(!has(kernel_only, 27), "vhost gives bit 27 another meaning");
+    }
+
+    #[test]
+    fn tap_gets_only_offloads_that_the_kernel_takes_together() {
+        let bits = |bits: &[u32]| bits.iter().fold(0_u64, |all, bit| all | 1 << bit);
+        assert_eq!(
+            guest_offloads(bits(&[VIRTIO_NET_F_GUEST_TSO4])),
+            Offloads::NONE
+        );
+        let csum = VIRTIO_NET_F_GUEST_CSUM;
+        assert_eq!(
+            guest_offloads(bits(&[csum, VIRTIO_NET_F_GUEST_USO4])),
+            Offloads::CSUM
+        );
+        assert_eq!(
+            guest_offloads(bits(&[csum, VIRTIO_NET_F_GUEST_ECN])),
+            Offloads::CSUM
+        );
+        let everything = GUEST_OFFLOADS.map(|(bit, _)| bit);
+        assert_eq!(guest_offloads(bits(&everything)), ALL);
+    }
+
+    #[test]
+    fn queues_come_in_pairs() {
+        assert_eq!(split(0), (0, 0));
+        assert_eq!(split(5), (2, 1));
+        assert_eq!(ring_total(4), 8);
+    }
+}

@@ -1,0 +1,136 @@
+//! The control queue of a network device (virtio 1.2 §5.1.6.5), as far as it
+//! goes here: how many queue pairs are in use.
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+};
+use virtio_queue::{DescriptorChain, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
+
+use iommu::DmaView;
+
+use crate::virtio::{DeviceError, StartedQueue};
+
+/// Bytes of a command that are looked at: none that we know has more.
+const MAX_COMMAND: usize = 16;
+
+/// What the driver asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// `VQ_PAIRS_SET`: so many pairs from now on (§5.1.6.5.6).
+    Pairs(u16),
+    /// What we do not offer.
+    Unknown,
+}
+
+impl Command {
+    fn parse(bytes: &[u8]) -> Self {
+        let class = (bytes.first().copied().map(u32::from), bytes.get(1).copied());
+        let pairs = (
+            Some(VIRTIO_NET_CTRL_MQ),
+            Some(VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET),
+        );
+        match (class.0, class.1.map(u32::from), bytes.get(2..4)) {
+            (class, command, Some(&[low, high])) if (class, command) == pairs => {
+                Self::Pairs(u16::from_le_bytes([low, high]))
+            }
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// A command that waits for its answer.
+struct Asked {
+    head: u16,
+    command: Command,
+    answer: GuestAddress,
+}
+
+/// Carries out every command that is posted, with `execute`, which is called
+/// while no view of memory is open and says whether it succeeded.
+///
+/// # Errors
+/// The driver broke the rules of the queue.
+pub fn serve(
+    number: u16,
+    started: &mut StartedQueue,
+    execute: &mut dyn FnMut(Command) -> bool,
+) -> Result<(), DeviceError> {
+    let dma = started.space.dma();
+    let bad = |reason| DeviceError::BadQueue {
+        queue: number,
+        reason,
+    };
+    let rings = |_| bad("its rings are not in memory");
+    // A ring holds no more than that; who posts more kicks again.
+    for _ in 0..started.queue.size() {
+        let asked = {
+            let view = dma.view();
+            let chain = started.queue.pop_descriptor_chain(&view);
+            let asked = chain.map(|chain| parse(&view, chain));
+            if view.take_fault().is_some() {
+                return Err(bad("a command is not in memory"));
+            }
+            match asked {
+                None => break,
+                Some(asked) => asked.ok_or_else(|| bad("a command has no room for its answer"))?,
+            }
+        };
+        let answer = if execute(asked.command) {
+            VIRTIO_NET_OK
+        } else {
+            VIRTIO_NET_ERR
+        };
+        let view = dma.view();
+        let [answer, ..] = answer.to_le_bytes();
+        view.write_obj(answer, asked.answer)
+            .map_err(|_| bad("an answer is not in memory"))?;
+        let queue = &mut started.queue;
+        queue.add_used(&view, asked.head, 1).map_err(rings)?;
+        if queue.needs_notification(&view).map_err(rings)? {
+            started.interrupt.signal();
+        }
+    }
+    // With event indices the driver kicks only for what is beyond the index
+    // that we show it: look again after showing it.
+    let view = dma.view();
+    if started.queue.enable_notification(&view).map_err(rings)? {
+        let _ = started.kick.write(1);
+    }
+    Ok(())
+}
+
+fn parse(view: &DmaView<'_>, chain: DescriptorChain<&DmaView<'_>>) -> Option<Asked> {
+    let head = chain.head_index();
+    let mut bytes = Vec::with_capacity(MAX_COMMAND);
+    let mut answer = None;
+    for descriptor in chain {
+        if descriptor.is_write_only() {
+            let here = (descriptor.len() > 0).then(|| descriptor.addr());
+            answer = answer.or(here);
+        } else {
+            let room = MAX_COMMAND - bytes.len();
+            let mut part = vec![0; room.min(descriptor.len() as usize)];
+            view.read_slice(&mut part, descriptor.addr()).ok()?;
+            bytes.extend(part);
+        }
+    }
+    Some(Asked {
+        head,
+        command: Command::parse(&bytes),
+        answer: answer?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_set_and_nothing_else_is_known() {
+        assert_eq!(Command::parse(&[4, 0, 3, 1]), Command::Pairs(0x103));
+        for bytes in [&[4, 0, 3][..], &[4, 1, 3, 0], &[0, 0, 1, 0], &[], &[4]] {
+            assert_eq!(Command::parse(bytes), Command::Unknown);
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The socket device (virtio 1.2 §5.10): streams between the guest and the
+//! host's `AF_VSOCK`, by vhost-vsock.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT as _;
+
+use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice};
+use crate::vhost::failure::{Alarm, Failure};
+use crate::vhost::sys::{Kind, OpenError};
+use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
+
+/// `VIRTIO_VSOCK_F_SEQPACKET` (§5.10.3), a bit that the crate does not name.
+const F_SEQPACKET: u64 = 1 << 1;
+/// Receive, transmit, events.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+
+/// Why there is no socket device. One line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum VsockError {
+    /// The host's vhost-vsock is not to be had.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Somebody else has the identifier.
+    #[error("context identifier {0} is in use by another machine: choose another")]
+    InUse(u32),
+    /// The kernel does not take the identifier.
+    #[error("context identifier {cid} cannot be used: {source}")]
+    Refused {
+        /// The identifier.
+        cid: u32,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The device. The kernel starts and stops both of its data queues together;
+/// the event queue has nothing to tell while the machine runs, and stays with
+/// us.
+pub struct Vsock {
+    cid: u32,
+    features: u64,
+    vhost: Vhost,
+    rings: [Option<StartedQueue>; RINGS],
+    events: Option<StartedQueue>,
+    running: bool,
+    failure: Arc<Failure>,
+}
+
+impl Vsock {
+    /// The device whose guest has the context identifier `cid`.
+    ///
+    /// # Errors
+    /// [`VsockError`]
+    pub fn new(cid: u32, context: &VhostContext) -> Result<Self, VsockError> {
+        let failure = Arc::new(Failure::default());
+        let vhost = Vhost::open(Kind::Vsock, "vsock", context, &failure)?;
+        vhost
+            .kernel()
+            .set_cid(u64::from(cid))
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EADDRINUSE) => VsockError::InUse(cid),
+                _ => VsockError::Refused { cid, source },
+            })?;
+        let kind = Kind::Vsock;
+        let served = vhost
+            .features()
+            .map_err(|source| OpenError::Other { kind, source })?;
+        let offered = F_SEQPACKET | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        Ok(Self {
+            cid,
+            features: served & offered,
+            vhost,
+            rings: [None, None],
+            events: None,
+            running: false,
+            failure,
+        })
+    }
+
+    /// Shows how the IOTLB stands.
+    #[must_use]
+    pub fn monitor(&self) -> IotlbMonitor {
+        self.vhost.monitor()
+    }
+
+    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
+    /// something to give. Called without any lock.
+    pub fn on_failure(&self, alarm: Alarm) {
+        self.failure.on_failure(alarm);
+    }
+
+    /// Starts the data queues when the driver has enabled both.
+    fn start(&mut self) -> Result<(), DeviceError> {
+        if self.running || self.rings.iter().any(Option::is_none) {
+            return Ok(());
+        }
+        self.running = true;
+        for (index, ring) in (0_u16..).zip(&self.rings) {
+            if let Some(started) = ring {
+                self.vhost.set_up_ring(usize::from(index), index, started)?;
+            }
+        }
+        let started = self.vhost.kernel().set_running(true);
+        started.map_err(|source| DeviceError::Backend {
+            what: "starting the host's vhost-vsock",
+            source,
+        })?;
+        // The kernel does not look at kicks from before it ran.
+        for ring in self.rings.iter().flatten() {
+            let _ = ring.kick.write(1);
+        }
+        Ok(())
+    }
+
+    /// Stops both data queues, and notes where they are.
+    fn halt(&mut self) {
+        if !std::mem::take(&mut self.running) {
+            return;
+        }
+        if let Err(error) = self.vhost.kernel().set_running(false) {
+            log::error!("stopping the host's vhost-vsock: {error}");
+        }
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            let position = self.vhost.ring_stopped(index);
+            if let Some(ring) = ring {
+                ring.queue.set_next_avail(position.next_avail);
+                ring.queue.set_next_used(position.next_used);
+            }
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = u64::from(self.cid).to_le_bytes().into_iter();
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(64);
+        data.iter_mut()
+            .zip(config.chain(std::iter::repeat(0)).skip(skip))
+            .for_each(|(to, from)| *to = from);
+    }
+
+    fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.vhost.negotiated(features)
+    }
+
+    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+        match self.rings.get_mut(usize::from(index)) {
+            Some(ring) => {
+                *ring = Some(started);
+                self.start()
+            }
+            None => {
+                self.events = Some(started);
+                Ok(())
+            }
+        }
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
+        let stopped = match self.rings.get(usize::from(index)) {
+            Some(_) => {
+                self.halt();
+                self.rings.get_mut(usize::from(index))?.take()?
+            }
+            None => self.events.take()?,
+        };
+        Some(QueuePosition {
+            next_avail: stopped.queue.next_avail(),
+            next_used: stopped.queue.next_used(),
+        })
+    }
+
+    fn reset(&mut self) {
+        self.halt();
+        self.rings = [None, None];
+        self.events = None;
+        self.vhost.reset();
+        self.failure.clear();
+    }
+
+    fn take_failure(&mut self) -> Option<DeviceError> {
+        self.failure.take()
+    }
+}
