@@ -7,7 +7,10 @@
 //! long anything may take; 120 when unset).
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod checks;
 mod console;
+pub mod host;
+pub mod iommu;
 mod pty;
 
 use std::env;
@@ -139,6 +142,12 @@ impl Machine {
     /// One more option of `portcullis run`.
     pub fn with(mut self, option: &str, value: impl ToString) -> Self {
         self.more.extend([option.to_owned(), value.to_string()]);
+        self
+    }
+
+    /// One more option of `portcullis run` that takes no value.
+    pub fn flag(mut self, option: &str) -> Self {
+        self.more.push(option.to_owned());
         self
     }
 
@@ -321,15 +330,34 @@ impl Guest {
     /// what it says, without the white space around it.
     #[track_caller]
     pub fn run(&mut self, command: &str) -> String {
-        let (status, said) = self.try_run(command);
+        self.run_within(time_limit(), command)
+    }
+
+    /// The same for a command that may take longer than anything else.
+    #[track_caller]
+    pub fn run_within(&mut self, limit: Duration, command: &str) -> String {
+        let (status, said) = self.try_run_within(limit, command);
         assert_eq!(status, 0, "{command} failed: {said}");
         said
+    }
+
+    /// Starts a command in the guest that goes on by itself, and says nothing.
+    #[track_caller]
+    pub fn in_background(&mut self, command: &str) {
+        self.run(&format!(
+            "{{ ( {command} ) > /dev/null 2>&1 < /dev/null & }}"
+        ));
     }
 
     /// Runs a command in the guest's shell. Returns its exit status and what it
     /// says.
     #[track_caller]
     pub fn try_run(&mut self, command: &str) -> (u8, String) {
+        self.try_run_within(time_limit(), command)
+    }
+
+    #[track_caller]
+    fn try_run_within(&mut self, limit: Duration, command: &str) -> (u8, String) {
         self.commands += 1;
         let number = self.commands;
         // The shell's echo of the line has the words apart, so it is not taken
@@ -338,7 +366,7 @@ impl Guest {
             "echo '[begin' '{number}]'; {command}; echo '[end' \"{number} $?]\""
         ));
         self.wait_for(&format!("[begin {number}]"));
-        let said = self.console.find(&format!("[end {number} "), time_limit());
+        let said = self.console.find(&format!("[end {number} "), limit);
         let said = said.unwrap_or_else(|| {
             panic!(
                 "{command} does not end; the console:\n{}",

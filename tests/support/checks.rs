@@ -1,0 +1,337 @@
+//! What a device must do whoever stands between it and memory.
+
+use std::time::Duration;
+
+use super::host::{self, Job, Tap};
+use super::{Guest, TempDir};
+
+/// A long transfer, in an emulated host and behind an IOMMU.
+const TRANSFER_LIMIT: Duration = Duration::from_secs(400);
+/// Longer than any of the other end's attempts to connect.
+const CLOSING_LIMIT: Duration = Duration::from_secs(60);
+
+/// The virtio type of a network device (virtio 1.2 §5).
+pub const NET: u16 = 1;
+/// The virtio type of a block device.
+pub const BLOCK: u16 = 2;
+/// The virtio type of an entropy device.
+pub const ENTROPY: u16 = 4;
+/// The virtio type of a vsock device.
+pub const VSOCK: u16 = 19;
+
+/// Says which part of a test has begun, so that the output of one that fails tells where.
+#[track_caller]
+pub fn part(name: &str) {
+    println!("--- {name}");
+}
+
+/// The guest's network interface with this Ethernet address.
+#[track_caller]
+pub fn interface(guest: &mut Guest, mac: &str) -> String {
+    let path = guest.run(&format!("grep -l {mac} /sys/class/net/*/address"));
+    path.split('/').nth(4).unwrap_or_default().to_owned()
+}
+
+/// The PCI address of the guest's device of this virtio type (virtio 1.2 §5), the `nth` of them.
+#[track_caller]
+pub fn pci_address(guest: &mut Guest, virtio_type: u16, nth: usize) -> String {
+    let id = 0x1040 + virtio_type;
+    let found = guest.run(&format!(
+        "grep -l {id:#06x} /sys/bus/pci/devices/*/device | cut -d/ -f6"
+    ));
+    let address = found.lines().nth(nth);
+    address
+        .unwrap_or_else(|| panic!("the guest has no device {id:#x} number {nth}"))
+        .to_owned()
+}
+
+/// Keeps the guest's kernel from writing between the answers at the console, and lets it log.
+#[track_caller]
+pub fn hush(guest: &mut Guest) {
+    guest.run("dmesg -n 2");
+}
+
+/// Powers the guest off, which ends portcullis with 0.
+#[track_caller]
+pub fn power_off(mut guest: Guest) {
+    guest.type_line("poweroff -f").expect_exit(0);
+}
+
+/// Resets the guest, which ends portcullis with 3.
+#[track_caller]
+pub fn reset(mut guest: Guest) {
+    guest.type_line("reboot -f").expect_exit(3);
+}
+
+/// Gives the guest's interface its address and reaches the host through it.
+#[track_caller]
+pub fn bring_up(guest: &mut Guest, interface: &str, tap: &Tap, last: u8) {
+    let (own, peer) = (tap.guest_address(last), tap.host_address());
+    guest.run(&format!(
+        "ip address replace {own}/24 dev {interface} && ip link set {interface} up"
+    ));
+    guest.run(&format!("ping -c 3 -W 10 {peer}"));
+    let neighbour = guest.run(&format!("ip neighbour show {peer} dev {interface}"));
+    assert!(
+        neighbour.contains("lladdr"),
+        "the host did not answer ARP: {neighbour}"
+    );
+}
+
+/// Bytes that streams carry at once.
+#[derive(Clone, Copy)]
+pub struct Load {
+    /// Streams.
+    pub streams: u16,
+    /// MiB in each.
+    pub mebibytes: u32,
+}
+
+/// Sends noise from the guest to the host by TCP, and checks that it arrives.
+#[track_caller]
+pub fn send_to_host(guest: &mut Guest, tap: &Tap, load: Load) {
+    let scratch = TempDir::new("received");
+    let received = |stream: u16| scratch.path(&format!("stream{stream}"));
+    let listeners: Vec<Job> = (0..load.streams)
+        .map(|stream| {
+            let path = received(stream);
+            let port = 5000 + stream;
+            Job::start(&format!(
+                "socat -u TCP-LISTEN:{port},reuseaddr CREATE:{path}"
+            ))
+        })
+        .collect();
+    let mut sums = Vec::new();
+    for stream in 0..load.streams {
+        sums.push(guest_noise(
+            guest,
+            &format!("/tmp/out{stream}"),
+            load.mebibytes,
+        ));
+    }
+    let peer = tap.host_address();
+    guest.run_within(
+        TRANSFER_LIMIT,
+        &all_at_once(load.streams, |stream| {
+            let port = 5000 + stream;
+            format!("socat -u OPEN:/tmp/out{stream} TCP:{peer}:{port},retry=50,interval=0.2")
+        }),
+    );
+    for (stream, (listener, sum)) in (0..).zip(listeners.into_iter().zip(sums)) {
+        listener.finish(CLOSING_LIMIT);
+        assert_eq!(
+            host::checksum(&received(stream)),
+            sum,
+            "stream {stream} to the host"
+        );
+    }
+    guest.run("rm /tmp/out*");
+}
+
+/// Sends noise from the host to the guest by TCP, and checks that it arrives.
+#[track_caller]
+pub fn send_to_guest(guest: &mut Guest, tap: &Tap, last: u8, load: Load) {
+    let scratch = TempDir::new("sent");
+    let own = tap.guest_address(last);
+    let mut senders = Vec::new();
+    let mut sums = Vec::new();
+    for stream in 0..load.streams {
+        let path = scratch.path(&format!("stream{stream}"));
+        host::run(&host::noise(&path, load.mebibytes));
+        sums.push(host::checksum(&path));
+        let port = 6000 + stream;
+        senders.push(Job::start(&format!(
+            "socat -u OPEN:{} TCP:{own}:{port},retry=100,interval=0.2",
+            path
+        )));
+    }
+    guest.run_within(
+        TRANSFER_LIMIT,
+        &all_at_once(load.streams, |stream| {
+            let port = 6000 + stream;
+            format!("socat -u TCP-LISTEN:{port},reuseaddr CREATE:/tmp/in{stream}")
+        }),
+    );
+    for (stream, (sender, sum)) in senders.into_iter().zip(sums).enumerate() {
+        sender.finish(CLOSING_LIMIT);
+        assert_eq!(
+            guest_checksum(guest, &format!("/tmp/in{stream}")),
+            sum,
+            "stream {stream} to the guest"
+        );
+    }
+    guest.run("rm /tmp/in*");
+}
+
+/// A shell command that runs one command for each stream and fails if one of them does.
+fn all_at_once(streams: u16, command: impl Fn(u16) -> String) -> String {
+    let mut script = String::new();
+    for stream in 0..streams {
+        script += &format!("{} & p{stream}=$!; ", command(stream));
+    }
+    let waits: Vec<_> = (0..streams).map(|n| format!("wait $p{n}")).collect();
+    script + &waits.join(" && ")
+}
+
+/// Fills a file in the guest with noise and returns its checksum.
+#[track_caller]
+pub fn guest_noise(guest: &mut Guest, path: &str, mebibytes: u32) -> String {
+    guest.run(&host::noise(path, mebibytes));
+    guest_checksum(guest, path)
+}
+
+/// The checksum of a file in the guest.
+#[track_caller]
+pub fn guest_checksum(guest: &mut Guest, path: &str) -> String {
+    let text = guest.run(&format!("md5sum < {path}"));
+    text.split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// Sends a stream each way by vsock, and checks that both arrive.
+#[track_caller]
+pub fn vsock_both_ways(guest: &mut Guest, cid: u32, mebibytes: u32) {
+    let scratch = TempDir::new("vsock");
+    let received = scratch.path("received");
+    let listener = Job::start(&format!(
+        "socat -u VSOCK-LISTEN:5100,reuseaddr CREATE:{}",
+        received
+    ));
+    let sum = guest_noise(guest, "/tmp/vsock-out", mebibytes);
+    guest.run_within(
+        TRANSFER_LIMIT,
+        "socat -u OPEN:/tmp/vsock-out VSOCK-CONNECT:2:5100,retry=50,interval=0.2",
+    );
+    listener.finish(CLOSING_LIMIT);
+    assert_eq!(host::checksum(&received), sum, "vsock stream to the host");
+
+    let sent = scratch.path("sent");
+    host::run(&host::noise(&sent, mebibytes));
+    let sender = Job::start(&format!(
+        "socat -u OPEN:{} VSOCK-CONNECT:{cid}:5200,retry=100,interval=0.2",
+        sent
+    ));
+    guest.run_within(
+        TRANSFER_LIMIT,
+        "socat -u VSOCK-LISTEN:5200,reuseaddr CREATE:/tmp/vsock-in",
+    );
+    sender.finish(CLOSING_LIMIT);
+    let sum = guest_checksum(guest, "/tmp/vsock-in");
+    assert_eq!(sum, host::checksum(&sent), "vsock stream to the guest");
+    guest.run("rm /tmp/vsock-*");
+}
+
+/// A connection to a vsock port where nobody listens is refused, in both directions, and one
+/// whose other end dies is reset; the device goes on.
+#[track_caller]
+pub fn vsock_refused_and_reset(guest: &mut Guest, cid: u32) {
+    let (status, text) = guest.try_run("socat -u OPEN:/dev/null VSOCK-CONNECT:2:5300");
+    assert!(status != 0 && text.contains("reset by peer"), "{text}");
+    let (status, text) =
+        host::try_run(&format!("socat -u OPEN:/dev/null VSOCK-CONNECT:{cid}:5300"));
+    assert!(status != 0 && text.contains("reset by peer"), "{text}");
+
+    let dies = Job::start("socat -u VSOCK-LISTEN:5400,reuseaddr OPEN:/dev/null");
+    guest.in_background(
+        "socat -u OPEN:/dev/zero VSOCK-CONNECT:2:5400,retry=50,interval=0.2; \
+         echo $? > /tmp/reset-status",
+    );
+    guest.run("sleep 1; ! [ -e /tmp/reset-status ]");
+    drop(dies);
+    let status = guest.run(
+        "for i in $(seq 100); do [ -s /tmp/reset-status ] && break; sleep 0.1; done; \
+         cat /tmp/reset-status; rm /tmp/reset-status",
+    );
+    assert_ne!(status, "0", "a sender to a dead listener succeeded");
+    vsock_both_ways(guest, cid, 1);
+}
+
+/// Makes a file system on the guest's disk `device`, writes noise to it and returns the
+/// checksum of what was written.
+#[track_caller]
+pub fn fill_new_file_system(guest: &mut Guest, device: &str, mebibytes: u32) -> String {
+    guest.run_within(TRANSFER_LIMIT, &format!("mke2fs -q -t ext4 {device}"));
+    guest.run(&format!("mount -t ext4 {device} /mnt"));
+    let sum = guest_noise(guest, "/tmp/noise", mebibytes);
+    guest.run_within(
+        TRANSFER_LIMIT,
+        "dd if=/tmp/noise of=/mnt/noise bs=1M conv=fsync 2>/dev/null && rm /tmp/noise",
+    );
+    guest.run_within(TRANSFER_LIMIT, "umount /mnt");
+    sum
+}
+
+/// Checks what [`fill_new_file_system`] wrote, read from the device again.
+#[track_caller]
+pub fn check_file_system(guest: &mut Guest, device: &str, sum: &str) {
+    guest.run(&format!("mount -t ext4 -o ro {device} /mnt"));
+    guest.run("echo 3 > /proc/sys/vm/drop_caches");
+    assert_eq!(guest_checksum(guest, "/mnt/noise"), sum, "file on {device}");
+    guest.run("umount /mnt");
+}
+
+/// The host finds nothing wrong with the file system in an image that no guest uses.
+#[track_caller]
+pub fn check_image(image: &str) {
+    host::run(&format!("e2fsck -fn {}", image));
+}
+
+/// Unbinds the PCI function at `address` from its driver and binds it again, many times.
+#[track_caller]
+pub fn rebind(guest: &mut Guest, address: &str, times: u32) {
+    guest.run_within(
+        TRANSFER_LIMIT,
+        &format!(
+            "( cd /sys/bus/pci/drivers/virtio-pci; for i in $(seq {times}); do \
+             echo {address} > unbind && echo {address} > bind || exit 1; done; [ -e {address} ] )"
+        ),
+    );
+}
+
+/// Random bytes come from the host's device, and never the same twice.
+#[track_caller]
+pub fn entropy(guest: &mut Guest) {
+    let current = guest.run("cat /sys/class/misc/hw_random/rng_current");
+    assert!(current.starts_with("virtio_rng"), "{current}");
+    let mut draw = || guest.run("dd if=/dev/hwrng bs=512 count=8 iflag=fullblock | md5sum");
+    let (first, second) = (draw(), draw());
+    assert_ne!(first, second, "the same random bytes came twice");
+    let (status, _) = guest.try_run("dd if=/dev/hwrng bs=512 count=8 | tr -d '\\000' | grep -q .");
+    assert_eq!(status, 0, "the random bytes are all zero");
+}
+
+/// Nothing in the guest's kernel log tells of a device that did not fit or fell back.
+#[track_caller]
+pub fn kernel_log_is_clean(guest: &mut Guest) {
+    let log = guest.run("dmesg -r");
+    let suspicious = [
+        "no space",
+        "can't assign",
+        "failed to assign",
+        "no compatible bridge window",
+        "can't claim",
+        "falling back",
+        "fall back",
+        "failed to enable MSI",
+        "no irq handler",
+        "Unhandled",
+        "Call Trace",
+        "Call trace",
+        "BUG:",
+        "WARNING:",
+        "nobody cared",
+        "probe of",
+        "soft lockup",
+    ];
+    let found: Vec<_> = log
+        .lines()
+        .filter(|line| suspicious.iter().any(|word| line.contains(word)))
+        .collect();
+    assert!(
+        found.is_empty(),
+        "the guest's kernel complains:\n{}",
+        found.join("\n")
+    );
+}

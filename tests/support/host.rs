@@ -1,0 +1,158 @@
+//! The host's part of a test: commands, tap devices, files for disks. Needs root.
+
+use std::fs::File;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Runs a shell command on the host, which must succeed, and returns its output, trimmed.
+pub fn run(command: &str) -> String {
+    let (status, output) = try_run(command);
+    assert!(
+        status == 0,
+        "on the host, `{command}` ended with {status}:\n{output}"
+    );
+    output
+}
+
+/// Runs a shell command on the host and returns its exit status and its output, trimmed.
+pub fn try_run(command: &str) -> (i32, String) {
+    let output = Command::new("sh")
+        .args(["-c", &format!("exec 2>&1\n{command}")])
+        .stdin(Stdio::null())
+        .output()
+        .expect("the host has a shell");
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    (output.status.code().unwrap_or(-1), text)
+}
+
+/// A program running on the host; ended when dropped.
+pub struct Job {
+    child: Child,
+    what: String,
+}
+
+impl Job {
+    /// Starts `command`, which is one program without a shell around it.
+    pub fn start(command: &str) -> Self {
+        let mut words = command.split_whitespace();
+        let program = words.next().expect("a command has a first word");
+        let child = Command::new(program)
+            .args(words)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start `{command}` on the host: {error}"));
+        Self {
+            child,
+            what: command.to_owned(),
+        }
+    }
+
+    /// Waits until it ends by itself, with success.
+    pub fn finish(mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+                assert!(
+                    status.success(),
+                    "`{}` on the host ended: {status}",
+                    self.what
+                );
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "`{}` on the host did not end",
+                self.what
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        // An error says that it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A tap device on the host, with an address of its own network; removed when dropped.
+pub struct Tap {
+    /// Its name.
+    pub name: String,
+    net: u8,
+}
+
+impl Tap {
+    /// Makes a tap device with as many queues as needed. `net` tells it from others: the host
+    /// is 10.9.NET.1 on it.
+    pub fn create(name: &str, queues: u16, net: u8) -> Self {
+        let multi_queue = if queues > 1 { "multi_queue" } else { "" };
+        run(&format!(
+            "ip tuntap add {name} mode tap vnet_hdr {multi_queue}"
+        ));
+        Self::configure(name, net)
+    }
+
+    /// Gives a tap device that exists its address and brings it up.
+    pub fn configure(name: &str, net: u8) -> Self {
+        let tap = Self {
+            name: name.to_owned(),
+            net,
+        };
+        run(&format!(
+            "ip address add {}/24 dev {name} && ip link set {name} up",
+            tap.host_address()
+        ));
+        tap
+    }
+
+    /// The host's IPv4 address on it.
+    pub fn host_address(&self) -> String {
+        format!("10.9.{}.1", self.net)
+    }
+
+    /// An IPv4 address for the guest; `last` is its last number.
+    pub fn guest_address(&self, last: u8) -> String {
+        format!("10.9.{}.{last}", self.net)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        try_run(&format!("ip link delete {}", self.name));
+    }
+}
+
+/// Makes a sparse file.
+pub fn sparse(path: &str, mebibytes: u64) {
+    File::create(path)
+        .and_then(|file| file.set_len(mebibytes << 20))
+        .unwrap_or_else(|error| panic!("cannot make {path}: {error}"));
+}
+
+/// The shell command, of one line, that fills a file with noise: a few MiB of random bytes again
+/// and again, each time behind a different number of other bytes, so that no piece fits at
+/// another's place.
+pub fn noise(path: &str, mebibytes: u32) -> String {
+    format!(
+        "dd if=/dev/urandom of={path}.seed bs=1M count=4 2>/dev/null; \
+         for i in $(seq 1 {mebibytes}); do printf %0${{i}}d $i; cat {path}.seed; done | \
+         dd of={path} bs=1M count={mebibytes} iflag=fullblock 2>/dev/null; rm {path}.seed"
+    )
+}
+
+/// The checksum of a host file.
+pub fn checksum(path: &str) -> String {
+    let text = run(&format!("md5sum < {path}"));
+    text.split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}

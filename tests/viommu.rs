@@ -1,0 +1,420 @@
+//! Boots guests with every device behind an IOMMU: `cargo xtask test` runs them.
+//!
+//! What the devices must do is the same as without one, so the checks are the same; what is
+//! added is that the guest's kernel isolates, and that what it forbids does not happen.
+
+mod support;
+
+use std::time::Duration;
+
+use support::checks::{self, ENTROPY, Load, NET, part};
+use support::host::{self, Job, Tap};
+use support::iommu::Api;
+use support::{Guest, Machine, TempDir};
+use vmm::action::{EndpointState, MappingsPage, RegistrationKind};
+
+const MAC: &str = "06:00:ac:10:00:02";
+const CID: u32 = 8;
+/// The identifiers of all devices on the command line of [`Bench::machine`].
+const ENDPOINTS: [&str; 5] = ["net0", "net1", "vsock", "data", "entropy"];
+/// What misses may cost a receiving or sending guest that maps every packet, per MiB.
+const MISSES_PER_MIB: u64 = 5;
+
+/// An IOMMU under test.
+#[derive(Clone, Copy)]
+struct Model {
+    /// The value of `--iommu`.
+    option: &'static str,
+    /// What a network device's back end gets of the notifier chain.
+    registration: RegistrationKind,
+}
+
+const VIRTIO_IOMMU: Model = Model {
+    option: "virtio-iommu",
+    registration: RegistrationKind::MapUnmap,
+};
+
+/// The host's side of a machine with all devices: taps, a disk, an API socket.
+struct Bench {
+    taps: [Tap; 2],
+    disk: String,
+    api: Api,
+    _scratch: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let scratch = TempDir::new("viommu");
+        let disk = scratch.path("disk");
+        host::sparse(&disk, 256);
+        Self {
+            taps: [Tap::create("pctap0", 1, 20), Tap::create("pctap1", 1, 21)],
+            disk,
+            api: Api::new("viommu"),
+            _scratch: scratch,
+        }
+    }
+
+    /// All devices behind `model`.
+    fn machine(&self, model: Model, cmdline: &str) -> Machine {
+        let [first, second] = &self.taps;
+        let machine = Machine::new()
+            .tools()
+            .cmdline(cmdline)
+            .with("--iommu", model.option)
+            .with("--memory", "768M")
+            .with("--net", format!("tap={},id=net0,mac={MAC}", first.name))
+            .with("--net", format!("tap={},id=net1", second.name))
+            .with("--vsock", format!("cid={CID}"))
+            .with("--disk", format!("path={},id=data", self.disk))
+            .flag("--rng");
+        self.api.serve(machine)
+    }
+
+    fn boot(&self, model: Model, cmdline: &str) -> Guest {
+        let mut guest = self.machine(model, cmdline).boot();
+        checks::hush(&mut guest);
+        guest
+    }
+
+    /// Every device is in a group of its own, of this type, and portcullis agrees.
+    fn groups_are(&self, guest: &mut Guest, kind: &str) {
+        let state = match kind {
+            "identity" => EndpointState::Bypass,
+            _ => EndpointState::Translated,
+        };
+        let mut groups = Vec::new();
+        for id in ENDPOINTS {
+            let endpoint = self.api.endpoint(id);
+            let group = group(guest, &endpoint.pci_address);
+            assert_eq!(group_type(guest, &group), kind, "{id}");
+            // An identity domain may also be made of mappings.
+            if kind != "identity" {
+                assert_eq!(endpoint.state, state, "{id}");
+            }
+            groups.push(group);
+        }
+        groups.sort();
+        groups.dedup();
+        assert_eq!(groups.len(), ENDPOINTS.len(), "groups: {groups:?}");
+    }
+
+    /// Sends both ways, and prints what it took of the first interface's back end.
+    fn traffic(&self, guest: &mut Guest, load: Load) -> [u64; 2] {
+        let tap = &self.taps[0];
+        let total = u64::from(load.mebibytes) * u64::from(load.streams);
+        let mut misses = Vec::new();
+        for direction in ["to the host", "to the guest"] {
+            let before = self.api.endpoint("net0").counters;
+            if direction == "to the host" {
+                checks::send_to_host(guest, tap, load);
+            } else {
+                checks::send_to_guest(guest, tap, 2, load);
+            }
+            let after = self.api.endpoint("net0").counters;
+            println!(
+                "{total} MiB {direction}: {} misses, {} updates ({} prefills), \
+                 {} invalidations sent and {} saved",
+                after.misses - before.misses,
+                after.updates - before.updates,
+                after.prefills - before.prefills,
+                after.invalidations_sent - before.invalidations_sent,
+                after.invalidations_saved - before.invalidations_saved,
+            );
+            assert_eq!(after.stalled_queues, 0, "a queue stands still");
+            assert_eq!(after.all_faults(), before.all_faults(), "faults");
+            misses.push(after.misses - before.misses);
+        }
+        [misses[0], misses[1]]
+    }
+
+    /// What every device has mapped now, but for MSIs.
+    fn mappings(&self, id: &str) -> usize {
+        let text = self.api.get(&format!("/iommu/endpoints/{id}/mappings"));
+        let page: MappingsPage = serde_json::from_str(&text).expect("a page of mappings");
+        page.mappings.iter().filter(|mapping| !mapping.mmio).count()
+    }
+
+    /// All devices do what they must.
+    fn devices_work(&self, guest: &mut Guest, load: Load) -> [u64; 2] {
+        let interface = checks::interface(guest, MAC);
+        checks::bring_up(guest, &interface, &self.taps[0], 2);
+        let misses = self.traffic(guest, load);
+        checks::vsock_both_ways(guest, CID, 16);
+        checks::vsock_refused_and_reset(guest, CID);
+        checks::entropy(guest);
+        let sum = checks::fill_new_file_system(guest, "/dev/vda", 32);
+        checks::check_file_system(guest, "/dev/vda", &sum);
+        misses
+    }
+}
+
+const FULL: Load = Load {
+    streams: 4,
+    mebibytes: 16,
+};
+const SMALL: Load = Load {
+    streams: 2,
+    mebibytes: 2,
+};
+
+fn group(guest: &mut Guest, address: &str) -> String {
+    let link = guest.run(&format!(
+        "readlink /sys/bus/pci/devices/*{address}/iommu_group"
+    ));
+    link.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+fn group_type(guest: &mut Guest, group: &str) -> String {
+    guest.run(&format!("cat /sys/kernel/iommu_groups/{group}/type"))
+}
+
+fn strict(model: Model) {
+    let bench = Bench::new();
+    let mut guest = bench.boot(model, "iommu.strict=1");
+    part("groups");
+    bench.groups_are(&mut guest, "DMA");
+    let registration = bench.api.endpoint("net0").registration;
+    let registration = registration.expect("a network device has a back end");
+    println!(
+        "registered for {}: {}",
+        registration.kind, registration.reason
+    );
+    assert_eq!(registration.kind, model.registration);
+
+    part("all devices");
+    let misses = bench.devices_work(&mut guest, FULL);
+    let limit = MISSES_PER_MIB * u64::from(FULL.mebibytes) * u64::from(FULL.streams);
+    if model.registration == RegistrationKind::MapUnmap {
+        assert!(misses.iter().all(|misses| *misses <= limit), "{misses:?}");
+    }
+    checks::kernel_log_is_clean(&mut guest);
+    checks::power_off(guest);
+    checks::check_image(&bench.disk);
+}
+
+/// The lazy mode, in which the guest's kernel unmaps late and in batches; and every change of a
+/// group's type while the machine runs.
+fn lazy_and_switching(model: Model) {
+    let bench = Bench::new();
+    let mut guest = bench.boot(model, "iommu.strict=0");
+    part("groups");
+    bench.groups_are(&mut guest, "DMA-FQ");
+    part("all devices");
+    bench.devices_work(&mut guest, FULL);
+
+    part("switching types");
+    let net1 = bench.api.endpoint("net1").pci_address;
+    let second = guest.run(&format!("ls /sys/bus/pci/devices/*{net1}/virtio*/net"));
+    checks::bring_up(&mut guest, &second, &bench.taps[1], 2);
+    let load = flood(&mut guest, &bench.taps[1]);
+    let address = bench.api.endpoint("net0").pci_address;
+    let interface = checks::interface(&mut guest, MAC);
+    for kind in ["identity", "DMA", "identity", "DMA-FQ", "DMA"] {
+        println!("net0 becomes {kind}");
+        switch(&mut guest, &address, kind);
+        checks::bring_up(&mut guest, &interface, &bench.taps[0], 2);
+        bench.traffic(&mut guest, SMALL);
+    }
+    // From DMA to DMA-FQ, a driver keeps its device.
+    let group = group(&mut guest, &address);
+    let own_load = flood_on(&mut guest, &bench.taps[0], 5600);
+    guest.run(&format!(
+        "echo DMA-FQ > /sys/kernel/iommu_groups/{group}/type"
+    ));
+    assert_eq!(group_type(&mut guest, &group), "DMA-FQ");
+    drop(own_load);
+    bench.traffic(&mut guest, SMALL);
+    for mut job in load {
+        assert!(job.is_running(), "the load ended early");
+    }
+    assert_eq!(bench.api.endpoint("net1").counters.stalled_queues, 0);
+    checks::kernel_log_is_clean(&mut guest);
+    checks::power_off(guest);
+}
+
+/// Gives the group of the function at `address` another type, for which its driver is away.
+fn switch(guest: &mut Guest, address: &str, kind: &str) {
+    let group = group(guest, address);
+    let name = guest.run(&format!(
+        "basename $(readlink -f /sys/bus/pci/devices/*{address})"
+    ));
+    let drivers = "/sys/bus/pci/drivers/virtio-pci";
+    guest.run(&format!(
+        "echo {name} > {drivers}/unbind && \
+         echo {kind} > /sys/kernel/iommu_groups/{group}/type; \
+         echo {name} > {drivers}/bind"
+    ));
+    assert_eq!(group_type(guest, &group), kind);
+}
+
+/// Traffic through a tap both ways that goes on by itself.
+fn flood(guest: &mut Guest, tap: &Tap) -> [Job; 2] {
+    flood_on(guest, tap, 5500)
+}
+
+fn flood_on(guest: &mut Guest, tap: &Tap, port: u16) -> [Job; 2] {
+    let sink = Job::start(&format!(
+        "socat -u TCP-LISTEN:{port},reuseaddr OPEN:/dev/null"
+    ));
+    let peer = tap.host_address();
+    guest.in_background(&format!(
+        "socat -u OPEN:/dev/zero TCP:{peer}:{port},retry=50,interval=0.2"
+    ));
+    let pings = Job::start(&format!("ping -q -i 0.002 {}", tap.guest_address(2)));
+    std::thread::sleep(Duration::from_secs(1));
+    [sink, pings]
+}
+
+fn passthrough(model: Model) {
+    let bench = Bench::new();
+    let mut guest = bench.boot(model, "iommu.passthrough=1");
+    part("groups");
+    bench.groups_are(&mut guest, "identity");
+    part("all devices");
+    bench.devices_work(&mut guest, FULL);
+    // Below the hole of 32 bits there are two regions at most, each asked for in both directions.
+    let misses = bench.api.endpoint("net0").counters.misses;
+    assert!(
+        misses <= 4,
+        "{misses} misses of a device that sees all memory"
+    );
+    checks::kernel_log_is_clean(&mut guest);
+    checks::power_off(guest);
+}
+
+/// Steps of the test driver that try something forbidden, and the kind of access it is.
+const FORBIDDEN: [(&str, &str); 6] = [
+    ("unmapped-transmit", "R"),
+    ("unmapped-receive", "W"),
+    ("read-only-receive", "W"),
+    ("unmapped-used-ring", "W"),
+    ("unmap-receive-in-use", "W"),
+    ("unmap-transmit-in-use", "R"),
+];
+
+/// A driver in the guest's user space tries what its IOMMU forbids.
+fn isolation(model: Model) {
+    let bench = Bench::new();
+    let mut guest = bench.boot(model, "guest.load=vfio_iommu_type1,vfio_pci");
+    // Only where MSIs are not isolated, as behind a virtio-iommu on x86_64.
+    guest.run("echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts");
+    let tap = &bench.taps[0];
+    let (own, peer) = (tap.guest_address(20), tap.host_address());
+    let endpoint = bench.api.endpoint("net0");
+    let address = format!("0000:{}", endpoint.pci_address.trim_start_matches("0000:"));
+    let run = |guest: &mut Guest, steps: &str| {
+        let said = guest.run_within(
+            Duration::from_secs(240),
+            &format!("isolation {address} {own} {peer} {steps}"),
+        );
+        println!("{said}");
+        said
+    };
+
+    run(&mut guest, "exchange interrupt");
+    for (step, access) in FORBIDDEN {
+        let before = bench.api.endpoint("net0").counters.all_faults();
+        guest.run("dmesg -c > /dev/null");
+        let said = run(&mut guest, step);
+        let after = bench.api.endpoint("net0").counters.all_faults();
+        assert!(after > before, "{step} shows in no counter");
+        let (_, rest) = said.split_once(" at ").expect("the step names an address");
+        let iova: String = rest
+            .chars()
+            .take_while(char::is_ascii_alphanumeric)
+            .collect();
+        let log = guest.run("dmesg");
+        let record = format!("fault from EP {} at {iova} [{access}]", endpoint.stream_id);
+        assert!(log.contains(&record), "no {record:?} in:\n{log}");
+    }
+    run(&mut guest, "again");
+
+    part("the kernel's driver again");
+    let interface = checks::interface(&mut guest, MAC);
+    checks::bring_up(&mut guest, &interface, tap, 2);
+    bench.traffic(&mut guest, SMALL);
+    checks::power_off(guest);
+}
+
+/// Rebinding and rebooting, both with traffic running.
+fn storm(model: Model) {
+    let bench = Bench::new();
+    let mut guest = bench.boot(model, "");
+    let interface = checks::interface(&mut guest, MAC);
+    let tap = &bench.taps[0];
+    checks::bring_up(&mut guest, &interface, tap, 2);
+    let address = checks::pci_address(&mut guest, NET, 0);
+
+    part("50 rebinds");
+    let pings = Job::start(&format!("ping -q -i 0.002 {}", tap.guest_address(2)));
+    let own = tap.guest_address(2);
+    guest.run_within(
+        Duration::from_secs(400),
+        &format!(
+            "( cd /sys/bus/pci/drivers/virtio-pci; for i in $(seq 50); do \
+             echo {address} > unbind && echo {address} > bind && \
+             ip address replace {own}/24 dev {interface} && ip link set {interface} up \
+             || exit 1; done )"
+        ),
+    );
+    drop(pings);
+    checks::bring_up(&mut guest, &interface, tap, 2);
+    bench.traffic(&mut guest, SMALL);
+    for (id, kind) in [("net0", NET), ("entropy", ENTROPY)] {
+        let address = checks::pci_address(&mut guest, kind, 0);
+        guest.run(&format!(
+            "echo {address} > /sys/bus/pci/drivers/virtio-pci/unbind"
+        ));
+        assert_eq!(bench.mappings(id), 0, "mappings of {id} without a driver");
+        assert_eq!(bench.api.endpoint(id).counters.stalled_queues, 0, "{id}");
+        guest.run(&format!(
+            "echo {address} > /sys/bus/pci/drivers/virtio-pci/bind"
+        ));
+    }
+    checks::bring_up(&mut guest, &interface, tap, 2);
+    checks::kernel_log_is_clean(&mut guest);
+
+    part("10 reboots");
+    for _ in 0..10 {
+        let load = flood(&mut guest, tap);
+        checks::reset(guest);
+        drop(load);
+        guest = bench.boot(model, "");
+        checks::bring_up(&mut guest, &interface, tap, 2);
+        let counters = bench.api.endpoint("net0").counters;
+        assert_eq!(counters.stalled_queues, 0);
+        assert_eq!(counters.all_faults(), 0);
+    }
+    bench.traffic(&mut guest, SMALL);
+    checks::power_off(guest);
+}
+
+mod virtio_iommu {
+    use super::*;
+
+    #[test]
+    fn devices_work_in_strict_mode() {
+        strict(VIRTIO_IOMMU);
+    }
+
+    #[test]
+    fn devices_work_in_lazy_mode_and_through_changes_of_type() {
+        lazy_and_switching(VIRTIO_IOMMU);
+    }
+
+    #[test]
+    fn devices_work_in_passthrough_mode() {
+        passthrough(VIRTIO_IOMMU);
+    }
+
+    #[test]
+    fn what_the_guest_forbids_does_not_happen() {
+        isolation(VIRTIO_IOMMU);
+    }
+
+    #[test]
+    fn rebinding_and_rebooting_leave_nothing_behind() {
+        storm(VIRTIO_IOMMU);
+    }
+}
