@@ -2,6 +2,7 @@
 //! functions.
 
 mod report;
+mod vhost;
 
 use std::io;
 use std::path::Path;
@@ -11,9 +12,11 @@ use arch::{IommuModel as NodeModel, IommuNode, PciHost, layout};
 use devices::bus::Bus;
 use devices::interrupt::Doorbells;
 use devices::pci::{PciRoot, Requester, StaleMsis};
+use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockCounters, Image};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
+use devices::virtio::net::NetConfig;
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -21,6 +24,7 @@ use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::vhost::Bell;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, IommuModel};
 use crate::kvm::Vm;
@@ -52,6 +56,8 @@ pub enum BackEnd {
     None,
     /// A disk's requests.
     Block(Arc<BlockCounters>),
+    /// The IOTLB of each vhost file.
+    Vhost(Vec<IotlbMonitor>),
 }
 
 /// The bus. Dropping it ends the devices' threads.
@@ -73,6 +79,7 @@ struct Makings<'a> {
     ram: &'a Arc<GuestRam>,
     stale: &'a Arc<StaleMsis>,
     virtio_iommu: Option<&'a VirtioIommuParts>,
+    vhost: Option<VhostContext>,
 }
 
 impl PciBus {
@@ -97,6 +104,7 @@ impl PciBus {
             ram,
             stale: &stale,
             virtio_iommu: virtio_iommu.as_ref(),
+            vhost: vhost::context(plan, ram)?,
         };
         let root = Arc::new(PciRoot::new(memory));
         let mut functions = Vec::new();
@@ -203,7 +211,8 @@ impl Makings<'_> {
             Some(region) => AddressSpace::translated(Arc::clone(region), ram),
             None => AddressSpace::identity(stream, ram),
         };
-        let (device, back_end) = self.device(plan)?;
+        let bell = Bell::default();
+        let (device, back_end) = self.device(plan, &bell)?;
         let bar = layout::PCI_MMIO64.base + u64::from(plan.slot) * BAR_SIZE;
         let parts = Parts {
             requester: Requester::new(space, self.stale),
@@ -212,17 +221,23 @@ impl Makings<'_> {
             bar: Gpa(bar),
             ats: None,
         };
+        let virtio = Arc::new(VirtioPci::new(&plan.id, device, parts)?);
+        bell.hang(&virtio);
         Ok(Function {
             id: plan.id.clone(),
             stream,
             device: plan.device.clone(),
             region,
             back_end,
-            virtio: Arc::new(VirtioPci::new(&plan.id, device, parts)?),
+            virtio,
         })
     }
 
-    fn device(&self, plan: &FunctionPlan) -> Result<(Box<dyn VirtioDevice>, BackEnd), BuildError> {
+    fn device(
+        &self,
+        plan: &FunctionPlan,
+        bell: &Bell,
+    ) -> Result<(Box<dyn VirtioDevice>, BackEnd), BuildError> {
         let device: Box<dyn VirtioDevice> = match &plan.device {
             DevicePlan::VirtioIommu => {
                 let parts = self.virtio_iommu.ok_or_else(|| {
@@ -241,9 +256,36 @@ impl Makings<'_> {
                 let counters = BackEnd::Block(block.counters());
                 return Ok((Box::new(block), counters));
             }
+            DevicePlan::Net {
+                tap,
+                mac,
+                mtu,
+                pairs,
+            } => {
+                let config = NetConfig {
+                    id: plan.id.clone(),
+                    mac: vhost::octets(&plan.id, mac)?,
+                    mtu: *mtu,
+                    pairs: *pairs,
+                };
+                let net = vhost::net(&plan.id, tap, config, self.vhost()?, bell)?;
+                let monitors = BackEnd::Vhost(net.monitors());
+                return Ok((Box::new(net), monitors));
+            }
+            DevicePlan::Vsock { cid } => {
+                let vsock = vhost::vsock(*cid, self.vhost()?, bell)?;
+                let monitors = BackEnd::Vhost(vec![vsock.monitor()]);
+                return Ok((Box::new(vsock), monitors));
+            }
             DevicePlan::Entropy => Box::new(Rng::new()?),
         };
         Ok((device, BackEnd::None))
+    }
+}
+
+impl Makings<'_> {
+    fn vhost(&self) -> io::Result<&VhostContext> {
+        (self.vhost.as_ref()).ok_or(io::Error::from(io::ErrorKind::NotFound))
     }
 }
 

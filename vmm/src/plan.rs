@@ -12,7 +12,9 @@ use devices::pci::SLOTS;
 use serde::Serialize;
 
 use crate::action::Hex;
-use crate::config::{ConfigError, Drive, HugePages, Iommu, IommuModel, MemBacking, VmConfig};
+use crate::config::{
+    ConfigError, Drive, HugePages, Iommu, IommuModel, MacAddress, MemBacking, VmConfig,
+};
 
 /// Console and behaviour of a guest whose command line was left out: log and
 /// login on the serial port; a kernel panic resets at once instead of hanging.
@@ -69,6 +71,22 @@ pub enum DevicePlan {
         read_only: bool,
         /// Request queues.
         queues: u16,
+    },
+    /// A network interface.
+    Net {
+        /// The tap on the host.
+        tap: String,
+        /// The guest's Ethernet address.
+        mac: String,
+        /// The MTU that the guest is told.
+        mtu: Option<u16>,
+        /// Queue pairs.
+        pairs: u16,
+    },
+    /// The socket device.
+    Vsock {
+        /// The guest's context identifier.
+        cid: u32,
     },
     /// A source of entropy.
     Entropy,
@@ -191,8 +209,24 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
         };
         devices.push((drive.drive_id.clone(), drive.iommu, device));
     }
-    if config.entropy.is_some() {
-        devices.push(("entropy".to_owned(), true, DevicePlan::Entropy));
+    for interface in &config.network_interfaces {
+        let device = DevicePlan::Net {
+            tap: interface.host_dev_name.clone(),
+            mac: match &interface.guest_mac {
+                Some(given) => given.clone(),
+                None => made_mac(&interface.host_dev_name).to_string(),
+            },
+            mtu: interface.mtu,
+            pairs: interface.num_queues,
+        };
+        devices.push((interface.iface_id.clone(), interface.iommu, device));
+    }
+    if let Some(vsock) = &config.vsock {
+        let cid = vsock.guest_cid;
+        devices.push(("vsock".to_owned(), vsock.iommu, DevicePlan::Vsock { cid }));
+    }
+    if let Some(entropy) = &config.entropy {
+        devices.push(("entropy".to_owned(), entropy.iommu, DevicePlan::Entropy));
     }
     if devices.len() >= usize::from(SLOTS) {
         let problem = format!("the PCI bus has room for {} devices", SLOTS - 1);
@@ -209,13 +243,20 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
     Ok(functions.collect())
 }
 
+/// A locally administered address for the guest's end of a tap: another for
+/// each tap of a host, and the same whenever the machine starts.
+fn made_mac(tap: &str) -> MacAddress {
+    // FNV-1a, so that neither the toolchain nor the machine has a say in it.
+    let hash = tap.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let [a, b, c, d, e, ..] = hash.to_le_bytes();
+    MacAddress::try_from([0x06, a, b, c, d, e]).expect("the first octet is even")
+}
+
 /// Sections of the configuration whose devices do not exist yet.
 fn refuse_what_is_missing(config: &VmConfig) -> Result<(), ConfigError> {
-    let sections = [
-        ("network-interfaces", !config.network_interfaces.is_empty()),
-        ("vsock", config.vsock.is_some()),
-        ("iommu", config.iommu.model == IommuModel::Smmuv3),
-    ];
+    let sections = [("iommu", config.iommu.model == IommuModel::Smmuv3)];
     match sections.iter().find(|(_, given)| *given) {
         Some((section, _)) => Err(ConfigError::new(
             *section,

@@ -101,7 +101,11 @@ impl Drop for IotlbThread {
     fn drop(&mut self) {
         let _ = self.shared.exit.write(1);
         if let Some(handle) = self.handle.take() {
-            let _ = handle.join();
+            // The last user may have been served, and gone, on the thread
+            // itself.
+            if handle.thread().id() != std::thread::current().id() {
+                let _ = handle.join();
+            }
         }
     }
 }

@@ -188,7 +188,7 @@ pub struct NetworkInterface {
     /// The tap device on the host, which must exist.
     pub host_dev_name: String,
     /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. Left out, one is
-    /// made from the interface's position.
+    /// made from the tap's name.
     #[serde(default)]
     pub guest_mac: Option<String>,
     /// Accepted without limits only.

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use devices::vhost::IotlbMonitor;
 use devices::virtio::block::BlockCounters;
 use iommu::virtio::spec::feature;
 use iommu::{Access, FaultReason, Iova, StreamStats};
 
-use super::{BackEnd, Function, PciBus};
+use super::{BackEnd, Function, PciBus, vhost};
 use crate::action::{
     DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo, Mapping,
     MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
@@ -197,6 +198,8 @@ impl PciBus {
         let device = match function.device {
             DevicePlan::VirtioIommu => return None,
             DevicePlan::Block { .. } => DeviceKind::Block,
+            DevicePlan::Net { .. } => DeviceKind::Net,
+            DevicePlan::Vsock { .. } => DeviceKind::Vsock,
             DevicePlan::Entropy => DeviceKind::Entropy,
         };
         let region = function.region.as_ref();
@@ -210,6 +213,12 @@ impl PciBus {
             Some(state) if state.domain.is_some() => EndpointState::Translated,
             Some(_) => EndpointState::Blocked,
         };
+        let iotlbs: Vec<_> = match &function.back_end {
+            BackEnd::Vhost(monitors) => monitors.iter().map(IotlbMonitor::stats).collect(),
+            BackEnd::None | BackEnd::Block(_) => Vec::new(),
+        };
+        let mut counters = counters(&stats);
+        vhost::add_counters(&mut counters, &iotlbs);
         Some(EndpointInfo {
             id: function.id.clone(),
             device,
@@ -220,8 +229,8 @@ impl PciBus {
             asid: None,
             vmid: None,
             ats: None,
-            registration: None,
-            counters: counters(&stats),
+            registration: vhost::registration(&iotlbs),
+            counters,
         })
     }
 }
