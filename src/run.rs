@@ -9,7 +9,10 @@ use anyhow::{Context, Result, anyhow};
 use api::{Limits, Server, Socket};
 use clap::Args;
 use vmm::builder::{BootFiles, BuildError};
-use vmm::config::{BootSource, Drive, Entropy, Iommu, LogLevel, Logger, MemorySize, VmConfig};
+use vmm::config::{
+    BootSource, Drive, Entropy, Iommu, LogLevel, Logger, MemorySize, NetworkInterface, VmConfig,
+    Vsock,
+};
 use vmm::controller::Controller;
 use vmm::plan::MachinePlan;
 use vmm::{console, logger};
@@ -43,6 +46,12 @@ pub struct RunArgs {
     /// Disk: path=FILE[,id=ID][,readonly=on][,queues=N][,iommu=on|off]
     #[arg(long, value_name = "DISK")]
     disk: Vec<Drive>,
+    /// Network interface: tap=NAME[,id=ID][,mac=MAC][,queues=N][,mtu=N][,iommu=on|off]
+    #[arg(long, value_name = "NET")]
+    net: Vec<NetworkInterface>,
+    /// Socket device: cid=N[,iommu=on|off]
+    #[arg(long, value_name = "VSOCK")]
+    vsock: Option<Vsock>,
     /// Source of entropy
     #[arg(long)]
     rng: bool,
@@ -188,6 +197,8 @@ impl RunArgs {
         machine.mem_size_mib = self.memory.map_or(machine.mem_size_mib, MemorySize::mib);
         config.iommu = self.iommu.unwrap_or(config.iommu);
         config.drives.extend(self.disk);
+        config.network_interfaces.extend(self.net);
+        config.vsock = self.vsock.or(config.vsock);
         config.name_devices();
         if self.rng {
             config.entropy.get_or_insert_with(Entropy::default);
