@@ -1,0 +1,709 @@
+//! The host kernel's vhost-net behind a toy IOMMU, with a driver in this
+//! process: what the kernel does with our messages, without a guest.
+//!
+//! Needs root, `/dev/vhost-net` and `/dev/net/tun`, and fails without them:
+//! `cargo xtask lab` has all three.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::UdpSocket;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use devices::interrupt::{MsiMessage, MsiVector};
+use devices::tap::Tap;
+use devices::vhost::iotlb::IotlbStats;
+use devices::vhost::thread::IotlbThread;
+use devices::vhost::{IotlbMonitor, VhostContext};
+use devices::virtio::net::{Net, NetConfig};
+use devices::virtio::{Interrupt, StartedQueue, VirtioDevice as _};
+use iommu::{
+    Access, AddressSpace, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange,
+    Mapping, NotifierEvents, Perm, Refused, Request, StreamId,
+};
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
+use virtio_queue::{Queue, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const PAGE: u64 = 4096;
+const RAM: usize = 64 << 20;
+const SIZE: u16 = 256;
+const HEADER: usize = 12;
+const WRITE: u16 = 2;
+/// Where I/O virtual addresses begin: far from guest-physical ones.
+const OFFSET: u64 = 0x7_0000_0000;
+const RX: u64 = 0x1_0000;
+const TX: u64 = 0x2_0000;
+const BUFFERS: u64 = 0x10_0000;
+const GUEST_MAC: [u8; 6] = [0x06, 0, 0, 0, 0, 0x77];
+const UNMAP: NotifierEvents = NotifierEvents::UNMAP;
+
+/// An IOMMU of pages, with as much of the notifier chain as a test wants.
+#[derive(Default)]
+struct Pages(Mutex<PageState>);
+
+#[derive(Default)]
+struct PageState {
+    pages: BTreeMap<u64, (u64, Perm)>,
+    delivers: NotifierEvents,
+    region: Weak<IommuRegion>,
+    faults: Vec<(Iova, Access)>,
+}
+
+impl Pages {
+    fn state(&self) -> MutexGuard<'_, PageState> {
+        self.0.lock().unwrap()
+    }
+
+    fn region(&self) -> Arc<IommuRegion> {
+        self.state().region.upgrade().unwrap()
+    }
+
+    fn map(&self, gpa: u64, perm: Perm) {
+        let iova = gpa + OFFSET;
+        self.state().pages.insert(iova, (gpa, perm));
+        self.region().map(&Mapping {
+            iova: page(iova),
+            gpa: Gpa(gpa),
+            perm,
+        });
+    }
+
+    fn unmap(&self, gpa: u64) {
+        let iova = gpa + OFFSET;
+        self.state().pages.remove(&iova);
+        self.region().invalidate(&[page(iova)]);
+    }
+}
+
+fn page(iova: u64) -> IovaRange {
+    IovaRange::from_len(Iova(iova), PAGE).unwrap()
+}
+
+impl Iommu for Pages {
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        let answer = self.lookup(request);
+        if answer.is_err() {
+            self.state().faults.push((request.iova, request.access));
+        }
+        answer
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        let fault = |reason| Fault {
+            stream: request.stream,
+            iova: request.iova,
+            access: request.access,
+            reason,
+        };
+        let first = request.iova.0 & !(PAGE - 1);
+        let state = self.state();
+        let found = state.pages.get(&first);
+        let &(gpa, perm) = found.ok_or_else(|| fault(FaultReason::Translation))?;
+        if !perm.allows(request.access) {
+            return Err(fault(FaultReason::Permission));
+        }
+        Ok(Mapping {
+            iova: page(first),
+            gpa: Gpa(gpa),
+            perm,
+        })
+    }
+
+    fn notifier_events_changed(
+        &self,
+        _stream: StreamId,
+        _old: NotifierEvents,
+        new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        if self.state().delivers.contains(new) {
+            return Ok(());
+        }
+        Err(Refused {
+            events: new,
+            reason: "the test does not deliver it",
+        })
+    }
+
+    fn replay(&self, _stream: StreamId, _range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+        let pages = self.state().pages.clone();
+        for (iova, (gpa, perm)) in pages {
+            visit(&Mapping {
+                iova: page(iova),
+                gpa: Gpa(gpa),
+                perm,
+            });
+        }
+    }
+
+    fn connect(&self, region: Weak<IommuRegion>) {
+        self.state().region = region;
+    }
+}
+
+struct Vector(EventFd);
+
+impl MsiVector for Vector {
+    fn eventfd(&self) -> &EventFd {
+        &self.0
+    }
+
+    fn route(&self, _message: Option<MsiMessage>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn pending(&self) -> bool {
+        false
+    }
+}
+
+/// The driver's side of a queue.
+struct Ring {
+    at: u64,
+    posted: u16,
+    taken: u16,
+    kick: Arc<EventFd>,
+    interrupt: Arc<Vector>,
+}
+
+impl Ring {
+    fn new(at: u64) -> Self {
+        Self {
+            at,
+            posted: 0,
+            taken: 0,
+            kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            interrupt: Arc::new(Vector(EventFd::new(EFD_NONBLOCK).unwrap())),
+        }
+    }
+}
+
+/// A machine of one network device and one driver.
+struct World {
+    ram: Arc<GuestRam>,
+    space: AddressSpace,
+    /// What is added to guest-physical addresses to make the device's.
+    offset: u64,
+    pages: Option<Arc<Pages>>,
+    net: Net,
+    monitor: IotlbMonitor,
+    rx: Ring,
+    tx: Ring,
+    tap: String,
+    host: UdpSocket,
+    host_mac: [u8; 6],
+}
+
+/// Gives each test a network of its own.
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(status.unwrap().success(), "ip {arguments}");
+}
+
+impl World {
+    fn identity() -> Self {
+        Self::new(None, true)
+    }
+
+    fn translated(delivers: NotifierEvents) -> Self {
+        Self::with_prefetch(delivers, true)
+    }
+
+    fn with_prefetch(delivers: NotifierEvents, prefetch: bool) -> Self {
+        let pages = Arc::new(Pages::default());
+        pages.state().delivers = delivers;
+        Self::new(Some(pages), prefetch)
+    }
+
+    fn new(pages: Option<Arc<Pages>>, prefetch: bool) -> Self {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let tap = format!("vtest{number}");
+        let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM)]).unwrap());
+        let stream = StreamId(8);
+        let space = match &pages {
+            Some(pages) => {
+                let model = Arc::clone(pages) as Arc<dyn Iommu>;
+                AddressSpace::translated(IommuRegion::new(model, stream), Arc::clone(&ram))
+            }
+            None => AddressSpace::identity(stream, Arc::clone(&ram)),
+        };
+        let context = VhostContext {
+            ram: Arc::clone(&ram),
+            thread: Arc::new(IotlbThread::start().unwrap()),
+            prefill: true,
+            prefetch,
+        };
+        let config = NetConfig {
+            id: "test".into(),
+            mac: GUEST_MAC,
+            mtu: None,
+            pairs: 1,
+        };
+        let made = Tap::open(&tap, 1, None).unwrap();
+        let net = Net::new(config, made, &context).expect("vhost-net is to be had");
+        let v6 = format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
+        let _ = std::fs::write(v6, "1");
+        ip(&format!("addr add 10.77.{number}.1/24 dev {tap}"));
+        ip(&format!(
+            "neigh add 10.77.{number}.2 lladdr 06:00:00:00:00:77 dev {tap} nud permanent"
+        ));
+        let host = UdpSocket::bind((format!("10.77.{number}.1"), 7777)).unwrap();
+        host.connect((format!("10.77.{number}.2"), 7777)).unwrap();
+        host.set_nonblocking(true).unwrap();
+        let address = std::fs::read_to_string(format!("/sys/class/net/{tap}/address")).unwrap();
+        let mut host_mac = [0; 6];
+        for (to, from) in host_mac.iter_mut().zip(address.trim().split(':')) {
+            *to = u8::from_str_radix(from, 16).unwrap();
+        }
+        Self {
+            ram,
+            space,
+            offset: if pages.is_some() { OFFSET } else { 0 },
+            pages,
+            monitor: net.monitors().remove(0),
+            net,
+            rx: Ring::new(RX),
+            tx: Ring::new(TX),
+            tap,
+            host,
+            host_mac,
+        }
+    }
+
+    fn pages(&self) -> &Pages {
+        self.pages.as_ref().unwrap()
+    }
+
+    fn stats(&self) -> IotlbStats {
+        self.monitor.stats()
+    }
+
+    /// Maps the rings (and nothing else), negotiates and starts both queues.
+    fn start(&mut self) {
+        let mut features = 1 << VIRTIO_F_VERSION_1;
+        if let Some(pages) = &self.pages {
+            features |= 1 << VIRTIO_F_ACCESS_PLATFORM;
+            for ring in [RX, TX] {
+                pages.map(ring, Perm::READ);
+                pages.map(ring + PAGE, Perm::READ);
+                pages.map(ring + 2 * PAGE, Perm::READ_WRITE);
+            }
+        }
+        self.net.negotiated(features).unwrap();
+        let zeros = vec![0; 3 * 4096];
+        for (index, at) in [(0, RX), (1, TX)] {
+            self.ram.write_slice(&zeros, GuestAddress(at)).unwrap();
+            let ring = if index == 0 { &mut self.rx } else { &mut self.tx };
+            (ring.posted, ring.taken) = (0, 0);
+            let mut queue = Queue::new(SIZE).unwrap();
+            queue.set_size(SIZE);
+            let halves = |gpa: u64| {
+                let iova = gpa + self.offset;
+                let low = u32::try_from(iova & 0xffff_ffff).unwrap();
+                (Some(low), Some(u32::try_from(iova >> 32).unwrap()))
+            };
+            let (low, high) = halves(at);
+            queue.set_desc_table_address(low, high);
+            let (low, high) = halves(at + PAGE);
+            queue.set_avail_ring_address(low, high);
+            let (low, high) = halves(at + 2 * PAGE);
+            queue.set_used_ring_address(low, high);
+            queue.set_ready(true);
+            let vector = Arc::clone(&ring.interrupt) as Arc<dyn MsiVector>;
+            let started = StartedQueue {
+                queue,
+                space: self.space.clone(),
+                kick: Arc::clone(&ring.kick),
+                interrupt: Interrupt::new(vector),
+            };
+            self.net.start_queue(index, started).unwrap();
+        }
+    }
+
+    fn stop(&mut self) {
+        for index in [0, 1] {
+            let position = self.net.stop_queue(index).unwrap();
+            let ring = if index == 0 { &self.rx } else { &self.tx };
+            let used: u16 = self.ram.read_obj(GuestAddress(ring.at + 2 * PAGE + 2)).unwrap();
+            assert_eq!(position.next_avail, used, "it finished what it took");
+        }
+        self.net.reset();
+        let stats = self.stats();
+        assert_eq!((stats.entries, stats.stalled), (0, 0));
+    }
+
+    fn post(&mut self, transmit: bool, gpa: u64, len: usize) {
+        let offset = self.offset;
+        let ring = if transmit { &mut self.tx } else { &mut self.rx };
+        let slot = u64::from(ring.posted % SIZE);
+        let mut descriptor = [0; 16];
+        descriptor[..8].copy_from_slice(&(gpa + offset).to_le_bytes());
+        descriptor[8..12].copy_from_slice(&u32::try_from(len).unwrap().to_le_bytes());
+        let flags = if transmit { 0 } else { WRITE };
+        descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+        let (ram, at) = (&self.ram, ring.at);
+        let put = |bytes: &[u8], at| ram.write_slice(bytes, GuestAddress(at)).unwrap();
+        put(&descriptor, at + 16 * slot);
+        let head = ring.posted % SIZE;
+        put(&head.to_le_bytes(), at + PAGE + 4 + 2 * slot);
+        ring.posted = ring.posted.wrapping_add(1);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        put(&ring.posted.to_le_bytes(), at + PAGE + 2);
+    }
+
+    /// Waits for the device to have used one more buffer.
+    fn used(&mut self, transmit: bool) -> bool {
+        let ring = if transmit { &mut self.tx } else { &mut self.rx };
+        let index = GuestAddress(ring.at + 2 * PAGE + 2);
+        let taken = ring.taken;
+        let ram = &self.ram;
+        let done = eventually(|| ram.read_obj::<u16>(index).unwrap() != taken);
+        if done {
+            ring.taken = ring.taken.wrapping_add(1);
+        }
+        done
+    }
+
+    /// Sends a packet from the driver; its buffer lies in page `gpa`.
+    fn transmit(&mut self, gpa: u64, payload: &[u8]) {
+        let frame = self.frame(payload);
+        self.ram.write_slice(&frame, GuestAddress(gpa)).unwrap();
+        self.post(true, gpa, frame.len());
+        self.tx.kick.write(1).unwrap();
+    }
+
+    fn frame(&self, payload: &[u8]) -> Vec<u8> {
+        let network: u8 = self.tap.trim_start_matches("vtest").parse().unwrap();
+        let udp_len = u16::try_from(8 + payload.len()).unwrap();
+        let mut ip = vec![0x45, 0];
+        ip.extend((20 + udp_len).to_be_bytes());
+        ip.extend([0, 0, 0x40, 0, 64, 17, 0, 0]);
+        ip.extend([10, 77, network, 2, 10, 77, network, 1]);
+        let sum: u32 = (ip.chunks(2))
+            .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
+            .sum();
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        let mut frame = vec![0; HEADER];
+        frame.extend(self.host_mac);
+        frame.extend(GUEST_MAC);
+        frame.extend([8, 0]);
+        frame.extend(ip);
+        frame.extend(7777_u16.to_be_bytes());
+        frame.extend(7777_u16.to_be_bytes());
+        frame.extend(udp_len.to_be_bytes());
+        frame.extend([0, 0]);
+        frame.extend(payload);
+        frame
+    }
+
+    /// What the host's socket gets, if it gets something.
+    fn host_gets(&self) -> Option<Vec<u8>> {
+        let mut bytes = [0; 2048];
+        let mut len = None;
+        eventually(|| {
+            len = self.host.recv(&mut bytes).ok();
+            len.is_some()
+        });
+        len.map(|len| bytes[..len].to_vec())
+    }
+
+    fn host_sends(&self, payload: &[u8]) {
+        self.host.send(payload).unwrap();
+    }
+
+    /// Waits until a packet with this payload is in the buffer at `gpa`.
+    fn arrives(&mut self, gpa: u64, payload: &[u8]) -> bool {
+        self.used(false) && self.read(gpa, 42 + HEADER, payload.len()) == payload
+    }
+
+    fn read(&self, gpa: u64, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let at = GuestAddress(gpa + u64::try_from(offset).unwrap());
+        self.ram.read_slice(&mut bytes, at).unwrap();
+        bytes
+    }
+
+    fn offer(&mut self, gpa: u64) {
+        self.post(false, gpa, 2048);
+        self.rx.kick.write(1).unwrap();
+    }
+}
+
+fn eventually(mut happens: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < end {
+        if happens() {
+            return true;
+        }
+        sleep(Duration::from_millis(2));
+    }
+    happens()
+}
+
+fn map_unmap() -> NotifierEvents {
+    NotifierEvents::MAP | UNMAP
+}
+
+fn buffer(n: u64) -> u64 {
+    BUFFERS + n * PAGE
+}
+
+#[test]
+fn packets_go_both_ways_without_an_iommu() {
+    let mut world = World::identity();
+    world.start();
+    world.offer(buffer(1));
+    world.transmit(buffer(0), b"out");
+    assert_eq!(world.host_gets().as_deref(), Some(&b"out"[..]));
+    assert!(world.used(true));
+    world.host_sends(b"and in");
+    assert!(world.arrives(buffer(1), b"and in"));
+    assert_eq!(world.stats().updates, 0);
+    assert!(world.net.take_failure().is_none());
+    world.stop();
+}
+
+#[test]
+fn misses_are_answered_and_packets_go_both_ways() {
+    let mut world = World::translated(UNMAP);
+    world.start();
+    assert_eq!(world.stats().registration, UNMAP);
+    for n in 0..64 {
+        world.pages().map(buffer(2 * n), Perm::READ);
+        world.pages().map(buffer(2 * n + 1), Perm::WRITE);
+        world.offer(buffer(2 * n + 1));
+        let text = format!("packet {n}");
+        world.transmit(buffer(2 * n), text.as_bytes());
+        assert_eq!(world.host_gets().as_deref(), Some(text.as_bytes()));
+        assert!(world.used(true));
+        world.host_sends(text.as_bytes());
+        assert!(world.arrives(buffer(2 * n + 1), text.as_bytes()), "{n}");
+        world.pages().unmap(buffer(2 * n));
+        world.pages().unmap(buffer(2 * n + 1));
+    }
+    let stats = world.stats();
+    assert!((1..=128).contains(&stats.misses), "{stats:?}");
+    assert_eq!(stats.invalidations_sent, 128, "{stats:?}");
+    assert_eq!((stats.faults, stats.stalled), (0, 0));
+    assert_eq!(stats.entries, 6, "the rings");
+    println!("unmap: {stats:?}");
+    world.stop();
+}
+
+#[test]
+fn prefilled_packets_cost_no_miss() {
+    let mut world = World::translated(map_unmap());
+    world.start();
+    for n in 0..64 {
+        world.pages().map(buffer(2 * n), Perm::READ);
+        world.pages().map(buffer(2 * n + 1), Perm::WRITE);
+        world.offer(buffer(2 * n + 1));
+        world.transmit(buffer(2 * n), b"prefilled");
+        assert!(world.host_gets().is_some() && world.used(true));
+        world.host_sends(b"prefilled");
+        assert!(world.arrives(buffer(2 * n + 1), b"prefilled"), "{n}");
+        world.pages().unmap(buffer(2 * n));
+        world.pages().unmap(buffer(2 * n + 1));
+    }
+    let stats = world.stats();
+    assert_eq!((stats.misses, stats.faults), (0, 0), "{stats:?}");
+    println!("map+unmap: {stats:?}");
+    world.stop();
+}
+
+/// 200 receive buffers, cold.
+fn receive_cold(prefetch: bool) -> IotlbStats {
+    let mut world = World::with_prefetch(UNMAP, prefetch);
+    world.start();
+    for n in 0..200 {
+        world.pages().map(buffer(n), Perm::WRITE);
+        world.post(false, buffer(n), 2048);
+    }
+    world.rx.kick.write(1).unwrap();
+    for n in 0..200 {
+        let text = format!("{n} of many");
+        world.host_sends(text.as_bytes());
+        assert!(world.arrives(buffer(n), text.as_bytes()), "{n}");
+    }
+    let stats = world.stats();
+    world.stop();
+    stats
+}
+
+#[test]
+fn one_miss_brings_all_posted_buffers() {
+    let (with, without) = (receive_cold(true), receive_cold(false));
+    println!("prefetch: {with:?}\nno prefetch: {without:?}");
+    assert!(with.misses <= 2, "{with:?}");
+    assert!(without.misses >= 200, "{without:?}");
+}
+
+#[test]
+fn buffer_that_was_unmapped_is_not_touched() {
+    let mut world = World::translated(map_unmap());
+    world.start();
+    world.pages().map(buffer(0), Perm::WRITE);
+    world.offer(buffer(0));
+    world.host_sends(b"first");
+    assert!(world.arrives(buffer(0), b"first"));
+    let before = world.read(buffer(0), 0, 4096);
+    world.offer(buffer(0));
+    world.pages().unmap(buffer(0));
+    world.host_sends(b"second");
+    assert!(eventually(|| world.stats().faults == 1), "{:?}", world.stats());
+    assert_eq!(world.stats().stalled, 1);
+    sleep(Duration::from_millis(100));
+    assert_eq!(world.read(buffer(0), 0, 4096), before);
+    let at = Iova(buffer(0) + OFFSET);
+    assert_eq!(world.pages().state().faults, [(at, Access::Write)]);
+    world.pages().map(buffer(0), Perm::WRITE);
+    assert!(world.arrives(buffer(0), b"second"), "the queue goes on");
+    assert_eq!(world.stats().stalled, 0);
+    world.stop();
+}
+
+#[test]
+fn packet_in_unmapped_memory_is_not_sent_until_it_is_mapped() {
+    let mut world = World::translated(UNMAP);
+    world.start();
+    world.transmit(buffer(0), b"late");
+    assert!(eventually(|| world.stats().faults == 1));
+    assert!(world.host.recv(&mut [0; 64]).is_err());
+    world.pages().map(buffer(0), Perm::READ);
+    world.tx.kick.write(1).unwrap();
+    assert_eq!(world.host_gets().as_deref(), Some(&b"late"[..]));
+    assert_eq!(world.stats().stalled, 0);
+    world.stop();
+}
+
+#[test]
+fn read_only_memory_is_not_written() {
+    let mut world = World::translated(map_unmap());
+    world.start();
+    world.pages().map(buffer(0), Perm::READ);
+    let before = world.read(buffer(0), 0, 4096);
+    world.offer(buffer(0));
+    world.host_sends(b"forbidden");
+    assert!(eventually(|| world.stats().faults > 0), "{:?}", world.stats());
+    sleep(Duration::from_millis(100));
+    assert_eq!(world.read(buffer(0), 0, 4096), before);
+    assert!(world.net.take_failure().is_none());
+    assert_eq!(world.stats().stalled, 1);
+    world.pages().unmap(buffer(0));
+    world.pages().map(buffer(0), Perm::WRITE);
+    assert!(world.arrives(buffer(0), b"forbidden"), "{:?}", world.stats());
+    world.stop();
+}
+
+#[test]
+fn flush_of_everything_loses_no_packet() {
+    let mut world = World::translated(UNMAP);
+    world.start();
+    for n in 0..100 {
+        let gpa = buffer(n % 8);
+        world.pages().map(gpa, Perm::READ_WRITE);
+        world.offer(gpa);
+        world.pages().region().invalidate_all();
+        let text = format!("after flush {n}");
+        world.host_sends(text.as_bytes());
+        assert!(world.arrives(gpa, text.as_bytes()), "{n}: {:?}", world.stats());
+    }
+    println!("flushes: {:?}", world.stats());
+    assert_eq!(world.stats().faults, 0);
+    world.stop();
+}
+
+#[test]
+fn more_mappings_than_entries_still_let_packets_through() {
+    let mut world = World::translated(map_unmap());
+    world.start();
+    for n in 0..4000 {
+        world.pages().map(buffer(n), Perm::READ_WRITE);
+    }
+    for n in 0..4000 {
+        let gpa = buffer((n * 1237) % 4000);
+        let text = format!("pressure {n}");
+        world.offer(gpa);
+        world.host_sends(text.as_bytes());
+        assert!(world.arrives(gpa, text.as_bytes()), "{n}: {:?}", world.stats());
+    }
+    let stats = world.stats();
+    println!("pressure: {stats:?}");
+    assert_eq!((stats.faults, stats.entries), (0, 2048));
+    world.stop();
+}
+
+#[test]
+fn driver_comes_and_goes() {
+    let mut world = World::translated(map_unmap());
+    for n in 0..20 {
+        world.start();
+        world.pages().map(buffer(0), Perm::READ);
+        world.pages().map(buffer(1), Perm::WRITE);
+        world.offer(buffer(1));
+        world.transmit(buffer(0), b"again");
+        assert!(world.host_gets().is_some(), "{n}");
+        world.host_sends(b"again");
+        assert!(world.arrives(buffer(1), b"again"), "{n}");
+        // One queue is left waiting for what is never mapped.
+        world.transmit(buffer(9), b"never");
+        let faults = n + 1;
+        assert!(eventually(|| world.stats().faults == faults));
+        for queue in [0, 1] {
+            world.net.stop_queue(queue).unwrap();
+        }
+        world.net.reset();
+        assert_eq!((world.stats().entries, world.stats().stalled), (0, 0));
+        world.pages().unmap(buffer(0));
+        world.pages().unmap(buffer(1));
+        for page in 0..3 {
+            world.pages().unmap(RX + page * PAGE);
+            world.pages().unmap(TX + page * PAGE);
+        }
+    }
+    assert_eq!(world.pages().state().faults.len(), 20);
+}
+
+#[test]
+fn broken_ring_is_told_once_and_a_reset_mends_it() {
+    for translated in [false, true] {
+        let mut world = if translated {
+            World::translated(UNMAP)
+        } else {
+            World::identity()
+        };
+        world.start();
+        let bytes = 999_u16.to_le_bytes();
+        let index = GuestAddress(TX + PAGE + 2);
+        world.ram.write_slice(&bytes, index).unwrap();
+        world.tx.kick.write(1).unwrap();
+        let mut failure = None;
+        eventually(|| {
+            failure = world.net.take_failure();
+            failure.is_some()
+        });
+        println!("{}", failure.expect("the device fails"));
+        world.tx.kick.write(1).unwrap();
+        sleep(Duration::from_millis(50));
+        assert!(world.net.take_failure().is_none(), "once");
+        for queue in [0, 1] {
+            world.net.stop_queue(queue).unwrap();
+        }
+        world.net.reset();
+        world.start();
+        if translated {
+            world.pages().map(buffer(0), Perm::READ);
+        }
+        world.transmit(buffer(0), b"mended");
+        assert_eq!(world.host_gets().as_deref(), Some(&b"mended"[..]));
+        world.stop();
+    }
+}
