@@ -127,9 +127,7 @@ fn static_checks(tally: &mut Tally) -> Result<()> {
             continue;
         }
         let mut clippy = toolchain.cargo("clippy");
-        clippy
-            .args(["--workspace", "--all-targets"])
-            .args(with_boot_tests()?);
+        clippy.args(["--workspace", "--all-targets", "--features", FEATURE]);
         tally.count(
             &format!("lints for {arch}"),
             succeeds(clippy.args(["--", "-D", "warnings"]))?,
@@ -285,7 +283,7 @@ fn run_natively(
 
 /// Runs the programs one after the other; what it prints besides, [`Listener`] understands.
 fn script(arch: Arch, programs: &[(String, PathBuf)], filter: &str) -> String {
-    let mut script = String::from("worst=0\n");
+    let mut script = String::from("worst=0; : > \"$PORTCULLIS_RETRIES\"\n");
     for (name, _) in programs {
         script += &format!(
             "echo '== {name} on {arch}'\n\
@@ -294,7 +292,7 @@ fn script(arch: Arch, programs: &[(String, PathBuf)], filter: &str) -> String {
         );
     }
     script
-        + "while read -r line; do echo \"== retry $line\"; done < \"$PORTCULLIS_RETRIES\" 2>/dev/null\n\
+        + "while read -r line; do echo \"== retry $line\"; done < \"$PORTCULLIS_RETRIES\"\n\
               exit $worst\n"
 }
 
@@ -348,24 +346,28 @@ fn count_of(text: &str, word: &str) -> u32 {
         .unwrap_or(0)
 }
 
-/// Arguments that make cargo include the boot tests.
-fn with_boot_tests() -> Result<Vec<String>> {
-    let present = metadata()?
-        .iter()
-        .any(|package| package["name"] == "portcullis" && package["features"][FEATURE].is_array());
-    Ok(if present {
-        vec!["--features".to_owned(), format!("portcullis/{FEATURE}")]
-    } else {
-        Vec::new()
-    })
+/// The root package's test programs that need [`FEATURE`].
+fn boot_test_names() -> Result<Vec<String>> {
+    let needs_feature = |target: &&Value| {
+        let features = target["required-features"].as_array();
+        features.is_some_and(|names| names.iter().any(|name| name == FEATURE))
+    };
+    let mut names = Vec::new();
+    for package in metadata()? {
+        let targets = package["targets"].as_array().into_iter().flatten();
+        let targets = targets.filter(needs_feature);
+        names.extend(targets.filter_map(|target| target["name"].as_str().map(str::to_owned)));
+    }
+    Ok(names)
 }
 
 /// Builds the boot tests, and some unit tests if asked, and returns the programs by name.
 fn test_programs(toolchain: &Toolchain, units: bool) -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = toolchain.cargo("test");
-    cargo
-        .args(["--no-run", "--package", "portcullis", "--test", "*"])
-        .args(with_boot_tests()?);
+    cargo.args(["--no-run", "--package", "portcullis", "--features", FEATURE]);
+    for name in boot_test_names()? {
+        cargo.args(["--test", &name]);
+    }
     let mut programs = built(&mut cargo, "test")?;
     if units {
         let mut cargo = toolchain.cargo("test");
