@@ -12,6 +12,10 @@ use crate::lab;
 use crate::machine::{Place, PlaceArgs};
 use crate::product::{self, Profile};
 
+/// Makes a tap device on the emulated host and starts portcullis with the script's arguments.
+const WITH_TAP: &str = "ip tuntap add tap0 mode tap vnet_hdr && ip address add 10.9.0.1/24 dev tap0 \
+                        && ip link set tap0 up && exec portcullis \"$@\"";
+
 /// Boots a guest of `arch` before the user's eyes.
 pub fn run(arch: Arch, place: PlaceArgs) -> Result<ExitCode> {
     let place = place.decide(arch)?;
@@ -23,52 +27,53 @@ pub fn run(arch: Arch, place: PlaceArgs) -> Result<ExitCode> {
         || guest::prepare(arch),
     )?;
     let interactive = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
-    let run = if interactive {
-        "/etc/guest/introduce; echo 'Type poweroff -f to end.'"
+    let end = if interactive {
+        "echo 'Type poweroff -f to end.'"
     } else {
-        "/etc/guest/introduce; poweroff -f"
+        "poweroff -f"
     };
-    let arguments = |program: &str, directory: &str| -> Vec<String> {
-        let cmdline = format!("console=ttyS0 quiet guest.run=\"{run}\"");
+    let arguments = |directory: &str, devices: &[&str], ask: &str| -> Vec<String> {
         let kernel = format!("{directory}/vmlinuz-6.12");
         let initrd = format!("{directory}/initramfs.cpio");
-        let words = [
-            program,
-            "run",
-            "--cpus",
-            "2",
-            "--memory",
-            "512M",
-            "--kernel",
-            &kernel,
-            "--initrd",
-            &initrd,
-            "--cmdline",
-            &cmdline,
+        let cmdline =
+            format!("console=ttyS0 quiet guest.run=\"/etc/guest/introduce {ask}; {end}\"");
+        let mut words = vec![
+            "run", "--cpus", "2", "--memory", "512M", "--kernel", &kernel,
         ];
-        words.map(str::to_owned).to_vec()
+        words.extend(["--initrd", &initrd, "--cmdline", &cmdline]);
+        words.extend(["--iommu", "virtio-iommu", "--rng"]);
+        words.extend(devices);
+        words.into_iter().map(str::to_owned).collect()
     };
     let status = step("3/3: boot it", || match place {
         Place::Native => {
-            let program = binary.display().to_string();
-            let words = arguments(&program, &images.dir.display().to_string());
-            eprintln!("{}", words.join(" "));
-            let status = Command::new(&binary).args(&words[1..]).status();
+            // No network: a tap device needs the administrator.
+            let words = arguments(&images.dir.display().to_string(), &[], "");
+            show(&words);
+            let status = Command::new(&binary).args(&words).status();
             let status = status.context("cannot start portcullis")?;
             Ok(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1))
         }
         Place::Lab => {
             let mut job = lab::Job::new(arch);
             job.programs.push(("portcullis".to_owned(), binary.clone()));
-            job.command = arguments("portcullis", "/guest");
+            let words = arguments("/guest", &["--net", "tap=tap0"], "10.9.0.2 10.9.0.1");
+            show(&words);
+            job.command = ["sh", "-c", WITH_TAP, "portcullis"]
+                .map(str::to_owned)
+                .to_vec();
+            job.command.extend(words);
             job.interactive = interactive;
             job.timeout = Duration::from_secs(if interactive { 24 * 3600 } else { 300 });
-            eprintln!("{}", job.command.join(" "));
             lab::run(&job, &mut |_| {})
         }
     })?;
     eprintln!("The guest has ended; portcullis' exit status: {status}");
     Ok(ExitCode::from(status))
+}
+
+fn show(words: &[String]) {
+    eprintln!("portcullis {}", words.join(" "));
 }
 
 fn step<T>(title: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
