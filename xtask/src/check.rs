@@ -17,7 +17,7 @@ use crate::machine::{Place, PlaceArgs};
 use crate::paths;
 use crate::product::{self, Profile, Toolchain};
 
-/// The root package's feature that its boot tests need, so that `cargo test` leaves them out.
+/// The feature that boot tests need, so that `cargo test` leaves them out.
 const FEATURE: &str = "boot-tests";
 /// Unit tests that are also run where the boot tests are: of the code that differs between
 /// architectures or talks to KVM.
@@ -346,29 +346,38 @@ fn count_of(text: &str, word: &str) -> u32 {
         .unwrap_or(0)
 }
 
-/// The root package's test programs that need [`FEATURE`].
-fn boot_test_names() -> Result<Vec<String>> {
+/// The test programs that need [`FEATURE`], by their packages.
+fn boot_test_names() -> Result<Vec<(String, Vec<String>)>> {
     let needs_feature = |target: &&Value| {
         let features = target["required-features"].as_array();
         features.is_some_and(|names| names.iter().any(|name| name == FEATURE))
     };
-    let mut names = Vec::new();
+    let mut packages = Vec::new();
     for package in metadata()? {
+        let name = package["name"].as_str().context("package without a name")?;
         let targets = package["targets"].as_array().into_iter().flatten();
         let targets = targets.filter(needs_feature);
-        names.extend(targets.filter_map(|target| target["name"].as_str().map(str::to_owned)));
+        let tests: Vec<_> = targets
+            .filter_map(|target| target["name"].as_str().map(str::to_owned))
+            .collect();
+        if !tests.is_empty() {
+            packages.push((name.to_owned(), tests));
+        }
     }
-    Ok(names)
+    Ok(packages)
 }
 
 /// Builds the boot tests, and some unit tests if asked, and returns the programs by name.
 fn test_programs(toolchain: &Toolchain, units: bool) -> Result<Vec<(String, PathBuf)>> {
-    let mut cargo = toolchain.cargo("test");
-    cargo.args(["--no-run", "--package", "portcullis", "--features", FEATURE]);
-    for name in boot_test_names()? {
-        cargo.args(["--test", &name]);
+    let mut programs = Vec::new();
+    for (package, tests) in boot_test_names()? {
+        let mut cargo = toolchain.cargo("test");
+        cargo.args(["--no-run", "--package", &package, "--features", FEATURE]);
+        for name in tests {
+            cargo.args(["--test", &name]);
+        }
+        programs.extend(built(&mut cargo, "test")?);
     }
-    let mut programs = built(&mut cargo, "test")?;
     if units {
         let mut cargo = toolchain.cargo("test");
         cargo.args(["--no-run", "--lib"]);
