@@ -29,6 +29,7 @@ pub mod dma;
 pub mod gate;
 mod notifier;
 mod region;
+pub mod smmuv3;
 mod space;
 mod translate;
 pub mod virtio;

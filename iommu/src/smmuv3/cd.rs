@@ -1,0 +1,224 @@
+//! Context descriptors (IHI 0070 §5.4).
+
+use super::SmmuConfig;
+use super::spec::cd;
+use super::ste::{Stage1, World, address_bits, flags, granule_0};
+use super::walk::{Format, Granule, Table};
+
+/// One of the two halves of a virtual address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Half {
+    /// The table; its input addresses are the low bits of an address.
+    pub table: Table,
+    /// No walks: every address faults (EPD).
+    pub disabled: bool,
+    /// Bits 63:56 of an address do not matter (TBI).
+    pub ignore_top: bool,
+}
+
+/// What a valid CD says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cd {
+    /// Addresses from 0 up.
+    pub low: Half,
+    /// Addresses from 2^64 down; the EL2 regime has none.
+    pub high: Option<Half>,
+    /// ASID; 0 in the EL2 regime, which has none.
+    pub asid: u16,
+    /// Faults stall.
+    pub stall: bool,
+    /// Faults are recorded.
+    pub record: bool,
+}
+
+/// A CD that is ILLEGAL or not valid: `C_BAD_CD`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadCd;
+
+/// Where an address is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// In which half.
+    pub half: &'a Half,
+    /// As which input address of its table.
+    pub input: u64,
+    /// What an address of this half has above the input, when its top byte is
+    /// a sign extension.
+    pub base: u64,
+}
+
+impl Place<'_> {
+    /// The address with its top byte sign-extended.
+    #[must_use]
+    pub const fn canonical(&self) -> u64 {
+        self.base | self.input
+    }
+}
+
+impl Cd {
+    /// Decodes and checks a CD that was reached through a stream of regime
+    /// `world` (§5.4.2).
+    ///
+    /// # Errors
+    /// [`BadCd`].
+    pub fn parse(
+        words: &[u64; cd::WORDS],
+        config: &SmmuConfig,
+        stage1: &Stage1,
+        world: World,
+    ) -> Result<Self, BadCd> {
+        let stall = cd::S.is_set(words);
+        // IDR0.TERM_MODEL: a faulting access cannot read as zero.
+        if !cd::V.is_set(words)
+            || !cd::AA64.is_set(words)
+            || !cd::A.is_set(words)
+            || stall && stage1.stall_disabled
+        {
+            return Err(BadCd);
+        }
+        let one_table = world == World::El2;
+        let disabled = [
+            !one_table && cd::EPD0.is_set(words),
+            !one_table && cd::EPD1.is_set(words),
+        ];
+        let walks = !disabled[0] || !one_table && !disabled[1];
+        if walks && cd::ENDI.is_set(words) {
+            return Err(BadCd);
+        }
+        let common = Common {
+            words,
+            config,
+            unprivileged: !one_table,
+        };
+        let low = common.half(
+            disabled[0],
+            cd::TBI0.is_set(words),
+            Fields {
+                granule: granule_0(cd::TG0.of(words)),
+                tsz: cd::T0SZ.of32(words),
+                base: cd::TTB0.in_place(words),
+                had: cd::HAD0.is_set(words),
+            },
+        )?;
+        let high = if one_table {
+            None
+        } else {
+            let granule = match cd::TG1.of(words) {
+                1 => Some(Granule::K16),
+                2 => Some(Granule::K4),
+                3 => Some(Granule::K64),
+                _ => None,
+            };
+            Some(common.half(
+                disabled[1],
+                cd::TBI1.is_set(words),
+                Fields {
+                    granule,
+                    tsz: cd::T1SZ.of32(words),
+                    base: cd::TTB1.in_place(words),
+                    had: cd::HAD1.is_set(words),
+                },
+            )?)
+        };
+        Ok(Self {
+            low,
+            high,
+            asid: if one_table { 0 } else { cd::ASID.of16(words) },
+            stall,
+            record: cd::R.is_set(words),
+        })
+    }
+
+    /// Where `address` is looked up, or `None` when it lies between the halves
+    /// or in one that is disabled (§3.4.1).
+    #[must_use]
+    pub fn place(&self, address: u64) -> Option<Place<'_>> {
+        let upper = self.high.is_some() && address >> 55 & 1 != 0;
+        let half = if upper {
+            self.high.as_ref()?
+        } else {
+            &self.low
+        };
+        if half.disabled {
+            return None;
+        }
+        let ignored = if half.ignore_top { 0xff << 56 } else { 0 };
+        let mask = (1_u64 << half.table.input_bits) - 1;
+        let base = if upper { !mask } else { 0 };
+        ((address ^ base) & !mask & !ignored == 0).then_some(Place {
+            half,
+            input: address & mask,
+            base,
+        })
+    }
+
+    /// Whether any address has others that mean the same.
+    #[must_use]
+    pub fn has_aliases(&self) -> bool {
+        let half = |half: &Half| half.ignore_top && !half.disabled;
+        half(&self.low) || self.high.as_ref().is_some_and(half)
+    }
+}
+
+struct Fields {
+    granule: Option<Granule>,
+    tsz: u32,
+    base: u64,
+    had: bool,
+}
+
+struct Common<'a> {
+    words: &'a [u64; cd::WORDS],
+    config: &'a SmmuConfig,
+    unprivileged: bool,
+}
+
+impl Common<'_> {
+    fn half(&self, disabled: bool, ignore_top: bool, fields: Fields) -> Result<Half, BadCd> {
+        let output_bits = address_bits(cd::IPS.of(self.words), self.config.address_bits());
+        let (access_flag, dirty) = flags(
+            cd::HA.is_set(self.words),
+            cd::HD.is_set(self.words),
+            cd::AFFD.is_set(self.words),
+        );
+        let granule = match fields.granule {
+            Some(granule) => granule,
+            // The fields of a disabled half are ignored (§5.4.1.1).
+            None if disabled => Granule::K4,
+            None => return Err(BadCd),
+        };
+        let large = granule == Granule::K64;
+        let widest = if large && self.config.address_bits() == 52 {
+            12
+        } else {
+            16
+        };
+        let reach = output_bits.min(if large { 52 } else { 48 });
+        let legal = (widest..=39).contains(&fields.tsz) && fields.base >> reach == 0;
+        if !legal && !disabled {
+            return Err(BadCd);
+        }
+        let input_bits = 64 - if legal { fields.tsz } else { 16 };
+        let start_level = 4 - (input_bits - granule.bits()).div_ceil(granule.stride());
+        let mut table = Table {
+            granule,
+            base: fields.base,
+            input_bits,
+            start_level,
+            output_bits,
+            wide: self.config.address_bits() == 52,
+            access_flag,
+            dirty,
+            format: Format::Stage1 {
+                unprivileged: self.unprivileged,
+                hierarchical: !fields.had,
+            },
+        };
+        table.base &= !(table.alignment() - 1);
+        Ok(Half {
+            table,
+            disabled,
+            ignore_top,
+        })
+    }
+}

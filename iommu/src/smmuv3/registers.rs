@@ -1,0 +1,299 @@
+//! The registers (IHI 0070 §6) as a table: which bits of which word the guest
+//! may write, and when. What a write sets in motion is the model's business.
+
+use serde::{Deserialize, Serialize};
+
+use super::SmmuConfig;
+use super::spec::{cr0, cr2, gbpa, gerror, idr0, idr1, idr3, idr5, irq_ctrl, queue, reg};
+
+/// Words of the register file.
+const WORDS: usize = (reg::END / 4) as usize;
+/// SMMUv3.2.
+const AIDR: u32 = 2;
+/// `CIDR0` to `CIDR3` of a CoreLink component.
+const CIDR: [u32; 4] = [0x0d, 0xf0, 0x05, 0xb1];
+/// Entries of the queues, as powers of two. Linux takes the largest it can
+/// get, so these are also what a guest spends on them.
+const CMDQS: u32 = 12;
+const EVENTQS: u32 = 10;
+const PRIQS: u32 = 10;
+/// Bits of a StreamID: a PCI requester ID.
+pub const STREAM_BITS: u32 = 16;
+/// Bits of a SubstreamID: a PASID.
+pub const SUBSTREAM_BITS: u32 = 20;
+/// Most stalled transactions.
+pub const STALL_MAX: u32 = 32;
+
+/// When the guest may write a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guard {
+    /// Always.
+    None,
+    /// While a bit of CR0 is clear.
+    Cr0(u32),
+    /// While a bit of IRQ_CTRL is clear.
+    Irq(u32),
+}
+
+/// Words that the guest may write: offset, writable bits, guard.
+const WRITABLE: [(u64, u32, Guard); 33] = {
+    use Guard::{Cr0, Irq, None};
+    const LOW_BASE: u32 = 0xffff_ffe0;
+    const HIGH_BASE: u32 = 0x400f_ffff;
+    const MSI_LOW: u32 = 0xffff_fffc;
+    const MSI_HIGH: u32 = 0x000f_ffff;
+    const SIZE: u32 = 0x1f;
+    [
+        (
+            reg::CR0,
+            cr0::SMMUEN | cr0::PRIQEN | cr0::EVENTQEN | cr0::CMDQEN | cr0::ATSCHK | cr0::VMW,
+            None,
+        ),
+        (reg::CR1, 0xfff, None),
+        (
+            reg::CR2,
+            cr2::E2H | cr2::RECINVSID | cr2::PTM | cr2::REC_CFG_ATS,
+            Cr0(cr0::SMMUEN),
+        ),
+        (
+            reg::GBPA,
+            gbpa::ABORT | gbpa::ATTRIBUTES | gbpa::UPDATE,
+            None,
+        ),
+        (
+            reg::IRQ_CTRL,
+            irq_ctrl::GERROR | irq_ctrl::PRIQ | irq_ctrl::EVENTQ,
+            None,
+        ),
+        (reg::GERRORN, gerror::ALL, None),
+        (reg::GERROR_IRQ_CFG0, MSI_LOW, Irq(irq_ctrl::GERROR)),
+        (reg::GERROR_IRQ_CFG0 + 4, MSI_HIGH, Irq(irq_ctrl::GERROR)),
+        (reg::GERROR_IRQ_CFG1, u32::MAX, Irq(irq_ctrl::GERROR)),
+        (reg::GERROR_IRQ_CFG2, 0x3f, Irq(irq_ctrl::GERROR)),
+        (reg::STRTAB_BASE, 0xffff_ffc0, Cr0(cr0::SMMUEN)),
+        (reg::STRTAB_BASE + 4, HIGH_BASE, Cr0(cr0::SMMUEN)),
+        (reg::STRTAB_BASE_CFG, 0x3_07ff, Cr0(cr0::SMMUEN)),
+        (reg::CMDQ_BASE, LOW_BASE | SIZE, Cr0(cr0::CMDQEN)),
+        (reg::CMDQ_BASE + 4, HIGH_BASE, Cr0(cr0::CMDQEN)),
+        (reg::CMDQ_PROD, queue::INDEX, None),
+        (reg::CMDQ_CONS, queue::INDEX, Cr0(cr0::CMDQEN)),
+        (reg::EVENTQ_BASE, LOW_BASE | SIZE, Cr0(cr0::EVENTQEN)),
+        (reg::EVENTQ_BASE + 4, HIGH_BASE, Cr0(cr0::EVENTQEN)),
+        (
+            reg::EVENTQ_PROD,
+            queue::INDEX | queue::OVERFLOW,
+            Cr0(cr0::EVENTQEN),
+        ),
+        (reg::EVENTQ_CONS, queue::INDEX | queue::OVERFLOW, None),
+        (reg::EVENTQ_IRQ_CFG0, MSI_LOW, Irq(irq_ctrl::EVENTQ)),
+        (reg::EVENTQ_IRQ_CFG0 + 4, MSI_HIGH, Irq(irq_ctrl::EVENTQ)),
+        (reg::EVENTQ_IRQ_CFG1, u32::MAX, Irq(irq_ctrl::EVENTQ)),
+        (reg::EVENTQ_IRQ_CFG2, 0x3f, Irq(irq_ctrl::EVENTQ)),
+        (reg::PRIQ_BASE, LOW_BASE | SIZE, Cr0(cr0::PRIQEN)),
+        (reg::PRIQ_BASE + 4, HIGH_BASE, Cr0(cr0::PRIQEN)),
+        (
+            reg::PRIQ_PROD,
+            queue::INDEX | queue::OVERFLOW,
+            Cr0(cr0::PRIQEN),
+        ),
+        (reg::PRIQ_CONS, queue::INDEX | queue::OVERFLOW, None),
+        (reg::PRIQ_IRQ_CFG0, MSI_LOW, Irq(irq_ctrl::PRIQ)),
+        (reg::PRIQ_IRQ_CFG0 + 4, MSI_HIGH, Irq(irq_ctrl::PRIQ)),
+        (reg::PRIQ_IRQ_CFG1, u32::MAX, Irq(irq_ctrl::PRIQ)),
+        (reg::PRIQ_IRQ_CFG2, 0x8000_003f, Irq(irq_ctrl::PRIQ)),
+    ]
+};
+
+/// The values of all registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    words: Vec<u32>,
+}
+
+impl Registers {
+    /// The registers after a reset.
+    #[must_use]
+    pub fn new(config: &SmmuConfig) -> Self {
+        let mut registers = Self {
+            words: vec![0; WORDS],
+        };
+        for (offset, value) in identification(config) {
+            registers.set(offset, value);
+        }
+        registers.set(reg::GBPA, gbpa::RESET);
+        registers
+    }
+
+    fn index(offset: u64) -> usize {
+        usize::try_from(offset / 4).unwrap_or(usize::MAX)
+    }
+
+    /// The 32-bit word at `offset` of page 0; 0 beyond the registers.
+    #[must_use]
+    pub fn get(&self, offset: u64) -> u32 {
+        self.words.get(Self::index(offset)).copied().unwrap_or(0)
+    }
+
+    /// The 64-bit register at `offset`.
+    #[must_use]
+    pub fn get64(&self, offset: u64) -> u64 {
+        u64::from(self.get(offset)) | u64::from(self.get(offset + 4)) << 32
+    }
+
+    /// Sets a word, whatever the guest may do to it.
+    pub fn set(&mut self, offset: u64, value: u32) {
+        if let Some(word) = self.words.get_mut(Self::index(offset)) {
+            *word = value;
+        }
+    }
+
+    /// Whether a bit of CR0 is set.
+    #[must_use]
+    pub fn enabled(&self, bit: u32) -> bool {
+        self.get(reg::CR0) & bit != 0
+    }
+
+    /// Whether a bit of CR2 is set.
+    #[must_use]
+    pub fn cr2(&self, bit: u32) -> bool {
+        self.get(reg::CR2) & bit != 0
+    }
+
+    /// Whether a global error is active (§7.5).
+    #[must_use]
+    pub fn error_active(&self, bit: u32) -> bool {
+        (self.get(reg::GERROR) ^ self.get(reg::GERRORN)) & bit != 0
+    }
+
+    /// What a write of `value` to the word at `offset` leaves there, or `None`
+    /// when the guest may not write it now.
+    #[must_use]
+    pub fn writable(&self, offset: u64, value: u32) -> Option<u32> {
+        let (_, mask, guard) = WRITABLE.iter().find(|(known, ..)| *known == offset)?;
+        let free = match guard {
+            Guard::None => true,
+            Guard::Cr0(bit) => self.get(reg::CR0) & bit == 0,
+            Guard::Irq(bit) => self.get(reg::IRQ_CTRL) & bit == 0,
+        };
+        let mask = mask & self.offered(offset);
+        free.then_some(self.get(offset) & !mask | value & mask)
+    }
+
+    /// The bits of a control register that belong to what IDR0 offers.
+    fn offered(&self, offset: u64) -> u32 {
+        let controls: &[(u64, u32, u32)] = &[
+            (reg::CR0, idr0::PRI, cr0::PRIQEN),
+            (reg::CR0, idr0::ATS, cr0::ATSCHK),
+            (reg::CR0, idr0::VMW, cr0::VMW),
+            (reg::CR2, idr0::HYP, cr2::E2H),
+            (reg::CR2, idr0::ATSRECERR, cr2::REC_CFG_ATS),
+        ];
+        controls
+            .iter()
+            .filter(|(control, feature, _)| {
+                *control == offset && self.get(reg::IDR0) & feature == 0
+            })
+            .fold(u32::MAX, |mask, (.., bits)| mask & !bits)
+    }
+
+    /// The word at `offset` of both pages as the guest reads it.
+    #[must_use]
+    pub fn read(&self, offset: u64) -> u32 {
+        match offset {
+            reg::CIDR0.. if offset < reg::CIDR0 + 16 => {
+                CIDR[usize::try_from((offset - reg::CIDR0) / 4).unwrap_or(0)]
+            }
+            _ => self.get(in_page_0(offset)),
+        }
+    }
+}
+
+/// The offset in page 0 of a register that may be in page 1: the indices of
+/// the event and PRI queues (§6.2).
+#[must_use]
+pub const fn in_page_0(offset: u64) -> u64 {
+    match offset.wrapping_sub(reg::PAGE_1) {
+        page_1 @ (reg::EVENTQ_PROD | reg::EVENTQ_CONS | reg::PRIQ_PROD | reg::PRIQ_CONS) => page_1,
+        _ => offset,
+    }
+}
+
+/// What the identification registers say, all of it implemented.
+fn identification(config: &SmmuConfig) -> [(u64, u32); 5] {
+    let when = |condition: bool, bits: u32| if condition { bits } else { 0 };
+    let both = config.stage1() && config.stage2();
+    let idr0 = idr0::TTF_AARCH64
+        | idr0::COHACC
+        | idr0::HTTU_DIRTY
+        | idr0::ASID16
+        | idr0::MSI
+        | idr0::TTENDIAN_LITTLE
+        | idr0::TERM_MODEL
+        | idr0::ST_LEVEL_2
+        | when(config.stage1(), idr0::S1P | idr0::CD2L)
+        | when(config.stage2(), idr0::S2P | idr0::VMID16 | idr0::VMW)
+        | when(config.hyp(), idr0::HYP)
+        | when(config.ats, idr0::ATS | idr0::ATSRECERR)
+        | when(config.ats && both, idr0::NS1ATS)
+        | when(config.pri(), idr0::PRI);
+    let idr1 = STREAM_BITS << idr1::SIDSIZE
+        | config.substream_bits() << idr1::SSIDSIZE
+        | when(config.pri(), PRIQS << idr1::PRIQS)
+        | EVENTQS << idr1::EVENTQS
+        | CMDQS << idr1::CMDQS;
+    let idr3 = idr3::RIL
+        | idr3::BBML2
+        | when(config.stage1(), idr3::HAD)
+        | when(config.stage2(), idr3::XNX | idr3::FWB)
+        | when(config.pri() && config.stage1(), idr3::PPS);
+    let oas = match config.address_bits() {
+        52 => 6 | idr5::VAX_52,
+        48 => 5,
+        _ => 4,
+    };
+    let idr5 = oas | idr5::GRANULES | STALL_MAX << idr5::STALL_MAX;
+    [
+        (reg::IDR0, idr0),
+        (reg::IDR1, idr1),
+        (reg::IDR3, idr3),
+        (reg::IDR5, idr5),
+        (reg::AIDR, AIDR),
+    ]
+}
+
+/// The names of what is offered, as `IDR0.ATS`.
+#[must_use]
+pub fn features(config: &SmmuConfig) -> Vec<&'static str> {
+    let table: [(bool, &[&str]); 7] = [
+        (
+            true,
+            &[
+                "IDR0.COHACC",
+                "IDR0.HTTU",
+                "IDR0.ASID16",
+                "IDR0.MSI",
+                "IDR0.STALL_MODEL",
+                "IDR0.ST_LEVEL",
+                "IDR3.RIL",
+                "IDR3.BBML",
+                "IDR5.GRAN4K",
+                "IDR5.GRAN16K",
+                "IDR5.GRAN64K",
+            ],
+        ),
+        (config.stage1(), &["IDR0.S1P", "IDR0.CD2L", "IDR3.HAD"]),
+        (
+            config.stage2(),
+            &["IDR0.S2P", "IDR0.VMID16", "IDR0.VMW", "IDR3.FWB"],
+        ),
+        (config.hyp(), &["IDR0.Hyp"]),
+        (config.ats, &["IDR0.ATS", "IDR0.ATSRECERR"]),
+        (config.pri(), &["IDR0.PRI"]),
+        (config.address_bits() == 52, &["IDR5.VAX"]),
+    ];
+    table
+        .iter()
+        .filter(|(offered, _)| *offered)
+        .flat_map(|(_, names)| names.iter().copied())
+        .collect()
+}

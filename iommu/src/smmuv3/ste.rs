@@ -1,0 +1,271 @@
+//! Stream table entries: where they lie (IHI 0070 §5.1) and what they say
+//! (§5.2).
+
+use super::SmmuConfig;
+use super::spec::{cr2, ste};
+use super::walk::{AccessFlag, Format, Granule, Table};
+
+/// Which regime tags the translations of a stream (§3.3.3 StreamWorld).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum World {
+    /// NS-EL1: tagged with VMID and ASID.
+    El1,
+    /// NS-EL2: not tagged.
+    El2,
+    /// NS-EL2-E2H: tagged with the ASID.
+    El2E2h,
+}
+
+/// What stage 1 needs from the STE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stage1 {
+    /// Address of the CD or of the table of CDs; an intermediate physical
+    /// address when stage 2 translates.
+    pub context: u64,
+    /// Level 2 tables hold `1 << split` CDs; `None` for a linear table.
+    pub split: Option<u32>,
+    /// Bits of a SubstreamID; 0 when there are none.
+    pub substream_bits: u32,
+    /// What becomes of accesses without a SubstreamID when there are some.
+    pub default_substream: DefaultSubstream,
+    /// CDs must not stall.
+    pub stall_disabled: bool,
+}
+
+/// S1DSS (§5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DefaultSubstream {
+    /// They are terminated.
+    Terminate,
+    /// They bypass stage 1.
+    Bypass,
+    /// They use the CD of SubstreamID 0, which is theirs alone.
+    Zero,
+}
+
+/// What stage 2 needs from the STE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stage2 {
+    /// The table.
+    pub table: Table,
+    /// Faults stall.
+    pub stall: bool,
+    /// Faults are recorded.
+    pub record: bool,
+    /// Stage 1 walks must not go to Device memory.
+    pub protect_walks: bool,
+}
+
+/// What a valid STE says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ste {
+    /// `false`: accesses are aborted and that is all (Config 0b0xx).
+    pub passes: bool,
+    /// Stage 1, when it translates.
+    pub stage1: Option<Stage1>,
+    /// Stage 2, when it translates.
+    pub stage2: Option<Stage2>,
+    /// Regime.
+    pub world: World,
+    /// VMID; 0 where the STE has none.
+    pub vmid: u16,
+    /// ATS translation requests are served (the effective EATS is 0b01).
+    pub ats: bool,
+}
+
+/// An STE that is ILLEGAL or not valid: `C_BAD_STE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadSte;
+
+/// Decodes the encodings of S2TG and TG0.
+pub(super) const fn granule_0(field: u64) -> Option<Granule> {
+    match field {
+        0 => Some(Granule::K4),
+        1 => Some(Granule::K64),
+        2 => Some(Granule::K16),
+        _ => None,
+    }
+}
+
+/// Decodes IPS and S2PS, capped to the SMMU's own size.
+pub(super) const fn address_bits(field: u64, limit: u32) -> u32 {
+    let bits = match field {
+        0 => 32,
+        1 => 36,
+        2 => 40,
+        3 => 42,
+        4 => 44,
+        5 => 48,
+        _ => 52,
+    };
+    if bits < limit { bits } else { limit }
+}
+
+/// How HA, HD and AFFD combine (§5.4 CD.HA, §5.2 STE.S2HA).
+pub(super) const fn flags(ha: bool, hd: bool, affd: bool) -> (AccessFlag, bool) {
+    if ha {
+        (AccessFlag::Update, hd)
+    } else if affd {
+        (AccessFlag::Ignore, false)
+    } else {
+        (AccessFlag::Fault, false)
+    }
+}
+
+impl Ste {
+    /// Decodes and checks an STE (§5.2.2). `cr2` is the register.
+    ///
+    /// # Errors
+    /// [`BadSte`].
+    pub fn parse(words: &[u64; ste::WORDS], config: &SmmuConfig, cr2: u32) -> Result<Self, BadSte> {
+        if !ste::V.is_set(words) {
+            return Err(BadSte);
+        }
+        let encoding = ste::CONFIG.of(words);
+        let (passes, one, two) = (encoding & 4 != 0, encoding & 1 != 0, encoding & 2 != 0);
+        let mut parsed = Self {
+            passes,
+            stage1: None,
+            stage2: None,
+            world: World::El1,
+            vmid: 0,
+            ats: false,
+        };
+        if !passes || !one && !two {
+            return Ok(parsed);
+        }
+        if one && !config.stage1() || two && !config.stage2() {
+            return Err(BadSte);
+        }
+        parsed.ats = ats(words, config, two)?;
+        if one {
+            parsed.world = world(words, config, two, cr2)?;
+            parsed.stage1 = Some(stage1(words, config)?);
+        }
+        if two {
+            parsed.stage2 = Some(stage2(words, config)?);
+        }
+        if config.stage2() && parsed.world == World::El1 {
+            parsed.vmid = ste::S2VMID.of16(words);
+        }
+        Ok(parsed)
+    }
+
+    /// Whether neither stage translates.
+    #[must_use]
+    pub const fn is_bypass(&self) -> bool {
+        self.passes && self.stage1.is_none() && self.stage2.is_none()
+    }
+}
+
+/// EATS. Split-stage ATS and device permission tables are not offered.
+fn ats(words: &[u64; ste::WORDS], config: &SmmuConfig, two: bool) -> Result<bool, BadSte> {
+    match (config.ats, ste::EATS.of(words)) {
+        (false, _) | (true, 0 | 3) => Ok(false),
+        (true, 1) if two && ste::S2S.is_set(words) => Err(BadSte),
+        (true, 1) => Ok(true),
+        (true, _) => Err(BadSte),
+    }
+}
+
+/// STRW.
+fn world(
+    words: &[u64; ste::WORDS],
+    config: &SmmuConfig,
+    two: bool,
+    cr2: u32,
+) -> Result<World, BadSte> {
+    if two || !config.hyp() {
+        return Ok(World::El1);
+    }
+    match ste::STRW.of(words) {
+        0 => Ok(World::El1),
+        2 if cr2 & cr2::E2H != 0 => Ok(World::El2E2h),
+        2 => Ok(World::El2),
+        _ => Err(BadSte),
+    }
+}
+
+fn stage1(words: &[u64; ste::WORDS], config: &SmmuConfig) -> Result<Stage1, BadSte> {
+    let context = ste::S1CONTEXTPTR.in_place(words);
+    let substream_bits = ste::S1CDMAX.of32(words);
+    if substream_bits > config.substream_bits() || context >> config.address_bits() != 0 {
+        return Err(BadSte);
+    }
+    let split = match ste::S1FMT.of(words) {
+        1 => Some(6),
+        2 => Some(10),
+        _ => None,
+    };
+    Ok(Stage1 {
+        context,
+        split: split.filter(|_| substream_bits > 0),
+        substream_bits,
+        default_substream: match ste::S1DSS.of(words) {
+            1 => DefaultSubstream::Bypass,
+            2 => DefaultSubstream::Zero,
+            _ => DefaultSubstream::Terminate,
+        },
+        stall_disabled: ste::S1STALLD.is_set(words),
+    })
+}
+
+/// The level at which a stage 2 walk starts, or `None` when SL0, T0SZ and TG
+/// do not fit together (DDI 0487 §D8.2.3).
+fn stage2_start(granule: Granule, sl0: u64, input_bits: u32) -> Option<u32> {
+    let level = match (granule, sl0) {
+        (Granule::K4, 0..=2) => 2 - u32::try_from(sl0).ok()?,
+        (Granule::K16 | Granule::K64, 0..=2) => 3 - u32::try_from(sl0).ok()?,
+        _ => return None,
+    };
+    // Up to 16 tables may be concatenated at the starting level.
+    let entries = input_bits.checked_sub(granule.shift(level))?;
+    (1..=granule.stride() + 4)
+        .contains(&entries)
+        .then_some(level)
+}
+
+fn stage2(words: &[u64; ste::WORDS], config: &SmmuConfig) -> Result<Stage2, BadSte> {
+    if !ste::S2AA64.is_set(words) || ste::S2ENDI.is_set(words) {
+        return Err(BadSte);
+    }
+    let granule = granule_0(ste::S2TG.of(words)).ok_or(BadSte)?;
+    let t0sz = ste::S2T0SZ.of32(words);
+    let widest = if granule == Granule::K64 { 12 } else { 16 };
+    if !(widest.max(64 - config.address_bits())..=39).contains(&t0sz) {
+        return Err(BadSte);
+    }
+    let input_bits = 64 - t0sz;
+    let start_level = stage2_start(granule, ste::S2SL0.of(words), input_bits).ok_or(BadSte)?;
+    let output_bits = address_bits(ste::S2PS.of(words), config.address_bits());
+    let base = ste::S2TTB.in_place(words);
+    let reach = if granule == Granule::K64 { 52 } else { 48 };
+    if base >> output_bits.min(reach) != 0 {
+        return Err(BadSte);
+    }
+    let (access_flag, dirty) = flags(
+        ste::S2HA.is_set(words),
+        ste::S2HD.is_set(words),
+        ste::S2AFFD.is_set(words),
+    );
+    let mut table = Table {
+        granule,
+        base,
+        input_bits,
+        start_level,
+        output_bits,
+        wide: config.address_bits() == 52,
+        access_flag,
+        dirty,
+        format: Format::Stage2 {
+            forced_attributes: ste::S2FWB.is_set(words),
+        },
+    };
+    table.base &= !(table.alignment() - 1);
+    Ok(Stage2 {
+        table,
+        stall: ste::S2S.is_set(words),
+        record: ste::S2R.is_set(words),
+        protect_walks: ste::S2PTW.is_set(words),
+    })
+}

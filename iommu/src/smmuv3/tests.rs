@@ -1,0 +1,10 @@
+//! Tests of the model as a driver sees it.
+
+mod ats;
+mod bringup;
+mod commands;
+mod configuration;
+mod invalidation;
+mod queues;
+mod rig;
+mod walks;

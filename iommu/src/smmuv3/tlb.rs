@@ -1,0 +1,306 @@
+//! The TLB, and what an invalidation reaches (IHI 0070 §3.17, §4.4).
+//!
+//! It lives under the model's state lock, as does every walk that fills it.
+//! So no walk that began before an invalidation can insert after it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::ste::World;
+use crate::Perm;
+
+/// Most entries.
+pub const MAX_ENTRIES: usize = 4096;
+
+/// Which stages translate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stages {
+    /// Stage 1 only.
+    One,
+    /// Stage 2 only: addresses are intermediate physical.
+    Two,
+    /// Both.
+    Nested,
+}
+
+/// What tags a translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tag {
+    /// Regime.
+    pub world: World,
+    /// VMID; 0 outside of EL1.
+    pub vmid: u16,
+    /// Which stages translate.
+    pub stages: Stages,
+    /// ASID; 0 where there is none.
+    pub asid: u16,
+}
+
+/// What is known of all translations with one tag that somebody may hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Some are good for every ASID.
+    pub global: bool,
+    /// An address may have aliases (TBI).
+    pub aliases: bool,
+    /// The largest page, block or contiguous group among them, as a shift.
+    pub shift: u32,
+    /// Some are contiguous groups.
+    pub grouped: bool,
+}
+
+impl Held {
+    /// Both together.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            global: self.global || other.global,
+            aliases: self.aliases || other.aliases,
+            grouped: self.grouped || other.grouped,
+            shift: if self.shift > other.shift {
+                self.shift
+            } else {
+                other.shift
+            },
+        }
+    }
+}
+
+/// The ASIDs that an invalidation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AsidScope {
+    /// All.
+    Any,
+    /// One.
+    Only(u16),
+    /// One, and what is good for every ASID.
+    OrGlobal(u16),
+}
+
+/// The stages that an invalidation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StageScope {
+    /// What stage 1 takes part in.
+    First,
+    /// Stage 2, by intermediate physical address. What combines both stages
+    /// is not found by it and falls as a whole.
+    Second,
+    /// All.
+    Any,
+}
+
+/// A range of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First address.
+    pub first: u64,
+    /// Last address, inclusive.
+    pub last: u64,
+    /// Pages or blocks larger than this (a shift) are not meant (TTL).
+    pub limit: u32,
+    /// How many of them form a contiguous group, as a power of two.
+    pub group: u32,
+}
+
+impl Span {
+    /// The range grown to whole pages, blocks or groups of those that are
+    /// held: an invalidation of one address of a block takes all of it away,
+    /// whatever part of it somebody holds.
+    #[must_use]
+    pub const fn grown(self, held: Held) -> (u64, u64) {
+        let limit = if held.grouped {
+            self.limit.saturating_add(self.group)
+        } else {
+            self.limit
+        };
+        let shift = if held.shift < limit {
+            held.shift
+        } else {
+            limit
+        };
+        let mask = if shift >= 64 {
+            u64::MAX
+        } else {
+            (1 << shift) - 1
+        };
+        (self.first & !mask, self.last | mask)
+    }
+}
+
+/// What an invalidation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scope {
+    /// EL1, or (`false`) the EL2 regimes.
+    pub el1: bool,
+    /// Of the EL2 regimes, only that with (`true`) or without ASIDs.
+    pub e2h: Option<bool>,
+    /// VMID, and which of its bits matter; `None` for all.
+    pub vmid: Option<(u16, u16)>,
+    /// ASIDs.
+    pub asid: AsidScope,
+    /// Stages.
+    pub stages: StageScope,
+    /// Addresses; `None` for all.
+    pub span: Option<Span>,
+}
+
+/// What of a tag's translations an invalidation reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Everything.
+    All,
+    /// A range, both ends inclusive.
+    Range(u64, u64),
+}
+
+impl Scope {
+    /// What the invalidation reaches of translations tagged `tag`.
+    #[must_use]
+    pub fn reach(&self, tag: &Tag, held: Held) -> Option<Reach> {
+        let world = match tag.world {
+            World::El1 => self.el1,
+            World::El2 => !self.el1 && self.e2h != Some(true),
+            World::El2E2h => !self.el1 && self.e2h != Some(false),
+        };
+        let vmid = self
+            .vmid
+            .is_none_or(|(vmid, mask)| (vmid ^ tag.vmid) & mask == 0);
+        let asid = match self.asid {
+            AsidScope::Any => true,
+            AsidScope::Only(asid) => asid == tag.asid,
+            AsidScope::OrGlobal(asid) => asid == tag.asid || held.global,
+        };
+        if !world || !vmid || !asid {
+            return None;
+        }
+        match (self.stages, tag.stages) {
+            (StageScope::First, Stages::Two) | (StageScope::Second, Stages::One) => None,
+            (StageScope::Second, Stages::Nested) => Some(Reach::All),
+            _ => Some(match self.span {
+                None => Reach::All,
+                Some(_) if held.aliases => Reach::All,
+                Some(span) => {
+                    let (first, last) = span.grown(held);
+                    Reach::Range(first, last)
+                }
+            }),
+        }
+    }
+}
+
+/// A run of addresses with one translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// First address, sign-extended where the top byte is ignored.
+    pub first: u64,
+    /// Last address, inclusive.
+    pub last: u64,
+    /// Output address of the first.
+    pub output: u64,
+    /// What a device may do there.
+    pub perm: Perm,
+}
+
+#[derive(Debug, Default)]
+struct Context {
+    held: Held,
+    /// Disjoint entries by their first address, each with its age.
+    entries: BTreeMap<u64, (Entry, u64)>,
+}
+
+impl Context {
+    /// Removes what overlaps the range; answers how many entries that was.
+    fn remove(&mut self, first: u64, last: u64) -> usize {
+        let mut removed = 0;
+        while let Some((&key, (entry, _))) = self.entries.range(..=last).next_back() {
+            if entry.last < first {
+                break;
+            }
+            self.entries.remove(&key);
+            removed += 1;
+        }
+        removed
+    }
+}
+
+/// The TLB.
+#[derive(Debug, Default)]
+pub struct Tlb {
+    contexts: BTreeMap<Tag, Context>,
+    /// Insertions, oldest first; those since removed are still in it.
+    order: VecDeque<(Tag, u64, u64)>,
+    count: usize,
+    age: u64,
+}
+
+impl Tlb {
+    /// The run that `address` lies in.
+    #[must_use]
+    pub fn find(&self, tag: &Tag, address: u64) -> Option<Entry> {
+        let entries = &self.contexts.get(tag)?.entries;
+        let (_, (entry, _)) = entries.range(..=address).next_back()?;
+        (address <= entry.last).then_some(*entry)
+    }
+
+    /// What is known of the translations with one tag.
+    #[must_use]
+    pub fn held(&self, tag: &Tag) -> Held {
+        self.contexts
+            .get(tag)
+            .map_or_else(Held::default, |context| context.held)
+    }
+
+    /// Inserts a run in place of what overlaps it.
+    pub fn insert(&mut self, tag: Tag, entry: Entry, held: Held) {
+        self.age += 1;
+        let context = self.contexts.entry(tag).or_default();
+        self.count -= context.remove(entry.first, entry.last);
+        context.held = context.held.and(held);
+        context.entries.insert(entry.first, (entry, self.age));
+        self.count += 1;
+        self.order.push_back((tag, entry.first, self.age));
+        while self.count > MAX_ENTRIES || self.order.len() > 2 * MAX_ENTRIES {
+            self.evict();
+        }
+    }
+
+    /// Drops the oldest insertion, if it is still there.
+    fn evict(&mut self) {
+        let Some((tag, first, age)) = self.order.pop_front() else {
+            return;
+        };
+        if let Some(context) = self.contexts.get_mut(&tag)
+            && context
+                .entries
+                .get(&first)
+                .is_some_and(|(_, its)| *its == age)
+        {
+            context.entries.remove(&first);
+            self.count -= 1;
+            if context.entries.is_empty() {
+                self.contexts.remove(&tag);
+            }
+        }
+    }
+
+    /// Drops what `scope` reaches.
+    pub fn invalidate(&mut self, scope: &Scope) {
+        let count = &mut self.count;
+        self.contexts.retain(|tag, context| {
+            match scope.reach(tag, context.held) {
+                None => {}
+                Some(Reach::All) => {
+                    *count -= context.entries.len();
+                    context.entries.clear();
+                }
+                Some(Reach::Range(first, last)) => *count -= context.remove(first, last),
+            }
+            !context.entries.is_empty()
+        });
+    }
+
+    /// How many entries there are.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.count
+    }
+}

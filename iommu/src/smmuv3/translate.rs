@@ -1,0 +1,485 @@
+//! The translation procedure (IHI 0070 §15, with the order of §7.3.22).
+
+use super::cd::{Cd, Place};
+use super::events::{Event, EventKind};
+use super::queues::read_words;
+use super::registers::STREAM_BITS;
+use super::spec::{cd, cr0, cr2, gbpa, l1cd, l1std, reg, ste, strtab};
+use super::state::State;
+use super::ste::{DefaultSubstream, Stage1, Stage2, Ste};
+use super::tlb::{Entry, Held, Stages, Tag};
+use super::walk::{Class, Leaf, Want, through_stage2, walk};
+use crate::space::identity_around;
+use crate::{
+    Access, FaultReason, Gpa, GuestRam, Iova, IovaRange, Mapping, Request, RequestKind, StreamId,
+};
+
+/// A request that gets no translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Failure {
+    /// In words that every model shares.
+    pub(super) reason: FaultReason,
+    /// What happened, where the specification has a name for it.
+    pub(super) event: Option<Event>,
+    /// Whether it goes to the event queue.
+    pub(super) record: bool,
+    /// Whether the transaction waits.
+    pub(super) stall: bool,
+}
+
+impl Failure {
+    const fn silent(reason: FaultReason) -> Self {
+        Self {
+            reason,
+            event: None,
+            record: false,
+            stall: false,
+        }
+    }
+
+    const fn event(event: Event) -> Self {
+        Self {
+            reason: event.kind.reason(),
+            event: Some(event),
+            record: true,
+            stall: false,
+        }
+    }
+}
+
+/// What is translated and how much of it may leave a trace.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub(super) request: &'a Request,
+    /// Whether flags in descriptors may be updated.
+    pub(super) update: bool,
+}
+
+impl Asked<'_> {
+    const fn want(&self) -> Want {
+        Want {
+            access: self.request.access,
+            update: self.update,
+            run: true,
+        }
+    }
+
+    const fn is_ats(&self) -> bool {
+        matches!(self.request.kind, RequestKind::AtsTranslation)
+    }
+}
+
+impl State {
+    /// Translates a request.
+    pub(super) fn resolve(&mut self, ram: &GuestRam, asked: Asked) -> Result<Mapping, Failure> {
+        let request = asked.request;
+        if !self.registers.enabled(cr0::SMMUEN) {
+            return self.unmanaged(ram, asked);
+        }
+        let ste = match self.ste(ram, request.stream) {
+            Ok(ste) => ste,
+            Err(event) => return Err(self.gated(Failure::event(event), asked)),
+        };
+        if !ste.passes {
+            return Err(Failure::silent(FaultReason::Aborted));
+        }
+        if asked.is_ats() && !ste.ats {
+            let event = Event::configuration(EventKind::FBadAtsTreq);
+            return Err(Failure::event(event));
+        }
+        let outcome = match select_substream(&ste, request.substream) {
+            Err(kind) => Err(Failure::event(Event::configuration(kind))),
+            Ok(None) => self.without_stage1(ram, &ste, asked),
+            Ok(Some((stage1, index))) => self.with_stage1(ram, &ste, &stage1, index, asked),
+        };
+        outcome.map_err(|failure| self.gated(failure, asked))
+    }
+
+    /// Whether events about configuration are recorded: C_BAD_STREAMID when
+    /// CR2.RECINVSID says so, and those of ATS requests when CR2.REC_CFG_ATS
+    /// does (§3.9.1.2). Faults of translation are never an ATS request's.
+    fn gated(&self, failure: Failure, asked: Asked) -> Failure {
+        let Some(event) = failure.event else {
+            return failure;
+        };
+        let mut record = failure.record;
+        if event.kind == EventKind::CBadStreamid {
+            record &= self.registers.cr2(cr2::RECINVSID);
+        }
+        if asked.is_ats() {
+            record &= !event.kind.is_translation_related() && self.registers.cr2(cr2::REC_CFG_ATS);
+        }
+        Failure {
+            record,
+            stall: failure.stall && !asked.is_ats(),
+            ..failure
+        }
+    }
+
+    /// Accesses while `SMMUEN` is 0 (§6.3.9.6, §6.3.14).
+    fn unmanaged(&self, ram: &GuestRam, asked: Asked) -> Result<Mapping, Failure> {
+        if asked.is_ats() {
+            let event = Event::configuration(EventKind::FBadAtsTreq);
+            return Err(Failure::event(event));
+        }
+        if self.registers.get(reg::GBPA) & gbpa::ABORT != 0 {
+            return Err(Failure::silent(FaultReason::Aborted));
+        }
+        if asked.request.iova.0 >> self.config.address_bits() != 0 {
+            return Err(Failure::silent(FaultReason::AddressSize));
+        }
+        Ok(identity_around(ram, asked.request.iova))
+    }
+
+    /// The STE of a stream (§3.3.1, §5.1), cached if it is valid.
+    pub(super) fn ste(&mut self, ram: &GuestRam, stream: StreamId) -> Result<Ste, Event> {
+        if let Some(known) = self.stes.get(&stream) {
+            return Ok(*known);
+        }
+        let address = self.ste_address(ram, stream)?;
+        let words = read_words::<{ ste::WORDS }>(ram, address)
+            .ok_or(Event::fetch(EventKind::FSteFetch, address))?;
+        let parsed = Ste::parse(&words, &self.config, self.registers.get(reg::CR2))
+            .map_err(|_| Event::configuration(EventKind::CBadSte))?;
+        self.cache_ste(stream, parsed);
+        Ok(parsed)
+    }
+
+    fn ste_address(&self, ram: &GuestRam, stream: StreamId) -> Result<u64, Event> {
+        let bad_stream = Event::configuration(EventKind::CBadStreamid);
+        let cfg = self.registers.get(reg::STRTAB_BASE_CFG);
+        let base = self.registers.get64(reg::STRTAB_BASE) & strtab::ADDRESS;
+        let log2size = (cfg & strtab::LOG2SIZE).min(STREAM_BITS);
+        let index = u64::from(stream.0);
+        if index >> log2size != 0 {
+            return Err(bad_stream);
+        }
+        if cfg >> strtab::FMT != strtab::FMT_2_LEVEL {
+            return Ok((base & !((64 << log2size) - 1)) + index * 64);
+        }
+        let split = match cfg >> strtab::SPLIT & 0x1f {
+            split @ (8 | 10) => split,
+            _ => 6,
+        };
+        let level_1 = log2size.saturating_sub(split);
+        let address = (base & !((8 << level_1) - 1)) + (index >> split) * 8;
+        let descriptor =
+            read_words::<1>(ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
+        let span = l1std::SPAN.of32(&descriptor);
+        if span == 0 || span > 11 || span > split + 1 {
+            return Err(bad_stream);
+        }
+        let entry = index & ((1 << split) - 1);
+        if entry >> (span - 1) != 0 {
+            return Err(bad_stream);
+        }
+        let table = l1std::L2PTR.in_place(&descriptor) & !((64 << (span - 1)) - 1);
+        Ok(table + entry * 64)
+    }
+
+    /// The CD at `index` of a stream (§5.3, §5.4), cached if it is valid.
+    pub(super) fn cd(
+        &mut self,
+        ram: &GuestRam,
+        ste: &Ste,
+        stage1: &Stage1,
+        index: u32,
+        asked: Asked,
+    ) -> Result<Cd, Failure> {
+        let key = (asked.request.stream, index);
+        if let Some(known) = self.cds.get(&key) {
+            return Ok(*known);
+        }
+        let fetch = CdFetch {
+            ram,
+            ste,
+            address_bits: self.config.address_bits(),
+            update: asked.update,
+        };
+        let address = fetch.address(stage1, index)?;
+        let words = fetch.words::<{ cd::WORDS }>(address)?;
+        let parsed = Cd::parse(&words, &self.config, stage1, ste.world)
+            .map_err(|_| Failure::event(Event::configuration(EventKind::CBadCd)))?;
+        self.cache_cd(key, parsed);
+        Ok(parsed)
+    }
+
+    /// Stage 1 does not translate, or is skipped.
+    fn without_stage1(
+        &mut self,
+        ram: &GuestRam,
+        ste: &Ste,
+        asked: Asked,
+    ) -> Result<Mapping, Failure> {
+        let iova = asked.request.iova;
+        if iova.0 >> self.config.address_bits() != 0 {
+            let event = Event::configuration(EventKind::FAddrSize);
+            return Err(Failure::event(event));
+        }
+        let Some(stage2) = &ste.stage2 else {
+            return Ok(identity_around(ram, iova));
+        };
+        let tag = tag(ste, Stages::Two, 0);
+        if let Some(entry) = self.cached(&tag, iova.0, asked.request.access) {
+            return self.answer(asked.request, tag, entry, Held::default(), 0);
+        }
+        let leaf = walk(ram, &stage2.table, None, iova.0, asked.want())
+            .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?;
+        let held = Held {
+            global: false,
+            aliases: false,
+            shift: leaf.shift,
+            grouped: leaf.grouped,
+        };
+        self.learn(asked.request, tag, entry_of(&leaf), held, 0)
+    }
+
+    /// Stage 1 translates with the CD at `index`.
+    fn with_stage1(
+        &mut self,
+        ram: &GuestRam,
+        ste: &Ste,
+        stage1: &Stage1,
+        index: u32,
+        asked: Asked,
+    ) -> Result<Mapping, Failure> {
+        let request = asked.request;
+        let cd = self.cd(ram, ste, stage1, index, asked)?;
+        let stages = if ste.stage2.is_some() {
+            Stages::Nested
+        } else {
+            Stages::One
+        };
+        let tag = tag(ste, stages, cd.asid);
+        let fault = |event: Event| Failure {
+            record: cd.record || cd.stall,
+            stall: cd.stall,
+            ..Failure::event(event)
+        };
+        let Some(place) = cd.place(request.iova.0) else {
+            let event = Event::configuration(EventKind::FTranslation);
+            return Err(fault(event));
+        };
+        let alias = request.iova.0 ^ place.canonical();
+        if let Some(entry) = self.cached(&tag, place.canonical(), request.access) {
+            let held = Held {
+                aliases: cd.has_aliases(),
+                ..Held::default()
+            };
+            return self.answer(request, tag, entry, held, alias);
+        }
+        let sorted = |stop: super::walk::Stop| {
+            let event = Event::walk(&stop);
+            match &ste.stage2 {
+                Some(stage2) if stop.stage2 => stage2_failure(stage2, &event),
+                _ if event.kind.is_translation_related() => fault(event),
+                _ => Failure::event(event),
+            }
+        };
+        let leaf = walk_both(ram, &place, ste.stage2.as_ref(), asked.want()).map_err(sorted)?;
+        let held = Held {
+            global: leaf.global,
+            aliases: cd.has_aliases(),
+            shift: leaf.shift,
+            grouped: leaf.grouped,
+        };
+        let entry = Entry {
+            first: place.base | leaf.first,
+            last: place.base | leaf.last,
+            ..entry_of(&leaf)
+        };
+        self.learn(request, tag, entry, held, alias)
+    }
+
+    fn cached(&mut self, tag: &Tag, address: u64, access: Access) -> Option<Entry> {
+        let entry = self.tlb.find(tag, address);
+        let entry = entry.filter(|entry| entry.perm.allows(access));
+        let counter = if entry.is_some() {
+            &mut self.stats.tlb_hits
+        } else {
+            &mut self.stats.tlb_misses
+        };
+        *counter += 1;
+        entry
+    }
+
+    fn learn(
+        &mut self,
+        request: &Request,
+        tag: Tag,
+        entry: Entry,
+        held: Held,
+        alias: u64,
+    ) -> Result<Mapping, Failure> {
+        self.tlb.insert(tag, entry, held);
+        self.answer(request, tag, entry, held, alias)
+    }
+
+    /// The answer, remembered as something that the stream's consumers hold.
+    fn answer(
+        &mut self,
+        request: &Request,
+        tag: Tag,
+        entry: Entry,
+        held: Held,
+        alias: u64,
+    ) -> Result<Mapping, Failure> {
+        let held = held.and(self.tlb.held(&tag));
+        if let Some(stream) = self.streams.get_mut(&request.stream) {
+            stream.hold(tag, held);
+            stream.substreams |= request.substream.is_some();
+        }
+        let range = IovaRange::new(Iova(entry.first ^ alias), Iova(entry.last ^ alias));
+        Ok(Mapping {
+            iova: range.map_err(|_| Failure::silent(FaultReason::AddressSize))?,
+            gpa: Gpa(entry.output),
+            perm: entry.perm,
+        })
+    }
+
+    /// Whether the function of `stream` may keep a device IOTLB now.
+    pub(super) fn device_iotlb(
+        &mut self,
+        ram: &GuestRam,
+        stream: StreamId,
+    ) -> Result<(), &'static str> {
+        let known = self.streams.get(&stream);
+        if !self.config.ats {
+            Err("ATS is not offered")
+        } else if !known.is_some_and(|stream| stream.ats_enabled) {
+            Err("ATS is not enabled in the function")
+        } else if !self.registers.enabled(cr0::SMMUEN) {
+            Err("the SMMU is not enabled")
+        } else {
+            match self.ste(ram, stream) {
+                Ok(ste) if ste.ats => Ok(()),
+                Ok(_) => Err("STE.EATS does not allow ATS"),
+                Err(_) => Err("the stream has no valid STE"),
+            }
+        }
+    }
+}
+
+fn tag(ste: &Ste, stages: Stages, asid: u16) -> Tag {
+    Tag {
+        world: ste.world,
+        vmid: ste.vmid,
+        stages,
+        asid,
+    }
+}
+
+const fn entry_of(leaf: &Leaf) -> Entry {
+    Entry {
+        first: leaf.first,
+        last: leaf.last,
+        output: leaf.output,
+        perm: leaf.perm,
+    }
+}
+
+/// How a fault of stage 2 is treated (§5.5).
+fn stage2_failure(stage2: &Stage2, event: &Event) -> Failure {
+    let failure = Failure::event(*event);
+    if event.kind.is_translation_related() {
+        Failure {
+            record: stage2.record || stage2.stall,
+            stall: stage2.stall,
+            ..failure
+        }
+    } else {
+        failure
+    }
+}
+
+/// Which CD an access uses: `None` when stage 1 is skipped (§5.2 S1DSS,
+/// §7.3.7, §7.3.9).
+fn select_substream(ste: &Ste, substream: Option<u32>) -> Result<Option<(Stage1, u32)>, EventKind> {
+    let Some(stage1) = ste.stage1 else {
+        return match substream {
+            None => Ok(None),
+            Some(_) => Err(EventKind::CBadSubstreamid),
+        };
+    };
+    let bits = stage1.substream_bits;
+    match (substream, stage1.default_substream) {
+        (Some(index), _) if bits == 0 || index >> bits != 0 => Err(EventKind::CBadSubstreamid),
+        (Some(0), DefaultSubstream::Zero) => Err(EventKind::FStreamDisabled),
+        (Some(index), _) => Ok(Some((stage1, index))),
+        (None, _) if bits == 0 => Ok(Some((stage1, 0))),
+        (None, DefaultSubstream::Zero) => Ok(Some((stage1, 0))),
+        (None, DefaultSubstream::Bypass) => Ok(None),
+        (None, DefaultSubstream::Terminate) => Err(EventKind::FStreamDisabled),
+    }
+}
+
+/// Walks stage 1 and, in a nested configuration, stage 2 for its result.
+pub(super) fn walk_both(
+    ram: &GuestRam,
+    place: &Place,
+    stage2: Option<&Stage2>,
+    want: Want,
+) -> Result<Leaf, super::walk::Stop> {
+    let under = stage2.map(|stage2| (&stage2.table, stage2.protect_walks));
+    let one = walk(ram, &place.half.table, under, place.input, want)?;
+    let Some(stage2) = stage2 else {
+        return Ok(one);
+    };
+    let ipa = one.output_of(place.input);
+    let two = walk(ram, &stage2.table, None, ipa, want)?;
+    // What both runs have in common around the address.
+    let below = (place.input - one.first).min(ipa - two.first);
+    let beyond = (one.last - place.input).min(two.last - ipa);
+    Ok(Leaf {
+        first: place.input - below,
+        last: place.input + beyond,
+        output: two.output_of(ipa) - below,
+        perm: one.perm.and(two.perm),
+        ..one
+    })
+}
+
+/// Reads the CD and the table it lies in, through stage 2 if there is one.
+struct CdFetch<'a> {
+    ram: &'a GuestRam,
+    ste: &'a Ste,
+    address_bits: u32,
+    update: bool,
+}
+
+impl CdFetch<'_> {
+    fn address(&self, stage1: &Stage1, index: u32) -> Result<u64, Failure> {
+        let bits = stage1.substream_bits;
+        let index = u64::from(index);
+        let Some(split) = stage1.split else {
+            return Ok((stage1.context & !((64 << bits) - 1)) + index * 64);
+        };
+        let level_1 = bits.saturating_sub(split);
+        let table = stage1.context & !((8 << level_1) - 1);
+        let descriptor = self.words::<1>(table + (index >> split) * 8)?;
+        let pointer = l1cd::L2PTR.in_place(&descriptor) & !((64 << split) - 1);
+        if !l1cd::V.is_set(&descriptor) || pointer >> self.address_bits != 0 {
+            let event = Event::configuration(EventKind::CBadSubstreamid);
+            return Err(Failure::event(event));
+        }
+        Ok(pointer + (index & ((1 << split) - 1)) * 64)
+    }
+
+    fn words<const N: usize>(&self, address: u64) -> Result<[u64; N], Failure> {
+        let place = match &self.ste.stage2 {
+            None => address,
+            Some(stage2) => {
+                let want = Want {
+                    access: Access::Read,
+                    update: self.update,
+                    run: false,
+                };
+                let under = (&stage2.table, stage2.protect_walks);
+                through_stage2(self.ram, under, address, Class::Cd, want)
+                    .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?
+            }
+        };
+        read_words(self.ram, place)
+            .ok_or_else(|| Failure::event(Event::fetch(EventKind::FCdFetch, place)))
+    }
+}

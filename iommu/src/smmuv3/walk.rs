@@ -1,0 +1,620 @@
+//! Walks of VMSAv8-64 translation tables (Arm ARM DDI 0487 §D8; IHI 0070
+//! §3.3, §3.13 and §7.3.22 for the order of faults).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileMemory as _};
+
+use crate::{Access, GuestRam, Perm};
+
+/// How often an update of a descriptor is tried again when the guest changes
+/// it at the same time.
+const MAX_RETRIES: u32 = 16;
+/// Neighbours are read in the 4 KiB around a descriptor: 512 descriptors.
+const WINDOW: u64 = 512;
+
+/// Translation granule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Granule {
+    /// 4 KiB
+    K4,
+    /// 16 KiB
+    K16,
+    /// 64 KiB
+    K64,
+}
+
+impl Granule {
+    /// Bits of an offset in a page.
+    #[must_use]
+    pub const fn bits(self) -> u32 {
+        match self {
+            Self::K4 => 12,
+            Self::K16 => 14,
+            Self::K64 => 16,
+        }
+    }
+
+    /// Bits that one level resolves.
+    pub(super) const fn stride(self) -> u32 {
+        self.bits() - 3
+    }
+
+    /// How many entries at `level` the contiguous hint joins, as a power of two.
+    pub(super) const fn contiguous(self, level: u32) -> u32 {
+        match (self, level) {
+            (Self::K4, _) => 4,
+            (Self::K16, 3) => 7,
+            (Self::K16 | Self::K64, _) => 5,
+        }
+    }
+
+    /// Bits of an offset in what one entry at `level` maps.
+    pub(super) const fn shift(self, level: u32) -> u32 {
+        self.bits() + (3 - level) * self.stride()
+    }
+}
+
+/// What a clear access flag means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessFlag {
+    /// The access faults.
+    Fault,
+    /// Nothing: it counts as set (`AFFD`).
+    Ignore,
+    /// It is set by the walk (`HA`).
+    Update,
+}
+
+/// How a table's permissions are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Stage 1.
+    Stage1 {
+        /// AP\[1\] says whether unprivileged accesses, which is all that
+        /// devices make, are permitted. Not so in the EL2 regime.
+        unprivileged: bool,
+        /// Table descriptors restrict what lies below them (not with `HAD`).
+        hierarchical: bool,
+    },
+    /// Stage 2.
+    Stage2 {
+        /// Memory attributes are in the format of `S2FWB`.
+        forced_attributes: bool,
+    },
+}
+
+/// A translation table and the rules of walking it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Granule.
+    pub granule: Granule,
+    /// Address of the starting-level table, aligned to its size.
+    pub base: u64,
+    /// Bits of an input address.
+    pub input_bits: u32,
+    /// Level at which a walk starts.
+    pub start_level: u32,
+    /// Bits of an output address, and of a table's address.
+    pub output_bits: u32,
+    /// Descriptors of 64 KiB tables hold bits 51:48 of an address.
+    pub wide: bool,
+    /// What a clear access flag means.
+    pub access_flag: AccessFlag,
+    /// The walk updates dirty state (`HD`).
+    pub dirty: bool,
+    /// How permissions are read.
+    pub format: Format,
+}
+
+/// What a walk is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Want {
+    /// The access.
+    pub access: Access,
+    /// Whether flags in descriptors may be updated. Otherwise an access that
+    /// would need it faults.
+    pub update: bool,
+    /// Whether to look for neighbours that continue the page or block.
+    pub run: bool,
+}
+
+/// Where a walk ended well: a run of input addresses with one translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// First input address.
+    pub first: u64,
+    /// Last input address, inclusive.
+    pub last: u64,
+    /// Output address of the first.
+    pub output: u64,
+    /// What a device may do there.
+    pub perm: Perm,
+    /// Good for every ASID (nG clear).
+    pub global: bool,
+    /// Bits of an offset in the page, block or contiguous group that the walk
+    /// ended at: what one invalidation by address takes away.
+    pub shift: u32,
+    /// It is part of a contiguous group.
+    pub grouped: bool,
+    /// Stage 2 maps it as Device memory.
+    pub device: bool,
+}
+
+impl Leaf {
+    /// Output address of `input`, which lies in the run.
+    #[must_use]
+    pub const fn output_of(&self, input: u64) -> u64 {
+        self.output.wrapping_add(input.wrapping_sub(self.first))
+    }
+}
+
+/// Why a walk faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// `F_TRANSLATION`
+    Translation,
+    /// `F_ADDR_SIZE`
+    AddressSize,
+    /// `F_ACCESS`
+    AccessFlag,
+    /// `F_PERMISSION`
+    Permission,
+    /// `F_WALK_EABT`
+    External,
+}
+
+/// What the access was for at which a fault arose: CLASS of an event (§7.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Fetching a context descriptor.
+    Cd = 0,
+    /// Reading or updating a stage 1 table.
+    Table = 1,
+    /// The input address.
+    Input = 2,
+}
+
+/// A walk that faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop {
+    /// Why.
+    pub cause: Cause,
+    /// At stage 2.
+    pub stage2: bool,
+    /// On behalf of what.
+    pub class: Class,
+    /// Input address of stage 2; of no meaning at stage 1.
+    pub ipa: u64,
+    /// Physical address of the descriptor that could not be read; only for
+    /// [`Cause::External`].
+    pub fetch: u64,
+    /// The access that faults updates a stage 1 descriptor.
+    pub table_write: bool,
+    /// Bits of the span around the input address that faults alike; 64 when
+    /// the address lies outside of what the table covers.
+    pub span: u32,
+}
+
+/// Reads a descriptor, or `None` outside of RAM.
+fn read(ram: &GuestRam, address: u64) -> Option<u64> {
+    ram.load(GuestAddress(address), Ordering::Acquire)
+        .ok()
+        .map(u64::from_le)
+}
+
+/// Replaces the descriptor `old` by `new`; `None` outside of RAM, else whether
+/// it was still `old` (§3.13: the update is atomic).
+fn exchange(ram: &GuestRam, address: u64, old: u64, new: u64) -> Option<bool> {
+    let slice = ram.get_slice(GuestAddress(address), 8).ok()?;
+    let descriptor = slice.get_atomic_ref::<AtomicU64>(0).ok()?;
+    let changed = descriptor.compare_exchange(
+        old.to_le(),
+        new.to_le(),
+        Ordering::AcqRel,
+        Ordering::Acquire,
+    );
+    Some(changed.is_ok())
+}
+
+const VALID: u64 = 1 << 0;
+const TABLE_OR_PAGE: u64 = 1 << 1;
+const UNPRIVILEGED: u64 = 1 << 6;
+const READ_ONLY: u64 = 1 << 7;
+const S2_READ: u64 = 1 << 6;
+const S2_WRITE: u64 = 1 << 7;
+const ACCESSED: u64 = 1 << 10;
+const NOT_GLOBAL: u64 = 1 << 11;
+const DIRTY_MODIFIER: u64 = 1 << 51;
+const CONTIGUOUS: u64 = 1 << 52;
+const SOFTWARE: u64 = 0xf << 55;
+const TABLE_UNPRIVILEGED_OFF: u64 = 1 << 61;
+const TABLE_READ_ONLY: u64 = 1 << 62;
+
+/// What a descriptor is.
+enum Kind {
+    Invalid,
+    Table,
+    Leaf,
+}
+
+impl Table {
+    /// Bytes of the starting-level table's alignment (DDI 0487 §D8.2.5): its
+    /// size, at least 16, or 64 when addresses have 52 bits.
+    #[must_use]
+    pub const fn alignment(&self) -> u64 {
+        let entries = 1_u64 << (self.input_bits - self.granule.shift(self.start_level));
+        let least = if self.output_bits > 48 { 64 } else { 16 };
+        let size = entries * 8;
+        if size > least { size } else { least }
+    }
+
+    const fn kind(&self, descriptor: u64, level: u32) -> Kind {
+        if descriptor & VALID == 0 {
+            return Kind::Invalid;
+        }
+        let table_or_page = descriptor & TABLE_OR_PAGE != 0;
+        if level == 3 {
+            return if table_or_page {
+                Kind::Leaf
+            } else {
+                Kind::Invalid
+            };
+        }
+        if table_or_page {
+            return Kind::Table;
+        }
+        let block = match self.granule {
+            Granule::K4 => level == 1 || level == 2,
+            Granule::K16 => level == 2,
+            Granule::K64 => level == 2 || level == 1 && self.wide,
+        };
+        if block { Kind::Leaf } else { Kind::Invalid }
+    }
+
+    /// The address in a descriptor whose low `bits` bits are not part of it.
+    const fn address(&self, descriptor: u64, bits: u32) -> u64 {
+        let low = descriptor & 0x0000_ffff_ffff_ffff & !((1 << bits) - 1);
+        if self.wide && matches!(self.granule, Granule::K64) {
+            low | (descriptor >> 12 & 0xf) << 48
+        } else {
+            low
+        }
+    }
+
+    const fn in_range(&self, address: u64) -> bool {
+        address >> self.output_bits == 0
+    }
+
+    fn index(&self, input: u64, level: u32) -> u64 {
+        let bits = if level == self.start_level {
+            self.input_bits - self.granule.shift(level)
+        } else {
+            self.granule.stride()
+        };
+        input >> self.granule.shift(level) & ((1 << bits) - 1)
+    }
+
+    /// What a leaf permits (DDI 0487 §D8.4), and whether writing is only held
+    /// back by a clean dirty state.
+    fn permissions(&self, descriptor: u64, above: Above) -> (Perm, bool) {
+        let clean = self.dirty && descriptor & DIRTY_MODIFIER != 0;
+        match self.format {
+            Format::Stage1 { unprivileged, .. } => {
+                let reachable =
+                    !unprivileged || descriptor & UNPRIVILEGED != 0 && above.unprivileged;
+                if !reachable {
+                    return (Perm::NONE, false);
+                }
+                let writable = descriptor & READ_ONLY == 0;
+                if !above.writable || !writable && !clean {
+                    (Perm::READ, false)
+                } else if writable {
+                    (Perm::READ_WRITE, false)
+                } else {
+                    (Perm::READ, true)
+                }
+            }
+            Format::Stage2 { .. } => {
+                let read = if descriptor & S2_READ != 0 {
+                    Perm::READ
+                } else {
+                    Perm::NONE
+                };
+                if descriptor & S2_WRITE != 0 {
+                    (read | Perm::WRITE, false)
+                } else {
+                    (read, clean)
+                }
+            }
+        }
+    }
+
+    /// Stage 2: whether the memory is Device (DDI 0487 §D8.6).
+    fn is_device(&self, descriptor: u64) -> bool {
+        match self.format {
+            Format::Stage1 { .. } => false,
+            Format::Stage2 {
+                forced_attributes: false,
+            } => descriptor >> 4 & 3 == 0,
+            Format::Stage2 {
+                forced_attributes: true,
+            } => descriptor >> 4 & 1 == 0,
+        }
+    }
+
+    /// `descriptor` marked as written to.
+    const fn dirtied(&self, descriptor: u64) -> u64 {
+        match self.format {
+            Format::Stage1 { .. } => descriptor & !READ_ONLY,
+            Format::Stage2 { .. } => descriptor | S2_WRITE,
+        }
+    }
+}
+
+/// What the table descriptors above a leaf leave permitted.
+#[derive(Clone, Copy)]
+struct Above {
+    writable: bool,
+    unprivileged: bool,
+}
+
+/// One walk under way.
+struct Walk<'a> {
+    ram: &'a GuestRam,
+    table: &'a Table,
+    /// Stage 2 through which a stage 1 table is reached, and whether Device
+    /// memory there faults (`S2PTW`).
+    under: Option<(&'a Table, bool)>,
+    input: u64,
+    want: Want,
+}
+
+/// Walks `table` for `input`. A stage 1 table is itself reached through
+/// `under`, in a nested configuration; its second part is `S2PTW`.
+///
+/// # Errors
+/// The [`Stop`], with [`Class::Input`] for the faults of stage 2 that do not
+/// come from `under`.
+pub fn walk(
+    ram: &GuestRam,
+    table: &Table,
+    under: Option<(&Table, bool)>,
+    input: u64,
+    want: Want,
+) -> Result<Leaf, Stop> {
+    let walk = Walk {
+        ram,
+        table,
+        under,
+        input,
+        want,
+    };
+    if input >> table.input_bits != 0 {
+        return Err(walk.stop(Cause::Translation, 64));
+    }
+    walk.run()
+}
+
+/// Translates `ipa`, of a CD or a stage 1 descriptor, through stage 2.
+///
+/// # Errors
+/// The [`Stop`] of stage 2, with `class`.
+pub fn through_stage2(
+    ram: &GuestRam,
+    (table, protect): (&Table, bool),
+    ipa: u64,
+    class: Class,
+    want: Want,
+) -> Result<u64, Stop> {
+    let write = want.access == Access::Write;
+    let leaf = walk(ram, table, None, ipa, Want { run: false, ..want });
+    let stop = |stop: Stop| Stop {
+        class,
+        table_write: write,
+        ..stop
+    };
+    let leaf = leaf.map_err(stop)?;
+    if leaf.device && protect {
+        return Err(stop(Stop {
+            cause: Cause::Permission,
+            stage2: true,
+            class,
+            ipa,
+            fetch: 0,
+            table_write: write,
+            span: table.granule.bits(),
+        }));
+    }
+    Ok(leaf.output_of(ipa))
+}
+
+impl Walk<'_> {
+    fn stop(&self, cause: Cause, span: u32) -> Stop {
+        let stage2 = matches!(self.table.format, Format::Stage2 { .. });
+        let class = if !stage2 && cause == Cause::External {
+            Class::Table
+        } else {
+            Class::Input
+        };
+        Stop {
+            cause,
+            stage2,
+            class,
+            ipa: if stage2 { self.input } else { 0 },
+            fetch: 0,
+            table_write: false,
+            span,
+        }
+    }
+
+    /// Physical address of the descriptor at `address`.
+    fn locate(&self, address: u64, access: Access) -> Result<u64, Stop> {
+        let Some(under) = self.under else {
+            return Ok(address);
+        };
+        let want = Want {
+            access,
+            ..self.want
+        };
+        through_stage2(self.ram, under, address, Class::Table, want)
+    }
+
+    fn run(&self) -> Result<Leaf, Stop> {
+        let table = self.table;
+        let mut above = Above {
+            writable: true,
+            unprivileged: true,
+        };
+        let mut base = table.base;
+        let mut level = table.start_level;
+        let mut retries = 0;
+        loop {
+            let shift = table.granule.shift(level);
+            let address = base + table.index(self.input, level) * 8;
+            let place = self.locate(address, Access::Read)?;
+            let Some(descriptor) = read(self.ram, place) else {
+                return Err(self.external(place, shift));
+            };
+            match table.kind(descriptor, level) {
+                Kind::Invalid => return Err(self.stop(Cause::Translation, shift)),
+                Kind::Table => {
+                    base = table.address(descriptor, table.granule.bits());
+                    if !table.in_range(base) {
+                        return Err(self.stop(Cause::AddressSize, shift));
+                    }
+                    if matches!(
+                        table.format,
+                        Format::Stage1 {
+                            hierarchical: true,
+                            ..
+                        }
+                    ) {
+                        above.writable &= descriptor & TABLE_READ_ONLY == 0;
+                        above.unprivileged &= descriptor & TABLE_UNPRIVILEGED_OFF == 0;
+                    }
+                    level += 1;
+                }
+                Kind::Leaf => {
+                    let updated = self.admit(descriptor, shift, above)?;
+                    if updated != descriptor {
+                        let place = self.locate(address, Access::Write)?;
+                        match exchange(self.ram, place, descriptor, updated) {
+                            Some(true) => {}
+                            Some(false) if retries < MAX_RETRIES => {
+                                retries += 1;
+                                continue;
+                            }
+                            _ => return Err(self.external(place, shift)),
+                        }
+                    }
+                    return Ok(self.leaf(updated, place, level, above));
+                }
+            }
+        }
+    }
+
+    fn external(&self, place: u64, shift: u32) -> Stop {
+        Stop {
+            fetch: place,
+            ..self.stop(Cause::External, shift)
+        }
+    }
+
+    /// Checks the access at a leaf, in the order of §7.3.22. Answers how the
+    /// descriptor looks when the flags that the access sets are set.
+    fn admit(&self, descriptor: u64, shift: u32, above: Above) -> Result<u64, Stop> {
+        let table = self.table;
+        if !table.in_range(table.address(descriptor, shift)) {
+            return Err(self.stop(Cause::AddressSize, shift));
+        }
+        let mut updated = descriptor;
+        if descriptor & ACCESSED == 0 {
+            match table.access_flag {
+                AccessFlag::Ignore => {}
+                AccessFlag::Update if self.want.update => updated |= ACCESSED,
+                _ => return Err(self.stop(Cause::AccessFlag, shift)),
+            }
+        }
+        let (perm, clean) = table.permissions(descriptor, above);
+        if !perm.allows(self.want.access) {
+            if self.want.access == Access::Read || !clean || !self.want.update {
+                return Err(self.stop(Cause::Permission, shift));
+            }
+            updated = table.dirtied(updated);
+        }
+        Ok(updated)
+    }
+
+    /// The page or block of `descriptor`, with the neighbours that continue it.
+    fn leaf(&self, descriptor: u64, place: u64, level: u32, above: Above) -> Leaf {
+        let table = self.table;
+        let shift = table.granule.shift(level);
+        let size = 1_u64 << shift;
+        let (perm, _) = table.permissions(descriptor, above);
+        let mut leaf = Leaf {
+            first: self.input & !(size - 1),
+            last: self.input | (size - 1),
+            output: table.address(descriptor, shift),
+            perm,
+            global: descriptor & NOT_GLOBAL == 0,
+            shift: if descriptor & CONTIGUOUS == 0 {
+                shift
+            } else {
+                shift + table.granule.contiguous(level)
+            },
+            grouped: descriptor & CONTIGUOUS != 0,
+            device: table.is_device(descriptor),
+        };
+        if !self.want.run {
+            return leaf;
+        }
+        // A 4 KiB window never leaves the page that the table lies in.
+        let index = table.index(self.input, level);
+        let entries = if level == table.start_level {
+            1 << (table.input_bits - shift)
+        } else {
+            1 << table.granule.stride()
+        };
+        let slot = place / 8 % WINDOW;
+        let below = slot.min(index);
+        let beyond = (WINDOW - slot).min(entries - index) - 1;
+        for step in 1..=below {
+            let Some(output) = leaf.output.checked_sub(size) else {
+                break;
+            };
+            if !self.continues(descriptor, place - step * 8, level, output) {
+                break;
+            }
+            leaf.first -= size;
+            leaf.output = output;
+        }
+        for step in 1..=beyond {
+            let output = leaf.output + (leaf.last - leaf.first) + 1;
+            if !self.continues(descriptor, place + step * 8, level, output) {
+                break;
+            }
+            leaf.last += size;
+        }
+        leaf
+    }
+
+    /// Whether the descriptor at `place` maps to `output` as `descriptor` does.
+    fn continues(&self, descriptor: u64, place: u64, level: u32, output: u64) -> bool {
+        let table = self.table;
+        let shift = table.granule.shift(level);
+        let Some(other) = read(self.ram, place) else {
+            return false;
+        };
+        let address = !((1 << 12) - 1) & 0x0000_ffff_ffff_ffff
+            | if table.wide && matches!(table.granule, Granule::K64) {
+                0xf << 12
+            } else {
+                0
+            };
+        let free = address | CONTIGUOUS | SOFTWARE;
+        (other ^ descriptor) & !free == 0
+            && table.in_range(output)
+            && table.address(other, shift) == output
+    }
+}
