@@ -52,6 +52,14 @@ fn every_illegal_ste_is_a_c_bad_ste() {
         ("S2T0SZ too small", &[(ste::S2T0SZ, 15)]),
         ("S2T0SZ too large", &[(ste::S2T0SZ, 40)]),
         ("S2SL0 reserved", &[(ste::S2SL0, 3)]),
+        (
+            "S2SL0 with 32 tables",
+            &[(ste::S2SL0, 1), (ste::S2T0SZ, 20)],
+        ),
+        (
+            "S2SL0 with half an entry",
+            &[(ste::S2SL0, 2), (ste::S2T0SZ, 25)],
+        ),
         ("S2SL0 too low a level", &[(ste::S2SL0, 0)]),
         (
             "S2SL0 too high a level",
@@ -542,6 +550,35 @@ fn faults_of_stage_1_have_their_events() {
             .find(|kind| *kind as u64 == expected);
         assert_eq!(fault.reason, kind.unwrap().reason());
     }
+}
+
+#[test]
+fn table_descriptors_restrict_stage_1_only_and_not_with_had() {
+    let (stream_off, read_only) = (1 << 61, 1 << 62);
+    for (had, works) in [(0, false), (1, true)] {
+        let rig = Rig::enabled(SmmuConfig::default());
+        let root = rig.stage1(STREAM, 1);
+        let context = rig.get(STRTAB + 64 * 8) & !0x3f;
+        let mut words = cd_words(Granule::K4, 25, root.base, 1);
+        cd::HAD0.put(&mut words, had);
+        rig.put_words(context, &words);
+        rig.map(&root, 0, RAM, 3, RW);
+        let place = rig.descriptor(&root, 0, 1);
+        rig.put(place, rig.get(place) | read_only);
+        let write = rig.access(STREAM, 0, Access::Write);
+        assert_eq!(write.is_ok(), works, "HAD0 {had}");
+        assert_eq!(rig.gpa(STREAM, 0), Some(RAM));
+    }
+    let rig = Rig::nested();
+    rig.enable();
+    let root = rig.root_at(Granule::K4, 40, 1);
+    rig.map(&root, RAM, RAM, 3, S2_RW);
+    let place = rig.descriptor(&root, RAM, 2);
+    rig.put(place, rig.get(place) | stream_off | read_only);
+    let mut words = [0; ste::WORDS];
+    put_stage2(&mut words, Granule::K4, &root, 1);
+    rig.set_ste(STREAM, &words);
+    assert!(rig.access(STREAM, RAM, Access::Write).is_ok());
 }
 
 #[test]

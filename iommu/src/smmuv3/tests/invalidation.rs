@@ -7,7 +7,7 @@ use super::super::tlb::{AsidScope, Entry, Held, MAX_ENTRIES, Scope, Span, StageS
 use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
-use crate::{Access, AddressSpace, Iova, IovaRange, NotifierEvents, Perm};
+use crate::{Access, AddressSpace, Iova, IovaRange, Mapping, NotifierEvents, NotifierSink, Perm};
 
 const PAGE: u64 = 0x1000;
 
@@ -29,7 +29,7 @@ fn tlbi(opcode: u64, vmid: u64, asid: u64, address: u64) -> [u64; 2] {
 /// A page of a stream that its consumers hold.
 struct Listener {
     stream: StreamId,
-    _space: AddressSpace,
+    space: AddressSpace,
     sink: Arc<Sink>,
 }
 
@@ -38,7 +38,7 @@ impl Listener {
         let (space, sink) = rig.listen(stream, &[NotifierEvents::UNMAP]);
         let listener = Self {
             stream,
-            _space: space,
+            space,
             sink,
         };
         listener.sink.take();
@@ -130,6 +130,49 @@ fn adjacent_invalidations_are_told_as_one_and_before_the_sync() {
         .collect();
     rig.complete(&words);
     assert_eq!(first.sink.take(), [range(PAGE, 5 * PAGE)]);
+}
+
+/// Notes where the command queue is when it is told to drop something.
+struct Watch {
+    smmu: Arc<Smmu>,
+    seen: Mutex<Vec<u32>>,
+}
+
+impl NotifierSink for Watch {
+    fn map(&self, _: &Mapping) {}
+
+    fn unmap(&self, _: &[IovaRange]) {
+        self.seen
+            .lock()
+            .unwrap()
+            .push(self.smmu.read(reg::CMDQ_CONS));
+    }
+
+    fn registered(&self, _: &crate::Registration) {}
+}
+
+#[test]
+fn a_sync_is_consumed_only_after_everybody_was_told() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let [(_, first), _] = two_streams(&rig);
+    let watch = Arc::new(Watch {
+        smmu: rig.smmu.clone(),
+        seen: Mutex::default(),
+    });
+    first
+        .space
+        .region()
+        .unwrap()
+        .register(crate::IommuNotifier {
+            wanted: vec![NotifierEvents::UNMAP],
+            range: IovaRange::ALL,
+            sink: watch.clone(),
+        });
+    let forget = tlbi(cmd::op::TLBI_NH_VA, 0, 1, PAGE);
+    rig.issue(&[forget, sync(), sync(), forget, sync()]);
+    // CONS moved beyond each TLBI, and stood at the CMD_SYNC after it.
+    assert_eq!(watch.seen.lock().unwrap().as_slice(), [1, 4]);
+    assert_eq!(rig.smmu.read(reg::CMDQ_CONS), 5);
 }
 
 #[test]

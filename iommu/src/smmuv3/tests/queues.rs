@@ -49,6 +49,7 @@ fn a_full_event_queue_overflows_until_it_is_acknowledged() {
         let _ = rig.read(STREAM, page << 12);
     }
     assert_eq!(prod(&rig) & queue::OVERFLOW, 0);
+    assert!(prod(&rig) < 2 << EVENTQ_LOG2, "the index wraps");
 }
 
 #[test]
