@@ -40,7 +40,8 @@ pub struct RunArgs {
     /// Guest memory: 512M, 2G, or a number of MiB
     #[arg(long, value_name = "SIZE")]
     memory: Option<MemorySize>,
-    /// IOMMU before the PCI devices: none, virtio-iommu
+    /// IOMMU before the PCI devices: none, virtio-iommu, or on aarch64
+    /// smmuv3[,ats=on|off][,stage=1|2|nested]
     #[arg(long, value_name = "MODEL")]
     iommu: Option<Iommu>,
     /// Disk: path=FILE[,id=ID][,readonly=on][,queues=N][,iommu=on|off]

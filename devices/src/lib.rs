@@ -8,6 +8,7 @@ pub mod bus;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+pub mod smmuv3;
 pub mod tap;
 pub mod vhost;
 pub mod virtio;

@@ -1,6 +1,7 @@
 //! The PCI bus of a machine: the root, the IOMMU before its functions, and the
 //! functions.
 
+mod iommu;
 mod report;
 mod vhost;
 
@@ -8,31 +9,26 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use arch::{IommuModel as NodeModel, IommuNode, PciHost, layout};
+use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
+use arch::{IommuNode, PciHost, layout};
 use devices::bus::Bus;
 use devices::interrupt::Doorbells;
 use devices::pci::{PciRoot, Requester, StaleMsis};
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockCounters, Image};
-use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use devices::virtio::net::NetConfig;
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
-use iommu::{AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::iommu::IommuDevice;
 use self::vhost::Bell;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, IommuModel};
 use crate::kvm::Vm;
 use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
-
-/// Addresses that endpoints of a virtio-iommu may use: 48 bits, as much as page
-/// tables of the guest's CPUs usually translate.
-const INPUT_BITS: u32 = 48;
 
 /// A function and how it stands before the IOMMU.
 pub struct Function {
@@ -63,14 +59,8 @@ pub enum BackEnd {
 /// The bus. Dropping it ends the devices' threads.
 pub struct PciBus {
     functions: Vec<Function>,
-    virtio_iommu: Option<VirtioIommuParts>,
+    iommu: Option<IommuDevice>,
     stale: Arc<StaleMsis>,
-}
-
-/// The virtio-iommu: its model, and the queue of its faults.
-struct VirtioIommuParts {
-    model: Arc<VirtioIommu>,
-    events: Arc<EventQueue>,
 }
 
 /// What every function is made with.
@@ -78,12 +68,13 @@ struct Makings<'a> {
     vm: &'a Arc<Vm>,
     ram: &'a Arc<GuestRam>,
     stale: &'a Arc<StaleMsis>,
-    virtio_iommu: Option<&'a VirtioIommuParts>,
+    iommu: Option<&'a IommuDevice>,
     vhost: Option<VhostContext>,
 }
 
 impl PciBus {
-    /// Puts the plan's functions on a bus; `None` when there are none.
+    /// Puts the plan's functions on a bus; `None` when there are none, and no
+    /// IOMMU.
     ///
     /// # Errors
     /// The first device that cannot be had, by its name in the configuration.
@@ -93,17 +84,16 @@ impl PciBus {
         memory: &Arc<Bus>,
         ram: &Arc<GuestRam>,
     ) -> Result<Option<Self>, BuildError> {
-        if plan.functions.is_empty() {
+        if plan.functions.is_empty() && plan.iommu.model == IommuModel::None {
             return Ok(None);
         }
         let stale = StaleMsis::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let wanted = plan.iommu.model == IommuModel::VirtioIommu;
-        let virtio_iommu = wanted.then(|| VirtioIommuParts::new(ram));
+        let iommu = IommuDevice::build(&plan.iommu, vm, memory, ram)?;
         let makings = Makings {
             vm,
             ram,
             stale: &stale,
-            virtio_iommu: virtio_iommu.as_ref(),
+            iommu: iommu.as_ref(),
             vhost: vhost::context(plan, ram)?,
         };
         let root = Arc::new(PciRoot::new(memory));
@@ -117,7 +107,7 @@ impl PciBus {
         memory.insert(layout::PCI_ECAM.base, layout::PCI_ECAM.size, root)?;
         Ok(Some(Self {
             functions,
-            virtio_iommu,
+            iommu,
             stale,
         }))
     }
@@ -137,17 +127,12 @@ impl PciBus {
     #[must_use]
     pub fn iommu_node(&self) -> Option<IommuNode> {
         let requester = |function: &Function| u16::try_from(function.stream.0).ok();
-        let iommu = self
-            .functions
-            .iter()
-            .find(|function| function.device == DevicePlan::VirtioIommu)?;
+        let is_iommu = |function: &&Function| function.device == DevicePlan::VirtioIommu;
+        let function = self.functions.iter().find(is_iommu).and_then(requester);
         let behind = self.functions.iter().filter(|f| f.region.is_some());
-        let endpoints = behind.filter_map(requester).map(|id| id..=id).collect();
         Some(IommuNode {
-            model: NodeModel::VirtioPci {
-                bdf: requester(iommu)?,
-            },
-            endpoints,
+            model: self.iommu.as_ref()?.node(function)?,
+            endpoints: behind.filter_map(requester).map(|id| id..=id).collect(),
         })
     }
 
@@ -157,20 +142,6 @@ impl PciBus {
         &self.functions
     }
 
-    /// The virtio-iommu's model, if the machine has one.
-    #[must_use]
-    pub fn virtio_iommu(&self) -> Option<&VirtioIommu> {
-        self.virtio_iommu.as_ref().map(|parts| &*parts.model)
-    }
-
-    /// Fault reports of the virtio-iommu: those that found a buffer of the
-    /// driver, and those that found none.
-    #[must_use]
-    pub fn fault_reports(&self) -> (u64, u64) {
-        let parts = self.virtio_iommu.as_ref();
-        parts.map_or((0, 0), |parts| parts.events.counts())
-    }
-
     /// What the event loop has to do for the bus.
     #[must_use]
     pub fn subscriber(&self) -> Box<dyn MutEventSubscriber + Send> {
@@ -178,34 +149,11 @@ impl PciBus {
     }
 }
 
-impl VirtioIommuParts {
-    fn new(ram: &Arc<GuestRam>) -> Self {
-        // On x86 interrupts are not translated, and their addresses are a part
-        // of the local APICs' page. On Arm the guest maps the ITS's doorbell.
-        let msi_window = cfg!(target_arch = "x86_64")
-            .then(|| IovaRange::block(Iova(layout::MSI_DOORBELLS), layout::MSI_DOORBELL_BITS));
-        let config = VirtioIommuConfig {
-            input_range: IovaRange::block(Iova(0), INPUT_BITS),
-            msi_window,
-            boot_bypass: true,
-        };
-        let events = Arc::new(EventQueue::default());
-        let sink = Arc::clone(&events) as Arc<dyn FaultSink>;
-        Self {
-            model: Arc::new(VirtioIommu::new(config, Arc::clone(ram), sink)),
-            events,
-        }
-    }
-}
-
 impl Makings<'_> {
     fn make(&self, plan: &FunctionPlan) -> Result<Function, BuildError> {
         let stream = StreamId::from_bdf(0, plan.slot, 0);
-        let iommu = self.virtio_iommu.filter(|_| plan.iommu);
-        let region = iommu.map(|parts| {
-            let model = Arc::clone(&parts.model) as Arc<dyn Iommu>;
-            IommuRegion::new(model, stream)
-        });
+        let iommu = self.iommu.filter(|_| plan.iommu);
+        let region = iommu.map(|iommu| IommuRegion::new(iommu.model(), stream));
         let ram = Arc::clone(self.ram);
         let space = match &region {
             Some(region) => AddressSpace::translated(Arc::clone(region), ram),
@@ -219,7 +167,7 @@ impl Makings<'_> {
             msi: self.vm.msi_sink(),
             doorbells: Arc::clone(self.vm) as Arc<dyn Doorbells>,
             bar: Gpa(bar),
-            ats: None,
+            ats: iommu.and_then(|iommu| iommu.ats_hook(stream)),
         };
         let virtio = Arc::new(VirtioPci::new(&plan.id, device, parts)?);
         bell.hang(&virtio);
@@ -240,11 +188,11 @@ impl Makings<'_> {
     ) -> Result<(Box<dyn VirtioDevice>, BackEnd), BuildError> {
         let device: Box<dyn VirtioDevice> = match &plan.device {
             DevicePlan::VirtioIommu => {
-                let parts = self.virtio_iommu.ok_or_else(|| {
+                let device = self.iommu.and_then(IommuDevice::function);
+                let device = device.ok_or_else(|| {
                     ConfigError::new("iommu.model", "is not the IOMMU of this machine")
                 })?;
-                let (model, events) = (Arc::clone(&parts.model), Arc::clone(&parts.events));
-                Box::new(VirtioIommuDevice::new(model, events))
+                Box::new(device)
             }
             DevicePlan::Block {
                 path,

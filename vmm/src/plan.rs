@@ -196,7 +196,6 @@ fn cmdline(given: Option<&str>, drives: &[Drive]) -> String {
 /// Gives every function its slot: the IOMMU first, so that its driver can be
 /// there before the others' need it.
 fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
-    refuse_what_is_missing(config)?;
     let mut devices = Vec::new();
     if config.iommu.model == IommuModel::VirtioIommu {
         devices.push(("iommu".to_owned(), false, DevicePlan::VirtioIommu));
@@ -252,18 +251,6 @@ fn made_mac(tap: &str) -> MacAddress {
     });
     let [a, b, c, d, e, ..] = hash.to_le_bytes();
     MacAddress::try_from([0x06, a, b, c, d, e]).expect("the first octet is even")
-}
-
-/// Sections of the configuration whose devices do not exist yet.
-fn refuse_what_is_missing(config: &VmConfig) -> Result<(), ConfigError> {
-    let sections = [("iommu", config.iommu.model == IommuModel::Smmuv3)];
-    match sections.iter().find(|(_, given)| *given) {
-        Some((section, _)) => Err(ConfigError::new(
-            *section,
-            "this version has no such device; remove the section",
-        )),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]

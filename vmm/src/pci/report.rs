@@ -1,17 +1,19 @@
 //! What the IOMMU and its endpoints say of themselves, as the API shows it.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ::iommu::smmuv3::{Smmu, SmmuConfig, StreamMode};
+use ::iommu::virtio::VirtioIommu;
+use ::iommu::virtio::spec::feature;
+use ::iommu::{Access, FaultReason, Iova, StreamId, StreamStats};
 use devices::vhost::IotlbMonitor;
 use devices::virtio::block::BlockCounters;
-use iommu::virtio::spec::feature;
-use iommu::{Access, FaultReason, Iova, StreamStats};
 
+use super::iommu::IommuDevice;
 use super::{BackEnd, Function, PciBus, vhost};
 use crate::action::{
-    DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo, Mapping,
-    MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
+    Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,
+    Mapping, MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
 };
 use crate::config::IommuModel;
 use crate::plan::DevicePlan;
@@ -155,17 +157,11 @@ impl PciBus {
     /// The IOMMU as a whole.
     #[must_use]
     pub fn iommu_info(&self, model: IommuModel) -> IommuInfo {
-        let mut features = Vec::new();
-        let mut enabled = false;
-        if let Some(iommu) = self.virtio_iommu() {
-            let (offered, used) = (iommu.features(), iommu.negotiated_features());
-            enabled = used != 0;
-            let all = VIRTIO_FEATURES.iter().filter(|(bit, _)| offered & bit != 0);
-            features.extend(all.map(|&(bit, name)| Feature {
-                name: name.to_owned(),
-                negotiated: Some(used & bit != 0),
-            }));
-        }
+        let (enabled, features) = match &self.iommu {
+            None => (false, Vec::new()),
+            Some(IommuDevice::Virtio { model, .. }) => virtio_features(model),
+            Some(IommuDevice::Smmuv3(model)) => (model.is_enabled(), smmu_features(model.config())),
+        };
         let endpoints = self.functions.iter().filter_map(|f| self.endpoint(f));
         IommuInfo {
             model,
@@ -180,11 +176,16 @@ impl PciBus {
     pub fn mappings(&self, stream: u32, after: Option<u64>, limit: u32) -> MappingsPage {
         let page = usize::try_from(limit).unwrap_or(usize::MAX);
         let from = after.map_or(Some(0), |after| after.checked_add(1));
-        let (Some(iommu), Some(from)) = (self.virtio_iommu(), from) else {
+        let (Some(iommu), Some(from)) = (&self.iommu, from) else {
             return MappingsPage::default();
         };
+        let (stream, first) = (StreamId(stream), Iova(from));
         // One that starts below `from` and reaches over it was on the last page.
-        let all = iommu.mappings(iommu::StreamId(stream), Iova(from), page.saturating_add(2));
+        let wanted = page.saturating_add(2);
+        let all = match iommu {
+            IommuDevice::Virtio { model, .. } => model.mappings(stream, first, wanted),
+            IommuDevice::Smmuv3(model) => model.mappings(stream, first, wanted).0,
+        };
         let mut fresh = all.into_iter().filter(|m| m.iova.first().0 >= from);
         let mappings: Vec<_> = fresh.by_ref().take(page).map(shown).collect();
         let last = mappings.last().map(|mapping| mapping.start);
@@ -202,37 +203,118 @@ impl PciBus {
             DevicePlan::Vsock { .. } => DeviceKind::Vsock,
             DevicePlan::Entropy => DeviceKind::Entropy,
         };
-        let region = function.region.as_ref();
-        let stats = region.map(|region| region.stats()).unwrap_or_default();
-        let attached = region
-            .and(self.virtio_iommu())
-            .and_then(|iommu| iommu.endpoint(function.stream));
-        let state = match &attached {
-            None => EndpointState::Direct,
-            Some(state) if state.bypass => EndpointState::Bypass,
-            Some(state) if state.domain.is_some() => EndpointState::Translated,
-            Some(_) => EndpointState::Blocked,
-        };
         let iotlbs: Vec<_> = match &function.back_end {
             BackEnd::Vhost(monitors) => monitors.iter().map(IotlbMonitor::stats).collect(),
             BackEnd::None | BackEnd::Block(_) => Vec::new(),
         };
-        let mut counters = counters(&stats);
-        vhost::add_counters(&mut counters, &iotlbs);
-        Some(EndpointInfo {
+        let mut info = EndpointInfo {
             id: function.id.clone(),
             device,
             pci_address: function.stream.to_string(),
             stream_id: function.stream.0,
-            state,
-            domain: attached.and_then(|state| state.domain),
+            state: EndpointState::Direct,
+            domain: None,
             asid: None,
             vmid: None,
             ats: None,
             registration: vhost::registration(&iotlbs),
-            counters,
-        })
+            counters: EndpointCounters::default(),
+        };
+        if let Some(region) = &function.region {
+            let stats = region.stats();
+            info.counters.translations = stats.translations + stats.hits;
+            info.counters.hits = stats.hits;
+            match &self.iommu {
+                None => {}
+                Some(IommuDevice::Virtio { model, .. }) => {
+                    virtio_endpoint(model, function.stream, &stats, &mut info);
+                }
+                Some(IommuDevice::Smmuv3(model)) => {
+                    smmu_endpoint(model, function.stream, &mut info);
+                }
+            }
+        }
+        vhost::add_counters(&mut info.counters, &iotlbs);
+        Some(info)
     }
+}
+
+fn virtio_features(iommu: &VirtioIommu) -> (bool, Vec<Feature>) {
+    let (offered, used) = (iommu.features(), iommu.negotiated_features());
+    let all = VIRTIO_FEATURES.iter().filter(|(bit, _)| offered & bit != 0);
+    let features = all.map(|&(bit, name)| Feature {
+        name: name.to_owned(),
+        negotiated: Some(used & bit != 0),
+    });
+    (used != 0, features.collect())
+}
+
+/// What the ID registers offer (IHI 0070 §6.3.1 to §6.3.6). Nothing of it is
+/// negotiated.
+fn smmu_features(config: &SmmuConfig) -> Vec<Feature> {
+    let fields = [
+        ("IDR0.S1P", config.stage1()),
+        ("IDR0.S2P", config.stage2()),
+        ("IDR0.COHACC", true),
+        ("IDR0.HYP", config.hyp()),
+        ("IDR0.ATS", config.ats),
+        ("IDR0.MSI", true),
+        ("IDR0.PRI", config.pri()),
+        ("IDR3.RIL", true),
+    ];
+    let offered = fields.iter().filter(|(_, offered)| *offered);
+    let features = offered.map(|&(name, _)| Feature {
+        name: name.to_owned(),
+        negotiated: None,
+    });
+    features.collect()
+}
+
+fn virtio_endpoint(
+    iommu: &VirtioIommu,
+    stream: StreamId,
+    stats: &StreamStats,
+    info: &mut EndpointInfo,
+) {
+    if let Some(state) = iommu.endpoint(stream) {
+        info.domain = state.domain;
+        info.state = match state.domain {
+            _ if state.bypass => EndpointState::Bypass,
+            Some(_) => EndpointState::Translated,
+            None => EndpointState::Blocked,
+        };
+    }
+    for (reason, &count) in FaultReason::ALL.iter().zip(&stats.faults) {
+        let name = match reason {
+            FaultReason::Configuration => "VIRTIO_IOMMU_FAULT_R_DOMAIN",
+            _ => "VIRTIO_IOMMU_FAULT_R_MAPPING",
+        };
+        if count != 0 {
+            *info.counters.faults.entry(name.to_owned()).or_insert(0) += count;
+        }
+    }
+}
+
+fn smmu_endpoint(smmu: &Smmu, stream: StreamId, info: &mut EndpointInfo) {
+    if let Some(state) = smmu.stream_state(stream) {
+        info.asid = state.asid;
+        info.vmid = state.vmid;
+        info.state = match state.mode {
+            StreamMode::Bypass => EndpointState::Bypass,
+            StreamMode::Abort | StreamMode::Invalid => EndpointState::Blocked,
+            StreamMode::Stage1 | StreamMode::Stage2 | StreamMode::Nested => {
+                EndpointState::Translated
+            }
+        };
+        info.ats = smmu.config().ats.then_some(Ats {
+            offered: true,
+            enabled: state.ats_enabled,
+        });
+    }
+    let faults = smmu.faults(stream).into_iter();
+    info.counters.faults = faults
+        .map(|(kind, count)| (kind.name().to_owned(), count))
+        .collect();
 }
 
 fn family(
@@ -249,31 +331,7 @@ fn family(
     }
 }
 
-fn counters(stats: &StreamStats) -> EndpointCounters {
-    EndpointCounters {
-        translations: stats.translations + stats.hits,
-        hits: stats.hits,
-        faults: faults(stats),
-        ..EndpointCounters::default()
-    }
-}
-
-/// Faults by the name of their type, those that happened.
-fn faults(stats: &StreamStats) -> BTreeMap<String, u64> {
-    let mut faults = BTreeMap::new();
-    for (reason, &count) in FaultReason::ALL.iter().zip(&stats.faults) {
-        let name = match reason {
-            FaultReason::Configuration => "VIRTIO_IOMMU_FAULT_R_DOMAIN",
-            _ => "VIRTIO_IOMMU_FAULT_R_MAPPING",
-        };
-        if count != 0 {
-            *faults.entry(name.to_owned()).or_insert(0) += count;
-        }
-    }
-    faults
-}
-
-fn shown(mapping: iommu::Mapping) -> Mapping {
+fn shown(mapping: ::iommu::Mapping) -> Mapping {
     Mapping {
         start: Hex(mapping.iova.first().0),
         end: Hex(mapping.iova.last().0),

@@ -1,0 +1,150 @@
+//! The IOMMU before the bus: which model it is, and how it is reached.
+
+use std::sync::Arc;
+
+use arch::{IommuModel as NodeModel, layout};
+use devices::bus::Bus;
+use devices::smmuv3::{SmmuLines, SmmuRegisters};
+use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
+use devices::virtio::pci::AtsHook;
+use iommu::smmuv3::{Smmu, SmmuConfig, Stages};
+use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
+use iommu::{GuestRam, Iommu, Iova, IovaRange, StreamId};
+
+use crate::builder::BuildError;
+use crate::config::{self, ConfigError, IommuModel, Stage};
+use crate::kvm::Vm;
+
+/// Addresses that endpoints of a virtio-iommu may use: 48 bits, as much as page
+/// tables of the guest's CPUs usually translate.
+const INPUT_BITS: u32 = 48;
+
+/// The IOMMU of a machine.
+pub enum IommuDevice {
+    /// A virtio-iommu: its model, and the queue of its faults.
+    Virtio {
+        /// Domains and mappings.
+        model: Arc<VirtioIommu>,
+        /// Fault reports.
+        events: Arc<EventQueue>,
+    },
+    /// An SMMUv3.
+    Smmuv3(Arc<Smmu>),
+}
+
+impl IommuDevice {
+    /// The IOMMU that `config` asks for. An SMMUv3 is put on the memory bus; a
+    /// virtio-iommu is a function like others.
+    ///
+    /// # Errors
+    /// This architecture has no SMMUv3, or its interrupts are not to be had.
+    pub fn build(
+        config: &config::Iommu,
+        vm: &Vm,
+        memory: &Bus,
+        ram: &Arc<GuestRam>,
+    ) -> Result<Option<Self>, BuildError> {
+        Ok(match config.model {
+            IommuModel::None => None,
+            IommuModel::VirtioIommu => Some(Self::virtio(ram)),
+            IommuModel::Smmuv3 => Some(Self::smmuv3(config, vm, memory, ram)?),
+        })
+    }
+
+    fn virtio(ram: &Arc<GuestRam>) -> Self {
+        // On x86 interrupts are not translated, and their addresses are a part
+        // of the local APICs' page. On Arm the guest maps the ITS's doorbell.
+        let msi_window = cfg!(target_arch = "x86_64")
+            .then(|| IovaRange::block(Iova(layout::MSI_DOORBELLS), layout::MSI_DOORBELL_BITS));
+        let config = VirtioIommuConfig {
+            input_range: IovaRange::block(Iova(0), INPUT_BITS),
+            msi_window,
+            boot_bypass: true,
+        };
+        let events = Arc::new(EventQueue::default());
+        let sink = Arc::clone(&events) as Arc<dyn FaultSink>;
+        let model = Arc::new(VirtioIommu::new(config, Arc::clone(ram), sink));
+        Self::Virtio { model, events }
+    }
+
+    fn smmuv3(
+        config: &config::Iommu,
+        vm: &Vm,
+        memory: &Bus,
+        ram: &Arc<GuestRam>,
+    ) -> Result<Self, BuildError> {
+        let Some(place) = layout::SMMU else {
+            let problem = "this architecture has no SMMUv3";
+            return Err(ConfigError::new("iommu.model", problem).into());
+        };
+        let lines = SmmuLines {
+            eventq: Box::new(vm.line(place.gsis.eventq)?),
+            priq: Box::new(vm.line(place.gsis.priq)?),
+            cmdq_sync: Box::new(vm.line(place.gsis.cmdq_sync)?),
+            gerror: Box::new(vm.line(place.gsis.gerror)?),
+        };
+        let offered = SmmuConfig {
+            stages: match config.stage {
+                Stage::One => Stages::One,
+                Stage::Two => Stages::Two,
+                Stage::Nested => Stages::Nested,
+            },
+            ats: config.ats,
+            ..SmmuConfig::default()
+        };
+        let model = Arc::new(Smmu::new(offered, Arc::clone(ram), Arc::new(lines)));
+        let registers = Arc::new(SmmuRegisters(Arc::clone(&model)));
+        memory.insert(place.regs.base, place.regs.size, registers)?;
+        Ok(Self::Smmuv3(model))
+    }
+
+    /// The model, for the regions of its streams.
+    #[must_use]
+    pub fn model(&self) -> Arc<dyn Iommu> {
+        match self {
+            Self::Virtio { model, .. } => Arc::clone(model) as Arc<dyn Iommu>,
+            Self::Smmuv3(model) => Arc::clone(model) as Arc<dyn Iommu>,
+        }
+    }
+
+    /// What tells the model that the guest switched ATS in a function; `None`
+    /// where ATS is not offered.
+    #[must_use]
+    pub fn ats_hook(&self, stream: StreamId) -> Option<AtsHook> {
+        match self {
+            Self::Smmuv3(model) if model.config().ats => {
+                let model = Arc::clone(model);
+                Some(Box::new(move |enabled| {
+                    model.set_ats_enabled(stream, enabled);
+                }))
+            }
+            _ => None,
+        }
+    }
+
+    /// The virtio-iommu as a device; `None` for another model.
+    #[must_use]
+    pub fn function(&self) -> Option<VirtioIommuDevice> {
+        match self {
+            Self::Virtio { model, events } => Some(VirtioIommuDevice::new(
+                Arc::clone(model),
+                Arc::clone(events),
+            )),
+            Self::Smmuv3(_) => None,
+        }
+    }
+
+    /// How the firmware tables describe it. `function` is the requester ID of
+    /// a virtio-iommu.
+    #[must_use]
+    pub fn node(&self, function: Option<u16>) -> Option<NodeModel> {
+        match self {
+            Self::Virtio { .. } => Some(NodeModel::VirtioPci { bdf: function? }),
+            Self::Smmuv3(model) => Some(NodeModel::Smmuv3 {
+                smmu: layout::SMMU?,
+                ats: model.config().ats,
+                coherent: true,
+            }),
+        }
+    }
+}
