@@ -299,7 +299,11 @@ impl World {
         let zeros = vec![0; 3 * 4096];
         for (index, at) in [(0, RX), (1, TX)] {
             self.ram.write_slice(&zeros, GuestAddress(at)).unwrap();
-            let ring = if index == 0 { &mut self.rx } else { &mut self.tx };
+            let ring = if index == 0 {
+                &mut self.rx
+            } else {
+                &mut self.tx
+            };
             (ring.posted, ring.taken) = (0, 0);
             let mut queue = Queue::new(SIZE).unwrap();
             queue.set_size(SIZE);
@@ -330,7 +334,10 @@ impl World {
         for index in [0, 1] {
             let position = self.net.stop_queue(index).unwrap();
             let ring = if index == 0 { &self.rx } else { &self.tx };
-            let used: u16 = self.ram.read_obj(GuestAddress(ring.at + 2 * PAGE + 2)).unwrap();
+            let used: u16 = self
+                .ram
+                .read_obj(GuestAddress(ring.at + 2 * PAGE + 2))
+                .unwrap();
             assert_eq!(position.next_avail, used, "it finished what it took");
         }
         self.net.reset();
@@ -558,7 +565,11 @@ fn buffer_that_was_unmapped_is_not_touched() {
     world.offer(buffer(0));
     world.pages().unmap(buffer(0));
     world.host_sends(b"second");
-    assert!(eventually(|| world.stats().faults == 1), "{:?}", world.stats());
+    assert!(
+        eventually(|| world.stats().faults == 1),
+        "{:?}",
+        world.stats()
+    );
     assert_eq!(world.stats().stalled, 1);
     sleep(Duration::from_millis(100));
     assert_eq!(world.read(buffer(0), 0, 4096), before);
@@ -592,14 +603,22 @@ fn read_only_memory_is_not_written() {
     let before = world.read(buffer(0), 0, 4096);
     world.offer(buffer(0));
     world.host_sends(b"forbidden");
-    assert!(eventually(|| world.stats().faults > 0), "{:?}", world.stats());
+    assert!(
+        eventually(|| world.stats().faults > 0),
+        "{:?}",
+        world.stats()
+    );
     sleep(Duration::from_millis(100));
     assert_eq!(world.read(buffer(0), 0, 4096), before);
     assert!(world.net.take_failure().is_none());
     assert_eq!(world.stats().stalled, 1);
     world.pages().unmap(buffer(0));
     world.pages().map(buffer(0), Perm::WRITE);
-    assert!(world.arrives(buffer(0), b"forbidden"), "{:?}", world.stats());
+    assert!(
+        world.arrives(buffer(0), b"forbidden"),
+        "{:?}",
+        world.stats()
+    );
     world.stop();
 }
 
@@ -614,7 +633,11 @@ fn flush_of_everything_loses_no_packet() {
         world.pages().region().invalidate_all();
         let text = format!("after flush {n}");
         world.host_sends(text.as_bytes());
-        assert!(world.arrives(gpa, text.as_bytes()), "{n}: {:?}", world.stats());
+        assert!(
+            world.arrives(gpa, text.as_bytes()),
+            "{n}: {:?}",
+            world.stats()
+        );
     }
     println!("flushes: {:?}", world.stats());
     assert_eq!(world.stats().faults, 0);
@@ -633,7 +656,11 @@ fn more_mappings_than_entries_still_let_packets_through() {
         let text = format!("pressure {n}");
         world.offer(gpa);
         world.host_sends(text.as_bytes());
-        assert!(world.arrives(gpa, text.as_bytes()), "{n}: {:?}", world.stats());
+        assert!(
+            world.arrives(gpa, text.as_bytes()),
+            "{n}: {:?}",
+            world.stats()
+        );
     }
     let stats = world.stats();
     println!("pressure: {stats:?}");

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ::iommu::smmuv3::{Smmu, SmmuConfig, StreamMode};
 use ::iommu::virtio::VirtioIommu;
 use ::iommu::virtio::spec::feature;
-use ::iommu::{Access, FaultReason, Iova, StreamId, StreamStats};
+use ::iommu::{Access, FaultReason, Iova, IovaRange, StreamId, StreamStats};
+use arch::layout;
 use devices::vhost::IotlbMonitor;
 use devices::virtio::block::BlockCounters;
 
@@ -332,6 +333,7 @@ fn family(
 }
 
 fn shown(mapping: ::iommu::Mapping) -> Mapping {
+    let doorbells = IovaRange::block(Iova(layout::MSI_DOORBELLS), layout::MSI_DOORBELL_BITS);
     Mapping {
         start: Hex(mapping.iova.first().0),
         end: Hex(mapping.iova.last().0),
@@ -340,6 +342,6 @@ fn shown(mapping: ::iommu::Mapping) -> Mapping {
             read: mapping.perm.allows(Access::Read),
             write: mapping.perm.allows(Access::Write),
         },
-        mmio: false,
+        mmio: doorbells.contains(Iova(mapping.gpa.0)),
     }
 }
