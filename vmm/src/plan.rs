@@ -146,7 +146,7 @@ impl MachinePlan {
             boot: Boot {
                 kernel: PathBuf::from(&source.kernel_image_path),
                 initrd: source.initrd_path.as_ref().map(PathBuf::from),
-                cmdline: cmdline(source.boot_args.as_deref(), &config.drives),
+                cmdline: cmdline(source.command_line(), &config.drives),
             },
             iommu: config.iommu.clone(),
             functions: functions(config)?,
@@ -175,8 +175,8 @@ fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
 }
 
 /// The command line, with `root=` for the drive that is the root device.
-fn cmdline(given: Option<&str>, drives: &[Drive]) -> String {
-    let mut cmdline = given.unwrap_or(DEFAULT_CMDLINE).to_owned();
+fn cmdline(given: Option<String>, drives: &[Drive]) -> String {
+    let mut cmdline = given.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned());
     let root = drives
         .iter()
         .zip('a'..)

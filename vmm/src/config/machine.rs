@@ -192,11 +192,24 @@ impl BootSource {
                 .all(|byte| byte.is_ascii_graphic() || byte == b' '),
             "boot_args",
             "use printable ASCII characters and spaces only",
-        )?;
-        require(
-            !boot_args.split(' ').any(|word| word == "pci=off"),
-            "boot_args",
-            "pci=off would hide every device, for they are PCI functions; remove it",
         )
+    }
+
+    /// The command line for the guest, if one is configured: `boot_args` without `pci=off`.
+    /// Firecracker's clients put that there because its devices need no PCI; here it would hide
+    /// every device.
+    #[must_use]
+    pub fn command_line(&self) -> Option<String> {
+        let boot_args = self.boot_args.as_ref()?;
+        let hides_devices = |word: &&str| *word == "pci=off";
+        if !boot_args.split(' ').any(|word| hides_devices(&word)) {
+            return Some(boot_args.clone());
+        }
+        log::warn!("pci=off is left out of the kernel command line: devices are PCI functions");
+        let kept: Vec<&str> = boot_args
+            .split(' ')
+            .filter(|word| !hides_devices(word))
+            .collect();
+        Some(kept.join(" "))
     }
 }
