@@ -1,6 +1,7 @@
 //! Bytes that no honest client sends: each connection is answered or closed, and the server
 //! goes on.
 
+use crate::bytes::hostile_bytes;
 use crate::support::{Machine, Model};
 use api::{Limits, http, route};
 use proptest::prelude::*;
@@ -8,43 +9,6 @@ use proptest::strategy::ValueTree;
 use std::io::Write;
 use std::net::Shutdown;
 use std::time::Duration;
-
-/// Pieces that requests are made of, honest and not.
-fn piece() -> impl Strategy<Value = Vec<u8>> {
-    let tokens: &[&[u8]] = &[
-        b"GET ",
-        b"PUT ",
-        b"PATCH ",
-        b"/",
-        b"/drives/a",
-        b"/machine-config",
-        b"/iommu/endpoints/%00/mappings?after=0x",
-        b" HTTP/1.1\r\n",
-        b" HTTP/1.0\r\n",
-        b"Content-Length: 2\r\n",
-        b"Content-Length: 51200\r\n",
-        b"Content-Length: 99999999999999999999\r\n",
-        b"Transfer-Encoding: chunked\r\n",
-        b"Expect: 100-continue\r\n",
-        b"Connection: close\r\n",
-        b"Host: x\r\n",
-        b"\r\n",
-        b"\r\n\r\n",
-        b"{}",
-        b"{\"vcpu_count\": 1e999}",
-        b"[[[[[[[[[[",
-        b"\"\\ud800\"",
-    ];
-    prop_oneof![
-        8 => prop::sample::select(tokens).prop_map(<[u8]>::to_vec),
-        1 => prop::collection::vec(any::<u8>(), 0..40),
-        1 => (any::<u8>(), 0usize..9000).prop_map(|(byte, count)| vec![byte; count]),
-    ]
-}
-
-fn hostile_bytes() -> impl Strategy<Value = Vec<u8>> {
-    prop::collection::vec(piece(), 0..24).prop_map(|pieces| pieces.concat())
-}
 
 fn requests_in(mut bytes: &[u8]) -> Vec<http::Request> {
     let mut requests = Vec::new();

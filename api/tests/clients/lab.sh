@@ -1,0 +1,40 @@
+#!/bin/sh
+# The API against a machine that runs, in the lab: boots a guest by requests, lets it flood its
+# console, and has two thousand hostile connections meanwhile.
+#
+#     api/tests/clients/lab.sh [VENV]
+#
+# VENV is a Python environment with firecracker-python in it (python -m venv VENV;
+# VENV/bin/pip install firecracker-python): then that client configures and starts the machine,
+# and portcullis ctl does otherwise.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/../../.."
+target=$(rustc -vV | sed -n 's/^host: //p')
+share=target/api-lab
+rm -rf "$share"
+mkdir -p "$share"
+
+RUSTFLAGS="-C target-feature=+crt-static" \
+    cargo build --quiet --target "$target" -p api --example hostile
+cp "target/$target/debug/examples/hostile" "$here/lab_job.sh" "$share/"
+
+# An interpreter that brings its libraries along: the lab has its own, or none.
+if [ $# -gt 0 ]; then
+    python=$("$1/bin/python" -c 'import sys; print(sys.base_prefix + "/bin/python3")')
+    version=$("$1/bin/python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    standard=$("$1/bin/python" -c 'import os; print(os.path.dirname(os.__file__))')
+    mkdir -p "$share/python/bin" "$share/python/lib/$version" "$share/python/libraries"
+    cp -L "$python" "$share/python/bin/python3"
+    tar -C "$standard" --exclude=site-packages --exclude=test --exclude=__pycache__ \
+        --exclude=idlelib --exclude=tkinter --exclude=ensurepip --exclude='config-*' -c . |
+        tar -C "$share/python/lib/$version" -x
+    tar -C "$1/lib/$version" --exclude=__pycache__ -c site-packages |
+        tar -C "$share/python/lib/$version" -x
+    find "$share/python" -type f '(' -name '*.so*' -o -name python3 ')' -exec ldd {} + 2>/dev/null |
+        sed -n 's|.*=> \(/[^ ]*\) .*|\1|p; s|^[[:space:]]*\(/[^ ]*ld-linux[^ ]*\) .*|\1|p' | sort -u |
+        while read -r library; do cp -L "$library" "$share/python/libraries/"; done
+    cp "$here/firecracker_client.py" "$share/"
+fi
+
+exec cargo xtask lab --timeout 580 --share "$share" -- sh lab_job.sh
