@@ -219,7 +219,9 @@ fn pack(job: &Job, dir: &Path, interactive: bool) -> Result<()> {
     };
     let size = packages::output(Command::new("stty").arg("size").stdin(Stdio::inherit()));
     let resize = match size.unwrap_or_default().trim().split_once(' ') {
-        Some((rows, columns)) if interactive => format!("stty rows {rows} columns {columns}\n"),
+        Some((rows, columns)) if interactive && rows != "0" => {
+            format!("stty rows {rows} columns {columns}\n")
+        }
         _ => String::new(),
     };
     let script = format!(

@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::arch::Arch;
 use crate::packages::{self, Suite};
@@ -109,15 +109,19 @@ impl Toolchain {
 
     fn find_linker(&self) -> Result<String> {
         let name = format!("{}-gcc", self.arch.triplet());
-        if Command::new(&name).arg("--version").output().is_ok() {
+        // The C library for the architecture is a package of its own, and may be missing.
+        let start_file = packages::output(Command::new(&name).arg("-print-file-name=crt1.o"));
+        if start_file.is_ok_and(|path| path.trim().starts_with('/')) {
             return Ok(name);
         }
-        let package = format!("gcc-{}", self.arch.triplet().replace('_', "-"));
         let compiler = Sysroot::of_packages(
             packages::STABLE,
             Arch::native(),
             &format!("cross-{}", self.arch),
-            &[&package],
+            &[
+                &format!("gcc-{}", self.arch.triplet().replace('_', "-")),
+                &format!("libc6-dev-{}-cross", self.arch.debian()),
+            ],
         )?;
         wrapper(&compiler, &name)
     }
@@ -139,8 +143,6 @@ impl Toolchain {
         let compiler = wrapper(&root, "rustc")?;
         self.target_dir = paths::target().join("static-distribution");
         self.environment.push(("RUSTC".to_owned(), compiler));
-        self.environment
-            .push(("RUSTUP_TOOLCHAIN".to_owned(), active_toolchain()?));
         Ok(())
     }
 }
@@ -148,14 +150,6 @@ impl Toolchain {
 /// The cargo that runs us.
 pub fn cargo() -> String {
     std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
-}
-
-fn active_toolchain() -> Result<String> {
-    let text = packages::output(Command::new("rustc").arg("--version"))?;
-    text.split_whitespace()
-        .nth(1)
-        .map(str::to_owned)
-        .context("rustc tells no version")
 }
 
 /// True if the compiler has a standard library for `arch`, asking rustup for it if need be.
