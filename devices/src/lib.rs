@@ -8,6 +8,8 @@ pub mod bus;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+#[cfg(test)]
+mod rig;
 pub mod smmuv3;
 pub mod tap;
 pub mod vhost;

@@ -16,7 +16,7 @@ use devices::interrupt::Doorbells;
 use devices::pci::{PciRoot, Requester, StaleMsis};
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Block, BlockCounters, Image};
+use devices::virtio::block::{Block, BlockConfig, BlockCounters, Image};
 use devices::virtio::net::NetConfig;
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
@@ -198,9 +198,16 @@ impl Makings<'_> {
                 path,
                 read_only,
                 queues,
+                flush,
             } => {
                 let image = open_image(&plan.id, path, *read_only)?;
-                let block = Block::new(&plan.id, image, *queues)?;
+                let config = BlockConfig {
+                    id: plan.id.clone(),
+                    queues: *queues,
+                    flush: *flush,
+                };
+                let block = Block::new(&config, image)?;
+                block.on_failure(bell.alarm());
                 let counters = BackEnd::Block(block.counters());
                 return Ok((Box::new(block), counters));
             }

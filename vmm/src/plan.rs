@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::action::Hex;
 use crate::config::{
-    ConfigError, Drive, HugePages, Iommu, IommuModel, MacAddress, MemBacking, VmConfig,
+    CacheType, ConfigError, Drive, HugePages, Iommu, IommuModel, MacAddress, MemBacking, VmConfig,
 };
 
 /// Console and behaviour of a guest whose command line was left out: log and
@@ -71,6 +71,8 @@ pub enum DevicePlan {
         read_only: bool,
         /// Request queues.
         queues: u16,
+        /// The guest can flush.
+        flush: bool,
     },
     /// A network interface.
     Net {
@@ -205,6 +207,7 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
             path: PathBuf::from(&drive.path_on_host),
             read_only: drive.is_read_only,
             queues: drive.num_queues,
+            flush: drive.cache_type == CacheType::Writeback,
         };
         devices.push((drive.drive_id.clone(), drive.iommu, device));
     }

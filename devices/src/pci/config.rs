@@ -52,8 +52,10 @@ pub struct Bar {
 /// The configuration space of one function.
 #[derive(Debug)]
 pub struct ConfigSpace {
-    values: [u32; WORDS],
-    writable: [u32; WORDS],
+    values: Box<[u32; WORDS]>,
+    writable: Box<[u32; WORDS]>,
+    /// The values after a reset.
+    initial: Box<[u32; WORDS]>,
     bar: Option<Bar>,
     next_capability: u16,
     last_capability: u16,
@@ -66,8 +68,9 @@ impl ConfigSpace {
     #[must_use]
     pub fn new(ids: &Ids, bar: Option<Bar>) -> Self {
         let mut space = Self {
-            values: [0; WORDS],
-            writable: [0; WORDS],
+            values: Box::new([0; WORDS]),
+            writable: Box::new([0; WORDS]),
+            initial: Box::new([0; WORDS]),
             bar,
             next_capability: FIRST_CAPABILITY,
             last_capability: CAPABILITIES,
@@ -137,6 +140,11 @@ impl ConfigSpace {
         at
     }
 
+    /// Back to the values that the space was made with.
+    pub fn reset(&mut self) {
+        self.values.copy_from_slice(&*self.initial);
+    }
+
     /// Reads at `offset`; what lies beyond the space reads as ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (at, byte) in (usize::from(offset)..).zip(data) {
@@ -197,6 +205,7 @@ impl ConfigSpace {
                 *mask_word |= u32::from(mask) << shift;
             }
         }
+        self.initial.copy_from_slice(&*self.values);
     }
 
     fn set(&mut self, offset: u16, value: u32, writable: u32) {
@@ -207,6 +216,7 @@ impl ConfigSpace {
         if let Some(value) = self.values.get_mut(usize::from(offset) / 4) {
             *value |= bits;
         }
+        self.initial.copy_from_slice(&*self.values);
     }
 }
 

@@ -8,16 +8,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use iommu::{
-    Access, AddressSpace, Gpa, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents,
+    Access, AddressSpace, Gpa, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents, NotifierId,
     NotifierSink, Registration, StreamId,
 };
 use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::{MsiMessage, MsiVector};
-
-/// Doorbell pages of one requester that are listened to. Guests use one.
-const MAX_PAGES: usize = 8;
 
 /// What a PCI function is to the rest of the machine: its memory view and its
 /// MSI target, made together from one requester ID (invariant 2).
@@ -120,7 +117,9 @@ impl NotifierSink for Routes {
 pub struct MsiTarget {
     space: AddressSpace,
     sink: Arc<Routes>,
-    pages: Mutex<Vec<Iova>>,
+    /// The pages of the doorbells in use, and who listens to each. Taken
+    /// outside of the gate.
+    pages: Mutex<Vec<(Iova, NotifierId)>>,
 }
 
 impl MsiTarget {
@@ -141,12 +140,22 @@ impl MsiTarget {
             self.listen(doorbell);
         }
         self.update(|at, route| {
-            let mine = at == number && route.wanted != wanted;
+            let mine = at == number;
             if mine {
                 route.wanted = wanted;
             }
             mine
         });
+        self.stop_listening();
+    }
+
+    /// Drops what source `number` has signalled and nobody is told of yet.
+    pub fn forget(&self, number: usize) {
+        if let Some(route) = self.sink.lock().get(number)
+            && route.current.is_none()
+        {
+            let _ = route.vector.eventfd().read();
+        }
     }
 
     /// Translates again what is held back for want of a translation.
@@ -181,32 +190,53 @@ impl MsiTarget {
         }
     }
 
-    /// Registers for changes of the doorbell's page, once.
+    /// Registers for changes of the doorbell's page, if nobody did.
     fn listen(&self, doorbell: Iova) {
         let Some(region) = self.space.region() else {
             return;
         };
-        let page = IovaRange::block(doorbell, 12);
-        {
-            let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-            if pages.contains(&page.first()) {
-                return;
-            }
-            if pages.len() == MAX_PAGES {
-                warn!("{}: too many interrupt doorbells", region.stream());
-                return;
-            }
-            pages.push(page.first());
+        let page = page_of(doorbell);
+        let mut pages = self.pages();
+        if pages.iter().all(|(known, _)| *known != page.first()) {
+            let id = region.register(IommuNotifier {
+                wanted: vec![
+                    NotifierEvents::MAP | NotifierEvents::UNMAP,
+                    NotifierEvents::UNMAP,
+                ],
+                range: page,
+                sink: Arc::clone(&self.sink) as Arc<dyn NotifierSink>,
+            });
+            pages.push((page.first(), id));
         }
-        region.register(IommuNotifier {
-            wanted: vec![
-                NotifierEvents::MAP | NotifierEvents::UNMAP,
-                NotifierEvents::UNMAP,
-            ],
-            range: page,
-            sink: Arc::clone(&self.sink) as Arc<dyn NotifierSink>,
+    }
+
+    /// Gives up the pages that no source is sent to any more: there are never
+    /// more listeners than sources.
+    fn stop_listening(&self) {
+        let Some(region) = self.space.region() else {
+            return;
+        };
+        let used: Vec<Iova> = {
+            let routes = self.sink.lock();
+            let wanted = routes.iter().filter_map(|route| route.wanted);
+            wanted.map(|(iova, _)| page_of(iova).first()).collect()
+        };
+        self.pages().retain(|(page, id)| {
+            let keep = used.contains(page);
+            if !keep {
+                region.unregister(*id);
+            }
+            keep
         });
     }
+
+    fn pages(&self) -> MutexGuard<'_, Vec<(Iova, NotifierId)>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn page_of(doorbell: Iova) -> IovaRange {
+    IovaRange::block(doorbell, 12)
 }
 
 /// Who has interrupts that lost their translation. An IOMMU that does not

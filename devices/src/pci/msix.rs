@@ -73,9 +73,13 @@ impl Msix {
         self.entries.len()
     }
 
-    /// Points source `source` at an entry, or at none.
+    /// Points source `source` at an entry, or at none. What it signalled while
+    /// it had none is lost (virtio 1.2 §4.1.5.1.2.1), and not pending.
     pub fn bind(&mut self, source: usize, entry: Option<u16>) {
         if let Some(bound) = self.sources.get_mut(source) {
+            if bound.is_none() {
+                self.target.forget(source);
+            }
             *bound = entry;
             self.route(|at, _| at == source);
         }
@@ -103,10 +107,10 @@ impl Msix {
 
     /// Writes the table at `offset` bytes.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
-        let mut touched = None;
+        let mut touched = Vec::new();
         for (at, &byte) in (offset..).zip(data) {
             let Some((entry, word)) = word_at(at) else {
-                return;
+                break;
             };
             let Some(word) = self.entries.get_mut(entry).and_then(|e| e.get_mut(word)) else {
                 break;
@@ -114,11 +118,9 @@ impl Msix {
             let mut bytes = word.to_le_bytes();
             bytes[usize::from(at.to_le_bytes()[0] % 4)] = byte;
             *word = u32::from_le_bytes(bytes);
-            touched = Some(entry);
+            touched.push(entry);
         }
-        if let Some(touched) = touched {
-            self.route(|_, entry| entry.is_some_and(|entry| usize::from(entry) == touched));
-        }
+        self.route(|_, entry| entry.is_some_and(|entry| touched.contains(&usize::from(entry))));
     }
 
     /// Reads the pending bits at `offset` bytes.
@@ -137,10 +139,17 @@ impl Msix {
         }
     }
 
-    /// Back to the state after reset of the function's interrupts.
+    /// Points every source at no entry.
     pub fn unbind_all(&mut self) {
         self.sources.fill(None);
         self.route(|_, _| true);
+    }
+
+    /// The table as it is after a reset of the function. The capability is a
+    /// part of its configuration space.
+    pub fn reset(&mut self) {
+        self.entries.fill([0, 0, 0, ENTRY_MASK]);
+        self.unbind_all();
     }
 
     fn message(&self, entry: Option<u16>) -> Option<(Iova, u32)> {

@@ -19,11 +19,11 @@ use serde::Serialize;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::failure::Failure;
 use super::message::{Message, Miss};
 use super::posted::{Buffer, Layout, Memory, Unreadable, posted};
 use super::shadow::{DEFAULT_LIMIT, Entry, Shadow};
 use crate::virtio::DeviceError;
+use crate::virtio::failure::Failure;
 
 /// Most translations that one miss brings with it, however large the IOTLB.
 const MAX_PREFETCH: usize = 256;

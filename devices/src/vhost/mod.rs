@@ -4,7 +4,6 @@
 //! [`iotlb`] keeps that in step with the IOMMU, [`thread`] answers its misses,
 //! and [`Vhost`] starts and stops rings in the order that the kernel wants.
 
-pub mod failure;
 pub mod iotlb;
 pub mod message;
 pub mod posted;
@@ -23,12 +22,12 @@ use virtio_queue::QueueT as _;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::failure::Failure;
 use self::iotlb::{Channel, IotlbOptions, IotlbStats, Ring, VhostIotlb};
 use self::message::{Message, Miss};
 use self::posted::Layout;
 use self::sys::{Kind, OpenError, RingAddresses, VhostKernel};
 use self::thread::{IotlbThread, Served};
+use crate::virtio::failure::Failure;
 use crate::virtio::{DeviceError, QueuePosition, StartedQueue};
 
 /// Rings of a vhost file: both kinds have a pair.

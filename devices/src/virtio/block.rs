@@ -14,7 +14,6 @@ use std::thread::JoinHandle;
 use std::{io, thread};
 
 use iommu::DmaSpace;
-use log::error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -27,13 +26,17 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::image::SECTOR;
 pub use self::image::{Image, ImageError};
+pub use self::request::Disk;
+use super::chain::RINGS_OUTSIDE;
+use super::failure::{Alarm, Failure};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 256;
 /// Most data segments of a request: a ring's worth without header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Most sectors of one discard or write-zeroes segment (4 GiB).
-const MAX_CLEAR_SECTORS: u32 = 1 << 23;
+/// Most sectors of one discard or write-zeroes segment (128 MiB): a host that
+/// has to write the zeros is done with them in a moment.
+const MAX_CLEAR_SECTORS: u32 = 1 << 18;
 /// Token of the eventfd that ends the worker; queues have their index.
 const STOP: u64 = u64::MAX;
 
@@ -66,8 +69,7 @@ struct Shared {
     leave: Vec<AtomicBool>,
     epoll: Epoll,
     stop: EventFd,
-    failure: Mutex<Option<DeviceError>>,
-    counters: Arc<BlockCounters>,
+    failure: Failure,
 }
 
 impl Shared {
@@ -77,9 +79,22 @@ impl Shared {
     }
 }
 
-/// A disk.
+/// What the user says of a disk.
+#[derive(Clone, Debug)]
+pub struct BlockConfig {
+    /// Its name, for the log and the guest.
+    pub id: String,
+    /// Request queues, at least one.
+    pub queues: u16,
+    /// Whether the guest can flush. If not, writes that it saw complete may be
+    /// lost when the host crashes.
+    pub flush: bool,
+}
+
+/// The device.
 pub struct Block {
     shared: Arc<Shared>,
+    counters: Arc<BlockCounters>,
     worker: Option<JoinHandle<()>>,
     sizes: Vec<u16>,
     features: u64,
@@ -88,56 +103,71 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk of `queues` queues over `image`. `name` names its thread.
+    /// The device over `image`, and its thread.
     ///
     /// # Errors
     /// No file descriptor or thread is left.
-    pub fn new(name: &str, image: Image, queues: u16) -> io::Result<Self> {
-        let count = usize::from(queues.max(1));
+    pub fn new(config: &BlockConfig, image: Image) -> io::Result<Self> {
+        let count = usize::from(config.queues.max(1));
         let shared = Arc::new(Shared {
             queues: (0..count).map(|_| Mutex::default()).collect(),
             leave: (0..count).map(|_| AtomicBool::new(false)).collect(),
             epoll: Epoll::new()?,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            failure: Mutex::default(),
-            counters: Arc::default(),
+            failure: Failure::default(),
         });
         let stop = EpollEvent::new(EventSet::IN, STOP);
         shared
             .epoll
             .ctl(ControlOperation::Add, shared.stop.as_raw_fd(), stop)?;
-        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
-            | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_FLUSH
-            | 1 << VIRTIO_BLK_F_MQ
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-        features |= if image.read_only() {
-            1 << VIRTIO_BLK_F_RO
-        } else {
-            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
-        };
-        let config = config_space(image.sectors(), queues.max(1));
+        let features = offered(config, &image);
+        let space = config_space(image.sectors(), config.queues.max(1));
+        let disk = Disk::new(&config.id, image);
+        let counters = Arc::clone(disk.counters());
         let worker = {
             let shared = Arc::clone(&shared);
-            let thread = thread::Builder::new().name(format!("disk-{name}"));
-            thread.spawn(move || work(&shared, image))?
+            let thread = thread::Builder::new().name(format!("disk-{}", config.id));
+            thread.spawn(move || work(&shared, disk))?
         };
         Ok(Self {
             sizes: vec![QUEUE_SIZE; count],
             kicks: vec![None; count],
             worker: Some(worker),
             shared,
+            counters,
             features,
-            config,
+            config: space,
         })
     }
 
     /// What the disk has done.
     #[must_use]
     pub fn counters(&self) -> Arc<BlockCounters> {
-        Arc::clone(&self.shared.counters)
+        Arc::clone(&self.counters)
     }
+
+    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
+    /// something to give. Called without any lock.
+    pub fn on_failure(&self, alarm: Alarm) {
+        self.shared.failure.on_failure(alarm);
+    }
+}
+
+fn offered(config: &BlockConfig, image: &Image) -> u64 {
+    let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+        | 1 << VIRTIO_BLK_F_BLK_SIZE
+        | 1 << VIRTIO_BLK_F_MQ
+        | 1 << VIRTIO_RING_F_EVENT_IDX
+        | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    if config.flush {
+        features |= 1 << VIRTIO_BLK_F_FLUSH;
+    }
+    features |= if image.read_only() {
+        1 << VIRTIO_BLK_F_RO
+    } else {
+        1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+    };
+    features
 }
 
 /// The device configuration (§5.2.4).
@@ -234,11 +264,12 @@ impl VirtioDevice for Block {
         })
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.shared.failure.clear();
+    }
 
     fn take_failure(&mut self) -> Option<DeviceError> {
-        let failure = self.shared.failure.lock();
-        failure.unwrap_or_else(PoisonError::into_inner).take()
+        self.shared.failure.take()
     }
 }
 
@@ -248,21 +279,28 @@ impl Drop for Block {
             leave.store(true, Ordering::Release);
         }
         let _ = self.shared.stop.write(1);
-        if let Some(worker) = self.worker.take() {
+        // The worker itself may be the last to hold the function: it has a
+        // failure to show, and ends after that.
+        let worker = self.worker.take();
+        if let Some(worker) = worker.filter(|it| it.thread().id() != thread::current().id()) {
             let _ = worker.join();
         }
     }
 }
 
 /// The worker: serves the queue that was kicked, until it is stopped.
-fn work(shared: &Shared, mut image: Image) {
+fn work(shared: &Shared, mut disk: Disk) {
     let mut events = [EpollEvent::default(); 8];
     loop {
         let ready = match shared.epoll.wait(-1, &mut events) {
             Ok(ready) => ready,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => {
-                error!("a disk's thread cannot wait: {error}");
+            Err(source) => {
+                shared.failure.raise(DeviceError::Backend {
+                    what: "waiting for kicks",
+                    source,
+                });
+                shared.failure.sound();
                 return;
             }
         };
@@ -271,75 +309,57 @@ fn work(shared: &Shared, mut image: Image) {
                 return;
             }
             let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
-            let Some(mut queue) = shared.queue(index) else {
-                continue;
-            };
-            // The queue may have been stopped since: its kick is not ours then.
-            let Some(running) = queue.as_mut() else {
-                continue;
-            };
-            let _ = running.kick.read();
-            if running.failed {
-                continue;
-            }
-            if let Err(failure) = serve(shared, index, running, &mut image) {
-                running.failed = true;
-                let mut slot = shared
-                    .failure
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner);
-                *slot = Some(failure);
-            }
+            kicked(shared, index, &mut disk);
+            shared.failure.sound();
         }
     }
 }
 
-/// Serves what is posted until there is nothing more or the queue is to stop.
-fn serve(
-    shared: &Shared,
-    index: usize,
-    running: &mut Running,
-    image: &mut Image,
-) -> Result<(), DeviceError> {
-    let number = u16::try_from(index).unwrap_or(0);
-    let bad = |reason| DeviceError::BadQueue {
-        queue: number,
-        reason,
+/// Serves a queue for as long as it is ours.
+fn kicked(shared: &Shared, index: usize, disk: &mut Disk) {
+    let (Some(mut queue), Some(leave)) = (shared.queue(index), shared.leave.get(index)) else {
+        return;
     };
-    let rings = |_| bad("its rings are not in memory");
-    let leave = |shared: &Shared| {
-        let leave = shared.leave.get(index);
-        leave.is_none_or(|leave| leave.load(Ordering::Acquire))
+    // The queue may have been stopped since: its kick is not ours then.
+    let Some(running) = queue.as_mut() else {
+        return;
     };
-    loop {
-        {
-            let view = running.dma.view();
-            running.queue.disable_notification(&view).map_err(rings)?;
-        }
-        while !leave(shared) {
-            // One view a request: an unmap of the guest waits for no more.
-            let view = running.dma.view();
-            let Some(chain) = running.queue.pop_descriptor_chain(&view) else {
-                if view.take_fault().is_some() {
-                    return Err(bad("its rings are not in memory"));
-                }
+    let _ = running.kick.read();
+    if running.failed {
+        return;
+    }
+    if let Err(reason) = running.serve(disk, leave) {
+        running.failed = true;
+        let queue = u16::try_from(index).unwrap_or(u16::MAX);
+        shared
+            .failure
+            .raise(DeviceError::BadQueue { queue, reason });
+    }
+}
+
+impl Running {
+    /// Serves what is posted, up to a ring of requests, so that the disk's
+    /// other queues have their turn.
+    fn serve(&mut self, disk: &mut Disk, leave: &AtomicBool) -> Result<(), &'static str> {
+        let rings = |_| RINGS_OUTSIDE;
+        self.queue
+            .disable_notification(&self.dma.view())
+            .map_err(rings)?;
+        for _ in 0..self.queue.size() {
+            if leave.load(Ordering::Acquire) {
                 break;
-            };
-            let head = chain.head_index();
-            let written = request::execute(&view, chain, image, &shared.counters).map_err(bad)?;
-            running
-                .queue
-                .add_used(&view, head, written)
-                .map_err(rings)?;
-            if running.queue.needs_notification(&view).map_err(rings)? {
-                running.interrupt.signal();
+            }
+            match disk.serve(&mut self.queue, &self.dma)? {
+                Some(true) => self.interrupt.signal(),
+                Some(false) => {}
+                None => break,
             }
         }
-        let view = running.dma.view();
-        let more = running.queue.enable_notification(&view).map_err(rings)?;
-        if !more || leave(shared) {
-            return Ok(());
+        let more = self.queue.enable_notification(&self.dma.view());
+        if more.map_err(rings)? {
+            let _ = self.kick.write(1);
         }
+        Ok(())
     }
 }
 

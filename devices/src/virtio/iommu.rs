@@ -13,9 +13,10 @@ use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, spec};
 use iommu::{DmaSpace, DmaView};
 use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtio_queue::{DescriptorChain, Queue, QueueT as _};
-use vm_memory::{Bytes as _, GuestAddress};
+use virtio_queue::{Queue, QueueT as _};
+use vm_memory::Bytes as _;
 
+use super::chain::{Buffer, Chain, RINGS_OUTSIDE};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
 
 const REQUEST_QUEUE: u16 = 0;
@@ -87,19 +88,17 @@ impl FaultSink for EventQueue {
 /// that holds it.
 fn push_report(running: &mut Running, report: &FaultReport) -> bool {
     let view = running.dma.view();
-    let Some(chain) = running.queue.pop_descriptor_chain(&view) else {
+    let Ok(Some(chain)) = Chain::take(&mut running.queue, &view) else {
         return false;
     };
-    let head = chain.head_index();
     let bytes = report.to_bytes();
-    let written = chain
-        .writable()
-        .next()
-        .filter(|buffer| buffer.len() as usize >= bytes.len())
-        .is_some_and(|buffer| view.write_slice(&bytes, buffer.addr()).is_ok());
+    let first = chain.room.first();
+    let written = first
+        .filter(|buffer| buffer.len as usize >= bytes.len())
+        .is_some_and(|buffer| view.write_slice(&bytes, buffer.at).is_ok());
     let len = if written { bytes.len() } else { 0 };
     let len = u32::try_from(len).unwrap_or(0);
-    if running.queue.add_used(&view, head, len).is_err() {
+    if running.queue.add_used(&view, chain.head, len).is_err() {
         return false;
     }
     running.interrupt.signal_for(&running.queue, &view);
@@ -204,12 +203,16 @@ fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> 
     let mut done = Vec::new();
     let mut outcome = Ok(());
     while outcome.is_ok() && done.len() < usize::from(queue.size()) {
-        let Some(chain) = queue.pop_descriptor_chain(&view) else {
-            break;
+        let chain = match Chain::take(queue, &view) {
+            Ok(Some(chain)) => chain,
+            Ok(None) => break,
+            Err(reason) => {
+                outcome = Err(bad_request(reason));
+                break;
+            }
         };
-        let head = chain.head_index();
-        match answer(model, &view, chain) {
-            Some(len) => done.push((head, len)),
+        match answer(model, &view, &chain) {
+            Some(len) => done.push((chain.head, len)),
             None => outcome = Err(bad_request("a request has no room for its answer")),
         }
     }
@@ -235,45 +238,34 @@ fn bad_request(reason: &'static str) -> DeviceError {
 }
 
 fn not_in_memory(_: virtio_queue::Error) -> DeviceError {
-    bad_request("its rings are not in memory")
+    bad_request(RINGS_OUTSIDE)
 }
 
 /// One request: a copy in, the answer out. `None` when the driver left no room
 /// for the answer.
-fn answer(
-    model: &VirtioIommu,
-    view: &DmaView<'_>,
-    chain: DescriptorChain<&DmaView<'_>>,
-) -> Option<u32> {
+fn answer(model: &VirtioIommu, view: &DmaView<'_>, chain: &Chain) -> Option<u32> {
     let mut request = [0; MAX_REQUEST];
     let mut reply = [0; MAX_REPLY];
     let mut given = 0;
-    let mut room = Vec::new();
-    let mut room_len = 0;
-    for descriptor in chain {
-        let len = descriptor.len() as usize;
-        if descriptor.is_write_only() {
-            room_len += len.min(MAX_REPLY);
-            room.push((descriptor.addr(), len));
-        } else {
-            let rest = request.get_mut(given..)?;
-            let take = rest.len().min(len);
-            let bytes = rest.get_mut(..take)?;
-            view.read_slice(bytes, descriptor.addr()).ok()?;
-            given += take;
-        }
+    for buffer in &chain.given {
+        let rest = request.get_mut(given..)?;
+        let take = rest.len().min(buffer.len as usize);
+        let bytes = rest.get_mut(..take)?;
+        view.read_slice(bytes, buffer.at).ok()?;
+        given += take;
     }
-    let reply_room = reply.get_mut(..room_len.min(MAX_REPLY))?;
+    let room: usize = chain.room.iter().map(|buffer| buffer.len as usize).sum();
+    let reply_room = reply.get_mut(..room.min(MAX_REPLY))?;
     let size = model.handle(request.get(..given)?, reply_room)?;
-    scatter(view, reply.get(..size)?, &room).ok()?;
+    scatter(view, reply.get(..size)?, &chain.room).ok()?;
     u32::try_from(size).ok()
 }
 
 /// Writes `bytes` over the buffers in order.
-fn scatter(view: &DmaView<'_>, mut bytes: &[u8], room: &[(GuestAddress, usize)]) -> io::Result<()> {
-    for &(at, len) in room {
-        let (now, later) = bytes.split_at(bytes.len().min(len));
-        view.write_slice(now, at).map_err(io::Error::other)?;
+fn scatter(view: &DmaView<'_>, mut bytes: &[u8], room: &[Buffer]) -> io::Result<()> {
+    for buffer in room {
+        let (now, later) = bytes.split_at(bytes.len().min(buffer.len as usize));
+        view.write_slice(now, buffer.at).map_err(io::Error::other)?;
         bytes = later;
     }
     Ok(())

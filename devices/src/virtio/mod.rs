@@ -1,7 +1,9 @@
 //! Virtio: what a device is to its transport, and the devices.
 
 pub mod block;
+pub mod chain;
 mod device;
+pub mod failure;
 pub mod iommu;
 pub mod net;
 pub mod pci;

@@ -20,9 +20,9 @@ use virtio_queue::QueueT as _;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::control::Command;
+use super::failure::{Alarm, Failure};
 use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice};
 use crate::tap::{Offloads, Tap};
-use crate::vhost::failure::{Alarm, Failure};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::thread::Served;
 use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};

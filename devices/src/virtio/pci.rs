@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu::Gpa;
-use log::{debug, error, warn};
+use log::{debug, warn};
 use virtio_bindings::virtio_config::{
     VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
 };
@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{DeviceError, Interrupt, StartedQueue, VirtioDevice};
+use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
 use crate::interrupt::{Doorbells, MsiSink};
 use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester};
 
@@ -30,6 +30,10 @@ const STRUCTURE: u32 = 0x1000;
 const NOTIFY_MULTIPLIER: u32 = 4;
 /// Bytes of the common configuration (§4.1.4.3).
 const COMMON_SIZE: usize = 60;
+/// Entries of the MSI-X table that fit before the next structure.
+const MAX_ENTRIES: usize = 256;
+/// Lines that a driver's mistakes get in the log as warnings.
+const MAX_COMPLAINTS: u32 = 16;
 /// "No vector" (§4.1.5.1.2).
 const NO_VECTOR: u16 = 0xffff;
 
@@ -37,6 +41,10 @@ const VENDOR: u16 = 0x1af4;
 const MODERN_DEVICES: u16 = 0x1040;
 const VENDOR_CAPABILITY: u8 = 0x09;
 const PCIE_CAPABILITY: u8 = 0x10;
+/// Offset of the device control register in the PCI Express capability, and
+/// its bit that resets the function (PCIe 6.0 §7.5.3.4).
+const DEVICE_CONTROL: u16 = 8;
+const INITIATE_RESET: u32 = 1 << 15;
 const ATS_CAPABILITY: u16 = 0x0f;
 /// Bit 31 of ATS's only double word: Enable, in its control register
 /// (PCIe 6.0 §10.5.1.3).
@@ -71,6 +79,8 @@ struct QueueSetup {
     vector: u16,
     enabled: bool,
     running: bool,
+    /// Where it goes on; the device may not have run for a while.
+    position: QueuePosition,
     descriptors: u64,
     driver: u64,
     device: u64,
@@ -81,6 +91,8 @@ struct QueueSetup {
 impl QueueSetup {
     fn clear(&mut self) {
         self.size = self.max;
+        self.vector = NO_VECTOR;
+        self.position = QueuePosition::default();
         (self.enabled, self.running) = (false, false);
         (self.descriptors, self.driver, self.device) = (0, 0, 0);
     }
@@ -92,8 +104,7 @@ impl QueueSetup {
             reason,
         };
         let mut queue = Queue::new(self.max).map_err(|_| bad("its largest size is no size"))?;
-        queue.set_size(self.size);
-        if queue.size() != self.size {
+        if queue.try_set_size(self.size).is_err() {
             return Err(bad("its size is no power of two up to the largest"));
         }
         let aligned = self.descriptors.is_multiple_of(16)
@@ -113,10 +124,20 @@ impl QueueSetup {
         queue.set_avail_ring_address(low, high);
         let (low, high) = halves(self.device);
         queue.set_used_ring_address(low, high);
+        queue.set_next_avail(self.position.next_avail);
+        queue.set_next_used(self.position.next_used);
         queue.set_event_idx(features >> VIRTIO_RING_F_EVENT_IDX & 1 == 1);
         queue.set_ready(true);
         Ok(queue)
     }
+}
+
+/// The ATS capability.
+struct Ats {
+    /// Offset of the double word that has the control register.
+    control: u16,
+    enabled: bool,
+    hook: AtsHook,
 }
 
 struct State {
@@ -124,7 +145,10 @@ struct State {
     config: ConfigSpace,
     msix: Msix,
     access: u16,
-    ats: Option<(u16, AtsHook)>,
+    express: u16,
+    bus_master: bool,
+    complaints: u32,
+    ats: Option<Ats>,
     bar: Option<Bar>,
     status: u8,
     device_select: u32,
@@ -178,6 +202,7 @@ impl VirtioPci {
                 vector: NO_VECTOR,
                 enabled: false,
                 running: false,
+                position: QueuePosition::default(),
                 descriptors: 0,
                 driver: 0,
                 device: 0,
@@ -192,13 +217,17 @@ impl VirtioPci {
         };
         let mut config = ConfigSpace::new(&ids(device.device_type()), Some(bar));
         let sources = queues.len() + 1;
-        let entries = u16::try_from(sources).unwrap_or(u16::MAX);
+        let entries = u16::try_from(sources.min(MAX_ENTRIES)).unwrap_or(1);
         let target = Arc::clone(&requester.msi);
         #[expect(clippy::cast_possible_truncation, reason = "offsets into a small BAR")]
         let places = (TABLE as u32, PENDING as u32);
         let msix = Msix::new(&mut config, target, entries, sources, places);
-        let access = add_capabilities(&mut config);
-        let ats = ats.map(|hook| (add_ats(&mut config), hook));
+        let (access, express) = add_capabilities(&mut config);
+        let ats = ats.map(|hook| Ats {
+            control: add_ats(&mut config) + 4,
+            enabled: false,
+            hook,
+        });
         Ok(Self {
             name: name.to_owned(),
             doorbells,
@@ -212,6 +241,9 @@ impl VirtioPci {
                 config,
                 msix,
                 access,
+                express,
+                bus_master: false,
+                complaints: 0,
                 ats,
                 bar: None,
                 status: 0,
@@ -246,9 +278,20 @@ impl VirtioPci {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Logs what a driver did wrong; a driver that goes on and on does not
+    /// fill the host's log.
+    fn complain(&self, state: &mut State, text: &str) {
+        match state.complaints {
+            0..MAX_COMPLAINTS => warn!("{}: {text}", self.name),
+            MAX_COMPLAINTS => warn!("{}: more of this is not logged", self.name),
+            _ => debug!("{}: {text}", self.name),
+        }
+        state.complaints = state.complaints.saturating_add(1);
+    }
+
     fn fail(&self, state: &mut State, failure: &DeviceError) {
         if state.status & NEEDS_RESET == 0 {
-            error!("{}: {}", self.name, chain_of(failure));
+            self.complain(state, &chain_of(failure));
             state.status |= NEEDS_RESET;
             state.generation = state.generation.wrapping_add(1);
             state.config_interrupt.signal();
@@ -266,27 +309,21 @@ impl VirtioPci {
             return;
         }
         state.status |= new;
-        if new & DRIVER_OK != 0 {
-            for index in 0..state.queues.len() {
-                self.start(state, index);
-            }
-        }
+        self.start_queues(state);
     }
 
     fn negotiate(&self, state: &mut State) -> bool {
         let wanted = state.driver_features;
         let must = self.offered & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM);
         if wanted & !self.offered != 0 || wanted & must != must {
-            warn!(
-                "{}: the driver's features {wanted:#x} cannot be served",
-                self.name
-            );
+            let problem = format!("the driver's features {wanted:#x} cannot be served");
+            self.complain(state, &problem);
             return false;
         }
         match state.device.negotiated(wanted) {
             Ok(()) => true,
             Err(failure) => {
-                warn!("{}: {}", self.name, chain_of(&failure));
+                self.complain(state, &chain_of(&failure));
                 false
             }
         }
@@ -298,7 +335,6 @@ impl VirtioPci {
         debug!("{}: reset", self.name);
         for queue in &mut state.queues {
             queue.clear();
-            queue.vector = NO_VECTOR;
         }
         state.msix.unbind_all();
         state.status = 0;
@@ -307,10 +343,18 @@ impl VirtioPci {
         state.config_vector = NO_VECTOR;
     }
 
-    /// Starts a queue if the driver has enabled it and is ready.
+    fn start_queues(&self, state: &mut State) {
+        for index in 0..state.queues.len() {
+            self.start(state, index);
+        }
+    }
+
+    /// Starts a queue if the driver has enabled it and is ready, and the
+    /// function may reach memory.
     fn start(&self, state: &mut State, index: usize) {
+        const READY: u8 = FEATURES_OK | DRIVER_OK;
         let features = state.driver_features;
-        let ready = state.status & DRIVER_OK != 0 && state.status & NEEDS_RESET == 0;
+        let ready = state.status & (READY | NEEDS_RESET) == READY && state.bus_master;
         let Ok(number) = u16::try_from(index) else {
             return;
         };
@@ -341,8 +385,11 @@ impl VirtioPci {
         if let Some(queue) = state.queues.get_mut(usize::from(index))
             && negotiated
         {
-            state.device.stop_queue(index);
+            if queue.running {
+                state.device.stop_queue(index);
+            }
             queue.clear();
+            state.msix.bind(usize::from(index), None);
         }
     }
 
@@ -359,6 +406,31 @@ impl VirtioPci {
             && let Err(failure) = state.device.kicked(index)
         {
             self.fail(state, &failure);
+        }
+    }
+
+    /// Follows a change of the configuration space.
+    fn config_written(&self, state: &mut State) {
+        let State {
+            config, msix, ats, ..
+        } = state;
+        msix.config_written(config);
+        if let Some(ats) = ats {
+            let enabled = config.word(ats.control) & ATS_ENABLE != 0;
+            if enabled != ats.enabled {
+                ats.enabled = enabled;
+                (ats.hook)(enabled);
+            }
+        }
+        let bus_master = config.bus_master();
+        if bus_master != state.bus_master {
+            state.bus_master = bus_master;
+            // Queues hold where they are and go on from there.
+            if bus_master {
+                self.start_queues(state);
+            } else {
+                stop_queues(state);
+            }
         }
     }
 
@@ -469,7 +541,8 @@ impl VirtioPci {
 fn stop_queues(state: &mut State) {
     for (index, queue) in (0..).zip(&mut state.queues) {
         if queue.running {
-            state.device.stop_queue(index);
+            let position = state.device.stop_queue(index);
+            queue.position = position.unwrap_or_default();
             queue.running = false;
         }
     }
@@ -551,8 +624,8 @@ fn ids(device_type: u32) -> Ids {
 }
 
 /// Adds the capabilities of the transport (§4.1.4) and of PCI Express. Returns
-/// where the configuration access capability is.
-fn add_capabilities(config: &mut ConfigSpace) -> u16 {
+/// where the configuration access capability is, and that of PCI Express.
+fn add_capabilities(config: &mut ConfigSpace) -> (u16, u16) {
     let structure = |kind: u8, offset: u64, extra: &[u8]| -> Vec<u8> {
         let len = u8::try_from(16 + extra.len()).unwrap_or(0);
         let offset = offset.to_le_bytes();
@@ -577,14 +650,14 @@ fn add_capabilities(config: &mut ConfigSpace) -> u16 {
     writable[2] = 0xff;
     writable[6..14].fill(0xff);
     let access = config.add_capability(VENDOR_CAPABILITY, &body, &writable);
-    // Version 2, a root complex integrated endpoint, role-based errors
-    // (PCIe 6.0 §7.5.3).
+    // Version 2, a root complex integrated endpoint, role-based errors,
+    // function-level reset (PCIe 6.0 §7.5.3).
     let mut express = [0; 58];
-    express[..6].copy_from_slice(&[0x92, 0x00, 0x00, 0x80, 0x00, 0x00]);
+    express[..6].copy_from_slice(&[0x92, 0x00, 0x00, 0x80, 0x00, 0x10]);
     let mut writable = [0; 58];
     writable[6..8].fill(0xff);
-    config.add_capability(PCIE_CAPABILITY, &express, &writable);
-    access
+    let express = config.add_capability(PCIE_CAPABILITY, &express, &writable);
+    (access, express)
 }
 
 /// Adds ATS (PCIe 6.0 §10.5.1): page-aligned requests, an invalidate queue of 32
@@ -607,18 +680,14 @@ impl PciFunction for VirtioPci {
 
     fn write_config(&self, offset: u16, data: &[u8]) -> Option<BarMove> {
         let mut state = self.lock();
-        let ats_before = state.ats.as_ref().map(|(at, _)| state.config.word(at + 4));
         state.config.write(offset, data);
-        let State {
-            config, msix, ats, ..
-        } = &mut *state;
-        msix.config_written(config);
-        if let (Some(before), Some((at, hook))) = (ats_before, ats) {
-            let now = config.word(*at + 4);
-            if (before ^ now) & ATS_ENABLE != 0 {
-                hook(now & ATS_ENABLE != 0);
-            }
+        let control = state.config.word(state.express + DEVICE_CONTROL);
+        if control & INITIATE_RESET != 0 {
+            self.reset(&mut state);
+            state.msix.reset();
+            state.config.reset();
         }
+        self.config_written(&mut state);
         let to = state.config.bar();
         let moved = to != state.bar;
         state.bar = to;
@@ -684,3 +753,6 @@ impl PciFunction for VirtioPci {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

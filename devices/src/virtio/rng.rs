@@ -9,6 +9,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::Bytes as _;
 
+use super::chain::{Chain, RINGS_OUTSIDE};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -99,26 +100,20 @@ impl Running {
         let view = self.dma.view();
         let mut any = false;
         for _ in 0..self.queue.size() {
-            let Some(chain) = self.queue.pop_descriptor_chain(&view) else {
+            let Some(chain) = Chain::take(&mut self.queue, &view).map_err(bad)? else {
                 break;
             };
-            let (head, mut given) = (chain.head_index(), 0);
-            for buffer in chain.writable() {
-                let len = (buffer.len() as usize).min(MAX_BYTES - given);
-                let filled = view.read_exact_volatile_from(buffer.addr(), source, len);
+            let mut given = 0;
+            for buffer in &chain.room {
+                let len = (buffer.len as usize).min(MAX_BYTES - given);
+                let filled = view.read_exact_volatile_from(buffer.at, source, len);
                 filled.map_err(|_| bad("a buffer is not in memory"))?;
                 given += len;
             }
-            if view.take_fault().is_some() {
-                return Err(bad("a descriptor is not in memory"));
-            }
             let given = u32::try_from(given).unwrap_or(0);
-            let used = self.queue.add_used(&view, head, given);
-            used.map_err(|_| bad("its rings are not in memory"))?;
+            let used = self.queue.add_used(&view, chain.head, given);
+            used.map_err(|_| bad(RINGS_OUTSIDE))?;
             any = true;
-        }
-        if view.take_fault().is_some() {
-            return Err(bad("its rings are not in memory"));
         }
         if any {
             self.interrupt.signal_for(&self.queue, &view);

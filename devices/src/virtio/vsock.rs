@@ -8,8 +8,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT as _;
 
+use super::failure::{Alarm, Failure};
 use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice};
-use crate::vhost::failure::{Alarm, Failure};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
 

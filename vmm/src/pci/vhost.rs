@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use devices::tap::Tap;
 use devices::vhost::VhostContext;
-use devices::vhost::failure::Alarm;
 use devices::vhost::iotlb::IotlbStats;
 use devices::vhost::thread::IotlbThread;
+use devices::virtio::failure::Alarm;
 use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::pci::VirtioPci;
 use devices::virtio::vsock::Vsock;
@@ -43,7 +43,8 @@ impl Bell {
         let _ = self.0.set(Arc::downgrade(function));
     }
 
-    fn alarm(&self) -> Alarm {
+    /// Wakes it. Called without any lock.
+    pub fn alarm(&self) -> Alarm {
         let bell = self.clone();
         Box::new(move || {
             if let Some(function) = bell.0.get().and_then(Weak::upgrade) {

@@ -117,9 +117,14 @@ impl Image {
         self.file.sync_data()
     }
 
-    /// Gives the range back to the host; it reads as zeros.
-    pub(super) fn discard(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.file.punch_hole(offset, bytes)
+    /// Gives the range back to the host; then it reads as zeros. `false` when
+    /// the image is on something that takes nothing back.
+    pub(super) fn discard(&mut self, offset: u64, bytes: u64) -> io::Result<bool> {
+        match self.file.punch_hole(offset, bytes) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) fn zero(&mut self, offset: u64, bytes: u64) -> io::Result<()> {

@@ -1,105 +1,74 @@
-//! One request (virtio 1.2 §5.2.6).
+//! Requests and how a disk answers them (virtio 1.2 §5.2.6).
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use iommu::DmaView;
+use iommu::{DmaSpace, DmaView};
 use log::{debug, warn};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
+use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 
 use super::image::{Image, SECTOR};
 use super::{BlockCounters, MAX_CLEAR_SECTORS};
+use crate::virtio::chain::{Buffer, Chain, RINGS_OUTSIDE};
 
 /// Bytes of the header: type, reserved, sector.
 const HEADER: usize = 16;
 /// Bytes of a discard or write-zeroes segment: sector, count, flags.
-const SEGMENT: u64 = 16;
+const SEGMENT: usize = 16;
 /// The only flag of a write-zeroes segment: it may be unmapped.
 const UNMAP: u32 = 1;
-/// Bytes of a disk's ID.
-const ID: &[u8; 20] = b"portcullis\0\0\0\0\0\0\0\0\0\0";
+/// Bytes of a disk's name as the guest sees it.
+const ID: usize = 20;
 
-/// A buffer of the chain.
-#[derive(Clone, Copy)]
-struct Buffer {
-    at: GuestAddress,
-    len: u64,
+/// What a driver asks for.
+struct Request {
+    head: u16,
+    kind: u32,
+    sector: u64,
+    /// What is behind the header.
+    given: Vec<Buffer>,
+    /// What is before the status.
+    room: Vec<Buffer>,
+    status: GuestAddress,
 }
 
-/// Why a request could not be carried out: its status.
-enum Refusal {
-    Unsupported,
-    /// The disk, or the request, is at fault.
-    Failed(io::Error),
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-fn invalid(what: &'static str) -> Refusal {
-    Refusal::Failed(io::Error::new(io::ErrorKind::InvalidInput, what))
-}
-
-/// Carries out one request and writes its status. Returns how many bytes were
-/// written to the guest, or what is wrong with a chain that has no status.
-pub(super) fn execute(
-    view: &DmaView<'_>,
-    chain: DescriptorChain<&DmaView<'_>>,
-    image: &mut Image,
-    counters: &BlockCounters,
-) -> Result<u32, &'static str> {
-    let mut given = Vec::new();
-    let mut room = Vec::new();
-    for descriptor in chain {
-        let buffer = Buffer {
-            at: descriptor.addr(),
-            len: u64::from(descriptor.len()),
-        };
-        if descriptor.is_write_only() {
-            room.push(buffer);
-        } else {
-            given.push(buffer);
+impl Request {
+    /// The buffers may be cut anywhere (§2.7.4.1).
+    fn parse(view: &DmaView<'_>, chain: Chain) -> Result<Self, &'static str> {
+        let Chain {
+            head,
+            mut given,
+            mut room,
+        } = chain;
+        let status = take_last_byte(&mut room).ok_or("a request has no status byte")?;
+        let mut header = [0; HEADER];
+        if !take_front(view, &mut given, &mut header) {
+            return Err("a request has no header");
         }
+        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
+        Ok(Self {
+            head,
+            kind: u32::from_le_bytes([a, b, c, d]),
+            sector: u64::from_le_bytes(sector),
+            given,
+            room,
+            status,
+        })
     }
-    if view.take_fault().is_some() {
-        return Err("a descriptor is not in memory");
+
+    fn writes(&self) -> bool {
+        matches!(
+            self.kind,
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+        )
     }
-    let status_at = take_last_byte(&mut room).ok_or("a request has no status byte")?;
-    let header = take_header(view, &mut given).ok_or("a request has no header")?;
-    counters.requests.fetch_add(1, Ordering::Relaxed);
-    let outcome = perform(view, &header, &given, &room, image);
-    let (status, written) = match outcome {
-        Ok(Moved { read, written }) => {
-            counters.read_bytes.fetch_add(read, Ordering::Relaxed);
-            counters.written_bytes.fetch_add(written, Ordering::Relaxed);
-            (VIRTIO_BLK_S_OK, read)
-        }
-        Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
-        Err(Refusal::Failed(error)) => {
-            // Once as a warning: a full disk fails every write.
-            if counters.errors.fetch_add(1, Ordering::Relaxed) == 0 {
-                warn!("a disk request failed: {error}");
-            } else {
-                debug!("a disk request failed: {error}");
-            }
-            (VIRTIO_BLK_S_IOERR, 0)
-        }
-    };
-    // A fault of the data is the request's error, told by its status.
-    view.take_fault();
-    let status = u8::try_from(status).unwrap_or(1);
-    view.write_obj(status, status_at)
-        .map_err(|_| "a request's status byte is not in memory")?;
-    u32::try_from(written + 1).map_err(|_| "a request is too long")
 }
 
 /// Takes the byte that the device writes last.
@@ -109,159 +78,248 @@ fn take_last_byte(room: &mut Vec<Buffer>) -> Option<GuestAddress> {
     }
     let last = room.last_mut()?;
     last.len -= 1;
-    last.at.0.checked_add(last.len).map(GuestAddress)
+    let at = last.at.0.checked_add(u64::from(last.len))?;
+    Some(GuestAddress(at))
 }
 
-/// Takes the header off the front of what the driver gave.
-fn take_header(view: &DmaView<'_>, given: &mut [Buffer]) -> Option<[u8; HEADER]> {
-    let mut header = [0; HEADER];
-    let mut rest = header.as_mut_slice();
+/// Takes as many bytes as `bytes` has from the front of the buffers. `false`
+/// when there are not so many, or not in memory.
+fn take_front(view: &DmaView<'_>, given: &mut [Buffer], bytes: &mut [u8]) -> bool {
+    let mut rest = bytes;
     for buffer in given {
-        let take = usize::try_from(buffer.len).ok()?.min(rest.len());
+        let take = rest.len().min(buffer.len as usize);
         let (now, later) = rest.split_at_mut(take);
-        view.read_slice(now, buffer.at).ok()?;
-        buffer.at.0 = buffer.at.0.checked_add(take as u64)?;
-        buffer.len -= take as u64;
+        if view.read_slice(now, buffer.at).is_err() {
+            return false;
+        }
+        // An access that did not wrap around 2^64 ended at the last address.
+        buffer.at.0 = buffer.at.0.wrapping_add(take as u64);
+        buffer.len -= u32::try_from(take).unwrap_or(buffer.len);
         rest = later;
     }
-    rest.is_empty().then_some(header)
+    rest.is_empty()
 }
 
-/// Bytes that went to the guest and came from it.
-struct Moved {
-    read: u64,
-    written: u64,
+fn total(buffers: &[Buffer]) -> u64 {
+    buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
 }
 
-impl Moved {
-    const NOTHING: Self = Self {
-        read: 0,
-        written: 0,
-    };
+/// Why a request is not carried out.
+enum Refusal {
+    /// There is no such request.
+    Unsupported,
+    /// The driver asks for what cannot be.
+    Invalid(&'static str),
+    /// The host's storage failed.
+    Host(io::Error),
 }
 
-fn perform(
-    view: &DmaView<'_>,
-    header: &[u8; HEADER],
-    given: &[Buffer],
-    room: &[Buffer],
-    image: &mut Image,
-) -> Result<Moved, Refusal> {
-    let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
-    let kind = u32::from_le_bytes([a, b, c, d]);
-    let sector = u64::from_le_bytes(sector);
-    let total = |buffers: &[Buffer]| buffers.iter().map(|buffer| buffer.len).sum::<u64>();
-    let writes = matches!(
-        kind,
-        VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
-    );
-    if writes && image.read_only() {
-        return Err(invalid("the disk is read-only"));
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
     }
-    match kind {
-        VIRTIO_BLK_T_IN => {
-            let read = total(room);
-            transfer(view, room, image, sector, Direction::ToGuest)?;
-            Ok(Moved { read, written: 0 })
+}
+
+const OUTSIDE: Refusal = Refusal::Invalid("its buffers are not in memory");
+
+/// An image and its name: answers one request after the other.
+pub struct Disk {
+    image: Image,
+    name: String,
+    counters: Arc<BlockCounters>,
+    /// A failure of the host was told of.
+    told: bool,
+}
+
+impl Disk {
+    /// The disk over `image`. `name` is for the log and for the guest, which
+    /// sees 20 bytes of it.
+    #[must_use]
+    pub fn new(name: &str, image: Image) -> Self {
+        Self {
+            image,
+            name: name.to_owned(),
+            counters: Arc::default(),
+            told: false,
         }
-        VIRTIO_BLK_T_OUT => {
-            let written = total(given);
-            transfer(view, given, image, sector, Direction::ToDisk)?;
-            Ok(Moved { read: 0, written })
-        }
-        VIRTIO_BLK_T_FLUSH => {
-            image.flush()?;
-            Ok(Moved::NOTHING)
-        }
-        VIRTIO_BLK_T_GET_ID => {
-            let mut id = ID.as_slice();
-            for buffer in room {
-                let take = id.len().min(usize::try_from(buffer.len).unwrap_or(0));
-                let (now, later) = id.split_at(take);
-                let put = view.write_slice(now, buffer.at);
-                put.map_err(|_| invalid("its buffer is not in memory"))?;
-                id = later;
+    }
+
+    /// The image.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<BlockCounters> {
+        &self.counters
+    }
+
+    /// Carries out the next request of `queue`. Returns whether its driver
+    /// wants an interrupt for it, or `None` when nothing is posted.
+    ///
+    /// The stream's gate is held while data moves, and not while the host
+    /// flushes or clears: an unmap of the guest waits for no more than it must.
+    ///
+    /// # Errors
+    /// What the driver did wrong, when there is no way to tell it in a status.
+    pub fn serve(
+        &mut self,
+        queue: &mut Queue,
+        dma: &DmaSpace,
+    ) -> Result<Option<bool>, &'static str> {
+        let mut request = {
+            let view = dma.view();
+            let Some(chain) = Chain::take(queue, &view)? else {
+                return Ok(None);
+            };
+            Request::parse(&view, chain)?
+        };
+        let (status, written) = self.answer(dma, &mut request);
+        let view = dma.view();
+        let [status, ..] = status.to_le_bytes();
+        view.write_obj(status, request.status)
+            .map_err(|_| "a request's status byte is not in memory")?;
+        // All of a chain is shorter than 4 GiB.
+        let written = u32::try_from(written + 1).unwrap_or(u32::MAX);
+        let used = queue.add_used(&view, request.head, written);
+        used.map_err(|_| RINGS_OUTSIDE)?;
+        let wanted = queue.needs_notification(&view);
+        wanted.map(Some).map_err(|_| RINGS_OUTSIDE)
+    }
+
+    /// The status of a request, and how many bytes it wrote to the guest.
+    fn answer(&mut self, dma: &DmaSpace, request: &mut Request) -> (u32, u64) {
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        let refusal = match self.perform(dma, request) {
+            Ok(written) => return (VIRTIO_BLK_S_OK, written),
+            Err(refusal) => refusal,
+        };
+        self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        let name = &self.name;
+        match refusal {
+            Refusal::Unsupported => return (VIRTIO_BLK_S_UNSUPP, 0),
+            Refusal::Invalid(what) => debug!("{name}: a request is refused: {what}"),
+            // Once as a warning: a full disk fails every write.
+            Refusal::Host(error) if !self.told => {
+                warn!("{name}: a request failed on the host: {error}");
+                self.told = true;
             }
-            let read = (ID.len() - id.len()) as u64;
-            Ok(Moved { read, written: 0 })
+            Refusal::Host(error) => debug!("{name}: a request failed on the host: {error}"),
         }
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-            clear(view, given, image, kind == VIRTIO_BLK_T_DISCARD)?;
-            Ok(Moved::NOTHING)
-        }
-        _ => Err(Refusal::Unsupported),
+        (VIRTIO_BLK_S_IOERR, 0)
     }
-}
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    ToGuest,
-    ToDisk,
-}
+    fn perform(&mut self, dma: &DmaSpace, request: &mut Request) -> Result<u64, Refusal> {
+        if request.writes() && self.image.read_only() {
+            return Err(Refusal::Invalid("the disk is read-only"));
+        }
+        match request.kind {
+            VIRTIO_BLK_T_IN => {
+                self.transfer(dma, request, Permissions::Write)?;
+                let read = total(&request.room);
+                self.counters.read_bytes.fetch_add(read, Ordering::Relaxed);
+                Ok(read)
+            }
+            VIRTIO_BLK_T_OUT => {
+                self.transfer(dma, request, Permissions::Read)?;
+                let written = total(&request.given);
+                let counter = &self.counters.written_bytes;
+                counter.fetch_add(written, Ordering::Relaxed);
+                Ok(0)
+            }
+            VIRTIO_BLK_T_FLUSH => {
+                self.image.flush()?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_GET_ID => self.tell_name(dma, &request.room),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+                let mut segment = [0; SEGMENT];
+                let whole = take_front(&dma.view(), &mut request.given, &mut segment);
+                if !whole || total(&request.given) != 0 {
+                    return Err(Refusal::Invalid("it needs exactly one segment"));
+                }
+                self.clear(&segment, request.kind == VIRTIO_BLK_T_DISCARD)?;
+                Ok(0)
+            }
+            _ => Err(Refusal::Unsupported),
+        }
+    }
 
-/// Moves whole sectors between the image and the buffers, which may be
-/// scattered over any number of mappings.
-fn transfer(
-    view: &DmaView<'_>,
-    buffers: &[Buffer],
-    image: &mut Image,
-    sector: u64,
-    direction: Direction,
-) -> Result<(), Refusal> {
-    let bytes = buffers.iter().map(|buffer| buffer.len).sum();
-    let offset = image.offset(sector, bytes);
-    let offset = offset.ok_or_else(|| invalid("a request goes beyond the disk"))?;
-    let access = match direction {
-        Direction::ToGuest => Permissions::Write,
-        Direction::ToDisk => Permissions::Read,
-    };
-    let outside = |_| invalid("its buffer is not in memory");
-    image.seek(offset)?;
-    for buffer in buffers {
-        let len = usize::try_from(buffer.len).map_err(|_| invalid("a buffer is too long"))?;
-        for slice in view.get_slices(buffer.at, len, access).map_err(outside)? {
-            let mut slice = slice.map_err(outside)?;
-            match direction {
-                Direction::ToGuest => image.read(&mut slice)?,
-                Direction::ToDisk => image.write(&slice)?,
+    /// Moves whole sectors between the image and the buffers, which may be
+    /// scattered over any number of mappings; `access` is what that is for the
+    /// guest's memory.
+    fn transfer(
+        &mut self,
+        dma: &DmaSpace,
+        request: &Request,
+        access: Permissions,
+    ) -> Result<(), Refusal> {
+        let to_guest = access == Permissions::Write;
+        let buffers = match to_guest {
+            true => &request.room,
+            false => &request.given,
+        };
+        let offset = self.image.offset(request.sector, total(buffers));
+        let offset = offset.ok_or(Refusal::Invalid("it goes beyond the disk"))?;
+        let view = dma.view();
+        self.image.seek(offset)?;
+        for buffer in buffers {
+            let slices = view.get_slices(buffer.at, buffer.len as usize, access);
+            for slice in slices.map_err(|_| OUTSIDE)? {
+                let mut slice = slice.map_err(|_| OUTSIDE)?;
+                match to_guest {
+                    true => self.image.read(&mut slice)?,
+                    false => self.image.write(&slice)?,
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// A discard or write-zeroes segment (§5.2.6.2): one a request.
-fn clear(
-    view: &DmaView<'_>,
-    given: &[Buffer],
-    image: &mut Image,
-    discard: bool,
-) -> Result<(), Refusal> {
-    let segment = given.iter().find(|buffer| buffer.len != 0);
-    let segment = segment.filter(|buffer| buffer.len == SEGMENT);
-    let segment = segment.ok_or_else(|| invalid("it needs exactly one segment"))?;
-    let outside = |_| invalid("its segment is not in memory");
-    let first: u64 = view.read_obj(segment.at).map_err(outside)?;
-    let rest = GuestAddress(segment.at.0.wrapping_add(8));
-    let [count, flags]: [u32; 2] = view.read_obj(rest).map_err(outside)?;
-    let (first, count) = (u64::from_le(first), u32::from_le(count));
-    let flags = u32::from_le(flags);
-    if flags & !UNMAP != 0 || discard && flags != 0 {
-        return Err(Refusal::Unsupported);
+    /// Gives the name, with zeros behind it (§5.2.6.1).
+    fn tell_name(&self, dma: &DmaSpace, room: &[Buffer]) -> Result<u64, Refusal> {
+        let mut id = [0; ID];
+        for (to, from) in id.iter_mut().zip(self.name.bytes()) {
+            *to = from;
+        }
+        let view = dma.view();
+        let mut rest = id.as_slice();
+        for buffer in room {
+            let (now, later) = rest.split_at(rest.len().min(buffer.len as usize));
+            view.write_slice(now, buffer.at).map_err(|_| OUTSIDE)?;
+            rest = later;
+        }
+        Ok((ID - rest.len()) as u64)
     }
-    if count > MAX_CLEAR_SECTORS {
-        return Err(invalid("its segment is longer than the disk allows"));
+
+    /// Discards or clears one segment.
+    fn clear(&mut self, segment: &[u8; SEGMENT], discard: bool) -> Result<(), Refusal> {
+        let [first @ .., a, b, c, d, e, f, g, h] = *segment;
+        let first = u64::from_le_bytes(first);
+        let count = u32::from_le_bytes([a, b, c, d]);
+        let flags = u32::from_le_bytes([e, f, g, h]);
+        if flags & !UNMAP != 0 || discard && flags != 0 {
+            return Err(Refusal::Unsupported);
+        }
+        if count > MAX_CLEAR_SECTORS {
+            return Err(Refusal::Invalid("its segment is too long"));
+        }
+        let bytes = u64::from(count) * SECTOR;
+        let offset = self.image.offset(first, bytes);
+        let offset = offset.ok_or(Refusal::Invalid("its segment goes beyond the disk"))?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let given_back = if discard || flags & UNMAP != 0 {
+            self.image.discard(offset, bytes)?
+        } else {
+            false
+        };
+        if !given_back && !discard {
+            self.image.zero(offset, bytes)?;
+        }
+        Ok(())
     }
-    let bytes = u64::from(count) * SECTOR;
-    let offset = image.offset(first, bytes);
-    let offset = offset.ok_or_else(|| invalid("a segment goes beyond the disk"))?;
-    if bytes == 0 {
-        return Ok(());
-    }
-    if discard || flags & UNMAP != 0 {
-        image.discard(offset, bytes)?;
-    } else {
-        image.zero(offset, bytes)?;
-    }
-    Ok(())
 }

@@ -3,6 +3,7 @@ use iommu::{
     virtio::VirtioIommuConfig,
 };
 use virtio_queue::Queue;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;

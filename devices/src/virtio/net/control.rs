@@ -4,11 +4,12 @@
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use virtio_queue::{DescriptorChain, QueueT as _};
+use virtio_queue::QueueT as _;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use iommu::DmaView;
 
+use crate::virtio::chain::{Chain, RINGS_OUTSIDE};
 use crate::virtio::{DeviceError, StartedQueue};
 
 /// Bytes of a command that are looked at: none that we know has more.
@@ -61,20 +62,20 @@ pub fn serve(
         queue: number,
         reason,
     };
-    let rings = |_| bad("its rings are not in memory");
+    let rings = |_| bad(RINGS_OUTSIDE);
     // A ring holds no more than that; who posts more kicks again.
     for _ in 0..started.queue.size() {
         let asked = {
             let view = dma.view();
-            let chain = started.queue.pop_descriptor_chain(&view);
-            let asked = chain.map(|chain| parse(&view, chain));
+            let chain = Chain::take(&mut started.queue, &view).map_err(bad)?;
+            let Some(chain) = chain else {
+                break;
+            };
+            let asked = parse(&view, &chain);
             if view.take_fault().is_some() {
                 return Err(bad("a command is not in memory"));
             }
-            match asked {
-                None => break,
-                Some(asked) => asked.ok_or_else(|| bad("a command has no room for its answer"))?,
-            }
+            asked.ok_or_else(|| bad("a command has no room for its answer"))?
         };
         let answer = if execute(asked.command) {
             VIRTIO_NET_OK
@@ -100,25 +101,19 @@ pub fn serve(
     Ok(())
 }
 
-fn parse(view: &DmaView<'_>, chain: DescriptorChain<&DmaView<'_>>) -> Option<Asked> {
-    let head = chain.head_index();
+fn parse(view: &DmaView<'_>, chain: &Chain) -> Option<Asked> {
     let mut bytes = Vec::with_capacity(MAX_COMMAND);
-    let mut answer = None;
-    for descriptor in chain {
-        if descriptor.is_write_only() {
-            let here = (descriptor.len() > 0).then(|| descriptor.addr());
-            answer = answer.or(here);
-        } else {
-            let room = MAX_COMMAND - bytes.len();
-            let mut part = vec![0; room.min(descriptor.len() as usize)];
-            view.read_slice(&mut part, descriptor.addr()).ok()?;
-            bytes.extend(part);
-        }
+    for buffer in &chain.given {
+        let room = MAX_COMMAND - bytes.len();
+        let mut part = vec![0; room.min(buffer.len as usize)];
+        view.read_slice(&mut part, buffer.at).ok()?;
+        bytes.extend(part);
     }
+    let answer = chain.room.iter().find(|buffer| buffer.len > 0)?.at;
     Some(Asked {
-        head,
+        head: chain.head,
         command: Command::parse(&bytes),
-        answer: answer?,
+        answer,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::virtio::DeviceError;
+use super::DeviceError;
 
 /// Is told that there is a failure to be taken. Called without any lock.
 pub type Alarm = Box<dyn Fn() + Send + Sync>;
