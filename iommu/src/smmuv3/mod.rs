@@ -16,19 +16,19 @@
 //! A walk and the insertion of its result into the TLB happen under one hold
 //! of the state lock, so none that began before an invalidation ends after it.
 
-pub mod cd;
-pub mod commands;
-pub mod events;
+mod cd;
+mod commands;
+mod events;
 mod execute;
 mod listing;
 mod queues;
-pub mod registers;
-pub mod spec;
+mod registers;
+mod spec;
 mod state;
-pub mod ste;
-pub mod tlb;
+mod ste;
+mod tlb;
 mod translate;
-pub mod walk;
+mod walk;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -37,8 +37,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes as _, GuestAddress};
 
-pub use self::commands::{PageResponse, Resume, Signal};
-use self::events::{Event, EventKind};
+use self::commands::Signal;
+pub use self::commands::{CommandKind, PageResponse, Resume};
+use self::events::Event;
+pub use self::events::EventKind;
 use self::execute::{Pending, Step};
 pub use self::listing::{StreamMode, StreamState};
 use self::registers::{Registers, SUBSTREAM_BITS, in_page_0};

@@ -75,8 +75,6 @@ impl Field {
 
 /// Registers (§6.2, §6.3): offsets in page 0, in bytes.
 pub mod reg {
-    /// Both register pages, in bytes.
-    pub const SIZE: u64 = 0x2_0000;
     /// Offset of page 1 (§6.2).
     pub const PAGE_1: u64 = 0x1_0000;
     /// §6.3.1
@@ -149,7 +147,7 @@ pub mod reg {
     pub const PRIQ_IRQ_CFG2: u64 = 0xdc;
     /// End of the registers that hold something, in bytes.
     pub const END: u64 = 0x100;
-    /// CIDR0 to CIDR3 (§6.3.5x, CoreSight identification).
+    /// CIDR0 to CIDR3 (§6.2, CoreSight identification).
     pub const CIDR0: u64 = 0xff0;
 }
 
@@ -517,8 +515,6 @@ pub mod cmd {
     pub const PRI_RESP: Field = Field::new(77, 76);
     /// `CMD_RESUME`: retry.
     pub const RESUME_RETRY: Field = Field::new(12, 12);
-    /// `CMD_RESUME`: abort.
-    pub const RESUME_ABORT: Field = Field::new(13, 13);
     /// `CMD_RESUME`: which transaction.
     pub const STAG: Field = Field::new(79, 64);
     /// `CMD_SYNC`: how completion is signalled.

@@ -1,5 +1,7 @@
 //! What an invalidation reaches (IHI 0070 §4.3, §4.4), and what it spares.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
 use proptest::prelude::*;
 
 use super::super::spec::{cd, cmd, cr0, cr2, reg, ste};
@@ -481,6 +483,43 @@ fn more_tags_than_are_remembered_are_never_missed() {
     }
     rig.complete(&[tlbi(cmd::op::TLBI_NH_ASID, 0, 127, 0)]);
     assert_eq!(listener.sink.take(), [IovaRange::ALL]);
+}
+
+#[test]
+fn no_access_outlives_the_sync_after_its_unmap() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let root = rig.stage1(STREAM, 1);
+    let (space, _) = rig.listen(STREAM, &[NotifierEvents::UNMAP]);
+    let (mapped, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    let accesses = AtomicUsize::new(0);
+    let device = || {
+        while !ended.load(Ordering::Acquire) {
+            let inside = space.region().unwrap().enter();
+            if inside.translate(Iova(PAGE), Access::Write).is_ok() {
+                let before = mapped.load(Ordering::Acquire);
+                std::thread::yield_now();
+                let after = mapped.load(Ordering::Acquire);
+                accesses.fetch_add(1, Ordering::AcqRel);
+                assert!(before && after);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(device);
+        scope.spawn(device);
+        for _ in 0..300 {
+            mapped.store(true, Ordering::Release);
+            rig.map(&root, PAGE, RAM, 3, RW);
+            let before = accesses.load(Ordering::Acquire);
+            while accesses.load(Ordering::Acquire) == before {
+                std::thread::yield_now();
+            }
+            rig.unmap(&root, PAGE, 3);
+            rig.complete(&[tlbi(cmd::op::TLBI_NH_VA, 0, 1, PAGE)]);
+            mapped.store(false, Ordering::Release);
+        }
+        ended.store(true, Ordering::Release);
+    });
 }
 
 fn tag(asid: u16) -> Tag {
