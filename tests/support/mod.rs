@@ -18,6 +18,7 @@ use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -234,9 +235,22 @@ impl Guest {
         Self::start(command, Keyboard::Pipe(None))
     }
 
+    /// Ends it and every process of its group.
+    fn kill(&mut self) {
+        let group = format!("kill -KILL -{}", self.child.id());
+        // It may be gone, or have no group of its own.
+        let _ = Command::new("sh")
+            .args(["-c", &group])
+            .stderr(Stdio::null())
+            .status();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     fn start(mut command: Command, keyboard: Keyboard) -> Self {
         let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.process_group(0);
         let mut child = command.spawn().expect("portcullis can be started");
         let stdout = child.stdout.take().expect("its output is a pipe");
         let stderr = child.stderr.take().expect("its log is a pipe");
@@ -420,9 +434,8 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // It has ended, or the test has failed.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // Only when the test has failed is there anything left to end.
+        self.kill();
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use devices::legacy::SerialSink;
 
 /// Bytes that may wait for a reader who is slow or has stopped reading.
-const LIMIT: usize = 256 * 1024;
+const LIMIT: usize = 64 * 1024;
 /// What [`SerialSink::ready`] promises to take.
 const FIFO: usize = 64;
 /// Bytes written at a time.
