@@ -66,7 +66,7 @@ pub struct Board {
 }
 
 impl Board {
-    pub fn vector(&self, number: usize) -> Arc<Vector> {
+    pub fn given(&self, number: usize) -> Arc<Vector> {
         Arc::clone(&self.vectors.lock().unwrap()[number])
     }
 

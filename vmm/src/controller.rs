@@ -143,9 +143,6 @@ impl Controller {
             self.attention = Some(input.attention()?);
             self.events.add_subscriber(Box::new(input));
         }
-        if let Some(pci) = &machine.pci {
-            self.events.add_subscriber(pci.subscriber());
-        }
         machine.vcpus.resume();
         self.machine = Some(machine);
         self.state = MachineState::Running;

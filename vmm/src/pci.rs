@@ -13,15 +13,13 @@ use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
 use arch::{IommuNode, PciHost, layout};
 use devices::bus::Bus;
 use devices::interrupt::Doorbells;
-use devices::pci::{PciRoot, Requester, StaleMsis};
+use devices::pci::{MsiThread, PciRoot, Requester, StaleMsis};
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockConfig, BlockCounters, Image};
 use devices::virtio::net::NetConfig;
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::iommu::IommuDevice;
 use self::vhost::Bell;
@@ -60,7 +58,7 @@ pub enum BackEnd {
 pub struct PciBus {
     functions: Vec<Function>,
     iommu: Option<IommuDevice>,
-    stale: Arc<StaleMsis>,
+    _msis: Option<MsiThread>,
 }
 
 /// What every function is made with.
@@ -87,8 +85,9 @@ impl PciBus {
         if plan.functions.is_empty() && plan.iommu.model == IommuModel::None {
             return Ok(None);
         }
-        let stale = StaleMsis::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let stale = StaleMsis::new()?;
         let iommu = IommuDevice::build(&plan.iommu, vm, memory, ram)?;
+        let msis = iommu.is_some().then(|| stale.start()).transpose()?;
         let makings = Makings {
             vm,
             ram,
@@ -108,7 +107,7 @@ impl PciBus {
         Ok(Some(Self {
             functions,
             iommu,
-            stale,
+            _msis: msis,
         }))
     }
 
@@ -140,12 +139,6 @@ impl PciBus {
     #[must_use]
     pub fn functions(&self) -> &[Function] {
         &self.functions
-    }
-
-    /// What the event loop has to do for the bus.
-    #[must_use]
-    pub fn subscriber(&self) -> Box<dyn MutEventSubscriber + Send> {
-        Box::new(Retries(Arc::clone(&self.stale)))
     }
 }
 
@@ -249,18 +242,4 @@ fn open_image(id: &str, path: &Path, read_only: bool) -> Result<Image, ConfigErr
         let field = format!("drives[{id}].path_on_host");
         ConfigError::new(field, format!("{} {error}", path.display()))
     })
-}
-
-/// Translates interrupts again that lost their translation.
-struct Retries(Arc<StaleMsis>);
-
-impl MutEventSubscriber for Retries {
-    fn init(&mut self, ops: &mut EventOps) {
-        let added = ops.add(Events::new(self.0.event(), EventSet::IN));
-        added.expect("an eventfd can be watched");
-    }
-
-    fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.0.retry();
-    }
 }

@@ -9,6 +9,6 @@ mod msix;
 mod root;
 
 pub use config::{Bar, ConfigSpace, Ids};
-pub use msi::{MsiTarget, Requester, StaleMsis};
+pub use msi::{MsiTarget, MsiThread, Requester, StaleMsis};
 pub use msix::{MSIX_ENTRY_SIZE, Msix};
 pub use root::{BarMove, PciFunction, PciRoot, PlaceError, SLOTS};

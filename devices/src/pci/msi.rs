@@ -5,14 +5,17 @@
 //! whenever its mapping changes: while there is none, the interrupt is held
 //! back and not sent to where the page used to be.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::{io, thread};
 
 use iommu::{
     Access, AddressSpace, Gpa, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents, NotifierId,
     NotifierSink, Registration, StreamId,
 };
 use log::warn;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::interrupt::{MsiMessage, MsiVector};
 
@@ -159,8 +162,13 @@ impl MsiTarget {
     }
 
     /// Translates again what is held back for want of a translation.
-    pub fn retry(&self) {
-        self.update(|_, route| route.wanted.is_some() && route.current.is_none());
+    fn retry(&self) {
+        let held_back = |route: &Route| route.wanted.is_some() && route.current.is_none();
+        let any = self.sink.lock().iter().any(held_back);
+        // The gate is for those who need it.
+        if any {
+            self.update(|_, route| held_back(route));
+        }
     }
 
     /// Whether source `number` has signalled something that is held back.
@@ -240,33 +248,47 @@ fn page_of(doorbell: Iova) -> IovaRange {
 }
 
 /// Who has interrupts that lost their translation. An IOMMU that does not
-/// announce mappings cannot say when there is a new one, so the event loop
-/// looks, after each invalidation that took one away.
+/// announce mappings cannot say when there is a new one, so a thread looks,
+/// after each invalidation that took one away. It waits for gates, which a
+/// slow disk may hold: nobody else can wait for it.
 pub struct StaleMsis {
-    event: EventFd,
+    wake: EventFd,
+    ends: AtomicBool,
     targets: Mutex<Vec<Weak<MsiTarget>>>,
 }
 
 impl StaleMsis {
-    /// With the eventfd that wakes the event loop.
-    #[must_use]
-    pub fn new(event: EventFd) -> Arc<Self> {
-        Arc::new(Self {
-            event,
+    /// Nobody yet.
+    ///
+    /// # Errors
+    /// No eventfd is left.
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            wake: EventFd::new(EFD_CLOEXEC)?,
+            ends: AtomicBool::new(false),
             targets: Mutex::default(),
+        }))
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread is left.
+    pub fn start(self: &Arc<Self>) -> io::Result<MsiThread> {
+        let stale = Arc::clone(self);
+        let thread = thread::Builder::new().name("msi".to_owned());
+        let thread = thread.spawn(move || {
+            while stale.wake.read().is_ok() && !stale.ends.load(Ordering::Acquire) {
+                stale.retry();
+            }
+        })?;
+        Ok(MsiThread {
+            stale: Arc::clone(self),
+            thread: Some(thread),
         })
     }
 
-    /// What the event loop waits for; then it calls [`retry`](Self::retry).
-    #[must_use]
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// Translates again whatever is held back. Enters gates: not to be called
-    /// with any lock of a device held.
-    pub fn retry(&self) {
-        let _ = self.event.read();
+    fn retry(&self) {
         let targets = self.lock().clone();
         for target in targets.iter().filter_map(Weak::upgrade) {
             target.retry();
@@ -274,7 +296,7 @@ impl StaleMsis {
     }
 
     fn wake(&self) {
-        let _ = self.event.write(1);
+        let _ = self.wake.write(1);
     }
 
     fn add(&self, target: &Arc<MsiTarget>) {
@@ -285,3 +307,22 @@ impl StaleMsis {
         self.targets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// The thread of [`StaleMsis`]; dropping this ends it.
+pub struct MsiThread {
+    stale: Arc<StaleMsis>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for MsiThread {
+    fn drop(&mut self) {
+        self.stale.ends.store(true, Ordering::Release);
+        self.stale.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use iommu::Gpa;
-use log::warn;
+use log::debug;
 
 use super::config::{Bar, ConfigSpace, Ids};
 use crate::bus::{Bus, BusDevice};
@@ -140,8 +140,9 @@ impl PciRoot {
                 placed.insert(slot, to.base.0);
                 function.placed(Some(to.base));
             }
-            // The guest put it over something else: it is decoded nowhere.
-            Err(error) => warn!("PCI device {slot}: {error}"),
+            // The guest put it over something else: it is decoded nowhere. It
+            // may do so as often as it likes, so this is no warning.
+            Err(error) => debug!("PCI device {slot}: {error}"),
         }
     }
 }
@@ -191,5 +192,115 @@ impl BusDevice for PciRoot {
             }
             None => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A function whose registers read as its number.
+    struct Numbered(u8);
+
+    impl PciFunction for Numbered {
+        fn read_config(&self, offset: u16, data: &mut [u8]) {
+            data.fill(self.0);
+            if let Some(first) = data.first_mut() {
+                *first = offset.to_le_bytes()[0];
+            }
+        }
+
+        fn write_config(&self, _: u16, data: &[u8]) -> Option<BarMove> {
+            let base = Gpa(u64::from(*data.first()?) << 12);
+            let to = (base.0 != 0).then_some(Bar { base, size: 0x1000 });
+            Some(BarMove { to })
+        }
+
+        fn placed(&self, _: Option<Gpa>) {}
+
+        fn read_bar(&self, _: u64, data: &mut [u8]) {
+            data.fill(self.0);
+        }
+
+        fn write_bar(&self, _: u64, _: &[u8]) {}
+    }
+
+    fn root() -> (Arc<Bus>, PciRoot) {
+        let memory = Arc::new(Bus::new());
+        let root = PciRoot::new(&memory);
+        (memory, root)
+    }
+
+    fn word(root: &PciRoot, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        root.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn slot_0_is_the_host_bridge() {
+        let (_memory, root) = root();
+        assert_eq!(word(&root, 0), 0x0008_1b36);
+        assert_eq!(word(&root, 8) >> 16, 0x0600);
+        root.write(0, &[0; 4]);
+        assert_eq!(word(&root, 0), 0x0008_1b36);
+        assert_eq!(root.add(0, Arc::new(Numbered(0))), Err(PlaceError(0)));
+    }
+
+    #[test]
+    fn every_slot_takes_one_function() {
+        let (_memory, root) = root();
+        for slot in 1..SLOTS {
+            root.add(slot, Arc::new(Numbered(slot))).unwrap();
+        }
+        for slot in [0, 5, SLOTS, u8::MAX] {
+            let again = root.add(slot, Arc::new(Numbered(0)));
+            assert_eq!(again, Err(PlaceError(slot)));
+        }
+        for slot in 1..SLOTS {
+            let offset = u64::from(slot) << 15;
+            let number = u32::from(slot) * 0x0101_0100;
+            assert_eq!(word(&root, offset + 0x24), number | 0x24);
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_reads_as_ones_and_takes_no_writes() {
+        let (memory, root) = root();
+        root.add(4, Arc::new(Numbered(4))).unwrap();
+        let absent = [
+            3 << 15,           // another slot
+            4 << 15 | 1 << 12, // another function
+            1 << 20 | 4 << 15, // another bus
+            (1 << 28) - 4,     // the last register of 256 buses
+            u64::MAX - 3,
+        ];
+        for offset in absent {
+            assert_eq!(word(&root, offset), u32::MAX, "{offset:#x}");
+            root.write(offset, &[0x40; 4]);
+        }
+        assert!(!memory.read(0x4_0000, &mut [0; 4]));
+    }
+
+    #[test]
+    fn bar_that_finds_no_room_is_decoded_nowhere() {
+        let (memory, root) = root();
+        for slot in [1, 2] {
+            root.add(slot, Arc::new(Numbered(slot))).unwrap();
+        }
+        let at = |address: u64| {
+            let mut data = [0];
+            memory.read(address, &mut data).then_some(data[0])
+        };
+        root.write(1 << 15, &[5]);
+        root.write(2 << 15, &[5]);
+        assert_eq!(at(0x5000), Some(1));
+        root.write(2 << 15, &[6]);
+        assert_eq!((at(0x5000), at(0x6000)), (Some(1), Some(2)));
+        // The first one leaves, and only then there is room for the second.
+        root.write(1 << 15, &[0]);
+        assert_eq!(at(0x5000), None);
+        root.write(2 << 15, &[5]);
+        assert_eq!((at(0x5000), at(0x6000)), (Some(2), None));
     }
 }

@@ -388,7 +388,7 @@ fn threaded() -> Threaded {
     crate::interrupt::MsiSink::vector(&board).unwrap();
     let mut threaded = Threaded {
         block,
-        interrupt: board.vector(0),
+        interrupt: board.given(0),
         board,
         kick: Arc::new(rig::eventfd()),
         alarms,
@@ -405,7 +405,7 @@ impl Threaded {
             queue,
             space: AddressSpace::identity(REQUESTER, Arc::clone(&self.driver.ring.ram)),
             kick: Arc::clone(&self.kick),
-            interrupt: Interrupt::new(self.board.vector(0)),
+            interrupt: Interrupt::new(self.board.given(0)),
         };
         self.block.start_queue(0, started).unwrap();
     }

@@ -1,0 +1,297 @@
+use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig, spec};
+use iommu::{Fault, FaultReason, Iommu, IommuRegion, Perm, Refused, Request};
+
+use super::*;
+use crate::interrupt::MsiSink as _;
+use crate::rig::{self, Board, REQUESTER, Vector};
+
+const DOORBELL: u64 = 0x808_0040;
+const PAGE: u64 = 0x808_0000;
+const FRAME: u64 = 0x7700_0000;
+
+/// An IOMMU of one page, which tells of mappings or does not.
+#[derive(Default)]
+struct OnePage {
+    frame: Mutex<Option<Gpa>>,
+    announces: bool,
+    registered: Mutex<usize>,
+}
+
+impl OnePage {
+    fn mapping(&self) -> Option<Mapping> {
+        Some(Mapping {
+            iova: IovaRange::block(Iova(PAGE), 12),
+            gpa: (*self.frame.lock().unwrap())?,
+            perm: Perm::WRITE,
+        })
+    }
+
+    fn set(&self, frame: Option<u64>) {
+        *self.frame.lock().unwrap() = frame.map(Gpa);
+    }
+}
+
+impl Iommu for OnePage {
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        panic!("{request:?} leaves a trace");
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        let mapping = self.mapping();
+        let found = mapping.filter(|mapping| mapping.iova.contains(request.iova));
+        found.ok_or(Fault {
+            stream: request.stream,
+            iova: request.iova,
+            access: request.access,
+            reason: FaultReason::Translation,
+        })
+    }
+
+    fn notifier_events_changed(
+        &self,
+        _: StreamId,
+        _: NotifierEvents,
+        new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        if new.contains(NotifierEvents::MAP) && !self.announces {
+            return Err(Refused {
+                events: NotifierEvents::MAP,
+                reason: "of a test",
+            });
+        }
+        *self.registered.lock().unwrap() += 1;
+        Ok(())
+    }
+
+    fn replay(&self, _: StreamId, range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+        if let Some(mapping) = self.mapping().and_then(|mapping| mapping.clipped(range)) {
+            visit(&mapping);
+        }
+    }
+
+    fn connect(&self, _: Weak<IommuRegion>) {}
+}
+
+struct Machine {
+    iommu: Arc<OnePage>,
+    region: Arc<IommuRegion>,
+    target: Arc<MsiTarget>,
+    stale: Arc<StaleMsis>,
+    vectors: Vec<Arc<Vector>>,
+}
+
+fn machine(announces: bool) -> Machine {
+    let iommu = Arc::new(OnePage {
+        announces,
+        ..OnePage::default()
+    });
+    let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, REQUESTER);
+    let space = AddressSpace::translated(Arc::clone(&region), rig::ram());
+    let stale = StaleMsis::new().unwrap();
+    let target = Requester::new(space, &stale).msi;
+    let board = Board::default();
+    let vectors = (0..3).map(|number| {
+        assert_eq!(target.add(board.vector().unwrap()), number);
+        board.given(number)
+    });
+    Machine {
+        vectors: vectors.collect(),
+        iommu,
+        region,
+        target,
+        stale,
+    }
+}
+
+impl Machine {
+    fn map(&self, frame: u64) {
+        self.iommu.set(Some(frame));
+        if self.iommu.announces {
+            self.region.map(&self.iommu.mapping().unwrap());
+        }
+    }
+
+    fn unmap(&self) {
+        self.iommu.set(None);
+        self.region.invalidate(&[IovaRange::ALL]);
+    }
+
+    fn send(&self, vector: usize) {
+        self.target.set(vector, Some((Iova(DOORBELL), 5)));
+    }
+
+    /// Where the messages of a source go.
+    fn address(&self, vector: usize) -> Option<u64> {
+        self.vectors[vector].message().map(|message| {
+            assert_eq!((message.data, message.requester), (5, REQUESTER));
+            message.address.0
+        })
+    }
+}
+
+#[test]
+fn message_goes_where_its_address_is_mapped() {
+    for announces in [true, false] {
+        let machine = machine(announces);
+        machine.send(0);
+        assert_eq!(machine.address(0), None);
+        machine.map(FRAME);
+        machine.send(1);
+        assert_eq!(machine.address(1), Some(FRAME + 0x40));
+        // Who is told of mappings needs no second word from the guest.
+        let first = announces.then_some(FRAME + 0x40);
+        assert_eq!(machine.address(0), first);
+        machine.send(0);
+        assert_eq!(machine.address(0), Some(FRAME + 0x40));
+    }
+}
+
+#[test]
+fn unmapped_doorbell_gets_nothing_until_it_is_mapped_again() {
+    for announces in [true, false] {
+        let machine = machine(announces);
+        machine.map(FRAME);
+        machine.send(0);
+        machine.unmap();
+        assert_eq!(machine.address(0), None);
+        machine.map(FRAME + 0x1000);
+        machine.stale.retry();
+        assert_eq!(machine.address(0), Some(FRAME + 0x1040));
+    }
+}
+
+#[test]
+fn thread_finds_what_an_invalidation_took_for_nothing() {
+    let machine = machine(false);
+    let thread = machine.stale.start().unwrap();
+    machine.map(FRAME);
+    machine.send(0);
+    // Everything is invalidated, nothing has changed: the usual case.
+    machine.region.invalidate(&[IovaRange::ALL]);
+    while machine.address(0).is_none() {
+        thread::yield_now();
+    }
+    drop(thread);
+    machine.unmap();
+    assert_eq!(machine.address(0), None);
+}
+
+#[test]
+fn other_pages_are_none_of_its_business() {
+    let machine = machine(false);
+    machine.map(FRAME);
+    machine.send(0);
+    let others = [
+        IovaRange::block(Iova(PAGE - 0x1000), 12),
+        IovaRange::block(Iova(PAGE + 0x1000), 12),
+    ];
+    machine.region.invalidate(&others);
+    assert_eq!(machine.address(0), Some(FRAME + 0x40));
+}
+
+#[test]
+fn masked_source_stays_unrouted_when_its_page_is_mapped() {
+    let machine = machine(true);
+    machine.send(0);
+    machine.target.set(0, None);
+    machine.map(FRAME);
+    machine.stale.retry();
+    assert_eq!(machine.address(0), None);
+}
+
+#[test]
+fn guest_that_goes_through_doorbells_leaves_no_listeners_behind() {
+    let machine = machine(true);
+    for page in 0..1000 {
+        let doorbell = Iova(PAGE + page * 0x1000);
+        machine.target.set(0, Some((doorbell, 5)));
+        assert_eq!(machine.target.pages().len(), 1);
+    }
+    machine.target.set(1, Some((Iova(DOORBELL), 5)));
+    assert_eq!(machine.target.pages().len(), 2);
+    machine.target.set(0, None);
+    machine.target.set(1, None);
+    assert!(machine.target.pages().is_empty());
+    // The last doorbell is listened to like the first.
+    machine.map(FRAME);
+    machine.send(2);
+    assert_eq!(machine.address(2), Some(FRAME + 0x40));
+    machine.unmap();
+    assert_eq!(machine.address(2), None);
+    assert_eq!(*machine.iommu.registered.lock().unwrap(), 1002);
+}
+
+#[test]
+fn requester_without_an_iommu_sends_to_the_address_itself() {
+    let space = AddressSpace::identity(REQUESTER, rig::ram());
+    let target = Requester::new(space, &StaleMsis::new().unwrap()).msi;
+    let board = Board::default();
+    target.add(board.vector().unwrap());
+    target.set(0, Some((Iova(DOORBELL), 5)));
+    let message = board.given(0).message().unwrap();
+    assert_eq!(message.address, Gpa(DOORBELL));
+}
+
+struct NoFaults;
+
+impl FaultSink for NoFaults {
+    fn report(&self, report: &FaultReport) {
+        panic!("an interrupt is no access to report: {report:?}");
+    }
+}
+
+/// The bytes of a virtio-iommu request: type, domain, and the rest.
+fn request(kind: u8, rest: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = vec![kind, 0, 0, 0];
+    bytes.extend(1_u32.to_le_bytes());
+    rest.iter().for_each(|part| bytes.extend(*part));
+    bytes
+}
+
+#[test]
+fn messages_follow_the_mappings_of_a_virtio_iommu() {
+    let ram = rig::ram();
+    let config = VirtioIommuConfig {
+        input_range: IovaRange::block(Iova(0), 48),
+        msi_window: Some(IovaRange::block(Iova(0xfee0_0000), 20)),
+        boot_bypass: false,
+    };
+    let model = VirtioIommu::new(config, Arc::clone(&ram), Arc::new(NoFaults));
+    let model = Arc::new(model);
+    let region = IommuRegion::new(Arc::clone(&model) as Arc<dyn Iommu>, REQUESTER);
+    let space = AddressSpace::translated(region, ram);
+    let stale = StaleMsis::new().unwrap();
+    let _thread = stale.start().unwrap();
+    let target = Requester::new(space, &stale).msi;
+    let board = Board::default();
+    for _ in 0..2 {
+        target.add(board.vector().unwrap());
+    }
+    let ask = |bytes: Vec<u8>| {
+        let mut reply = [0xff; 4];
+        model.handle(&bytes, &mut reply).unwrap();
+        model.flush();
+        assert_eq!(reply[0], 0, "{bytes:x?}");
+    };
+    let address = |number| board.given(number).message().map(|m| m.address.0);
+    model.negotiated(model.features());
+    target.set(0, Some((Iova(DOORBELL), 5)));
+    target.set(1, Some((Iova(0xfee0_1000), 5)));
+    assert_eq!(address(0), None);
+    let (endpoint, padding) = (REQUESTER.0.to_le_bytes(), [0; 8]);
+    ask(request(spec::request::ATTACH, &[&endpoint, &padding]));
+    // The window of x86 needs a domain and no mapping.
+    while address(1) != Some(0xfee0_1000) {
+        thread::yield_now();
+    }
+    let (first, last) = (PAGE.to_le_bytes(), (PAGE + 0xfff).to_le_bytes());
+    let to = FRAME.to_le_bytes();
+    let write = 2_u32.to_le_bytes();
+    ask(request(spec::request::MAP, &[&first, &last, &to, &write]));
+    assert_eq!(address(0), Some(FRAME + 0x40));
+    ask(request(
+        spec::request::UNMAP,
+        &[&first, &last, &padding[..4]],
+    ));
+    assert_eq!(address(0), None);
+}
