@@ -31,7 +31,7 @@ fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
     let machine = Machine::new()
         .tools()
         .with("--memory", "768M")
-        .with("--cpus", 4)
+        .with("--cpus", 2)
         .with("--net", net)
         .with("--vsock", format!("cid={CID}"))
         .with(
@@ -52,14 +52,14 @@ fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
     network(&mut guest, &interface, &tap);
 
     part("vsock");
-    checks::vsock_both_ways(&mut guest, CID, 16);
+    checks::vsock_both_ways(&mut guest, CID, 2);
     checks::vsock_refused_and_reset(&mut guest, CID);
 
     part("entropy");
     checks::entropy(&mut guest);
 
     part("disk");
-    let sum = checks::fill_new_file_system(&mut guest, "/dev/vda", 64);
+    let sum = checks::fill_new_file_system(&mut guest, "/dev/vda", 8);
     checks::check_file_system(&mut guest, "/dev/vda", &sum);
 
     part("read-only disk");
@@ -71,7 +71,7 @@ fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
 
     part("rebinding");
     for address in devices(&mut guest) {
-        checks::rebind(&mut guest, &address, 20);
+        checks::rebind(&mut guest, &address, 5);
     }
     checks::bring_up(&mut guest, &interface, &tap, 2);
     let load = Load {
@@ -132,7 +132,7 @@ fn network(guest: &mut Guest, interface: &str, tap: &Tap) {
     host::run(&format!("ping -c 3 -W 10 -s 8900 {}", tap.guest_address(2)));
     let load = Load {
         streams: 4,
-        mebibytes: 16,
+        mebibytes: 2,
     };
     checks::send_to_host(guest, tap, load);
     checks::send_to_guest(guest, tap, 2, load);

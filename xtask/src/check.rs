@@ -23,7 +23,7 @@ const FEATURE: &str = "boot-tests";
 /// architectures or talks to KVM.
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
 /// How long one test program may take.
-const PROGRAM_LIMIT_S: u32 = 1500;
+const PROGRAM_LIMIT_S: u32 = 600;
 
 /// What to test, and where.
 #[derive(clap::Args)]
