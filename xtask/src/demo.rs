@@ -32,6 +32,10 @@ pub fn run(arch: Arch, place: PlaceArgs) -> Result<ExitCode> {
     } else {
         "poweroff -f"
     };
+    let iommu = match arch {
+        Arch::X86_64 => "virtio-iommu",
+        Arch::Aarch64 => "smmuv3,ats=on",
+    };
     let arguments = |directory: &str, devices: &[&str], ask: &str| -> Vec<String> {
         let kernel = format!("{directory}/vmlinuz-6.12");
         let initrd = format!("{directory}/initramfs.cpio");
@@ -41,7 +45,7 @@ pub fn run(arch: Arch, place: PlaceArgs) -> Result<ExitCode> {
             "run", "--cpus", "2", "--memory", "512M", "--kernel", &kernel,
         ];
         words.extend(["--initrd", &initrd, "--cmdline", &cmdline]);
-        words.extend(["--iommu", "virtio-iommu", "--rng"]);
+        words.extend(["--iommu", iommu, "--rng"]);
         words.extend(devices);
         words.into_iter().map(str::to_owned).collect()
     };
