@@ -194,7 +194,7 @@ impl FromStr for Stage {
     }
 }
 
-/// `MODEL[,ats=on|off][,stage=1|2|nested]`.
+/// `MODEL[,ats=on|off][,stage=1|2|nested][,prefill=on|off][,prefetch=on|off]`.
 impl FromStr for Iommu {
     type Err = ArgumentError;
 
@@ -211,8 +211,10 @@ impl FromStr for Iommu {
             stage: options
                 .take("stage")
                 .map_or(Ok(Stage::One), |text| text.parse())?,
+            prefill: options.switch("prefill", true)?,
+            prefetch: options.switch("prefetch", true)?,
         };
-        options.finish("ats or stage")?;
+        options.finish("ats, stage, prefill or prefetch")?;
         iommu.validate()?;
         Ok(iommu)
     }

@@ -1,6 +1,6 @@
 //! The IOMMU of a machine.
 
-use super::{ConfigError, require};
+use super::{ConfigError, require, yes};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -54,7 +54,7 @@ impl fmt::Display for Stage {
 }
 
 /// The IOMMU (`PUT /iommu`). Every device that does not say `"iommu": false` is behind it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Iommu {
     /// Which one.
@@ -67,6 +67,25 @@ pub struct Iommu {
     /// SMMUv3 only: the stages offered.
     #[serde(default)]
     pub stage: Stage,
+    /// Sends new mappings to vhost when they are made, where the model learns of them
+    /// (virtio-iommu does): vhost does not miss them then.
+    #[serde(default = "yes")]
+    pub prefill: bool,
+    /// Answers a miss of vhost with every buffer that is posted on the queue.
+    #[serde(default = "yes")]
+    pub prefetch: bool,
+}
+
+impl Default for Iommu {
+    fn default() -> Self {
+        Self {
+            model: IommuModel::None,
+            ats: false,
+            stage: Stage::One,
+            prefill: true,
+            prefetch: true,
+        }
+    }
 }
 
 impl Iommu {

@@ -274,6 +274,7 @@ fn smmuv3_belongs_to_aarch64() {
         model: IommuModel::Smmuv3,
         ats: true,
         stage: Stage::Nested,
+        ..Iommu::default()
     };
     iommu.validate_on("aarch64").unwrap();
     let error = iommu.validate_on("x86_64").unwrap_err();

@@ -28,8 +28,8 @@ pub fn context(plan: &MachinePlan, ram: &Arc<GuestRam>) -> io::Result<Option<Vho
     Ok(Some(VhostContext {
         ram: Arc::clone(ram),
         thread: Arc::new(IotlbThread::start()?),
-        prefill: true,
-        prefetch: true,
+        prefill: plan.iommu.prefill,
+        prefetch: plan.iommu.prefetch,
     }))
 }
 
