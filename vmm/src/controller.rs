@@ -317,9 +317,12 @@ impl Controller {
 
     fn iommu_info(&self) -> IommuInfo {
         let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
-        pci.map_or_else(IommuInfo::default, |pci| {
-            pci.iommu_info(self.config.iommu.model)
-        })
+        let model = self.config.iommu.model;
+        let unborn = || IommuInfo {
+            model,
+            ..IommuInfo::default()
+        };
+        pci.map_or_else(unborn, |pci| pci.iommu_info(model))
     }
 
     fn open_metrics(&mut self, path: &str) -> Result<(), ConfigError> {

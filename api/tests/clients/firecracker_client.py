@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Boots a guest with a client of Firecracker's API that was written for Firecracker.
 
-    firecracker_client.py SOCKET KERNEL INITRD [DISK TAP]
+    firecracker_client.py SOCKET KERNEL INITRD WORDS DISK TAP
+
+WORDS are put at the end of the kernel command line.
 
 Needs firecracker-python (from PyPI). Its calls are its own, the same as for Firecracker; only the
-socket is ours, and so are `InstanceStop` and the IOMMU. Ends with the machine stopped.
+socket is ours, and the IOMMU, which it is told to ask for. Ends with the machine running.
 """
 
 import sys
 
-from firecracker.api import Api
+from firecracker.api import Api, Resource
 from firecracker.exceptions import APIError
 
 
@@ -26,7 +28,7 @@ def refused(call, *words, **fields):
 
 
 def main():
-    path, kernel, initrd, *devices = sys.argv[1:]
+    path, kernel, initrd, words, disk, tap = sys.argv[1:]
     api = Api(path)
     print("version:", api.version.get().json()["firecracker_version"])
     assert api.describe.get().json()["state"] == "Not started"
@@ -35,17 +37,12 @@ def main():
     api.boot.put(
         kernel_image_path=kernel,
         initrd_path=initrd,
-        boot_args="console=ttyS0 reboot=k pci=off panic=1",
+        boot_args="console=ttyS0 reboot=k pci=off panic=1 " + words,
     )
     api.machine_config.put(vcpu_count=1, mem_size_mib=512)
-    if devices:
-        disk, tap = devices
-        api.drive.put(
-            drive_id="rootfs", path_on_host=disk, is_root_device=False, is_read_only=False
-        )
-        api.network.put(iface_id="eth0", host_dev_name=tap, guest_mac="06:00:ac:10:00:02")
-        api.request = api.machine_config.request
-        api.request("PUT", "/iommu", model="virtio-iommu")
+    api.drive.put(drive_id="rootfs", path_on_host=disk, is_root_device=False, is_read_only=False)
+    api.network.put(iface_id="eth0", host_dev_name=tap, guest_mac="06:00:ac:10:00:02")
+    Resource(api, "/iommu").put(model="virtio-iommu")
     refused(api.vsock.put, "uds_path", "AF_VSOCK", guest_cid=3, uds_path="/run/v.sock")
     refused(api.mmds.put, "/mmds is not supported", anything=1)
 

@@ -37,4 +37,4 @@ if [ $# -gt 0 ]; then
     cp "$here/firecracker_client.py" "$share/"
 fi
 
-exec cargo xtask lab --timeout 580 --share "$share" -- sh lab_job.sh
+exec cargo xtask lab --timeout 1500 --share "$share" -- sh lab_job.sh

@@ -244,8 +244,8 @@ impl Model {
             vmid: None,
             ats: None,
             registration: Some(Registration {
-                kind: RegistrationKind::Unmap,
-                reason: "virtio-iommu has no device IOTLB to invalidate".to_owned(),
+                kind: RegistrationKind::MapUnmap,
+                reason: "dev-iotlb refused: a virtio-iommu has no device IOTLB".to_owned(),
             }),
             counters: EndpointCounters {
                 translations: 81_230,
@@ -255,7 +255,7 @@ impl Model {
                 prefills: 304,
                 invalidations_sent: 301,
                 invalidations_saved: 77,
-                faults: [("F_UNKNOWN_MAPPING".to_owned(), 2)].into(),
+                faults: [("VIRTIO_IOMMU_FAULT_R_MAPPING".to_owned(), 2)].into(),
                 stalled_queues: 0,
             },
         };
