@@ -1,0 +1,190 @@
+//! What comes out of a vhost file, between mappings that come and go: whatever
+//! the kernel says, it is told of nothing that is not mapped, it forgets what
+//! is unmapped, and we know what it holds.
+#![no_main]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use devices::vhost::failure::Failure;
+use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
+use devices::vhost::message::{Message, Miss, SIZE};
+use devices::vhost::posted::Layout;
+use devices::vhost::shadow::Entry;
+use iommu::{
+    AddressSpace, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
+    NotifierEvents, Perm, Refused, Request, StreamId,
+};
+use libfuzzer_sys::fuzz_target;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+const PAGE: u64 = 4096;
+const LIMIT: usize = 12;
+
+#[derive(Default)]
+struct Pages(Mutex<(BTreeMap<u64, (u64, Perm)>, Weak<IommuRegion>)>);
+
+impl Pages {
+    fn state(&self) -> MutexGuard<'_, (BTreeMap<u64, (u64, Perm)>, Weak<IommuRegion>)> {
+        self.0.lock().unwrap()
+    }
+
+    fn mapping(iova: u64, (gpa, perm): (u64, Perm)) -> Mapping {
+        Mapping {
+            iova: IovaRange::from_len(Iova(iova), PAGE).unwrap(),
+            gpa: Gpa(gpa),
+            perm,
+        }
+    }
+}
+
+impl Iommu for Pages {
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        self.lookup(request)
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        let page = request.iova.0 & !(PAGE - 1);
+        let found = self.state().0.get(&page).copied();
+        let found = found.filter(|(_, perm)| perm.allows(request.access));
+        found.map(|to| Self::mapping(page, to)).ok_or(Fault {
+            stream: request.stream,
+            iova: request.iova,
+            access: request.access,
+            reason: FaultReason::Translation,
+        })
+    }
+
+    fn notifier_events_changed(
+        &self,
+        _: StreamId,
+        _: NotifierEvents,
+        new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        let events = new.and(NotifierEvents::DEVIOTLB_UNMAP);
+        if events.is_empty() {
+            return Ok(());
+        }
+        Err(Refused {
+            events,
+            reason: "there is none",
+        })
+    }
+
+    fn replay(&self, _: StreamId, _: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+        for (&iova, &to) in &self.state().0.clone() {
+            visit(&Self::mapping(iova, to));
+        }
+    }
+
+    fn connect(&self, region: Weak<IommuRegion>) {
+        self.state().1 = region;
+    }
+}
+
+#[derive(Default)]
+struct Kernel(Mutex<(Vec<Entry>, VecDeque<Vec<u8>>)>);
+
+impl Channel for Kernel {
+    fn send(&self, message: &Message) -> io::Result<()> {
+        message.to_bytes().expect("every message has a form");
+        let list = &mut self.0.lock().unwrap().0;
+        match message {
+            Message::Update(entry) => {
+                if list.len() == LIMIT {
+                    list.remove(0);
+                }
+                list.push(*entry);
+            }
+            Message::Invalidate(range) => list.retain(|entry| !entry.iova.overlaps(*range)),
+        }
+        Ok(())
+    }
+
+    fn receive(&self) -> io::Result<Option<Miss>> {
+        let bytes = self.0.lock().unwrap().1.pop_front();
+        let miss = bytes.map(|bytes| Miss::parse(&bytes)).transpose();
+        miss.map_err(io::Error::other)
+    }
+
+    fn halt(&self) {
+        panic!("every invalidation was taken");
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    let pages = Arc::new(Pages::default());
+    let region = IommuRegion::new(pages.clone(), StreamId(8));
+    let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap());
+    let rings = data.get(..64).unwrap_or(data);
+    ram.write_slice(rings, GuestAddress(0)).unwrap();
+    let space = AddressSpace::translated(region.clone(), ram);
+    let kernel = Arc::new(Kernel::default());
+    let options = IotlbOptions {
+        limit: LIMIT,
+        prefill: true,
+        prefetch: true,
+    };
+    let failure = Arc::new(Failure::default());
+    let iotlb = VhostIotlb::new("fuzz", kernel.clone(), options, failure).unwrap();
+    iotlb.attach(&space, &region).unwrap();
+    let mut rest = data;
+    while let Some((&[what, at, more], later)) = rest.split_first_chunk::<3>() {
+        rest = later;
+        let page = u64::from(at % 32) * PAGE;
+        match what % 8 {
+            0 | 1 => {
+                let perms = [Perm::READ, Perm::WRITE, Perm::READ_WRITE];
+                let to = (u64::from(more % 72) * PAGE, perms[usize::from(what / 8) % 3]);
+                if pages.state().0.insert(page, to).is_none() {
+                    region.map(&Pages::mapping(page, to));
+                } else {
+                    region.invalidate(&[IovaRange::from_len(Iova(page), PAGE).unwrap()]);
+                }
+            }
+            2 => {
+                let last = page + u64::from(more % 4) * PAGE;
+                pages.state().0.retain(|at, _| *at < page || *at > last);
+                let gone = IovaRange::new(Iova(page), Iova(last + PAGE - 1)).unwrap();
+                region.invalidate(&[gone]);
+            }
+            3 => iotlb.revive(),
+            4 => iotlb.ring_failed(0),
+            5 => {
+                let ring = Ring {
+                    number: 0,
+                    layout: Layout {
+                        size: 1 << (more % 6),
+                        desc: Iova(page),
+                        avail: Iova(page + 16),
+                        used: Iova(page + 32),
+                    },
+                    kick: Arc::new(EventFd::new(0).unwrap()),
+                };
+                let _ = iotlb.start_ring(0, ring);
+            }
+            _ => {
+                let mut bytes = vec![0; SIZE];
+                bytes[0] = 2;
+                bytes[8..16].copy_from_slice(&(page + u64::from(more)).to_ne_bytes());
+                bytes[32..34].copy_from_slice(&[1 + more % 2, 1]);
+                if what > 200 {
+                    let count = rest.len().min(usize::from(more) % (SIZE + 2));
+                    bytes.splice(..count.min(SIZE), rest[..count].iter().copied());
+                }
+                kernel.0.lock().unwrap().1.push_back(bytes);
+                iotlb.service();
+            }
+        }
+        let held = kernel.0.lock().unwrap().0.clone();
+        assert_eq!(held.len(), iotlb.stats().entries);
+        for entry in &held {
+            let to = pages.state().0.get(&entry.iova.first().0).copied();
+            assert_eq!(to.map(|(_, perm)| perm), Some(entry.perm));
+        }
+    }
+    iotlb.detach();
+    assert!(kernel.0.lock().unwrap().0.is_empty());
+});
