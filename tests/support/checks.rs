@@ -71,7 +71,7 @@ pub fn bring_up(guest: &mut Guest, interface: &str, tap: &Tap, last: u8) {
         "ip address replace {own}/24 dev {interface} && ip link set {interface} up"
     ));
     guest.run(&format!("ping -c 3 -W 10 {peer}"));
-    let neighbour = guest.run(&format!("ip neighbour show {peer} dev {interface}"));
+    let neighbour = guest.run(&format!("ip neigh show to {peer} dev {interface}"));
     assert!(
         neighbour.contains("lladdr"),
         "the host did not answer ARP: {neighbour}"
@@ -252,7 +252,7 @@ pub fn vsock_refused_and_reset(guest: &mut Guest, cid: u32) {
 /// checksum of what was written.
 #[track_caller]
 pub fn fill_new_file_system(guest: &mut Guest, device: &str, mebibytes: u32) -> String {
-    guest.run_within(TRANSFER_LIMIT, &format!("mke2fs -q -t ext4 {device}"));
+    guest.run_within(TRANSFER_LIMIT, &format!("mkfs.ext4 -q {device}"));
     guest.run(&format!("mount -t ext4 {device} /mnt"));
     let sum = guest_noise(guest, "/tmp/noise", mebibytes);
     guest.run_within(

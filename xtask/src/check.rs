@@ -24,6 +24,10 @@ const FEATURE: &str = "boot-tests";
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
 /// How long one test program may take.
 const PROGRAM_LIMIT_S: u32 = 600;
+/// Longest silence of a test program, longer than any single test may take.
+const SILENCE: Duration = Duration::from_secs(240);
+/// How often the emulated host is started for one architecture.
+const LAB_STARTS: u32 = 4;
 
 /// What to test, and where.
 #[derive(clap::Args)]
@@ -183,13 +187,15 @@ fn boot_tests(arch: Arch, args: &TestArgs) -> Result<Tally> {
         bail!("there are none");
     }
     let tools = guest_tools(arch, &toolchain)?;
-    let script = script(arch, &tests, filter);
-    let mut programs = tests;
-    programs.push(("portcullis".to_owned(), binary));
     let limit = Duration::from_secs(args.minutes * 60);
     let mut counted = match place {
-        Place::Native => run_natively(arch, &programs, &tools, &script, limit)?,
-        Place::Lab => run_in_lab(arch, programs, tools, &script, limit)?,
+        Place::Native => {
+            let script = script(arch, &tests, filter);
+            let mut programs = tests;
+            programs.push(("portcullis".to_owned(), binary));
+            run_natively(arch, &programs, &tools, &script, limit)?
+        }
+        Place::Lab => run_in_lab(arch, tests, &binary, tools, filter, limit)?,
     };
     if counted.passed + counted.failed == 0 {
         counted.fail(format!("boot tests on {arch}: no test was run"));
@@ -197,38 +203,49 @@ fn boot_tests(arch: Arch, args: &TestArgs) -> Result<Tally> {
     Ok(counted)
 }
 
+/// One start of the emulated host serves all programs. It is not perfectly
+/// reliable: where it dies or falls silent it is started again for what has not
+/// ended yet, a bounded number of times, and each is reported.
 fn run_in_lab(
     arch: Arch,
-    programs: Vec<(String, PathBuf)>,
+    mut tests: Vec<(String, PathBuf)>,
+    binary: &Path,
     tools: PathBuf,
-    script: &str,
+    filter: &str,
     limit: Duration,
 ) -> Result<Tally> {
     let mut job = lab::Job::new(arch);
-    job.programs = programs;
     job.guest_tools = Some(tools);
-    job.command = ["sh", "-c", script].map(str::to_owned).to_vec();
     job.timeout = limit;
-    let mut again = 0;
+    job.silence = Some(SILENCE);
+    let mut all = Tally::default();
+    let mut starts_left = LAB_STARTS;
     loop {
+        let script = script(arch, &tests, filter);
+        job.command = ["sh", "-c", &script].map(str::to_owned).to_vec();
+        job.programs.clone_from(&tests);
+        job.programs
+            .push(("portcullis".to_owned(), binary.to_owned()));
         let mut listener = Listener::default();
         let ended = lab::run(&job, &mut |line| listener.line(line));
-        let mut counted = listener.finish();
-        counted.retries += again;
-        match ended {
-            Ok(0) if counted.failed == 0 => return Ok(counted),
-            Ok(status) => {
-                if counted.failed == 0 {
-                    counted.fail(format!("boot tests on {arch}: the lab ended with {status}"));
-                }
-                return Ok(counted);
-            }
-            Err(error) if again == 0 => {
-                println!("{error:#}: starting the emulated host again");
-                again = 1;
-            }
-            Err(error) => return Err(error),
+        let done = listener.ended;
+        let counted = listener.finish();
+        let failed = counted.failed;
+        all.add(counted);
+        starts_left -= 1;
+        let why = match ended {
+            Ok(0) => return Ok(all),
+            Ok(_) if failed != 0 => return Ok(all),
+            Ok(status) => format!("the lab ended with {status}"),
+            Err(error) => format!("{error:#}"),
+        };
+        tests.drain(..done.min(tests.len()));
+        if starts_left == 0 || tests.is_empty() {
+            all.fail(format!("boot tests on {arch}: {why}"));
+            return Ok(all);
         }
+        println!("\n{why}: starting the emulated host again for the rest");
+        all.retries += 1;
     }
 }
 
@@ -302,6 +319,8 @@ struct Listener {
     tally: Tally,
     program: String,
     failures_before: u32,
+    /// Programs that have ended.
+    ended: usize,
 }
 
 impl Listener {
@@ -318,6 +337,7 @@ impl Listener {
             self.tally.failures.push(format!("{name} {}", self.program));
         } else if let Some(rest) = line.strip_prefix("== ") {
             if let Some(status) = rest.strip_prefix("status ") {
+                self.ended += 1;
                 if status != "0" && self.tally.failed == self.failures_before {
                     self.tally
                         .fail(format!("{}: ended with {status}", self.program));

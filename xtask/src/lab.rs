@@ -71,6 +71,8 @@ pub struct Job {
     pub memory_mib: u32,
     /// Time from power-on to the end of the command.
     pub timeout: Duration,
+    /// Longest silence of the command, after which the host counts as hung.
+    pub silence: Option<Duration>,
     /// Programs put into /portcullis/bin, which is in PATH, by the name they get there.
     pub programs: Vec<(String, PathBuf)>,
     /// An initramfs segment appended to those of the guests.
@@ -95,6 +97,7 @@ impl Job {
             },
             memory_mib: 4096,
             timeout: Duration::from_secs(600),
+            silence: None,
             programs: Vec::new(),
             guest_tools: None,
             share: None,
@@ -123,7 +126,7 @@ pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
     let terminal = if interactive { Terminal::save() } else { None };
     let mut qemu = start_qemu(job, &images, &host, &dir, interactive)?;
     let output = forward(&mut qemu);
-    let ended = wait(&mut qemu, output, &dir, started, job.timeout, on_line);
+    let ended = wait(&mut qemu, output, &dir, started, job, on_line);
     drop(terminal);
     match ended? {
         None => {
@@ -377,7 +380,7 @@ fn wait(
     output: mpsc::Receiver<Vec<u8>>,
     dir: &Path,
     started: Instant,
-    timeout: Duration,
+    job: &Job,
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Option<ExitStatus>> {
     let mut line = Vec::new();
@@ -396,9 +399,13 @@ fn wait(
         }
         Ok(())
     };
+    let mut heard = Instant::now();
     loop {
         match output.recv_timeout(Duration::from_millis(50)) {
-            Ok(chunk) => show(&chunk)?,
+            Ok(chunk) => {
+                heard = Instant::now();
+                show(&chunk)?;
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(Duration::from_millis(50)),
         }
@@ -407,7 +414,16 @@ fn wait(
             eprintln!("lab: up after {:.1} s", started.elapsed().as_secs_f32());
         }
         let ended = qemu.try_wait()?;
-        let late = started.elapsed() > timeout;
+        if let Some(limit) = job.silence
+            && ended.is_none()
+            && heard.elapsed() > limit
+        {
+            qemu.kill()?;
+            qemu.wait()?;
+            show_console(dir);
+            bail!("the emulated host said nothing for {} s", limit.as_secs());
+        }
+        let late = started.elapsed() > job.timeout;
         if ended.is_some() || late {
             if late && ended.is_none() {
                 qemu.kill()?;
