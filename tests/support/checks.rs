@@ -248,11 +248,29 @@ pub fn vsock_refused_and_reset(guest: &mut Guest, cid: u32) {
     vsock_both_ways(guest, cid, 1);
 }
 
+/// Writes noise to the guest's disk `device`, and reads the same from it again.
+#[track_caller]
+pub fn disk_holds_what_is_written(guest: &mut Guest, device: &str, mebibytes: u32) {
+    let sum = guest_noise(guest, "/tmp/noise", mebibytes);
+    guest.run_within(
+        TRANSFER_LIMIT,
+        &format!("dd if=/tmp/noise of={device} bs=1M conv=fsync 2>/dev/null && rm /tmp/noise"),
+    );
+    guest.run("echo 3 > /proc/sys/vm/drop_caches");
+    let read = guest.run(&format!(
+        "dd if={device} bs=1M count={mebibytes} 2>/dev/null | md5sum"
+    ));
+    assert!(read.starts_with(&sum), "{device}: {read} is not {sum}");
+}
+
 /// Makes a file system on the guest's disk `device`, writes noise to it and returns the
 /// checksum of what was written.
 #[track_caller]
 pub fn fill_new_file_system(guest: &mut Guest, device: &str, mebibytes: u32) -> String {
-    guest.run_within(TRANSFER_LIMIT, &format!("mkfs.ext4 -q {device}"));
+    guest.run_within(
+        TRANSFER_LIMIT,
+        &format!("/usr/bin/mke2fs -q -t ext4 {device}"),
+    );
     guest.run(&format!("mount -t ext4 {device} /mnt"));
     let sum = guest_noise(guest, "/tmp/noise", mebibytes);
     guest.run_within(
