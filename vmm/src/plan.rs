@@ -179,15 +179,18 @@ fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
 /// The command line, with `root=` for the drive that is the root device.
 fn cmdline(given: Option<String>, drives: &[Drive]) -> String {
     let mut cmdline = given.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned());
+    // Beyond vdz there is vdaa; a bus has no room for more than those.
+    let names = ('a'..='z').map(String::from);
+    let names = names.chain(('a'..='z').map(|letter| format!("a{letter}")));
     let root = drives
         .iter()
-        .zip('a'..)
+        .zip(names)
         .find(|(drive, _)| drive.is_root_device);
-    if let Some((drive, letter)) = root {
+    if let Some((drive, letters)) = root {
         let device = match &drive.partuuid {
             Some(partuuid) => format!("PARTUUID={partuuid}"),
             // Linux names virtio disks in the order of their slots.
-            None => format!("/dev/vd{letter}"),
+            None => format!("/dev/vd{letters}"),
         };
         let mode = if drive.is_read_only { "ro" } else { "rw" };
         cmdline.push_str(&format!(" root={device} {mode}"));
