@@ -25,9 +25,9 @@ const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
 /// How long one test program may take.
 const PROGRAM_LIMIT_S: u32 = 600;
 /// Longest silence of a test program, longer than any single test may take.
-const SILENCE: Duration = Duration::from_secs(240);
+const SILENCE: Duration = Duration::from_secs(180);
 /// How often the emulated host is started for one architecture.
-const LAB_STARTS: u32 = 4;
+const LAB_STARTS: u32 = 6;
 
 /// What to test, and where.
 #[derive(clap::Args)]
