@@ -220,7 +220,8 @@ impl ConfigSpace {
     }
 }
 
-fn halves(value: u64) -> (u32, u32) {
+/// The low and the high double word.
+pub(crate) fn halves(value: u64) -> (u32, u32) {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
     (
         u32::from_le_bytes([a, b, c, d]),

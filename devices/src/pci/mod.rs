@@ -8,6 +8,7 @@ mod msi;
 mod msix;
 mod root;
 
+pub(crate) use config::halves;
 pub use config::{Bar, ConfigSpace, Ids};
 pub use msi::{MsiTarget, MsiThread, Requester, StaleMsis};
 pub use msix::{MSIX_ENTRY_SIZE, Msix};

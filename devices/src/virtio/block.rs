@@ -29,7 +29,7 @@ pub use self::image::{Image, ImageError};
 pub use self::request::Disk;
 use super::chain::RINGS_OUTSIDE;
 use super::failure::{Alarm, Failure};
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
 
 const QUEUE_SIZE: u16 = 256;
 /// Most data segments of a request: a ring's worth without header and status.
@@ -206,12 +206,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = self.config.get(start..).unwrap_or_default().iter();
-        let bytes = bytes.chain(std::iter::repeat(&0));
-        data.iter_mut()
-            .zip(bytes)
-            .for_each(|(to, &from)| *to = from);
+        read_image(&self.config, offset, data);
     }
 
     fn negotiated(&mut self, _features: u64) -> Result<(), DeviceError> {

@@ -75,6 +75,17 @@ pub struct QueuePosition {
     pub next_used: u16,
 }
 
+/// Reads a part of registers that are laid out as `image`: what lies beyond them
+/// reads as zeros.
+pub(super) fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let bytes = image.get(start..).unwrap_or_default().iter();
+    let bytes = bytes.chain(std::iter::repeat(&0));
+    data.iter_mut()
+        .zip(bytes)
+        .for_each(|(to, &from)| *to = from);
+}
+
 /// The device cannot do what was asked of it. The transport logs it once and
 /// shows DEVICE_NEEDS_RESET to the driver (virtio 1.2 §2.1.1).
 #[derive(Debug, thiserror::Error)]

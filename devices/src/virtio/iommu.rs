@@ -17,7 +17,7 @@ use virtio_queue::{Queue, QueueT as _};
 use vm_memory::Bytes as _;
 
 use super::chain::{Buffer, Chain, RINGS_OUTSIDE};
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
 
 const REQUEST_QUEUE: u16 = 0;
 const EVENT_QUEUE: u16 = 1;
@@ -138,11 +138,7 @@ impl VirtioDevice for VirtioIommuDevice {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.model.config_space();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = config.get(start..).unwrap_or_default().iter();
-        let bytes = bytes.copied().chain(std::iter::repeat(0));
-        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+        read_image(&self.model.config_space(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

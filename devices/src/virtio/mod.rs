@@ -10,4 +10,5 @@ pub mod pci;
 pub mod rng;
 pub mod vsock;
 
+use device::read_image;
 pub use device::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::control::Command;
 use super::failure::{Alarm, Failure};
-use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice};
+use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice, read_image};
 use crate::tap::{Offloads, Tap};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::thread::Served;
@@ -228,16 +228,13 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let [status, ..] = VIRTIO_NET_S_LINK_UP.to_le_bytes();
-        let mtu = self.config.mtu.unwrap_or(0);
-        let config = (self.config.mac.into_iter())
-            .chain([status, 0])
-            .chain(self.config.pairs.to_le_bytes())
-            .chain(mtu.to_le_bytes())
-            .chain(std::iter::repeat(0));
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(64);
-        data.iter_mut()
-            .zip(config.skip(skip))
-            .for_each(|(to, from)| *to = from);
+        let [a, b, c, d, e, f] = self.config.mac;
+        let [pairs_low, pairs_high] = self.config.pairs.to_le_bytes();
+        let [mtu_low, mtu_high] = self.config.mtu.unwrap_or(0).to_le_bytes();
+        let config = [
+            a, b, c, d, e, f, status, 0, pairs_low, pairs_high, mtu_low, mtu_high,
+        ];
+        read_image(&config, offset, data);
     }
 
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {

@@ -12,9 +12,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
 use crate::interrupt::{Doorbells, MsiSink};
-use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester};
+use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester, halves};
 
 /// Bytes of BAR 0, which holds all of the structures.
 pub const BAR_SIZE: u64 = 0x8000;
@@ -113,10 +113,9 @@ impl QueueSetup {
         if !aligned {
             return Err(bad("a ring is not aligned"));
         }
-        let halves = |address: u64| {
-            let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
-            let low = u32::from_le_bytes([a, b, c, d]);
-            (Some(low), Some(u32::from_le_bytes([e, f, g, h])))
+        let halves = |address| {
+            let (low, high) = halves(address);
+            (Some(low), Some(high))
         };
         let (low, high) = halves(self.descriptors);
         queue.set_desc_table_address(low, high);
@@ -472,12 +471,7 @@ impl VirtioPci {
             .iter_mut()
             .zip(fields)
             .for_each(|(to, from)| *to = from);
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = image.get(start..).unwrap_or_default();
-        let bytes = bytes.iter().chain(std::iter::repeat(&0));
-        data.iter_mut()
-            .zip(bytes)
-            .for_each(|(to, &from)| *to = from);
+        read_image(&image, offset, data);
     }
 
     fn write_common(&self, state: &mut State, offset: u64, data: &[u8]) {

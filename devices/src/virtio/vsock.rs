@@ -9,7 +9,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT as _;
 
 use super::failure::{Alarm, Failure};
-use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice};
+use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice, read_image};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
 
@@ -148,11 +148,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = u64::from(self.cid).to_le_bytes().into_iter();
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(64);
-        data.iter_mut()
-            .zip(config.chain(std::iter::repeat(0)).skip(skip))
-            .for_each(|(to, from)| *to = from);
+        read_image(&u64::from(self.cid).to_le_bytes(), offset, data);
     }
 
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
