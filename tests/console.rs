@@ -20,7 +20,7 @@ fn boot_on_terminal(machine: &Machine) -> Guest {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_session_is_typed_on_a_terminal_and_ctrl_a_x_leaves_it() {
     let before = support::Pty::open().expect("a terminal").mode();
@@ -114,7 +114,7 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
     // A shell with job control on a terminal that stops background output, and
@@ -145,7 +145,7 @@ fn quoted(arguments: &[String]) -> String {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_line_typed_before_the_guest_is_up_arrives_whole() {
     let machine = Machine::new();
@@ -161,7 +161,7 @@ fn a_line_typed_before_the_guest_is_up_arrives_whole() {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_large_paste_arrives_whole() {
     let mut guest = Machine::new().boot();
@@ -184,7 +184,7 @@ fn a_large_paste_arrives_whole() {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
     let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
@@ -197,7 +197,7 @@ fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_machine_with_standard_input_closed_runs_to_its_end() {
     let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
@@ -211,7 +211,7 @@ fn a_machine_with_standard_input_closed_runs_to_its_end() {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn the_end_of_standard_input_ends_nothing() {
     let mut guest = Machine::new().boot();
@@ -222,7 +222,7 @@ fn the_end_of_standard_input_ends_nothing() {
 #[test]
 #[cfg_attr(
     target_arch = "x86_64",
-    ignore = "the emulated x86_64 host falls silent"
+    ignore = "falls silent in the lab on x86_64; host or guest, not known"
 )]
 fn a_file_on_standard_input_is_typed_whole() {
     let files = TempDir::new("typed");

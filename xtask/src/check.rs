@@ -24,7 +24,8 @@ const FEATURE: &str = "boot-tests";
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
 /// How long one test program may take.
 const PROGRAM_LIMIT_S: u32 = 600;
-/// Longest silence of a test program, longer than any single test may take.
+/// Longest silence of a test program. A guest that does not come up is silent for longer, while
+/// its boot is tried again: what is told then does not say who was stuck, host or guest.
 const SILENCE: Duration = Duration::from_secs(180);
 /// How often the emulated host is started for one architecture.
 const LAB_STARTS: u32 = 6;
