@@ -438,6 +438,26 @@ impl World {
         bytes
     }
 
+    /// Waits until a queue waits for a mapping, at one place, and gives the
+    /// device time to do what it must not.
+    fn stalls(&self) {
+        let stalled = eventually(|| self.stats().stalled == 1);
+        assert!(stalled, "{:?}", self.stats());
+        sleep(Duration::from_millis(100));
+        assert_eq!(self.stats().stalled, 1);
+    }
+
+    /// Checks that nothing but the buffer at `gpa` faulted, `least` times or
+    /// more: the kernel misses it again whenever it runs the queue, and that
+    /// is not only when we kick it.
+    fn faulted_only_at(&self, gpa: u64, access: Access, least: u64) {
+        let at = (Iova(gpa + self.offset), access);
+        let faults = self.pages().state().faults.clone();
+        assert!(faults.iter().all(|fault| *fault == at), "{faults:x?}");
+        assert!(faults.len() as u64 >= least, "{faults:x?}");
+        assert!(self.stats().faults >= least, "{:?}", self.stats());
+    }
+
     fn offer(&mut self, gpa: u64) {
         self.post(false, gpa, 2048);
         self.rx.kick.write(1).unwrap();
@@ -497,7 +517,11 @@ fn misses_are_answered_and_packets_go_both_ways() {
         world.pages().unmap(buffer(2 * n + 1));
     }
     let stats = world.stats();
-    assert!((1..=128).contains(&stats.misses), "{stats:?}");
+    // Every buffer is missed, for nothing else brings it. How often, the kernel
+    // does not promise: whenever a queue is run (by a kick, by a packet) while
+    // its miss is unanswered, it reports it again. A round has two kicks and
+    // a packet; twice leaves room for what else wakes it.
+    assert!((128..=256).contains(&stats.misses), "{stats:?}");
     assert_eq!(stats.invalidations_sent, 128, "{stats:?}");
     assert_eq!((stats.faults, stats.stalled), (0, 0));
     assert_eq!(stats.entries, 6, "the rings");
@@ -549,7 +573,9 @@ fn receive_cold(prefetch: bool) -> IotlbStats {
 fn one_miss_brings_all_posted_buffers() {
     let (with, without) = (receive_cold(true), receive_cold(false));
     println!("prefetch: {with:?}\nno prefetch: {without:?}");
-    assert!(with.misses <= 2, "{with:?}");
+    // One, and again for every time that the queue is run before its answer.
+    assert!((1..20).contains(&with.misses), "{with:?}");
+    assert!(with.prefetched >= 199, "{with:?}");
     assert!(without.misses >= 200, "{without:?}");
 }
 
@@ -565,16 +591,9 @@ fn buffer_that_was_unmapped_is_not_touched() {
     world.offer(buffer(0));
     world.pages().unmap(buffer(0));
     world.host_sends(b"second");
-    assert!(
-        eventually(|| world.stats().faults == 1),
-        "{:?}",
-        world.stats()
-    );
-    assert_eq!(world.stats().stalled, 1);
-    sleep(Duration::from_millis(100));
+    world.stalls();
     assert_eq!(world.read(buffer(0), 0, 4096), before);
-    let at = Iova(buffer(0) + OFFSET);
-    assert_eq!(world.pages().state().faults, [(at, Access::Write)]);
+    world.faulted_only_at(buffer(0), Access::Write, 1);
     world.pages().map(buffer(0), Perm::WRITE);
     assert!(world.arrives(buffer(0), b"second"), "the queue goes on");
     assert_eq!(world.stats().stalled, 0);
@@ -586,8 +605,9 @@ fn packet_in_unmapped_memory_is_not_sent_until_it_is_mapped() {
     let mut world = World::translated(UNMAP);
     world.start();
     world.transmit(buffer(0), b"late");
-    assert!(eventually(|| world.stats().faults == 1));
+    world.stalls();
     assert!(world.host.recv(&mut [0; 64]).is_err());
+    world.faulted_only_at(buffer(0), Access::Read, 1);
     world.pages().map(buffer(0), Perm::READ);
     world.tx.kick.write(1).unwrap();
     assert_eq!(world.host_gets().as_deref(), Some(&b"late"[..]));
@@ -603,15 +623,10 @@ fn read_only_memory_is_not_written() {
     let before = world.read(buffer(0), 0, 4096);
     world.offer(buffer(0));
     world.host_sends(b"forbidden");
-    assert!(
-        eventually(|| world.stats().faults > 0),
-        "{:?}",
-        world.stats()
-    );
-    sleep(Duration::from_millis(100));
+    world.stalls();
     assert_eq!(world.read(buffer(0), 0, 4096), before);
     assert!(world.net.take_failure().is_none());
-    assert_eq!(world.stats().stalled, 1);
+    world.faulted_only_at(buffer(0), Access::Write, 1);
     world.pages().unmap(buffer(0));
     world.pages().map(buffer(0), Perm::WRITE);
     assert!(
@@ -682,8 +697,7 @@ fn driver_comes_and_goes() {
         assert!(world.arrives(buffer(1), b"again"), "{n}");
         // One queue is left waiting for what is never mapped.
         world.transmit(buffer(9), b"never");
-        let faults = n + 1;
-        assert!(eventually(|| world.stats().faults == faults));
+        world.stalls();
         for queue in [0, 1] {
             world.net.stop_queue(queue).unwrap();
         }
@@ -696,7 +710,7 @@ fn driver_comes_and_goes() {
             world.pages().unmap(TX + page * PAGE);
         }
     }
-    assert_eq!(world.pages().state().faults.len(), 20);
+    world.faulted_only_at(buffer(9), Access::Read, 20);
 }
 
 #[test]
