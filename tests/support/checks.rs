@@ -19,10 +19,12 @@ pub const ENTROPY: u16 = 4;
 /// The virtio type of a vsock device.
 pub const VSOCK: u16 = 19;
 
-/// Says which part of a test has begun, so that the output of one that fails tells where.
+/// Says which part of a test has begun, so that the output of one that fails tells where; and
+/// at once, so that a long test is not taken for a host that hangs.
 #[track_caller]
 pub fn part(name: &str) {
     println!("--- {name}");
+    super::say_now(&format!("--- {name}"));
 }
 
 /// The guest's network interface with this Ethernet address.

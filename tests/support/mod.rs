@@ -192,15 +192,25 @@ impl Machine {
     }
 }
 
-/// A line in the report, and the whole console in the test's output.
+/// A line in the report and at once on the error stream, past the test's
+/// captured output: so that a guest that does not come up is not taken for a
+/// host that hangs. The whole console goes to the test's output.
 fn report_retry(machine: &str, console: &str) {
-    eprintln!("boot failed, trying again: {machine}\n{console}");
+    let line = format!("boot failed, trying again: {machine}");
+    say_now(&line);
+    eprintln!("{line}\n{console}");
     if let Some(path) = env::var_os("PORTCULLIS_RETRIES") {
         let report = OpenOptions::new().create(true).append(true).open(path);
         let line = format!("boot tried again: {machine}\n");
         let written = report.and_then(|mut file| file.write_all(line.as_bytes()));
         written.expect("a retry can be reported");
     }
+}
+
+/// Writes a line past what captures the output of tests.
+pub fn say_now(line: &str) {
+    let written = io::stderr().write_all(format!("\n{line}\n").as_bytes());
+    written.expect("the error stream can be written");
 }
 
 /// Where a test types.

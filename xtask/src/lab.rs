@@ -269,7 +269,8 @@ fn start_qemu(
     let console = match job.arch {
         Arch::X86_64 => {
             qemu.args(["-machine", "q35", "-cpu", "max,+svm,-la57"]);
-            qemu.args(["-accel", "tcg,thread=single,tb-size=1024"]);
+            // With thread=single the processor misses its timer now and then, and never wakes.
+            qemu.args(["-accel", "tcg,thread=multi,tb-size=1024"]);
             "console=ttyS0 nokaslr mitigations=off"
         }
         Arch::Aarch64 => {

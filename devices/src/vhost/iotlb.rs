@@ -510,25 +510,39 @@ impl VhostIotlb {
             self.keep(miss.iova, miss.access, None);
             return;
         };
-        let more = if self.options.prefetch {
-            self.posted_with(&world, miss.iova, entry)
+        let sent = if self.options.prefetch {
+            self.prefetch(&world, miss.iova, entry)
         } else {
-            Vec::new()
+            Ok(())
         };
+        // The one that was missed goes last: it wakes the queue.
         let mut table = self.table();
         table.strikes = 0;
-        // The one that was missed goes last: it wakes the queue.
-        let mut sent = Ok(true);
-        for other in more {
-            sent = self.push(&mut table, other, None);
-            if let Ok(new) = sent {
-                count(&self.counters.prefetched, usize::from(new));
-            }
-        }
-        let sent = sent.and_then(|_| self.push(&mut table, entry, Some(miss.iova)));
+        let sent = sent.and_then(|()| self.push(&mut table, entry, Some(miss.iova)));
         if let Err(source) = sent {
             self.fail(cannot_send(source));
         }
+    }
+
+    /// Sends what the kernel does not hold of the queue that missed `iova`. A
+    /// driver may be posting more meanwhile, which the queue would miss next:
+    /// it is looked at again until there is nothing new.
+    fn prefetch(&self, world: &World<'_>, iova: Iova, entry: Entry) -> io::Result<()> {
+        let mut left = self.prefetch_limit();
+        while left > 0 {
+            let mut more = self.posted_with(world, iova, entry);
+            more.truncate(left);
+            if more.is_empty() {
+                break;
+            }
+            left -= more.len();
+            let mut table = self.table();
+            for other in more {
+                let new = self.push(&mut table, other, None)?;
+                count(&self.counters.prefetched, usize::from(new));
+            }
+        }
+        Ok(())
     }
 
     /// What the kernel does not hold of the queue that missed `iova`: its
