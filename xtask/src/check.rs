@@ -1,19 +1,17 @@
 //! All tests: formatting, lints, unit tests, and boot tests on both architectures.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
-use std::{fs, io};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::arch::Arch;
 use crate::cpio::Archive;
-use crate::guest;
 use crate::lab;
 use crate::machine::{Place, PlaceArgs};
+use crate::native;
 use crate::paths;
 use crate::product::{self, Profile, Toolchain};
 
@@ -145,7 +143,9 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
     title("unit tests");
     let mut tests = Toolchain::find(Arch::native())?.cargo("test");
     let mut listener = Listener::default();
-    let worked = listen(tests.args(["--workspace", "--no-fail-fast"]), &mut listener)?;
+    let worked = native::listen(tests.args(["--workspace", "--no-fail-fast"]), &mut |line| {
+        listener.line(line)
+    })?;
     let counted = listener.finish();
     if !worked && counted.failed == 0 {
         tally.fail("unit tests: building or running them".to_owned());
@@ -160,7 +160,7 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
         .args(["--", "loom"])
         .env("RUSTFLAGS", "--cfg loom");
     let mut listener = Listener::default();
-    let worked = listen(&mut loom, &mut listener)?;
+    let worked = native::listen(&mut loom, &mut |line| listener.line(line))?;
     let counted = listener.finish();
     if counted.passed == 0 || !worked && counted.failed == 0 {
         tally.fail("loom tests: building or running them".to_owned());
@@ -257,41 +257,10 @@ fn run_natively(
     script: &str,
     limit: Duration,
 ) -> Result<Tally> {
-    let images = guest::prepare(arch)?;
-    let dir = paths::target().join("boot-tests");
-    if dir.exists() {
-        fs::remove_dir_all(&dir)?;
-    }
-    let (bin, guest) = (dir.join("bin"), dir.join("guest"));
-    fs::create_dir_all(&bin)?;
-    fs::create_dir_all(&guest)?;
-    for (name, program) in programs {
-        fs::copy(program, bin.join(name))?;
-    }
-    for entry in fs::read_dir(&images.dir)? {
-        let (from, to) = (entry?.path(), &guest);
-        let name = from.file_name().context("image without a name")?;
-        let mut data = fs::read(&from)?;
-        if from
-            .extension()
-            .is_some_and(|extension| extension == "cpio")
-        {
-            data.extend(fs::read(tools)?);
-        }
-        fs::write(to.join(name), data)?;
-    }
-    let path = std::env::var("PATH").unwrap_or_default();
-    let mut command = Command::new("timeout");
-    command
-        .arg(limit.as_secs().to_string())
-        .args(["sh", "-c", script])
-        .env("PATH", format!("{}:{path}", bin.display()))
-        .env("PORTCULLIS_BIN", bin.join("portcullis"))
-        .env("PORTCULLIS_GUEST_DIR", guest)
-        .env("PORTCULLIS_RETRIES", dir.join("retries"))
-        .stdin(Stdio::null());
+    let mut command = native::command(arch, programs, Some(tools), limit)?;
+    command.args(["sh", "-c", script]);
     let mut listener = Listener::default();
-    let worked = listen(&mut command, &mut listener)?;
+    let worked = native::listen(&mut command, &mut |line| listener.line(line))?;
     let mut counted = listener.finish();
     if !worked && counted.failed == 0 {
         counted.fail(format!("boot tests on {arch}: ended early"));
@@ -395,7 +364,7 @@ fn test_programs(toolchain: &Toolchain, units: bool) -> Result<Vec<(String, Path
         for name in tests {
             cargo.args(["--test", &name]);
         }
-        programs.extend(built(&mut cargo, "test")?);
+        programs.extend(product::built(&mut cargo, "test")?);
     }
     if units {
         let mut cargo = toolchain.cargo("test");
@@ -403,7 +372,7 @@ fn test_programs(toolchain: &Toolchain, units: bool) -> Result<Vec<(String, Path
         for package in UNIT_TESTS {
             cargo.args(["--package", package]);
         }
-        let built = built(&mut cargo, "lib")?;
+        let built = product::built(&mut cargo, "lib")?;
         programs.splice(
             0..0,
             built
@@ -425,7 +394,7 @@ fn guest_tools(arch: Arch, toolchain: &Toolchain) -> Result<PathBuf> {
         }
         let name = package["name"].as_str().context("package without a name")?;
         let mut cargo = toolchain.cargo("build");
-        for (name, path) in built(cargo.args(["--bins", "--package", name]), "bin")? {
+        for (name, path) in product::built(cargo.args(["--bins", "--package", name]), "bin")? {
             archive.copy(&format!("usr/bin/{name}"), &path)?;
         }
     }
@@ -445,51 +414,12 @@ fn metadata() -> Result<Vec<Value>> {
     Ok(value["packages"].as_array().cloned().unwrap_or_default())
 }
 
-/// Runs a cargo command that builds, and returns the programs of `kind` that it made.
-fn built(cargo: &mut Command, kind: &str) -> Result<Vec<(String, PathBuf)>> {
-    cargo
-        .arg("--message-format=json-render-diagnostics")
-        .stderr(Stdio::inherit());
-    let text = crate::packages::output(cargo)?;
-    let mut programs = Vec::new();
-    for line in text.lines() {
-        let Ok(message) = serde_json::from_str::<Value>(line) else {
-            continue;
-        };
-        let target = &message["target"];
-        if let (Some(path), Some(name)) = (message["executable"].as_str(), target["name"].as_str())
-            && target["kind"][0] == kind
-        {
-            programs.push((name.to_owned(), PathBuf::from(path)));
-        }
-    }
-    programs.sort();
-    Ok(programs)
-}
-
 fn succeeds(command: &mut Command) -> Result<bool> {
     let name = command.get_program().display().to_string();
     Ok(command
         .status()
         .with_context(|| format!("cannot run {name}"))?
         .success())
-}
-
-/// Runs a command, passes its standard output on and lets `listener` read along.
-fn listen(command: &mut Command, listener: &mut Listener) -> Result<bool> {
-    let name = command.get_program().display().to_string();
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot run {name}"))?;
-    let output = child.stdout.take().context("no standard output")?;
-    for line in BufReader::new(output).split(b'\n') {
-        let line = line?;
-        let line = String::from_utf8_lossy(&line);
-        writeln!(io::stdout(), "{line}")?;
-        listener.line(line.trim_end());
-    }
-    Ok(child.wait()?.success())
 }
 
 #[cfg(test)]

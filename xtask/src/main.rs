@@ -8,6 +8,7 @@ mod guest;
 mod kernel;
 mod lab;
 mod machine;
+mod native;
 mod packages;
 mod paths;
 mod product;

@@ -4,9 +4,10 @@ use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::Result;
+use serde_json::Value;
 
 use crate::arch::Arch;
 use crate::packages::{self, Suite};
@@ -55,6 +56,28 @@ pub fn build(arch: Arch, profile: Profile) -> Result<PathBuf> {
         .join(arch.target())
         .join(directory)
         .join("portcullis"))
+}
+
+/// Runs a cargo command that builds, and returns the programs of `kind` that it made.
+pub fn built(cargo: &mut Command, kind: &str) -> Result<Vec<(String, PathBuf)>> {
+    cargo
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let text = packages::output(cargo)?;
+    let mut programs = Vec::new();
+    for line in text.lines() {
+        let Ok(message) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
+        let target = &message["target"];
+        if let (Some(path), Some(name)) = (message["executable"].as_str(), target["name"].as_str())
+            && target["kind"][0] == kind
+        {
+            programs.push((name.to_owned(), PathBuf::from(path)));
+        }
+    }
+    programs.sort();
+    Ok(programs)
 }
 
 /// What compiles for one architecture.

@@ -1,0 +1,76 @@
+//! A command on this machine itself, with the programs, images and variables it finds in the lab.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::arch::Arch;
+use crate::guest;
+use crate::paths;
+
+/// A command with a time limit, without what is to run: the caller adds that. `programs` are in
+/// its `PATH`, the one called `portcullis` is the one under test; `guest_tools` is an initramfs
+/// segment appended to those of the guests.
+pub fn command(
+    arch: Arch,
+    programs: &[(String, PathBuf)],
+    guest_tools: Option<&Path>,
+    limit: Duration,
+) -> Result<Command> {
+    let images = guest::prepare(arch)?;
+    let dir = paths::target().join("native");
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    let (bin, guest) = (dir.join("bin"), dir.join("guest"));
+    fs::create_dir_all(&bin)?;
+    fs::create_dir_all(&guest)?;
+    for (name, program) in programs {
+        fs::copy(program, bin.join(name))?;
+    }
+    let tools = guest_tools.map(fs::read).transpose()?.unwrap_or_default();
+    for entry in fs::read_dir(&images.dir)? {
+        let (from, to) = (entry?.path(), &guest);
+        let name = from.file_name().context("image without a name")?;
+        let mut data = fs::read(&from)?;
+        if from
+            .extension()
+            .is_some_and(|extension| extension == "cpio")
+        {
+            data.extend(&tools);
+        }
+        fs::write(to.join(name), data)?;
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new("timeout");
+    command
+        .arg(limit.as_secs().to_string())
+        .env("PATH", format!("{}:{path}", bin.display()))
+        .env("PORTCULLIS_BIN", bin.join("portcullis"))
+        .env("PORTCULLIS_GUEST_DIR", guest)
+        .env("PORTCULLIS_RETRIES", dir.join("retries"))
+        .stdin(Stdio::null());
+    Ok(command)
+}
+
+/// Runs a command, passes its standard output on and shows every line of it to `on_line`. True
+/// if it succeeded.
+pub fn listen(command: &mut Command, on_line: &mut dyn FnMut(&str)) -> Result<bool> {
+    let name = command.get_program().display().to_string();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    let output = child.stdout.take().context("no standard output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        writeln!(io::stdout(), "{line}")?;
+        on_line(line.trim_end());
+    }
+    Ok(child.wait()?.success())
+}
