@@ -298,6 +298,11 @@ impl Guest {
         }
     }
 
+    /// The process of the monitor.
+    pub fn process_id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The terminal it was launched on.
     pub fn terminal(&self) -> &Pty {
         self.terminal.as_ref().expect("it has a terminal")

@@ -17,6 +17,8 @@ use crate::product::{self, Profile, Toolchain};
 
 /// The feature that boot tests need, so that `cargo test` leaves them out.
 const FEATURE: &str = "boot-tests";
+/// All features, for the lints.
+const LINTED: &str = "boot-tests,bench";
 /// Unit tests that are also run where the boot tests are: of the code that differs between
 /// architectures or talks to KVM.
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
@@ -130,7 +132,7 @@ fn static_checks(tally: &mut Tally) -> Result<()> {
             continue;
         }
         let mut clippy = toolchain.cargo("clippy");
-        clippy.args(["--workspace", "--all-targets", "--features", FEATURE]);
+        clippy.args(["--workspace", "--all-targets", "--features", LINTED]);
         tally.count(
             &format!("lints for {arch}"),
             succeeds(clippy.args(["--", "-D", "warnings"]))?,

@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask guest | lab | build | …`.
 
 mod arch;
+mod bench;
 mod check;
 mod cpio;
 mod demo;
@@ -42,6 +43,8 @@ enum Task {
     },
     /// Run all tests; boot tests on both architectures
     Test(check::TestArgs),
+    /// Measure start-up and the vhost IOTLB, and print tables; decides no test
+    Bench(bench::BenchArgs),
     /// Prepare guest kernels and initramfs images from the distribution's packages
     Guest {
         /// Architecture of the guest
@@ -100,6 +103,7 @@ fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Demo { arch, place } => demo::run(arch, place),
         Task::Test(args) => check::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Guest { arch } => {
             let images = guest::prepare(arch)?;
             println!("{}", images.dir.display());

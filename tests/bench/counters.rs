@@ -1,0 +1,155 @@
+//! What is measured on the host: traces, counters of its KVM, memory, transfers.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+/// Where the host's KVM counts, with a directory for each machine.
+const KVM: &str = "/sys/kernel/debug/kvm";
+/// Longest wait for the other end of a transfer.
+const TRANSFER_LIMIT: Duration = Duration::from_secs(400);
+
+/// A trace of what this process starts: programs, and entries into guests. Removed when dropped.
+pub struct Trace(PathBuf);
+
+impl Trace {
+    /// Sets up a trace of its own, which does not run yet.
+    pub fn new() -> io::Result<Self> {
+        let trace = Self(PathBuf::from(
+            "/sys/kernel/tracing/instances/portcullis-bench",
+        ));
+        fs::create_dir_all(&trace.0)?;
+        trace.set("tracing_on", "0")?;
+        trace.set("trace_clock", "mono")?;
+        // Only the beginning matters: a small buffer, which keeps its oldest events.
+        trace.set("buffer_size_kb", "64")?;
+        trace.set("options/overwrite", "0")?;
+        trace.set("options/event-fork", "1")?;
+        trace.set("set_event_pid", &std::process::id().to_string())?;
+        trace.set("events/sched/sched_process_exec/enable", "1")?;
+        trace.set("events/kvm/kvm_entry/enable", "1")?;
+        Ok(trace)
+    }
+
+    fn set(&self, file: &str, value: &str) -> io::Result<()> {
+        fs::write(self.0.join(file), value)
+            .map_err(|error| io::Error::other(format!("{}: {error}", self.0.join(file).display())))
+    }
+
+    /// Begins anew.
+    pub fn start(&self) -> io::Result<()> {
+        self.set("trace", "")?;
+        self.set("tracing_on", "1")
+    }
+
+    /// Stops, and returns what there is.
+    pub fn stop(&self) -> io::Result<String> {
+        self.set("tracing_on", "0")?;
+        fs::read_to_string(self.0.join("trace"))
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        // Nothing better to do if it fails: the next one uses it again.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The machines that the host's KVM counts for.
+pub fn machines() -> BTreeSet<PathBuf> {
+    let entries = fs::read_dir(KVM).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect()
+}
+
+/// What the host's KVM counted for the machine that was not there `before`, by its own names.
+pub fn exits(before: &BTreeSet<PathBuf>) -> Result<Vec<(String, f64)>, String> {
+    let now = machines();
+    let mut new = now.difference(before);
+    let (Some(machine), None) = (new.next(), new.next()) else {
+        return Err(format!("{KVM} has not one new machine: {now:?}"));
+    };
+    let mut counters = Vec::new();
+    for name in COUNTERS {
+        // Architectures have different ones.
+        if let Ok(text) = fs::read_to_string(machine.join(name)) {
+            let count = text.trim().parse::<u32>();
+            let count = count.map_err(|error| format!("{name} is {text:?}: {error}"))?;
+            counters.push((name.to_owned(), f64::from(count)));
+        }
+    }
+    Ok(counters)
+}
+
+/// All exits, and some of their kinds.
+const COUNTERS: [&str; 11] = [
+    "exits",
+    // x86_64; the first are page faults of guest memory
+    "pf_taken",
+    "io_exits",
+    "mmio_exits",
+    "irq_exits",
+    "halt_exits",
+    // aarch64; faults of guest memory are not counted
+    "mmio_exit_user",
+    "mmio_exit_kernel",
+    "hvc_exit_stat",
+    "wfi_exit_stat",
+    "wfe_exit_stat",
+];
+
+/// The size of a file in KiB.
+pub fn file_kib(path: &Path) -> io::Result<f64> {
+    let bytes = fs::metadata(path)?.len();
+    Ok(f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)))
+}
+
+/// Reads one connection to its end, on a thread: bytes, and the time from its beginning.
+pub fn receive(listener: TcpListener) -> thread::JoinHandle<io::Result<(usize, Duration)>> {
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        let started = Instant::now();
+        stream.set_read_timeout(Some(TRANSFER_LIMIT))?;
+        let mut buffer = vec![0; 1 << 18];
+        let mut bytes = 0;
+        loop {
+            match stream.read(&mut buffer)? {
+                0 => return Ok((bytes, started.elapsed())),
+                count => bytes += count,
+            }
+        }
+    })
+}
+
+/// Sends `bytes` to a listener that will be there soon, on a thread: the time until it has
+/// closed the connection.
+pub fn send(to: String, bytes: usize) -> thread::JoinHandle<io::Result<Duration>> {
+    thread::spawn(move || {
+        let deadline = Instant::now() + TRANSFER_LIMIT;
+        let mut stream = loop {
+            match TcpStream::connect(&to) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => thread::sleep(Duration::from_millis(100)),
+            }
+        };
+        let started = Instant::now();
+        stream.set_read_timeout(Some(TRANSFER_LIMIT))?;
+        stream.set_write_timeout(Some(TRANSFER_LIMIT))?;
+        stream.write_all(&vec![0; bytes])?;
+        stream.shutdown(Shutdown::Write)?;
+        stream.read_exact(&mut [0]).map_or_else(
+            |error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => Ok(started.elapsed()),
+                _ => Err(error),
+            },
+            |()| Err(io::Error::other("the guest answered")),
+        )
+    })
+}
