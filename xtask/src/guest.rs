@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::arch::Arch;
 use crate::cpio::Archive;
+use crate::debian;
 use crate::kernel::Kernel;
 use crate::packages;
 use crate::paths;
@@ -65,8 +66,10 @@ pub struct Images {
 /// Makes the guest images of `arch` unless they are there.
 pub fn prepare(arch: Arch) -> Result<Images> {
     let base = paths::cache()?.join(format!("guest-{arch}"));
-    let recipe =
-        format!("3 {SERIES:?} {BOOT_MODULES:?} {MORE_MODULES:?} {TOOLS:?}\n{INIT}{INTRODUCE}");
+    let recipe = format!(
+        "4 {SERIES:?} {BOOT_MODULES:?} {MORE_MODULES:?} {TOOLS:?}\n{INIT}{INTRODUCE}{}",
+        debian::recipe()
+    );
     paths::made_once(&base, &recipe, |base| {
         eprintln!("guest: preparing kernels and initramfs for {arch}");
         let dir = base.join("images");
@@ -88,6 +91,8 @@ pub fn prepare(arch: Arch) -> Result<Images> {
         archive.link("bin/sh", "/usr/bin/dash");
         programs.install(&mut archive, &TOOLS)?;
         archive.write(&dir.join("initramfs-tools.cpio"))?;
+        let debian = debian::root_file_system(arch)?;
+        fs::hard_link(debian, dir.join("debian.ext4"))?;
         file_system(&tools, &dir, &base.join("images.ext4"))
     })?;
     Ok(Images {

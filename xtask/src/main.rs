@@ -4,6 +4,7 @@ mod arch;
 mod bench;
 mod check;
 mod cpio;
+mod debian;
 mod demo;
 mod guest;
 mod kernel;

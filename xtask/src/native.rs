@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -36,14 +37,16 @@ pub fn command(
     for entry in fs::read_dir(&images.dir)? {
         let (from, to) = (entry?.path(), &guest);
         let name = from.file_name().context("image without a name")?;
-        let mut data = fs::read(&from)?;
         if from
             .extension()
             .is_some_and(|extension| extension == "cpio")
         {
+            let mut data = fs::read(&from)?;
             data.extend(&tools);
+            fs::write(to.join(name), data)?;
+        } else {
+            symlink(&from, to.join(name))?;
         }
-        fs::write(to.join(name), data)?;
     }
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("timeout");

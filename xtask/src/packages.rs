@@ -154,7 +154,7 @@ pub fn unpack(packages: &[PathBuf], root: &Path) -> Result<()> {
         let files = archive.stdout.take().context("no standard output")?;
         let mut tar = Command::new("tar");
         // Not `dpkg-deb -x`: it replaces the links above by directories.
-        tar.args(["-x", "--keep-directory-symlink", "--no-same-owner", "-C"])
+        tar.args(["-xp", "--keep-directory-symlink", "--no-same-owner", "-C"])
             .arg(root);
         checked(tar.stdin(files), &what)?;
         ensure!(archive.wait()?.success(), "{what} failed");
