@@ -1,6 +1,8 @@
 //! The host's part of a test: commands, tap devices, files for disks. Needs root.
 
 use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -135,6 +137,29 @@ pub fn sparse(path: &str, mebibytes: u64) {
     File::create(path)
         .and_then(|file| file.set_len(mebibytes << 20))
         .unwrap_or_else(|error| panic!("cannot make {path}: {error}"));
+}
+
+/// Copies a file and makes holes of its zeros, which take no room then.
+pub fn sparse_copy(from: &str, to: &str) {
+    let copied = copy_but_zeros(from, to);
+    copied.unwrap_or_else(|error| panic!("cannot copy {from} to {to}: {error}"));
+}
+
+fn copy_but_zeros(from: &str, to: &str) -> io::Result<()> {
+    const PIECE: usize = 64 << 10;
+    let (zeros, mut piece) = (vec![0; PIECE], vec![0; PIECE]);
+    let (mut from, to) = (File::open(from)?, File::create(to)?);
+    let mut at = 0;
+    loop {
+        let count = from.read(&mut piece)?;
+        if count == 0 {
+            return to.set_len(at);
+        }
+        if piece[..count] != zeros[..count] {
+            to.write_all_at(&piece[..count], at)?;
+        }
+        at += u64::try_from(count).expect("a piece is small");
+    }
 }
 
 /// The shell command, of one line, that fills a file with noise: a few MiB of random bytes again

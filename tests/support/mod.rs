@@ -179,15 +179,23 @@ impl Machine {
 
     /// Starts it by `launch` and waits for its shell, trying again a few times.
     pub fn boot_by(&self, launch: impl Fn() -> Guest) -> Guest {
+        self.boot_until(&[READY, PROMPT], time_limit(), launch)
+    }
+
+    /// Starts it by `launch` and waits until it has said all of `marks`, each within `limit`,
+    /// trying again a few times.
+    pub fn boot_until(&self, marks: &[&str], limit: Duration, launch: impl Fn() -> Guest) -> Guest {
         for _ in 0..RETRIES {
             let mut guest = launch();
-            if guest.reaches(READY) && guest.reaches(PROMPT) {
+            if marks.iter().all(|mark| guest.reaches(mark, limit)) {
                 return guest;
             }
             report_retry(&format!("{self:?}"), &guest.console.text());
         }
         let mut guest = launch();
-        guest.wait_for(READY).wait_for(PROMPT);
+        for mark in marks {
+            guest.wait_for_within(limit, mark);
+        }
         guest
     }
 }
@@ -311,7 +319,13 @@ impl Guest {
     /// Waits until it says `text` after what was waited for before.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> &mut Self {
-        if !self.reaches(text) {
+        self.wait_for_within(time_limit(), text)
+    }
+
+    /// The same for what may take longer than anything else.
+    #[track_caller]
+    pub fn wait_for_within(&mut self, limit: Duration, text: &str) -> &mut Self {
+        if !self.reaches(text, limit) {
             panic!(
                 "the guest did not say {text:?}; its console:\n{}\nits log:\n{}",
                 self.console.text(),
@@ -321,8 +335,8 @@ impl Guest {
         self
     }
 
-    fn reaches(&mut self, text: &str) -> bool {
-        self.console.find(text, time_limit()).is_some()
+    fn reaches(&mut self, text: &str, limit: Duration) -> bool {
+        self.console.find(text, limit).is_some()
     }
 
     /// Keeps kernel messages, but for a panic, from between the lines of what
