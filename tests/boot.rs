@@ -165,10 +165,6 @@ fn a_panic_resets_by_default() {
 }
 
 #[test]
-#[cfg_attr(
-    target_arch = "x86_64",
-    ignore = "fell silent in the lab in two of four runs; host or guest, not known"
-)]
 fn a_reset_on_another_processor_than_the_first_is_a_reset_too() {
     let mut guest = Machine::new().with("--cpus", 2).boot();
     guest.type_line("taskset -c 1 reboot -f").expect_exit(3);
