@@ -1,0 +1,334 @@
+//! The rules of requests (virtio 1.2 §5.13.6) in the plainest way: on bytes and
+//! lists. It has no code in common with the model, nor any import of it: the
+//! fuzz target of the device includes this file too.
+
+use std::collections::BTreeMap;
+
+pub const OK: u8 = 0;
+pub const UNSUPP: u8 = 2;
+pub const INVAL: u8 = 4;
+pub const RANGE: u8 = 5;
+pub const NOENT: u8 = 6;
+
+pub const READ: u32 = 1;
+pub const WRITE: u32 = 2;
+const MMIO: u32 = 4;
+const PAGE: u64 = 4096;
+
+/// Addresses that are mapped, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mapped {
+    pub first: u64,
+    pub last: u64,
+    pub to: u64,
+    pub perm: u32,
+}
+
+impl Mapped {
+    fn overlaps(&self, first: u64, last: u64) -> bool {
+        self.first <= last && first <= self.last
+    }
+
+    fn lies_in(&self, first: u64, last: u64) -> bool {
+        first <= self.first && self.last <= last
+    }
+}
+
+/// What an access of an endpoint comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    Mapping(Mapped),
+    Forbidden,
+    Unmapped,
+    Blocked,
+}
+
+#[derive(Clone, Debug)]
+pub struct Domain {
+    pub bypass: bool,
+    pub mapped: Vec<Mapped>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Naive {
+    /// Addresses that may be mapped, first and last.
+    pub input: (u64, u64),
+    /// Where message-signalled interrupts go.
+    pub msi: (u64, u64),
+    /// The last address of RAM, which begins at 0.
+    pub ram: u64,
+    /// Whether these were negotiated.
+    pub bypass_config: bool,
+    pub mmio: bool,
+    /// Whether those without a domain are in bypass.
+    pub bypass: bool,
+    /// Who there is, and attached to what.
+    pub endpoints: BTreeMap<u32, Option<u32>>,
+    pub domains: BTreeMap<u32, Domain>,
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn long(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// The type of a request that can be understood, or the statuses of what makes
+/// it none.
+fn form(bytes: &[u8]) -> Result<u8, Vec<u8>> {
+    let Some(&[kind, a, b, c]) = bytes.first_chunk() else {
+        return Err(vec![INVAL]);
+    };
+    let mut broken = Vec::new();
+    let (size, reserved) = match kind {
+        1 => (20, 16..20),
+        2 => (20, 12..20),
+        3 => (36, 0..0),
+        4 => (28, 24..28),
+        5 => (72, 8..72),
+        _ => {
+            broken.push(UNSUPP);
+            (4, 0..0)
+        }
+    };
+    if [a, b, c] != [0; 3] || bytes.len() < size || bytes[reserved].iter().any(|byte| *byte != 0) {
+        broken.push(INVAL);
+    }
+    if broken.is_empty() {
+        Ok(kind)
+    } else {
+        Err(broken)
+    }
+}
+
+impl Naive {
+    /// What a request may be answered: `OK` when it breaks no rule, otherwise
+    /// the status of any rule that it breaks.
+    pub fn verdict(&self, bytes: &[u8]) -> Vec<u8> {
+        let mut broken = match form(bytes) {
+            Err(broken) => return broken,
+            Ok(1) => self.attach_breaks(word(bytes, 4), word(bytes, 8), word(bytes, 12)),
+            Ok(2) => match self.endpoints.get(&word(bytes, 8)) {
+                None => vec![NOENT],
+                Some(domain) if *domain != Some(word(bytes, 4)) => vec![INVAL],
+                Some(_) => vec![],
+            },
+            Ok(3) => self.map_breaks(bytes),
+            Ok(4) => self.unmap_breaks(word(bytes, 4), long(bytes, 8), long(bytes, 16)),
+            Ok(_) if self.endpoints.contains_key(&word(bytes, 4)) => vec![],
+            Ok(_) => vec![NOENT],
+        };
+        if broken.is_empty() {
+            broken.push(OK);
+        }
+        broken
+    }
+
+    fn attach_breaks(&self, id: u32, endpoint: u32, flags: u32) -> Vec<u8> {
+        let mut broken = Vec::new();
+        if flags > u32::from(self.bypass_config) {
+            broken.push(INVAL);
+        }
+        if !self.endpoints.contains_key(&endpoint) {
+            broken.push(NOENT);
+        }
+        let other = |domain: &Domain| domain.bypass != (flags & 1 == 1);
+        if self.domains.get(&id).is_some_and(other) {
+            broken.push(INVAL);
+        }
+        broken
+    }
+
+    fn map_breaks(&self, bytes: &[u8]) -> Vec<u8> {
+        let (first, last) = (long(bytes, 8), long(bytes, 16));
+        let (to, flags) = (long(bytes, 24), word(bytes, 32));
+        let mut broken = self.range_breaks(word(bytes, 4), first, last);
+        let known = READ | WRITE | if self.mmio { MMIO } else { 0 };
+        if flags & !known != 0 || (first <= self.msi.1 && self.msi.0 <= last) {
+            broken.push(INVAL);
+        }
+        let beyond = to.checked_add(last.wrapping_sub(first)).is_none();
+        if !to.is_multiple_of(PAGE) || (first <= last && beyond) {
+            broken.push(RANGE);
+        }
+        let taken = |domain: &Domain| domain.mapped.iter().any(|m| m.overlaps(first, last));
+        if self.domains.get(&word(bytes, 4)).is_some_and(taken) {
+            broken.push(INVAL);
+        }
+        broken
+    }
+
+    fn unmap_breaks(&self, id: u32, first: u64, last: u64) -> Vec<u8> {
+        let mut broken = self.range_breaks(id, first, last);
+        let split = |m: &Mapped| m.overlaps(first, last) && !m.lies_in(first, last);
+        let splits = |domain: &Domain| domain.mapped.iter().any(split);
+        if self.domains.get(&id).is_some_and(splits) {
+            broken.push(RANGE);
+        }
+        broken
+    }
+
+    fn range_breaks(&self, id: u32, first: u64, last: u64) -> Vec<u8> {
+        let mut broken = Vec::new();
+        match self.domains.get(&id) {
+            None => broken.push(NOENT),
+            Some(domain) if domain.bypass => broken.push(INVAL),
+            Some(_) => {}
+        }
+        if last < first {
+            broken.push(INVAL);
+        }
+        let whole = first.is_multiple_of(PAGE) && last % PAGE == PAGE - 1;
+        if !whole || first < self.input.0 || last > self.input.1 {
+            broken.push(RANGE);
+        }
+        broken
+    }
+
+    /// Does what a request that was answered with `OK` asks for.
+    pub fn carry_out(&mut self, bytes: &[u8]) {
+        let id = word(bytes, 4);
+        match bytes[0] {
+            1 => {
+                self.endpoints.insert(word(bytes, 8), Some(id));
+                self.domains.entry(id).or_insert(Domain {
+                    bypass: word(bytes, 12) == 1,
+                    mapped: Vec::new(),
+                });
+            }
+            2 => {
+                self.endpoints.insert(word(bytes, 8), None);
+            }
+            3 => self.domains.get_mut(&id).unwrap().mapped.push(Mapped {
+                first: long(bytes, 8),
+                last: long(bytes, 16),
+                to: long(bytes, 24),
+                perm: word(bytes, 32) & (READ | WRITE),
+            }),
+            4 => {
+                let (first, last) = (long(bytes, 8), long(bytes, 16));
+                let mapped = &mut self.domains.get_mut(&id).unwrap().mapped;
+                mapped.retain(|mapping| !mapping.lies_in(first, last));
+            }
+            _ => {}
+        }
+        let used: Vec<_> = self.endpoints.values().flatten().collect();
+        self.domains.retain(|id, _| used.contains(&id));
+    }
+
+    /// The driver wrote `bypass` of the configuration.
+    pub fn set_bypass(&mut self, value: u8) {
+        if self.bypass_config && value < 2 {
+            self.bypass = value == 1;
+        }
+    }
+
+    /// The device was reset, and these features negotiated.
+    pub fn reset(&mut self, bypass_config: bool, mmio: bool) {
+        self.domains.clear();
+        self.endpoints
+            .values_mut()
+            .for_each(|domain| *domain = None);
+        (self.bypass_config, self.mmio) = (bypass_config, mmio);
+    }
+
+    /// The domain of an endpoint.
+    pub fn domain(&self, endpoint: u32) -> Option<&Domain> {
+        self.domains.get(&self.endpoints[&endpoint]?)
+    }
+
+    pub fn in_bypass(&self, endpoint: u32) -> bool {
+        self.domain(endpoint)
+            .map_or(self.bypass, |domain| domain.bypass)
+    }
+
+    /// What an exact shadow of the endpoint holds, in order.
+    pub fn shadow(&self, endpoint: u32) -> Vec<Mapped> {
+        if self.in_bypass(endpoint) {
+            return vec![self.around(0)];
+        }
+        let mut all = self
+            .domain(endpoint)
+            .map_or(Vec::new(), |domain| domain.mapped.clone());
+        all.sort_unstable();
+        all
+    }
+
+    /// What an access of an endpoint comes to.
+    pub fn access(&self, endpoint: u32, iova: u64, perm: u32) -> Seen {
+        if self.in_bypass(endpoint) {
+            return Seen::Mapping(self.around(iova));
+        }
+        let Some(domain) = self.domain(endpoint) else {
+            return Seen::Blocked;
+        };
+        let msi = Mapped {
+            first: self.msi.0,
+            last: self.msi.1,
+            to: self.msi.0,
+            perm: WRITE,
+        };
+        let mut all = domain.mapped.iter().chain([&msi]);
+        match all.find(|mapping| mapping.overlaps(iova, iova)) {
+            Some(mapping) if mapping.perm & perm == perm => Seen::Mapping(*mapping),
+            Some(_) => Seen::Forbidden,
+            None => Seen::Unmapped,
+        }
+    }
+
+    /// What bypass answers with: all of RAM, or a page that is none.
+    fn around(&self, iova: u64) -> Mapped {
+        let page = iova - iova % PAGE;
+        let (first, last) = if iova <= self.ram {
+            (0, self.ram)
+        } else {
+            (page, page + (PAGE - 1))
+        };
+        Mapped {
+            first,
+            last,
+            to: first,
+            perm: READ | WRITE,
+        }
+    }
+
+    /// Addresses at which a wrong answer would show: both sides of every edge.
+    pub fn edges(&self) -> Vec<u64> {
+        let domains = self.domains.values();
+        let mapped = domains.flat_map(|domain| domain.mapped.iter().map(|m| (m.first, m.last)));
+        let ends = mapped.chain([self.msi, self.input, (0, self.ram)]);
+        ends.flat_map(|(first, last)| [first.wrapping_sub(1), first, last, last.wrapping_add(1)])
+            .collect()
+    }
+}
+
+/// What a listener holds after what it was told.
+#[derive(Clone, Debug, Default)]
+pub struct Held(Vec<Mapped>);
+
+impl Held {
+    pub fn map(&mut self, new: Mapped) {
+        let taken = self
+            .0
+            .iter()
+            .find(|held| held.overlaps(new.first, new.last));
+        assert_eq!(taken, None, "told of {new:x?}, too");
+        self.0.push(new);
+    }
+
+    pub fn unmap(&mut self, first: u64, last: u64) {
+        self.0.retain(|held| {
+            let inside = held.lies_in(first, last);
+            assert!(inside || !held.overlaps(first, last), "{held:x?} is split");
+            !inside
+        });
+    }
+
+    pub fn in_order(&self) -> Vec<Mapped> {
+        let mut all = self.0.clone();
+        all.sort_unstable();
+        all
+    }
+}
