@@ -4,12 +4,14 @@
 //! Needs root, `/dev/vhost-net` and `/dev/net/tun`, and fails without them:
 //! `cargo xtask lab` has all three.
 
-use std::collections::BTreeMap;
+#[path = "../src/vhost/iotlb/tests/pages.rs"]
+mod pages;
+
 use std::io;
 use std::net::UdpSocket;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -21,15 +23,14 @@ use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::{Interrupt, StartedQueue, VirtioDevice as _};
 use iommu::{
-    Access, AddressSpace, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange,
-    Mapping, NotifierEvents, Perm, Refused, Request, StreamId,
+    Access, AddressSpace, GuestRam, Iommu, IommuRegion, Iova, NotifierEvents, Perm, StreamId,
 };
+use pages::{PAGE, Pages};
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-const PAGE: u64 = 4096;
 const RAM: usize = 64 << 20;
 const SIZE: u16 = 256;
 const HEADER: usize = 12;
@@ -41,109 +42,6 @@ const TX: u64 = 0x2_0000;
 const BUFFERS: u64 = 0x10_0000;
 const GUEST_MAC: [u8; 6] = [0x06, 0, 0, 0, 0, 0x77];
 const UNMAP: NotifierEvents = NotifierEvents::UNMAP;
-
-/// An IOMMU of pages, with as much of the notifier chain as a test wants.
-#[derive(Default)]
-struct Pages(Mutex<PageState>);
-
-#[derive(Default)]
-struct PageState {
-    pages: BTreeMap<u64, (u64, Perm)>,
-    delivers: NotifierEvents,
-    region: Weak<IommuRegion>,
-    faults: Vec<(Iova, Access)>,
-}
-
-impl Pages {
-    fn state(&self) -> MutexGuard<'_, PageState> {
-        self.0.lock().unwrap()
-    }
-
-    fn region(&self) -> Arc<IommuRegion> {
-        self.state().region.upgrade().unwrap()
-    }
-
-    fn map(&self, gpa: u64, perm: Perm) {
-        let iova = gpa + OFFSET;
-        self.state().pages.insert(iova, (gpa, perm));
-        self.region().map(&Mapping {
-            iova: page(iova),
-            gpa: Gpa(gpa),
-            perm,
-        });
-    }
-
-    fn unmap(&self, gpa: u64) {
-        let iova = gpa + OFFSET;
-        self.state().pages.remove(&iova);
-        self.region().invalidate(&[page(iova)]);
-    }
-}
-
-fn page(iova: u64) -> IovaRange {
-    IovaRange::from_len(Iova(iova), PAGE).unwrap()
-}
-
-impl Iommu for Pages {
-    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        let answer = self.lookup(request);
-        if answer.is_err() {
-            self.state().faults.push((request.iova, request.access));
-        }
-        answer
-    }
-
-    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        let fault = |reason| Fault {
-            stream: request.stream,
-            iova: request.iova,
-            access: request.access,
-            reason,
-        };
-        let first = request.iova.0 & !(PAGE - 1);
-        let state = self.state();
-        let found = state.pages.get(&first);
-        let &(gpa, perm) = found.ok_or_else(|| fault(FaultReason::Translation))?;
-        if !perm.allows(request.access) {
-            return Err(fault(FaultReason::Permission));
-        }
-        Ok(Mapping {
-            iova: page(first),
-            gpa: Gpa(gpa),
-            perm,
-        })
-    }
-
-    fn notifier_events_changed(
-        &self,
-        _stream: StreamId,
-        _old: NotifierEvents,
-        new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        if self.state().delivers.contains(new) {
-            return Ok(());
-        }
-        Err(Refused {
-            events: new,
-            reason: "the test does not deliver it",
-        })
-    }
-
-    fn replay(&self, _stream: StreamId, _range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
-        let pages = self.state().pages.clone();
-        for (iova, (gpa, perm)) in pages {
-            visit(&Mapping {
-                iova: page(iova),
-                gpa: Gpa(gpa),
-                perm,
-            });
-        }
-    }
-
-    fn connect(&self, region: Weak<IommuRegion>) {
-        self.state().region = region;
-    }
-}
 
 struct Vector(EventFd);
 
@@ -216,9 +114,7 @@ impl World {
     }
 
     fn with_prefetch(delivers: NotifierEvents, prefetch: bool) -> Self {
-        let pages = Arc::new(Pages::default());
-        pages.state().delivers = delivers;
-        Self::new(Some(pages), prefetch)
+        Self::new(Some(Pages::new(delivers)), prefetch)
     }
 
     fn new(pages: Option<Arc<Pages>>, prefetch: bool) -> Self {
@@ -280,6 +176,14 @@ impl World {
         self.pages.as_ref().unwrap()
     }
 
+    fn map(&self, gpa: u64, perm: Perm) {
+        self.pages().map(gpa + OFFSET, gpa, perm);
+    }
+
+    fn unmap(&self, gpa: u64) {
+        self.pages().unmap(&[gpa + OFFSET]);
+    }
+
     fn stats(&self) -> IotlbStats {
         self.monitor.stats()
     }
@@ -290,9 +194,10 @@ impl World {
         if let Some(pages) = &self.pages {
             features |= 1 << VIRTIO_F_ACCESS_PLATFORM;
             for ring in [RX, TX] {
-                pages.map(ring, Perm::READ);
-                pages.map(ring + PAGE, Perm::READ);
-                pages.map(ring + 2 * PAGE, Perm::READ_WRITE);
+                for (n, perm) in [(0, Perm::READ), (1, Perm::READ), (2, Perm::READ_WRITE)] {
+                    let gpa = ring + n * PAGE;
+                    pages.map(gpa + OFFSET, gpa, perm);
+                }
             }
         }
         self.net.negotiated(features).unwrap();
@@ -504,8 +409,8 @@ fn misses_are_answered_and_packets_go_both_ways() {
     world.start();
     assert_eq!(world.stats().registration, UNMAP);
     for n in 0..64 {
-        world.pages().map(buffer(2 * n), Perm::READ);
-        world.pages().map(buffer(2 * n + 1), Perm::WRITE);
+        world.map(buffer(2 * n), Perm::READ);
+        world.map(buffer(2 * n + 1), Perm::WRITE);
         world.offer(buffer(2 * n + 1));
         let text = format!("packet {n}");
         world.transmit(buffer(2 * n), text.as_bytes());
@@ -513,8 +418,8 @@ fn misses_are_answered_and_packets_go_both_ways() {
         assert!(world.used(true));
         world.host_sends(text.as_bytes());
         assert!(world.arrives(buffer(2 * n + 1), text.as_bytes()), "{n}");
-        world.pages().unmap(buffer(2 * n));
-        world.pages().unmap(buffer(2 * n + 1));
+        world.unmap(buffer(2 * n));
+        world.unmap(buffer(2 * n + 1));
     }
     let stats = world.stats();
     // Every buffer is missed, for nothing else brings it. How often, the kernel
@@ -534,15 +439,15 @@ fn prefilled_packets_cost_no_miss() {
     let mut world = World::translated(map_unmap());
     world.start();
     for n in 0..64 {
-        world.pages().map(buffer(2 * n), Perm::READ);
-        world.pages().map(buffer(2 * n + 1), Perm::WRITE);
+        world.map(buffer(2 * n), Perm::READ);
+        world.map(buffer(2 * n + 1), Perm::WRITE);
         world.offer(buffer(2 * n + 1));
         world.transmit(buffer(2 * n), b"prefilled");
         assert!(world.host_gets().is_some() && world.used(true));
         world.host_sends(b"prefilled");
         assert!(world.arrives(buffer(2 * n + 1), b"prefilled"), "{n}");
-        world.pages().unmap(buffer(2 * n));
-        world.pages().unmap(buffer(2 * n + 1));
+        world.unmap(buffer(2 * n));
+        world.unmap(buffer(2 * n + 1));
     }
     let stats = world.stats();
     assert_eq!((stats.misses, stats.faults), (0, 0), "{stats:?}");
@@ -555,7 +460,7 @@ fn receive_cold(prefetch: bool) -> IotlbStats {
     let mut world = World::with_prefetch(UNMAP, prefetch);
     world.start();
     for n in 0..200 {
-        world.pages().map(buffer(n), Perm::WRITE);
+        world.map(buffer(n), Perm::WRITE);
         world.post(false, buffer(n), 2048);
     }
     world.rx.kick.write(1).unwrap();
@@ -583,18 +488,18 @@ fn one_miss_brings_all_posted_buffers() {
 fn buffer_that_was_unmapped_is_not_touched() {
     let mut world = World::translated(map_unmap());
     world.start();
-    world.pages().map(buffer(0), Perm::WRITE);
+    world.map(buffer(0), Perm::WRITE);
     world.offer(buffer(0));
     world.host_sends(b"first");
     assert!(world.arrives(buffer(0), b"first"));
     let before = world.read(buffer(0), 0, 4096);
     world.offer(buffer(0));
-    world.pages().unmap(buffer(0));
+    world.unmap(buffer(0));
     world.host_sends(b"second");
     world.stalls();
     assert_eq!(world.read(buffer(0), 0, 4096), before);
     world.faulted_only_at(buffer(0), Access::Write, 1);
-    world.pages().map(buffer(0), Perm::WRITE);
+    world.map(buffer(0), Perm::WRITE);
     assert!(world.arrives(buffer(0), b"second"), "the queue goes on");
     assert_eq!(world.stats().stalled, 0);
     world.stop();
@@ -608,7 +513,7 @@ fn packet_in_unmapped_memory_is_not_sent_until_it_is_mapped() {
     world.stalls();
     assert!(world.host.recv(&mut [0; 64]).is_err());
     world.faulted_only_at(buffer(0), Access::Read, 1);
-    world.pages().map(buffer(0), Perm::READ);
+    world.map(buffer(0), Perm::READ);
     world.tx.kick.write(1).unwrap();
     assert_eq!(world.host_gets().as_deref(), Some(&b"late"[..]));
     assert_eq!(world.stats().stalled, 0);
@@ -619,7 +524,7 @@ fn packet_in_unmapped_memory_is_not_sent_until_it_is_mapped() {
 fn read_only_memory_is_not_written() {
     let mut world = World::translated(map_unmap());
     world.start();
-    world.pages().map(buffer(0), Perm::READ);
+    world.map(buffer(0), Perm::READ);
     let before = world.read(buffer(0), 0, 4096);
     world.offer(buffer(0));
     world.host_sends(b"forbidden");
@@ -627,8 +532,8 @@ fn read_only_memory_is_not_written() {
     assert_eq!(world.read(buffer(0), 0, 4096), before);
     assert!(world.net.take_failure().is_none());
     world.faulted_only_at(buffer(0), Access::Write, 1);
-    world.pages().unmap(buffer(0));
-    world.pages().map(buffer(0), Perm::WRITE);
+    world.unmap(buffer(0));
+    world.map(buffer(0), Perm::WRITE);
     assert!(
         world.arrives(buffer(0), b"forbidden"),
         "{:?}",
@@ -643,7 +548,7 @@ fn flush_of_everything_loses_no_packet() {
     world.start();
     for n in 0..100 {
         let gpa = buffer(n % 8);
-        world.pages().map(gpa, Perm::READ_WRITE);
+        world.map(gpa, Perm::READ_WRITE);
         world.offer(gpa);
         world.pages().region().invalidate_all();
         let text = format!("after flush {n}");
@@ -664,7 +569,7 @@ fn more_mappings_than_entries_still_let_packets_through() {
     let mut world = World::translated(map_unmap());
     world.start();
     for n in 0..4000 {
-        world.pages().map(buffer(n), Perm::READ_WRITE);
+        world.map(buffer(n), Perm::READ_WRITE);
     }
     for n in 0..4000 {
         let gpa = buffer((n * 1237) % 4000);
@@ -688,8 +593,8 @@ fn driver_comes_and_goes() {
     let mut world = World::translated(map_unmap());
     for n in 0..20 {
         world.start();
-        world.pages().map(buffer(0), Perm::READ);
-        world.pages().map(buffer(1), Perm::WRITE);
+        world.map(buffer(0), Perm::READ);
+        world.map(buffer(1), Perm::WRITE);
         world.offer(buffer(1));
         world.transmit(buffer(0), b"again");
         assert!(world.host_gets().is_some(), "{n}");
@@ -703,11 +608,11 @@ fn driver_comes_and_goes() {
         }
         world.net.reset();
         assert_eq!((world.stats().entries, world.stats().stalled), (0, 0));
-        world.pages().unmap(buffer(0));
-        world.pages().unmap(buffer(1));
+        world.unmap(buffer(0));
+        world.unmap(buffer(1));
         for page in 0..3 {
-            world.pages().unmap(RX + page * PAGE);
-            world.pages().unmap(TX + page * PAGE);
+            world.unmap(RX + page * PAGE);
+            world.unmap(TX + page * PAGE);
         }
     }
     world.faulted_only_at(buffer(9), Access::Read, 20);
@@ -741,7 +646,7 @@ fn broken_ring_is_told_once_and_a_reset_mends_it() {
         world.net.reset();
         world.start();
         if translated {
-            world.pages().map(buffer(0), Perm::READ);
+            world.map(buffer(0), Perm::READ);
         }
         world.transmit(buffer(0), b"mended");
         assert_eq!(world.host_gets().as_deref(), Some(&b"mended"[..]));

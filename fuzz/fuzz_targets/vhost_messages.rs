@@ -3,86 +3,25 @@
 //! is unmapped, and we know what it holds.
 #![no_main]
 
-use std::collections::{BTreeMap, VecDeque};
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+#[path = "../../devices/src/vhost/iotlb/tests/pages.rs"]
+mod pages;
 
-use devices::virtio::failure::Failure;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex};
+
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
 use devices::vhost::posted::Layout;
 use devices::vhost::shadow::Entry;
-use iommu::{
-    AddressSpace, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
-    NotifierEvents, Perm, Refused, Request, StreamId,
-};
+use devices::virtio::failure::Failure;
+use iommu::{AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId};
 use libfuzzer_sys::fuzz_target;
+use pages::{PAGE, Pages, page};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-const PAGE: u64 = 4096;
 const LIMIT: usize = 12;
-
-#[derive(Default)]
-struct Pages(Mutex<(BTreeMap<u64, (u64, Perm)>, Weak<IommuRegion>)>);
-
-impl Pages {
-    fn state(&self) -> MutexGuard<'_, (BTreeMap<u64, (u64, Perm)>, Weak<IommuRegion>)> {
-        self.0.lock().unwrap()
-    }
-
-    fn mapping(iova: u64, (gpa, perm): (u64, Perm)) -> Mapping {
-        Mapping {
-            iova: IovaRange::from_len(Iova(iova), PAGE).unwrap(),
-            gpa: Gpa(gpa),
-            perm,
-        }
-    }
-}
-
-impl Iommu for Pages {
-    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.lookup(request)
-    }
-
-    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        let page = request.iova.0 & !(PAGE - 1);
-        let found = self.state().0.get(&page).copied();
-        let found = found.filter(|(_, perm)| perm.allows(request.access));
-        found.map(|to| Self::mapping(page, to)).ok_or(Fault {
-            stream: request.stream,
-            iova: request.iova,
-            access: request.access,
-            reason: FaultReason::Translation,
-        })
-    }
-
-    fn notifier_events_changed(
-        &self,
-        _: StreamId,
-        _: NotifierEvents,
-        new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        let events = new.and(NotifierEvents::DEVIOTLB_UNMAP);
-        if events.is_empty() {
-            return Ok(());
-        }
-        Err(Refused {
-            events,
-            reason: "there is none",
-        })
-    }
-
-    fn replay(&self, _: StreamId, _: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
-        for (&iova, &to) in &self.state().0.clone() {
-            visit(&Self::mapping(iova, to));
-        }
-    }
-
-    fn connect(&self, region: Weak<IommuRegion>) {
-        self.state().1 = region;
-    }
-}
 
 #[derive(Default)]
 struct Kernel(Mutex<(Vec<Entry>, VecDeque<Vec<u8>>)>);
@@ -115,7 +54,7 @@ impl Channel for Kernel {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let pages = Arc::new(Pages::default());
+    let pages = Pages::new(NotifierEvents::MAP | NotifierEvents::UNMAP);
     let region = IommuRegion::new(pages.clone(), StreamId(8));
     let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap());
     let rings = data.get(..64).unwrap_or(data);
@@ -133,21 +72,26 @@ fuzz_target!(|data: &[u8]| {
     let mut rest = data;
     while let Some((&[what, at, more], later)) = rest.split_first_chunk::<3>() {
         rest = later;
-        let page = u64::from(at % 32) * PAGE;
+        let at = u64::from(at % 32) * PAGE;
         match what % 8 {
             0 | 1 => {
                 let perms = [Perm::READ, Perm::WRITE, Perm::READ_WRITE];
-                let to = (u64::from(more % 72) * PAGE, perms[usize::from(what / 8) % 3]);
-                if pages.state().0.insert(page, to).is_none() {
-                    region.map(&Pages::mapping(page, to));
+                let (gpa, perm) = (
+                    u64::from(more % 72) * PAGE,
+                    perms[usize::from(what / 8) % 3],
+                );
+                let old = pages.state().pages.insert(at, (gpa, perm));
+                if old.is_none() {
+                    pages.map(at, gpa, perm);
                 } else {
-                    region.invalidate(&[IovaRange::from_len(Iova(page), PAGE).unwrap()]);
+                    region.invalidate(&[page(at)]);
                 }
             }
             2 => {
-                let last = page + u64::from(more % 4) * PAGE;
-                pages.state().0.retain(|at, _| *at < page || *at > last);
-                let gone = IovaRange::new(Iova(page), Iova(last + PAGE - 1)).unwrap();
+                let last = at + u64::from(more % 4) * PAGE;
+                let kept = |page: u64| page < at || page > last;
+                pages.state().pages.retain(|page, _| kept(*page));
+                let gone = IovaRange::new(Iova(at), Iova(last + PAGE - 1)).unwrap();
                 region.invalidate(&[gone]);
             }
             3 => iotlb.revive(),
@@ -157,9 +101,9 @@ fuzz_target!(|data: &[u8]| {
                     number: 0,
                     layout: Layout {
                         size: 1 << (more % 6),
-                        desc: Iova(page),
-                        avail: Iova(page + 16),
-                        used: Iova(page + 32),
+                        desc: Iova(at),
+                        avail: Iova(at + 16),
+                        used: Iova(at + 32),
                     },
                     kick: Arc::new(EventFd::new(0).unwrap()),
                 };
@@ -168,7 +112,7 @@ fuzz_target!(|data: &[u8]| {
             _ => {
                 let mut bytes = vec![0; SIZE];
                 bytes[0] = 2;
-                bytes[8..16].copy_from_slice(&(page + u64::from(more)).to_ne_bytes());
+                bytes[8..16].copy_from_slice(&(at + u64::from(more)).to_ne_bytes());
                 bytes[32..34].copy_from_slice(&[1 + more % 2, 1]);
                 if what > 200 {
                     let count = rest.len().min(usize::from(more) % (SIZE + 2));
@@ -181,7 +125,7 @@ fuzz_target!(|data: &[u8]| {
         let held = kernel.0.lock().unwrap().0.clone();
         assert_eq!(held.len(), iotlb.stats().entries);
         for entry in &held {
-            let to = pages.state().0.get(&entry.iova.first().0).copied();
+            let to = pages.state().pages.get(&entry.iova.first().0).copied();
             assert_eq!(to.map(|(_, perm)| perm), Some(entry.perm));
         }
     }

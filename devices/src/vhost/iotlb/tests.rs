@@ -1,128 +1,16 @@
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Weak;
+use std::collections::VecDeque;
 
-use iommu::{Fault, FaultReason, Gpa, Iommu, Refused, Request, StreamId};
+use iommu::{Iommu, StreamId};
 use proptest::prelude::*;
 use vm_memory::{Bytes as _, GuestAddress};
 
+use self::pages::{PAGE, Pages, page};
 use super::*;
 use crate::vhost::message::parse_message;
 
-const PAGE: u64 = 4096;
+mod pages;
+
 const STREAM: StreamId = StreamId(8);
-
-/// An IOMMU of pages, with as much of the notifier chain as a test wants.
-struct Pages {
-    state: Mutex<PageState>,
-}
-
-#[derive(Default)]
-struct PageState {
-    pages: BTreeMap<u64, (u64, Perm)>,
-    bypass: bool,
-    delivers: NotifierEvents,
-    region: Weak<IommuRegion>,
-    faults: Vec<(Iova, Access)>,
-}
-
-impl Pages {
-    fn state(&self) -> MutexGuard<'_, PageState> {
-        self.state.lock().unwrap()
-    }
-
-    fn region(&self) -> Arc<IommuRegion> {
-        self.state().region.upgrade().unwrap()
-    }
-
-    fn map(&self, iova: u64, gpa: u64, perm: Perm) {
-        self.state().pages.insert(iova, (gpa, perm));
-        self.region().map(&Mapping {
-            iova: page(iova),
-            gpa: Gpa(gpa),
-            perm,
-        });
-    }
-
-    fn unmap(&self, iovas: &[u64]) {
-        for iova in iovas {
-            self.state().pages.remove(iova);
-        }
-        let ranges: Vec<_> = iovas.iter().map(|&iova| page(iova)).collect();
-        self.region().invalidate(&ranges);
-    }
-}
-
-impl Iommu for Pages {
-    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        let answer = self.lookup(request);
-        if answer.is_err() {
-            self.state().faults.push((request.iova, request.access));
-        }
-        answer
-    }
-
-    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        let fault = |reason| Fault {
-            stream: request.stream,
-            iova: request.iova,
-            access: request.access,
-            reason,
-        };
-        let state = self.state();
-        if state.bypass {
-            return Ok(Mapping {
-                iova: IovaRange::ALL,
-                gpa: Gpa(0),
-                perm: Perm::READ_WRITE,
-            });
-        }
-        let first = request.iova.0 & !(PAGE - 1);
-        let found = state.pages.get(&first);
-        let &(gpa, perm) = found.ok_or_else(|| fault(FaultReason::Translation))?;
-        if !perm.allows(request.access) {
-            return Err(fault(FaultReason::Permission));
-        }
-        Ok(Mapping {
-            iova: page(first),
-            gpa: Gpa(gpa),
-            perm,
-        })
-    }
-
-    fn notifier_events_changed(
-        &self,
-        _stream: StreamId,
-        _old: NotifierEvents,
-        new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        if self.state().delivers.contains(new) {
-            return Ok(());
-        }
-        Err(Refused {
-            events: new,
-            reason: "the test does not deliver it",
-        })
-    }
-
-    fn replay(&self, _stream: StreamId, _range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
-        let pages = self.state().pages.clone();
-        for (iova, (gpa, perm)) in pages {
-            visit(&Mapping {
-                iova: page(iova),
-                gpa: Gpa(gpa),
-                perm,
-            });
-        }
-    }
-
-    fn connect(&self, region: Weak<IommuRegion>) {
-        self.state().region = region;
-    }
-}
-
-fn page(iova: u64) -> IovaRange {
-    IovaRange::from_len(Iova(iova), PAGE).unwrap()
-}
 
 /// The kernel's end, in the plainest way: a list, misses to be read, misses
 /// that were read and wait for an answer.
@@ -218,12 +106,7 @@ struct World {
 const RAM: u64 = 0x20_0000;
 
 fn world(delivers: NotifierEvents, limit: usize) -> World {
-    let pages = Arc::new(Pages {
-        state: Mutex::new(PageState {
-            delivers,
-            ..PageState::default()
-        }),
-    });
+    let pages = Pages::new(delivers);
     let region = IommuRegion::new(Arc::clone(&pages) as Arc<dyn Iommu>, STREAM);
     let half = usize::try_from(RAM / 2).unwrap();
     let ranges = [(GuestAddress(0), half), (GuestAddress(RAM / 2), half)];

@@ -1,0 +1,132 @@
+//! An IOMMU of pages, with as much of the notifier chain as a test wants. The
+//! tests with the kernel's vhost and the fuzz target of its messages include
+//! this file too.
+#![allow(dead_code, reason = "not every test needs all of it")]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use iommu::{
+    Access, Fault, FaultReason, Gpa, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
+    Perm, Refused, Request, StreamId,
+};
+
+pub const PAGE: u64 = 4096;
+
+#[derive(Default)]
+pub struct Pages(Mutex<PageState>);
+
+#[derive(Default)]
+pub struct PageState {
+    /// Where each page leads.
+    pub pages: BTreeMap<u64, (u64, Perm)>,
+    /// All addresses are guest-physical.
+    pub bypass: bool,
+    /// What the notifier chain delivers.
+    pub delivers: NotifierEvents,
+    /// Accesses that faulted, lookups left out.
+    pub faults: Vec<(Iova, Access)>,
+    region: Weak<IommuRegion>,
+}
+
+pub fn page(iova: u64) -> IovaRange {
+    IovaRange::from_len(Iova(iova), PAGE).unwrap()
+}
+
+fn mapping(iova: u64, (gpa, perm): (u64, Perm)) -> Mapping {
+    Mapping {
+        iova: page(iova),
+        gpa: Gpa(gpa),
+        perm,
+    }
+}
+
+impl Pages {
+    pub fn new(delivers: NotifierEvents) -> Arc<Self> {
+        let pages = Self::default();
+        pages.state().delivers = delivers;
+        Arc::new(pages)
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, PageState> {
+        self.0.lock().unwrap()
+    }
+
+    pub fn region(&self) -> Arc<IommuRegion> {
+        self.state().region.upgrade().unwrap()
+    }
+
+    /// Maps a page to which nothing was mapped.
+    pub fn map(&self, iova: u64, gpa: u64, perm: Perm) {
+        self.state().pages.insert(iova, (gpa, perm));
+        self.region().map(&mapping(iova, (gpa, perm)));
+    }
+
+    pub fn unmap(&self, iovas: &[u64]) {
+        for iova in iovas {
+            self.state().pages.remove(iova);
+        }
+        let ranges: Vec<_> = iovas.iter().map(|&iova| page(iova)).collect();
+        self.region().invalidate(&ranges);
+    }
+}
+
+impl Iommu for Pages {
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        let answer = self.lookup(request);
+        if answer.is_err() {
+            self.state().faults.push((request.iova, request.access));
+        }
+        answer
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        let fault = |reason| Fault {
+            stream: request.stream,
+            iova: request.iova,
+            access: request.access,
+            reason,
+        };
+        let state = self.state();
+        if state.bypass {
+            return Ok(Mapping {
+                iova: IovaRange::ALL,
+                gpa: Gpa(0),
+                perm: Perm::READ_WRITE,
+            });
+        }
+        let first = request.iova.0 & !(PAGE - 1);
+        let found = state.pages.get(&first);
+        let &(gpa, perm) = found.ok_or_else(|| fault(FaultReason::Translation))?;
+        if !perm.allows(request.access) {
+            return Err(fault(FaultReason::Permission));
+        }
+        Ok(mapping(first, (gpa, perm)))
+    }
+
+    fn notifier_events_changed(
+        &self,
+        _stream: StreamId,
+        _old: NotifierEvents,
+        new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        if self.state().delivers.contains(new) {
+            return Ok(());
+        }
+        Err(Refused {
+            events: new,
+            reason: "the test does not deliver it",
+        })
+    }
+
+    fn replay(&self, _stream: StreamId, _range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+        let pages = self.state().pages.clone();
+        for (iova, to) in pages {
+            visit(&mapping(iova, to));
+        }
+    }
+
+    fn connect(&self, region: Weak<IommuRegion>) {
+        self.state().region = region;
+    }
+}
