@@ -27,6 +27,8 @@ use crate::virtio::failure::Failure;
 
 /// Most translations that one miss brings with it, however large the IOTLB.
 const MAX_PREFETCH: usize = 256;
+/// Translations that a miss brings with it at least, if there are as many.
+const MIN_PREFETCH: usize = 16;
 /// Most parts of entries that are sent again after an invalidation took more
 /// than it was for.
 const MAX_RESTORED: usize = 16;
@@ -124,6 +126,8 @@ struct Pending {
 struct Table {
     shadow: Shadow,
     rings: BTreeMap<u16, Ring>,
+    /// The used index of a queue when it last missed something.
+    used_at_miss: BTreeMap<u16, u16>,
     pending: Vec<Pending>,
     outcome: Registration,
     /// RAM, while the file is attached to an address space.
@@ -236,6 +240,7 @@ impl VhostIotlb {
                     refused: Vec::new(),
                 },
                 ram: None,
+                used_at_miss: BTreeMap::new(),
                 strikes: 0,
             }),
             counters: Counters::default(),
@@ -323,6 +328,7 @@ impl VhostIotlb {
         let mut table = self.table();
         self.forget_all(&mut table);
         table.rings.clear();
+        table.used_at_miss.clear();
         let _ = self.invalidate(&mut table, &[IovaRange::ALL]);
         table.ram = None;
     }
@@ -367,6 +373,7 @@ impl VhostIotlb {
         self.service();
         let mut table = self.table();
         table.rings.remove(&index);
+        table.used_at_miss.remove(&index);
         if table.rings.is_empty() {
             self.forget_all(&mut table);
         }
@@ -524,52 +531,61 @@ impl VhostIotlb {
         }
     }
 
-    /// Sends what the kernel does not hold of the queue that missed `iova`. A
-    /// driver may be posting more meanwhile, which the queue would miss next:
-    /// it is looked at again until there is nothing new.
+    /// Sends what the kernel does not hold of the queue that missed `iova`: its
+    /// rings and the buffers posted on it. `entry` is known already. A driver
+    /// may be posting more meanwhile, which the queue would miss next: it is
+    /// looked at again until there is nothing new.
     fn prefetch(&self, world: &World<'_>, iova: Iova, entry: Entry) -> io::Result<()> {
-        let mut left = self.prefetch_limit();
-        while left > 0 {
-            let mut more = self.posted_with(world, iova, entry);
-            more.truncate(left);
-            if more.is_empty() {
-                break;
+        let rings = self.table().rings.clone();
+        let memory = Memory::new(world.inside, world.ram);
+        let missed = rings.iter().find_map(|(index, ring)| {
+            let buffers = wanted(&memory, ring)?;
+            let mut all = buffers.iter();
+            all.any(|buffer| buffer.iova.contains(iova))
+                .then_some((*index, ring, buffers))
+        });
+        let Some((index, ring, mut buffers)) = missed else {
+            return Ok(());
+        };
+        let mut left = self.depth(index, &memory, ring);
+        loop {
+            let mut found = vec![entry];
+            for buffer in buffers {
+                if found.len() > left {
+                    break;
+                }
+                self.missing_of(world, buffer, &mut found, Trace::None);
             }
-            left -= more.len();
+            found.swap_remove(0);
+            found.truncate(left);
+            left -= found.len();
+            if found.is_empty() {
+                return Ok(());
+            }
             let mut table = self.table();
-            for other in more {
+            for other in found {
                 let new = self.push(&mut table, other, None)?;
                 count(&self.counters.prefetched, usize::from(new));
             }
+            drop(table);
+            buffers = match wanted(&memory, ring) {
+                Some(buffers) if left > 0 => buffers,
+                _ => return Ok(()),
+            };
         }
-        Ok(())
     }
 
-    /// What the kernel does not hold of the queue that missed `iova`: its
-    /// rings and the buffers posted on it. `entry` is known already.
-    fn posted_with(&self, world: &World<'_>, iova: Iova, entry: Entry) -> Vec<Entry> {
-        let rings: Vec<_> = self.table().rings.values().cloned().collect();
-        let memory = Memory::new(world.inside, world.ram);
-        for ring in rings {
-            let parts = ring.layout.parts().into_iter().flatten();
-            let Ok(buffers) = posted(&memory, &ring.layout) else {
-                continue;
-            };
-            let all: Vec<_> = parts.chain(buffers).collect();
-            if !all.iter().any(|buffer| buffer.iova.contains(iova)) {
-                continue;
-            }
-            let mut found = vec![entry];
-            for buffer in all {
-                self.missing_of(world, buffer, &mut found, Trace::None);
-                if found.len() > self.prefetch_limit() {
-                    break;
-                }
-            }
-            found.swap_remove(0);
-            return found;
-        }
-        Vec::new()
+    /// How many translations a miss of the queue `index` brings with it: twice
+    /// what the queue got through since its last miss. More than that was sent
+    /// for nothing, where the guest flushes everything now and then.
+    fn depth(&self, index: u16, memory: &Memory<'_>, ring: &Ring) -> usize {
+        let Ok(used) = memory.used(&ring.layout) else {
+            return self.prefetch_limit();
+        };
+        let last = self.table().used_at_miss.insert(index, used);
+        let through = last.map_or(u16::MAX, |last| used.wrapping_sub(last));
+        let twice = 2 * usize::from(through);
+        twice.max(MIN_PREFETCH).min(self.prefetch_limit())
     }
 
     /// Adds to `found` the translations of a buffer that neither it nor the
@@ -797,6 +813,13 @@ impl VhostIotlb {
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a queue accesses: its rings and the buffers posted on it. `None` when
+/// they cannot be read.
+fn wanted(memory: &Memory<'_>, ring: &Ring) -> Option<Vec<Buffer>> {
+    let parts = ring.layout.parts().into_iter().flatten();
+    Some(parts.chain(posted(memory, &ring.layout).ok()?).collect())
 }
 
 /// Whether a fault may be recorded by the model.

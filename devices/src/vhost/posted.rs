@@ -117,6 +117,14 @@ impl<'a> Memory<'a> {
         Ok(u16::from_le_bytes(bytes))
     }
 
+    /// How many buffers the device has given back, modulo 2^16.
+    ///
+    /// # Errors
+    /// [`Unreadable`], if the used ring cannot be read.
+    pub fn used(&self, layout: &Layout) -> Result<u16, Unreadable> {
+        self.u16_at(layout.used, 2)
+    }
+
     fn descriptor(&self, table: Iova, index: u64) -> Result<Descriptor, Unreadable> {
         let mut bytes = [0; 16];
         self.read(offset_from(table, DESCRIPTOR * index)?, &mut bytes)?;
@@ -195,7 +203,7 @@ impl Descriptor {
 /// [`Unreadable`]; what was found before is lost.
 pub fn posted(memory: &Memory<'_>, layout: &Layout) -> Result<Vec<Buffer>, Unreadable> {
     let available = memory.u16_at(layout.avail, 2)?;
-    let used = memory.u16_at(layout.used, 2)?;
+    let used = memory.used(layout)?;
     let count = available.wrapping_sub(used);
     if count > layout.size {
         return Err(Unreadable::Malformed(
