@@ -37,6 +37,8 @@ const MAX_PENDING: usize = 64;
 /// Most misses at one place before the kernel is made to forget them: it keeps
 /// each of them until it is answered.
 const MAX_UNANSWERED: u32 = 256;
+/// Most misses that are answered while the gate is held.
+const MAX_BATCH: usize = 256;
 /// Errors without a cause that we see and without progress, until we give up.
 const MAX_STRIKES: u32 = 16;
 
@@ -384,16 +386,25 @@ impl VhostIotlb {
     pub fn service(&self) -> bool {
         let reader = self.reader();
         loop {
-            match (self.channel.receive(), &*reader) {
-                (Ok(Some(miss)), Some(attached)) => self.answer(attached, miss),
-                (Ok(Some(_)), None) => {}
-                (Ok(None), _) => return true,
-                (Err(source), _) => {
-                    self.fail(DeviceError::Backend {
-                        what: "reading a miss of the host's vhost",
-                        source,
-                    });
-                    return false;
+            // A queue may report a miss several times, and all of them are
+            // there before its answer is out. The gate is held until they are
+            // read, or they would be faults when the driver, served by the
+            // first answer, unmaps the place.
+            let inside = reader.as_ref().map(|attached| attached.region.enter());
+            for _ in 0..MAX_BATCH {
+                match (self.channel.receive(), &*reader, &inside) {
+                    (Ok(Some(miss)), Some(attached), Some(inside)) => {
+                        self.answer(&self.world(attached, inside), miss);
+                    }
+                    (Ok(Some(_)), ..) => {}
+                    (Ok(None), ..) => return true,
+                    (Err(source), ..) => {
+                        self.fail(DeviceError::Backend {
+                            what: "reading a miss of the host's vhost",
+                            source,
+                        });
+                        return false;
+                    }
                 }
             }
         }
@@ -508,17 +519,19 @@ impl VhostIotlb {
         }
     }
 
-    fn answer(&self, attached: &Attached, miss: Miss) {
+    fn answer(&self, world: &World<'_>, miss: Miss) {
         count(&self.counters.misses, 1);
-        let inside = attached.region.enter();
-        let world = self.world(attached, &inside);
-        let Some(entry) = world.resolve(miss.iova, miss.access) else {
+        // What the kernel holds is good until it is told otherwise, even if
+        // the tables have changed and somebody waits at the gate to tell.
+        let held = self.table().shadow.holder(miss.iova);
+        let held = held.filter(|held| held.perm.allows(miss.access));
+        let Some(entry) = held.or_else(|| world.resolve(miss.iova, miss.access)) else {
             count(&self.counters.faults, 1);
             self.keep(miss.iova, miss.access, None);
             return;
         };
-        let sent = if self.options.prefetch {
-            self.prefetch(&world, miss.iova, entry)
+        let sent = if self.options.prefetch && held.is_none() {
+            self.prefetch(world, miss.iova, entry)
         } else {
             Ok(())
         };

@@ -299,6 +299,63 @@ fn every_miss_is_answered_even_for_what_was_sent_already() {
     assert!(world.kernel.state().list.is_empty(), "a copy stayed");
 }
 
+/// A driver that unmaps a buffer as soon as an answer lets the device use it.
+struct Hasty {
+    kernel: Arc<Kernel>,
+    pages: Arc<Pages>,
+    unmaps: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Channel for Hasty {
+    fn send(&self, message: &Message) -> io::Result<()> {
+        let sent = self.kernel.send(message);
+        let mut unmaps = self.unmaps.lock().unwrap();
+        if unmaps.is_none() {
+            let pages = Arc::clone(&self.pages);
+            *unmaps = Some(std::thread::spawn(move || pages.unmap(&[0x4000])));
+            while self.pages.state().pages.contains_key(&0x4000) {
+                std::thread::yield_now();
+            }
+            // Time to get to the gate, where it waits in any case.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        sent
+    }
+
+    fn receive(&self) -> io::Result<Option<Miss>> {
+        self.kernel.receive()
+    }
+
+    fn halt(&self) {
+        self.kernel.halt();
+    }
+}
+
+#[test]
+fn miss_told_twice_is_no_fault_once_the_first_answer_served_it() {
+    let world = world(UNMAP, 16);
+    let hasty = Arc::new(Hasty {
+        kernel: Arc::clone(&world.kernel),
+        pages: Arc::clone(&world.pages),
+        unmaps: Mutex::default(),
+    });
+    let options = world.iotlb.options;
+    let channel = Arc::clone(&hasty) as Arc<dyn Channel>;
+    let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&world.failure)).unwrap();
+    let region = world.space.region().unwrap();
+    iotlb.attach(&world.space, region).unwrap();
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    world.kernel.access(0x4000, Access::Read);
+    world.kernel.access(0x4000, Access::Read);
+    iotlb.service();
+    let unmaps = hasty.unmaps.lock().unwrap().take();
+    unmaps.expect("it was answered").join().unwrap();
+    assert_eq!(iotlb.stats().faults, 0);
+    assert_eq!(world.pages.state().faults, []);
+    assert!(world.kernel.state().unanswered.is_empty());
+    assert!(world.kernel.state().list.is_empty(), "it is unmapped");
+}
+
 #[test]
 fn miss_that_faults_is_answered_when_a_mapping_appears() {
     let world = World::attached(map_unmap(), 16);
