@@ -88,14 +88,14 @@ impl<'a> Stage<'a> {
             function,
             own,
             peer,
-            askers: Cell::new(0),
+            askers: Cell::new(1),
         }
     }
 
-    /// An address that nobody asked from yet; after 128 they come again.
+    /// An address that nobody asked from yet, and never `own`; after 127 they come again.
     fn new_asker(&self) -> Ipv4Addr {
         let count = self.askers.get();
-        self.askers.set((count + 1) % 128);
+        self.askers.set(count % 127 + 1);
         let [a, b, c, last] = self.own.octets();
         Ipv4Addr::new(a, b, c, last.wrapping_add(count))
     }
