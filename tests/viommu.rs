@@ -30,22 +30,11 @@ struct Model {
     fault_record: fn(u32, &str, Forbidden) -> Vec<String>,
 }
 
-/// A step of the test driver that tries something forbidden.
-#[derive(Clone, Copy)]
-struct Forbidden {
-    step: &'static str,
-    /// Whether the device reads (`R`) or writes (`W`).
-    access: &'static str,
-    /// The SMMUv3's number for what goes wrong.
-    event: &'static str,
-}
-
 const VIRTIO_IOMMU: Model = Model {
     option: "virtio-iommu",
     registration: RegistrationKind::MapUnmap,
     misses_per_mib: [5, 5],
-    fault_record: |stream, iova, forbidden| {
-        let access = forbidden.access;
+    fault_record: |stream, iova, (_, access)| {
         vec![format!("fault from EP {stream} at {iova} [{access}]")]
     },
 };
@@ -72,11 +61,17 @@ const SMMUV3_ATS: Model = Model {
 
 /// The event's number, and of its record (IHI 0070 §7.3) the stream and the address.
 #[cfg(target_arch = "aarch64")]
-fn smmu_fault_record(stream: u32, iova: &str, forbidden: Forbidden) -> Vec<String> {
+fn smmu_fault_record(stream: u32, iova: &str, (step, _): Forbidden) -> Vec<String> {
+    const F_TRANSLATION: u32 = 0x10;
+    const F_PERMISSION: u32 = 0x13;
+    let event = match step {
+        "read-only-receive" => F_PERMISSION,
+        _ => F_TRANSLATION,
+    };
     let digits = iova.trim_start_matches("0x");
     vec![
-        format!("event {} received", forbidden.event),
-        format!("0x{stream:08x}000000{}", &forbidden.event[2..]),
+        format!("event {event:#x} received"),
+        format!("0x{stream:08x}000000{event:x}"),
         format!("0x{digits:0>16}"),
     ]
 }
@@ -388,24 +383,17 @@ fn passthrough(model: Model) {
     checks::power_off(guest);
 }
 
-const fn forbidden(step: &'static str, access: &'static str, event: &'static str) -> Forbidden {
-    Forbidden {
-        step,
-        access,
-        event,
-    }
-}
-
-const F_TRANSLATION: &str = "0x10";
-const F_PERMISSION: &str = "0x13";
+/// A step of the test driver that tries something forbidden, and whether the device reads (`R`)
+/// or writes (`W`) there.
+type Forbidden = (&'static str, &'static str);
 
 const FORBIDDEN: [Forbidden; 6] = [
-    forbidden("unmapped-transmit", "R", F_TRANSLATION),
-    forbidden("unmapped-receive", "W", F_TRANSLATION),
-    forbidden("read-only-receive", "W", F_PERMISSION),
-    forbidden("unmapped-used-ring", "W", F_TRANSLATION),
-    forbidden("unmap-receive-in-use", "W", F_TRANSLATION),
-    forbidden("unmap-transmit-in-use", "R", F_TRANSLATION),
+    ("unmapped-transmit", "R"),
+    ("unmapped-receive", "W"),
+    ("read-only-receive", "W"),
+    ("unmapped-used-ring", "W"),
+    ("unmap-receive-in-use", "W"),
+    ("unmap-transmit-in-use", "R"),
 ];
 
 /// A driver in the guest's user space tries what its IOMMU forbids.
@@ -430,7 +418,7 @@ fn isolation(model: Model) {
     part("exchange");
     run(&mut guest, "exchange interrupt");
     for forbidden in FORBIDDEN {
-        let step = forbidden.step;
+        let (step, _) = forbidden;
         part(step);
         let before = bench.api.endpoint("net0").counters.all_faults();
         // The kernel logs no more than ten faults in five seconds.

@@ -95,10 +95,15 @@ impl Toolchain {
         let mut toolchain = Toolchain {
             arch,
             target_dir: paths::target().join("static"),
-            environment: vec![(
-                format!("CARGO_TARGET_{variable}_RUSTFLAGS"),
-                "-C target-feature=+crt-static".to_owned(),
-            )],
+            environment: vec![
+                (
+                    format!("CARGO_TARGET_{variable}_RUSTFLAGS"),
+                    "-C target-feature=+crt-static".to_owned(),
+                ),
+                // An emulated host runs what is not optimized for minutes longer than the
+                // optimizer takes.
+                ("CARGO_PROFILE_DEV_OPT_LEVEL".to_owned(), "2".to_owned()),
+            ],
         };
         if arch != Arch::native() {
             let linker = toolchain.find_linker()?;
