@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::checks::{self, ENTROPY, Load, NET, part};
 use support::host::{self, Job, Tap};
@@ -160,14 +160,16 @@ impl Bench {
         let mut misses = Vec::new();
         for direction in ["to the host", "to the guest"] {
             let before = self.api.endpoint("net0").counters;
+            let start = Instant::now();
             if direction == "to the host" {
                 checks::send_to_host(guest, tap, load);
             } else {
                 checks::send_to_guest(guest, tap, 2, load);
             }
+            let seconds = start.elapsed().as_secs();
             let after = self.api.endpoint("net0").counters;
             part(&format!(
-                "{total} MiB {direction}: {} misses, {} updates ({} prefills), \
+                "{total} MiB {direction} in {seconds} s: {} misses, {} updates ({} prefills), \
                  {} invalidations sent and {} saved",
                 after.misses - before.misses,
                 after.updates - before.updates,

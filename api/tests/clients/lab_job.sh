@@ -33,7 +33,7 @@ ip tuntap add tap0 mode tap vnet_hdr
 ip addr add 172.16.0.1/24 dev tap0
 ip link set tap0 up
 iperf3 -s -1 > iperf3.log &
-head -c 8M /dev/urandom > disk.img
+dd if=/dev/urandom of=disk.img bs=1M count=8 2> /dev/null
 
 portcullis serve --api-socket "$socket" --log-level info > console.log 2> monitor.log &
 monitor=$!
