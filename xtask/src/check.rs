@@ -23,7 +23,7 @@ const LINTED: &str = "boot-tests,bench";
 /// architectures or talks to KVM.
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
 /// How long one test program may take.
-const PROGRAM_LIMIT_S: u32 = 1500;
+const PROGRAM_LIMIT_S: u32 = 2400;
 /// Longest silence of a test program: longer than the boot tests wait for anything before they say
 /// that a guest did not come up, so that silence means a hung host.
 const SILENCE: Duration = Duration::from_secs(240);
@@ -43,7 +43,7 @@ pub struct TestArgs {
     #[arg(long, conflicts_with = "quick")]
     only: Option<String>,
     /// Minutes for the boot tests of one architecture
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 50)]
     minutes: u64,
     #[command(flatten)]
     place: PlaceArgs,

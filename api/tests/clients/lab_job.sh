@@ -69,9 +69,9 @@ ctl resume
 
 echo "== hostile connections while the stream goes on"
 ./hostile "$socket" $monitor 1000
-await "stream-and-disk"
-grep "sender\|receiver" console.log
-grep -q "stream-and-disk 0" console.log || fail "the stream or the disk was lost"
+await "^stream-and-disk"
+grep "sender\|receiver" console.log || fail "the stream has no end"
+grep -q "^stream-and-disk 0" console.log || fail "the stream or the disk was lost"
 ctl iommu
 
 echo "== hostile connections while the guest floods its console"
