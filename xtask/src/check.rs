@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::arch::Arch;
+use crate::clients;
 use crate::cpio::Archive;
 use crate::lab;
 use crate::machine::{Place, PlaceArgs};
@@ -56,6 +57,8 @@ struct Tally {
     failed: u32,
     retries: u32,
     failures: Vec<String>,
+    /// What was not done, and why.
+    left_out: Vec<String>,
 }
 
 impl Tally {
@@ -64,11 +67,17 @@ impl Tally {
         self.failed += other.failed;
         self.retries += other.retries;
         self.failures.extend(other.failures);
+        self.left_out.extend(other.left_out);
     }
 
     fn fail(&mut self, what: String) {
         self.failed += 1;
         self.failures.push(what);
+    }
+
+    fn leave_out(&mut self, what: String) {
+        println!("left out: {what}");
+        self.left_out.push(what);
     }
 
     /// Counts one thing by whether it worked.
@@ -88,6 +97,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     if args.only.is_none() {
         static_checks(&mut tally)?;
         unit_tests(&mut tally)?;
+        client_tests(&mut tally)?;
     }
     if !args.quick {
         for arch in args.arch.map_or(Arch::ALL.to_vec(), |arch| vec![arch]) {
@@ -101,6 +111,9 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         }
     }
     println!();
+    for what in &tally.left_out {
+        println!("left out: {what}");
+    }
     for failure in &tally.failures {
         println!("failed: {failure}");
     }
@@ -128,7 +141,9 @@ fn static_checks(tally: &mut Tally) -> Result<()> {
         title(&format!("lints for {arch}"));
         let toolchain = Toolchain::find(arch)?;
         if !toolchain.has_clippy() {
-            println!("left out: the compiler for {arch} is the distribution's and has no clippy");
+            tally.leave_out(format!(
+                "lints for {arch}: the compiler is the distribution's and has no clippy"
+            ));
             continue;
         }
         let mut clippy = toolchain.cargo("clippy");
@@ -168,6 +183,22 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
         tally.fail("loom tests: building or running them".to_owned());
     }
     tally.add(counted);
+    Ok(())
+}
+
+/// What others wrote for the API. Only for want of their packages is it left out, and that is
+/// said at the end once more.
+fn client_tests(tally: &mut Tally) -> Result<()> {
+    title("requests generated from the API's document");
+    match clients::environment() {
+        Ok(environment) => {
+            let agree = clients::agree_with_document(&environment)?;
+            tally.count("requests generated from the API's document", agree);
+        }
+        Err(error) => tally.leave_out(format!(
+            "requests generated from the API's document: {error:#}"
+        )),
+    }
     Ok(())
 }
 

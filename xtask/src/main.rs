@@ -3,6 +3,7 @@
 mod arch;
 mod bench;
 mod check;
+mod clients;
 mod cpio;
 mod debian;
 mod demo;
