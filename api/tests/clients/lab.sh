@@ -4,9 +4,9 @@
 #
 #     api/tests/clients/lab.sh [VENV]
 #
-# VENV is a Python environment with firecracker-python in it (python -m venv VENV;
-# VENV/bin/pip install firecracker-python): then that client configures and starts the machine,
-# and portcullis ctl does otherwise.
+# VENV is a Python environment with the packages of requirements.txt in it, such as `cargo xtask
+# test --quick` leaves in target/cache/clients: then firecracker-python configures and starts the
+# machine, and portcullis ctl does otherwise.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../../.."
