@@ -301,15 +301,15 @@ fn lazy_and_switching(model: Model) {
 fn flushes_stay_with_their_device(bench: &Bench, guest: &mut Guest) {
     let invalidations = |id| bench.api.endpoint(id).counters.invalidations_sent;
     let before = ["net0", "net1"].map(invalidations);
-    bench.traffic(guest, SMALL);
+    bench.traffic(guest, FULL);
     let after = ["net0", "net1"].map(invalidations);
     let [busy, idle] = [after[0] - before[0], after[1] - before[1]];
     part(&format!(
         "invalidations: {busy} for the busy device, {idle} for the idle one"
     ));
-    assert!(busy >= 50, "{busy} invalidations of a busy device");
+    assert!(busy >= 20, "{busy} invalidations of a busy device");
     // It may yet have a packet of its own to send.
-    assert!(idle <= busy / 10, "{idle} invalidations of an idle device");
+    assert!(idle <= busy / 4, "{idle} invalidations of an idle device");
 }
 
 /// More is mapped than the kernel's vhost has entries for: what was sent first is gone when its
