@@ -586,6 +586,23 @@ mod smmuv3 {
 
     #[test]
     #[ignore = "not yet seen to pass in the emulated host"]
+    fn devices_work_in_strict_mode_with_stage_2_alone() {
+        let option = "smmuv3,ats=on,stage=2";
+        strict(Model {
+            option,
+            ..SMMUV3_ATS
+        });
+    }
+
+    #[test]
+    #[ignore = "not yet seen to pass in the emulated host"]
+    fn devices_work_in_strict_mode_where_stages_nest() {
+        let option = "smmuv3,ats=off,stage=nested";
+        strict(Model { option, ..SMMUV3 });
+    }
+
+    #[test]
+    #[ignore = "not yet seen to pass in the emulated host"]
     fn rebinding_and_rebooting_leave_nothing_behind_without_ats() {
         storm(SMMUV3);
     }

@@ -43,6 +43,9 @@ pub struct TestArgs {
     /// Only the boot tests whose program or own name contains this
     #[arg(long, conflicts_with = "quick")]
     only: Option<String>,
+    /// Boot tests too that take long and differ little from others
+    #[arg(long, conflicts_with = "quick")]
+    long: bool,
     /// Minutes for the boot tests of one architecture
     #[arg(long, default_value_t = 50)]
     minutes: u64,
@@ -209,13 +212,16 @@ fn boot_tests(arch: Arch, args: &TestArgs) -> Result<Tally> {
     let toolchain = Toolchain::find(arch)?;
     let binary = product::build(arch, Profile::Dev)?;
     let mut tests = test_programs(&toolchain, args.only.is_none())?;
-    let mut filter = "";
+    let mut filter = String::new();
     if let Some(only) = args.only.as_deref() {
         if tests.iter().any(|(name, _)| name.contains(only)) {
             tests.retain(|(name, _)| name.contains(only));
         } else {
-            filter = only;
+            only.clone_into(&mut filter);
         }
+    }
+    if args.long {
+        filter += " --include-ignored";
     }
     if tests.is_empty() {
         bail!("there are none");
@@ -224,12 +230,12 @@ fn boot_tests(arch: Arch, args: &TestArgs) -> Result<Tally> {
     let limit = Duration::from_secs(args.minutes * 60);
     let mut counted = match place {
         Place::Native => {
-            let script = script(arch, &tests, filter);
+            let script = script(arch, &tests, &filter);
             let mut programs = tests;
             programs.push(("portcullis".to_owned(), binary));
             run_natively(arch, &programs, &tools, &script, limit)?
         }
-        Place::Lab => run_in_lab(arch, tests, &binary, tools, filter, limit)?,
+        Place::Lab => run_in_lab(arch, tests, &binary, tools, &filter, limit)?,
     };
     if counted.passed + counted.failed == 0 {
         counted.fail(format!("boot tests on {arch}: no test was run"));
