@@ -220,6 +220,11 @@ const SMALL: Load = Load {
     streams: 2,
     mebibytes: 2,
 };
+/// For a machine that has other things to do.
+const SMALLER: Load = Load {
+    streams: 2,
+    mebibytes: 1,
+};
 
 fn group(guest: &mut Guest, address: &str) -> String {
     let link = guest.run(&format!(
@@ -277,7 +282,7 @@ fn lazy_and_switching(model: Model) {
         part(&format!("net0 becomes {kind}"));
         switch(&mut guest, &address, kind);
         checks::bring_up(&mut guest, &interface, &bench.taps[0], 2);
-        bench.traffic(&mut guest, SMALL);
+        bench.traffic(&mut guest, SMALLER);
     }
     // From DMA to DMA-FQ, a driver keeps its device.
     let group = group(&mut guest, &address);
@@ -629,7 +634,7 @@ mod smmuv3 {
         checks::bring_up(&mut guest, &interface, &bench.taps[0], 2);
         let address = bench.api.endpoint("net0").pci_address;
         let load = flood(&mut guest, &bench.taps[0]);
-        for _ in 0..5 {
+        for _ in 0..3 {
             for (control, kind) in [
                 ("0000", RegistrationKind::Unmap),
                 ("8000", RegistrationKind::DevIotlb),
@@ -638,7 +643,7 @@ mod smmuv3 {
                 part(&format!("ATS control is {control}"));
                 let registration = bench.api.endpoint("net0").registration;
                 assert_eq!(registration.map(|found| found.kind), Some(kind));
-                bench.traffic(&mut guest, SMALL);
+                bench.traffic(&mut guest, SMALLER);
             }
         }
         for mut job in load {
