@@ -524,31 +524,28 @@ mod virtio_iommu {
     }
 
     #[test]
-    #[ignore = "not yet seen to pass in the emulated host"]
     fn devices_work_in_lazy_mode_and_through_changes_of_type() {
         lazy_and_switching(VIRTIO_IOMMU);
     }
 
     #[test]
-    #[ignore = "not yet seen to pass in the emulated host"]
     fn devices_work_in_passthrough_mode() {
         passthrough(VIRTIO_IOMMU);
     }
 
     #[test]
-    #[ignore = "not yet seen to pass in the emulated host"]
     fn what_the_guest_forbids_does_not_happen() {
         isolation(VIRTIO_IOMMU);
     }
 
     #[test]
-    #[ignore = "not yet seen to pass in the emulated host"]
+    #[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
     fn more_mappings_than_entries_still_let_traffic_through() {
         pressure(VIRTIO_IOMMU);
     }
 
     #[test]
-    #[ignore = "not yet seen to pass in the emulated host"]
+    #[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
     fn rebinding_and_rebooting_leave_nothing_behind() {
         storm(VIRTIO_IOMMU);
     }
