@@ -12,7 +12,6 @@ use support::{Machine, PROMPT, READY, TempDir, host, image};
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
 #[test]
-#[ignore = "not yet seen to pass in the emulated host"]
 fn a_debian_root_file_system_boots_with_systemd_to_a_login_prompt() {
     let scratch = TempDir::new("debian");
     let disk = scratch.path("root");

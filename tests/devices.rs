@@ -21,7 +21,6 @@ fn devices(guest: &mut Guest) -> Vec<String> {
 }
 
 #[test]
-#[ignore = "not yet seen to pass in the emulated host"]
 fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
     let tap = Tap::create("pctap0", 4, 10);
     let scratch = TempDir::new("devices");
