@@ -571,8 +571,14 @@ mod smmuv3 {
     }
 
     #[test]
-    fn devices_work_in_passthrough_mode() {
+    fn devices_work_in_passthrough_mode_without_ats() {
         passthrough(SMMUV3);
+    }
+
+    #[test]
+    #[ignore = "long: cargo xtask test --long"]
+    fn devices_work_in_passthrough_mode_with_ats() {
+        passthrough(SMMUV3_ATS);
     }
 
     #[test]
