@@ -192,15 +192,11 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
 /// What others wrote for the API. Only for want of their packages is it left out, and that is
 /// said at the end once more.
 fn client_tests(tally: &mut Tally) -> Result<()> {
-    title("requests generated from the API's document");
+    const WHAT: &str = "requests generated from the API's document";
+    title(WHAT);
     match clients::environment() {
-        Ok(environment) => {
-            let agree = clients::agree_with_document(&environment)?;
-            tally.count("requests generated from the API's document", agree);
-        }
-        Err(error) => tally.leave_out(format!(
-            "requests generated from the API's document: {error:#}"
-        )),
+        Ok(environment) => tally.count(WHAT, clients::agree_with_document(&environment)?),
+        Err(error) => tally.leave_out(format!("{WHAT}: {error:#}")),
     }
     Ok(())
 }

@@ -57,14 +57,13 @@ pub fn agree_with_document(environment: &Path) -> Result<bool> {
     let mut server = Server(server.spawn().context("cannot start the server")?);
     server.wait_for(&socket)?;
 
-    let path = std::env::var("PATH").unwrap_or_default();
     let bin = environment.join("bin");
     let mut client = Command::new(bin.join("python"));
     client
         .arg(paths::workspace().join("api/tests/clients/schema_driven.py"))
         .arg(&socket)
         .args(["--seed", SEED])
-        .env("PATH", format!("{}:{path}", bin.display()))
+        .env("PATH", paths::search_path(&bin))
         .current_dir(&scratch.dir);
     let status = client.status().context("cannot start the client")?;
     Ok(status.success())

@@ -272,16 +272,15 @@ fn start_qemu(
             // QEMU loses an interrupt that comes just as a guest of the host exits (its SVM
             // helpers change the pending ones without a lock). A periodic tick brings the next
             // one; after a lost one-shot timer the host would sleep for ever.
-            qemu.args(["-accel", "tcg,thread=multi,tb-size=1024"]);
             "console=ttyS0 nokaslr mitigations=off nohz=off highres=off"
         }
         Arch::Aarch64 => {
             qemu.args(["-machine", "virt,virtualization=on,gic-version=3"]);
             qemu.args(["-cpu", "max,pauth-impdef=on"]);
-            qemu.args(["-accel", "tcg,thread=multi,tb-size=1024"]);
             "console=ttyAMA0"
         }
     };
+    qemu.args(["-accel", "tcg,thread=multi,tb-size=1024"]);
     qemu.arg("-smp").arg(job.cpus.to_string());
     qemu.arg("-m").arg(job.memory_mib.to_string());
     qemu.args([

@@ -48,11 +48,10 @@ pub fn command(
             symlink(&from, to.join(name))?;
         }
     }
-    let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("timeout");
     command
         .arg(limit.as_secs().to_string())
-        .env("PATH", format!("{}:{path}", bin.display()))
+        .env("PATH", paths::search_path(&bin))
         .env("PORTCULLIS_BIN", bin.join("portcullis"))
         .env("PORTCULLIS_GUEST_DIR", guest)
         .env("PORTCULLIS_RETRIES", dir.join("retries"))

@@ -25,6 +25,12 @@ pub fn cache() -> Result<PathBuf> {
         .with_context(|| format!("cannot resolve {}", dir.display()))
 }
 
+/// A `PATH` in which `first` comes before what is there already.
+pub fn search_path(first: &Path) -> String {
+    let rest = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{rest}", first.display())
+}
+
 /// Makes `dir` by calling `make` with an empty directory, unless it was made by the same `recipe`
 /// before. Concurrent callers wait; a failed attempt leaves nothing behind that looks finished.
 pub fn made_once(dir: &Path, recipe: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {

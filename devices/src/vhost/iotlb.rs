@@ -390,15 +390,14 @@ impl VhostIotlb {
             // there before its answer is out. The gate is held until they are
             // read, or they would be faults when the driver, served by the
             // first answer, unmaps the place.
-            let inside = reader.as_ref().map(|attached| attached.region.enter());
+            let inside = (reader.as_ref()).map(|attached| (attached, attached.region.enter()));
+            let world = (inside.as_ref()).map(|(attached, inside)| self.world(attached, inside));
             for _ in 0..MAX_BATCH {
-                match (self.channel.receive(), &*reader, &inside) {
-                    (Ok(Some(miss)), Some(attached), Some(inside)) => {
-                        self.answer(&self.world(attached, inside), miss);
-                    }
-                    (Ok(Some(_)), ..) => {}
-                    (Ok(None), ..) => return true,
-                    (Err(source), ..) => {
+                match (self.channel.receive(), &world) {
+                    (Ok(Some(miss)), Some(world)) => self.answer(world, miss),
+                    (Ok(Some(_)), None) => {}
+                    (Ok(None), _) => return true,
+                    (Err(source), _) => {
                         self.fail(DeviceError::Backend {
                             what: "reading a miss of the host's vhost",
                             source,
