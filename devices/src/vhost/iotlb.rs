@@ -125,11 +125,17 @@ struct Pending {
     kick: Option<Arc<EventFd>>,
 }
 
+/// A ring and what its misses tell.
+#[derive(Clone)]
+struct Running {
+    ring: Ring,
+    /// Its used index when it last missed something.
+    used_at_miss: Option<u16>,
+}
+
 struct Table {
     shadow: Shadow,
-    rings: BTreeMap<u16, Ring>,
-    /// The used index of a queue when it last missed something.
-    used_at_miss: BTreeMap<u16, u16>,
+    rings: BTreeMap<u16, Running>,
     pending: Vec<Pending>,
     outcome: Registration,
     /// RAM, while the file is attached to an address space.
@@ -242,7 +248,6 @@ impl VhostIotlb {
                     refused: Vec::new(),
                 },
                 ram: None,
-                used_at_miss: BTreeMap::new(),
                 strikes: 0,
             }),
             counters: Counters::default(),
@@ -330,7 +335,6 @@ impl VhostIotlb {
         let mut table = self.table();
         self.forget_all(&mut table);
         table.rings.clear();
-        table.used_at_miss.clear();
         let _ = self.invalidate(&mut table, &[IovaRange::ALL]);
         table.ram = None;
     }
@@ -362,7 +366,8 @@ impl VhostIotlb {
             }
         }
         let mut table = self.table();
-        table.rings.insert(index, ring);
+        let used_at_miss = None;
+        table.rings.insert(index, Running { ring, used_at_miss });
         for entry in found {
             self.push(&mut table, entry, None).map_err(cannot_send)?;
         }
@@ -375,7 +380,6 @@ impl VhostIotlb {
         self.service();
         let mut table = self.table();
         table.rings.remove(&index);
-        table.used_at_miss.remove(&index);
         if table.rings.is_empty() {
             self.forget_all(&mut table);
         }
@@ -421,16 +425,12 @@ impl VhostIotlb {
         let world = self.world(attached, &inside);
         let (rings, waiting) = {
             let table = self.table();
-            let rings: Vec<_> = table.rings.values().cloned().collect();
+            let rings: Vec<_> = table.layouts().copied().collect();
             let waiting = table.pending.iter().map(|p| (p.iova, p.access));
             (rings, waiting.collect::<Vec<_>>())
         };
         let mut found = Vec::new();
-        for part in rings
-            .iter()
-            .filter_map(|ring| ring.layout.parts())
-            .flatten()
-        {
+        for part in rings.iter().filter_map(Layout::parts).flatten() {
             self.missing_of(&world, part, &mut found, Trace::None);
         }
         let mut answers = Vec::new();
@@ -457,7 +457,8 @@ impl VhostIotlb {
         let Some(attached) = &*reader else {
             return;
         };
-        let Some(ring) = self.table().rings.get(&index).cloned() else {
+        let ring = (self.table().rings.get(&index)).map(|running| running.ring.clone());
+        let Some(ring) = ring else {
             return;
         };
         let inside = attached.region.enter();
@@ -550,7 +551,7 @@ impl VhostIotlb {
     fn prefetch(&self, world: &World<'_>, iova: Iova, entry: Entry) -> io::Result<()> {
         let rings = self.table().rings.clone();
         let memory = Memory::new(world.inside, world.ram);
-        let missed = rings.iter().find_map(|(index, ring)| {
+        let missed = rings.iter().find_map(|(index, Running { ring, .. })| {
             let buffers = wanted(&memory, ring)?;
             let mut all = buffers.iter();
             all.any(|buffer| buffer.iova.contains(iova))
@@ -594,7 +595,9 @@ impl VhostIotlb {
         let Ok(used) = memory.used(&ring.layout) else {
             return self.prefetch_limit();
         };
-        let last = self.table().used_at_miss.insert(index, used);
+        let mut table = self.table();
+        let running = table.rings.get_mut(&index);
+        let last = running.and_then(|running| running.used_at_miss.replace(used));
         let through = last.map_or(u16::MAX, |last| used.wrapping_sub(last));
         let twice = 2 * usize::from(through);
         twice.max(MIN_PREFETCH).min(self.prefetch_limit())
@@ -842,8 +845,13 @@ enum Trace {
 }
 
 impl Table {
+    /// Where the rings are.
+    fn layouts(&self) -> impl Iterator<Item = &Layout> {
+        self.rings.values().map(|running| &running.ring.layout)
+    }
+
     fn is_ring(&self, entry: &Entry) -> bool {
-        let parts = self.rings.values().filter_map(|ring| ring.layout.parts());
+        let parts = self.layouts().filter_map(Layout::parts);
         parts.flatten().any(|part| part.iova.overlaps(entry.iova))
     }
 
@@ -901,7 +909,7 @@ impl NotifierSink for VhostIotlb {
         let mut table = self.table();
         // An error has already halted the device.
         let _ = self.invalidate(&mut table, ranges);
-        let lost = table.rings.values().filter_map(|ring| ring.layout.parts());
+        let lost = table.layouts().filter_map(Layout::parts);
         let lost = lost.flatten().any(|part| {
             let gone = ranges.iter().any(|range| range.overlaps(part.iova));
             gone && table.shadow.holder(part.iova.first()).is_none()
