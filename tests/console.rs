@@ -5,6 +5,8 @@ mod support;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use support::{Guest, Machine, PROMPT, READY, TempDir};
 
@@ -155,6 +157,29 @@ fn a_large_paste_arrives_whole() {
                     printf '%04d the quick brown fox jumps over the lazy dog\\n' $i; \
                     i=$((i+1)); done | cmp - /tmp/paste";
     guest.run(expected);
+    guest.type_line("poweroff -f").expect_exit(0);
+}
+
+#[test]
+fn a_paste_out_of_step_with_the_fifo_arrives_whole() {
+    let mut guest = Machine::new().boot();
+    let lines = (0..400).map(|n| format!("{n:04} pack my box with five dozen liquor jugs\n"));
+    let paste: String = lines.collect();
+    guest.run("stty -echo");
+    guest.type_line("echo li''stening; cat > /tmp/paste; echo cat ended");
+    guest.wait_for("listening");
+    // Each piece enters the FIFO by itself if the guest has taken the one
+    // before, and what follows does not begin at a FIFO's start.
+    let (by_hand, rest) = paste.split_at(550);
+    for start in (0..by_hand.len()).step_by(11) {
+        guest.type_text(&by_hand[start..start + 11]);
+        sleep(Duration::from_millis(1));
+    }
+    guest
+        .type_text(rest)
+        .type_text("\x04")
+        .wait_for("cat ended");
+    assert_eq!(guest.run("wc -c < /tmp/paste"), paste.len().to_string());
     guest.type_line("poweroff -f").expect_exit(0);
 }
 
