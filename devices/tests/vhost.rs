@@ -383,6 +383,14 @@ impl World {
     }
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["link", "delete", &self.tap])
+            .status();
+    }
+}
+
 fn eventually(mut happens: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + Duration::from_secs(5);
     while Instant::now() < end {
@@ -400,14 +408,6 @@ fn map_unmap() -> NotifierEvents {
 
 fn buffer(n: u64) -> u64 {
     BUFFERS + n * PAGE
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["link", "delete", &self.tap])
-            .status();
-    }
 }
 
 #[test]

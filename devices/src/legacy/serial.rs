@@ -188,8 +188,7 @@ impl Port {
     /// the line is a pulse nothing else would tell it.
     fn identify(&mut self) -> u8 {
         let cause = self.uart.read(IIR);
-        let received = self.receiving() && self.uart.read(LSR) & LSR_DATA_READY != 0;
-        if received && cause & IIR_NONE != 0 {
+        if cause & IIR_NONE != 0 && self.receiving() && self.data_ready() {
             return cause & !IIR_NONE | IIR_RECEIVED;
         }
         cause
@@ -209,7 +208,7 @@ impl Port {
         if self.looped() || !self.receiving() {
             return;
         }
-        while self.uart.read(LSR) & LSR_DATA_READY == 0 && !self.waiting.is_empty() {
+        while !self.data_ready() && !self.waiting.is_empty() {
             let (head, _) = self.waiting.as_slices();
             let Ok(taken @ 1..) = self.uart.enqueue_raw_bytes(head) else {
                 break;
@@ -235,6 +234,11 @@ impl Port {
 
     fn divisor_access(&mut self) -> bool {
         self.uart.read(LCR) & LCR_DIVISOR_ACCESS != 0
+    }
+
+    /// Whether there is something in the FIFO.
+    fn data_ready(&mut self) -> bool {
+        self.uart.read(LSR) & LSR_DATA_READY != 0
     }
 
     fn looped(&mut self) -> bool {
