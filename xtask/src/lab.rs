@@ -112,7 +112,7 @@ impl Job {
 pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
     let images = guest::prepare(job.arch)?;
     let host = prepare_host(job.arch)?;
-    let _lock = lock()?;
+    let _lock = lock(job.arch)?;
     let dir = paths::target().join(format!("lab/{}", job.arch));
     if dir.exists() {
         fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
@@ -185,14 +185,15 @@ fn prepare_host(arch: Arch) -> Result<Host> {
     })
 }
 
-/// One lab at a time on a machine, whoever started it: two would only slow each other down.
-fn lock() -> Result<File> {
-    let path = std::env::temp_dir().join("portcullis-lab.lock");
+/// One lab of each architecture at a time on a machine, from every checkout: two of one would only
+/// slow each other down, two of different ones share the machine's cores.
+fn lock(arch: Arch) -> Result<File> {
+    let path = std::env::temp_dir().join(format!("portcullis-lab-{arch}.lock"));
     let file = File::options().create(true).append(true).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     if file.try_lock().is_err() {
         eprintln!(
-            "lab: waiting for another lab on this machine ({})",
+            "lab: waiting for another {arch} lab on this machine ({})",
             path.display()
         );
         file.lock()?;
