@@ -6,8 +6,9 @@ mod driver;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
-use devices::virtio::block::{Disk, Image};
+use devices::virtio::block::{Disk, Image, Served};
 use driver::{AVAIL, SIZE, TABLE, USED};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
@@ -87,12 +88,13 @@ fn run(rig: &mut Rig, input: &Input) {
         driver::write(&ram, at, *value);
     }
     let dma = driver::space(&ram).dma();
+    let go_on = AtomicBool::new(false);
     let mut queue = driver::queue(input.event_idx);
     // A ring holds so many; a driver that changes it meanwhile is not here.
     for _ in 0..SIZE {
-        match rig.disk.serve(&mut queue, &dma) {
-            Ok(Some(_)) => {}
-            Ok(None) => break,
+        match rig.disk.serve(&mut queue, &dma, &go_on) {
+            Ok(Served::Done { .. }) => {}
+            Ok(Served::Nothing) => break,
             Err(reason) => {
                 assert!(!reason.is_empty());
                 break;
@@ -107,7 +109,10 @@ fn run(rig: &mut Rig, input: &Input) {
     let write = [(HEADER, 16, false), (DATA, 512, false), (STATUS, 1, true)];
     driver::post(&ram, &write);
     let mut queue = driver::queue(false);
-    assert_eq!(rig.disk.serve(&mut queue, &dma), Ok(Some(true)));
+    assert_eq!(
+        rig.disk.serve(&mut queue, &dma, &go_on),
+        Ok(Served::Done { interrupt: true })
+    );
     driver::write(&ram, HEADER, [0_u64, 7]);
     let read = [
         (HEADER, 16, false),
@@ -116,7 +121,10 @@ fn run(rig: &mut Rig, input: &Input) {
     ];
     driver::post(&ram, &read);
     let mut queue = driver::queue(false);
-    assert_eq!(rig.disk.serve(&mut queue, &dma), Ok(Some(true)));
+    assert_eq!(
+        rig.disk.serve(&mut queue, &dma, &go_on),
+        Ok(Served::Done { interrupt: true })
+    );
     assert_eq!(driver::read::<u8>(&ram, STATUS), 0);
     assert_eq!(driver::read::<[u8; 32]>(&ram, DATA + 512), [0x5a; 32]);
     assert_eq!(driver::read::<u32>(&ram, USED + 8), 513);

@@ -5,7 +5,7 @@
 //! made is dropped.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -269,7 +269,7 @@ fn place(buses: &Buses, at: LegacyDevice, device: Arc<dyn BusDevice>) -> Result<
 fn describe(plan: &MachinePlan, pci: Option<&PciBus>) -> io::Result<Platform> {
     // The guest would otherwise wait for entropy it has no source of.
     let mut seed = [0; 32];
-    File::open("/dev/urandom")?.read_exact(&mut seed)?;
+    getrandom::fill(&mut seed)?;
     Ok(Platform {
         cpus: u32::from(plan.vcpus),
         ram: ram_ranges(plan),

@@ -16,7 +16,7 @@ use std::{io, thread};
 use iommu::DmaSpace;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -26,14 +26,22 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::image::SECTOR;
 pub use self::image::{Image, ImageError};
-pub use self::request::Disk;
+pub use self::request::{Disk, Served};
 use super::chain::RINGS_OUTSIDE;
 use super::failure::{Alarm, Failure};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
 
 const QUEUE_SIZE: u16 = 256;
-/// Most data segments of a request: a ring's worth without header and status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Most data segments of a request (`seg_max`): a ring's worth without header
+/// and status.
+const SEG_MAX: u16 = QUEUE_SIZE - 2;
+/// Most descriptors of a request: its segments, header and status.
+const MAX_DESCRIPTORS: u16 = SEG_MAX + 2;
+/// Most bytes of a segment (`size_max`), and most bytes that move while the
+/// stream's gate is held.
+const SIZE_MAX: u32 = 1 << 20;
+/// Most bytes of a request: what `seg_max` and `size_max` allow together.
+const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 /// Most sectors of one discard or write-zeroes segment (128 MiB): a host that
 /// has to write the zeros is done with them in a moment.
 const MAX_CLEAR_SECTORS: u32 = 1 << 18;
@@ -65,7 +73,8 @@ struct Running {
 /// What the worker shares with the device.
 struct Shared {
     queues: Vec<Mutex<Option<Running>>>,
-    /// Set to make the worker leave a queue between two requests.
+    /// Set to make the worker leave a queue: between two requests, or between
+    /// two MiB of one.
     leave: Vec<AtomicBool>,
     epoll: Epoll,
     stop: EventFd,
@@ -154,7 +163,8 @@ impl Block {
 }
 
 fn offered(config: &BlockConfig, image: &Image) -> u64 {
-    let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+    let mut features = 1 << VIRTIO_BLK_F_SIZE_MAX
+        | 1 << VIRTIO_BLK_F_SEG_MAX
         | 1 << VIRTIO_BLK_F_BLK_SIZE
         | 1 << VIRTIO_BLK_F_MQ
         | 1 << VIRTIO_RING_F_EVENT_IDX
@@ -178,7 +188,8 @@ fn config_space(sectors: u64, queues: u16) -> [u8; 60] {
         field.for_each(|(to, from)| *to = *from);
     };
     put(0, &sectors.to_le_bytes());
-    put(12, &SEG_MAX.to_le_bytes());
+    put(8, &SIZE_MAX.to_le_bytes());
+    put(12, &u32::from(SEG_MAX).to_le_bytes());
     put(20, &u32::try_from(SECTOR).unwrap_or(512).to_le_bytes());
     put(34, &queues.to_le_bytes());
     // Discard: sectors, segments, alignment in sectors.
@@ -344,10 +355,10 @@ impl Running {
             if leave.load(Ordering::Acquire) {
                 break;
             }
-            match disk.serve(&mut self.queue, &self.dma)? {
-                Some(true) => self.interrupt.signal(),
-                Some(false) => {}
-                None => break,
+            match disk.serve(&mut self.queue, &self.dma, leave)? {
+                Served::Done { interrupt: true } => self.interrupt.signal(),
+                Served::Done { interrupt: false } => {}
+                Served::Nothing => break,
             }
         }
         let more = self.queue.enable_notification(&self.dma.view());

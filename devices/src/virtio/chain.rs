@@ -29,12 +29,21 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Takes the next chain from `queue`, if the driver posted one. All of its
-    /// lengths together are below 2^32.
+    /// Takes the next chain from `queue`, if the driver posted one. It has at
+    /// most `longest` descriptors, those of an indirect table included, and the
+    /// sum of their lengths is below 2^32.
+    ///
+    /// A chain must not be longer than the queue (§2.7.5.3.1), so the largest
+    /// queue that a device offers is a sufficient bound for a device without a
+    /// narrower one. No more than `longest` + 1 descriptors are read.
     ///
     /// # Errors
     /// What the driver did wrong.
-    pub fn take(queue: &mut Queue, view: &DmaView<'_>) -> Result<Option<Self>, &'static str> {
+    pub fn take(
+        queue: &mut Queue,
+        view: &DmaView<'_>,
+        longest: u16,
+    ) -> Result<Option<Self>, &'static str> {
         let mut available = queue.iter(view).map_err(|error| match error {
             Error::InvalidAvailRingIndex => "more chains are available than the ring has room for",
             _ => RINGS_OUTSIDE,
@@ -56,6 +65,9 @@ impl Chain {
                 at: descriptor.addr(),
                 len: descriptor.len(),
             };
+            if taken.given.len() + taken.room.len() == usize::from(longest) {
+                return Err("a chain has more descriptors than the device offers to take");
+            }
             if descriptor.is_write_only() {
                 taken.room.push(buffer);
             } else if taken.room.is_empty() {

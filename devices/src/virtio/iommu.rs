@@ -21,7 +21,10 @@ use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, r
 
 const REQUEST_QUEUE: u16 = 0;
 const EVENT_QUEUE: u16 = 1;
-const QUEUE_SIZES: [u16; 2] = [256, 64];
+/// Largest sizes of the two queues, and of the chains in them (§2.7.5.3.1).
+const REQUEST_SIZE: u16 = 256;
+const EVENT_SIZE: u16 = 64;
+const QUEUE_SIZES: [u16; 2] = [REQUEST_SIZE, EVENT_SIZE];
 /// The longest request that a driver writes, and the longest answer.
 const MAX_REQUEST: usize = 128;
 const MAX_REPLY: usize = spec::PROBE_SIZE as usize + spec::request::TAIL_SIZE;
@@ -88,7 +91,7 @@ impl FaultSink for EventQueue {
 /// that holds it.
 fn push_report(running: &mut Running, report: &FaultReport) -> bool {
     let view = running.dma.view();
-    let Ok(Some(chain)) = Chain::take(&mut running.queue, &view) else {
+    let Ok(Some(chain)) = Chain::take(&mut running.queue, &view, EVENT_SIZE) else {
         return false;
     };
     let bytes = report.to_bytes();
@@ -199,7 +202,7 @@ fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> 
     let mut done = Vec::new();
     let mut outcome = Ok(());
     while outcome.is_ok() && done.len() < usize::from(queue.size()) {
-        let chain = match Chain::take(queue, &view) {
+        let chain = match Chain::take(queue, &view, REQUEST_SIZE) {
             Ok(Some(chain)) => chain,
             Ok(None) => break,
             Err(reason) => {

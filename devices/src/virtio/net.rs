@@ -19,7 +19,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT as _;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::control::Command;
+use self::control::{CONTROL_SIZE, Command};
 use super::failure::{Alarm, Failure};
 use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice, read_image};
 use crate::tap::{Offloads, Tap};
@@ -29,8 +29,6 @@ use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
 
 /// Entries of a data queue.
 const QUEUE_SIZE: u16 = 256;
-/// Entries of the control queue.
-const CONTROL_SIZE: u16 = 64;
 
 /// What the user says of a network device.
 #[derive(Clone, Debug)]

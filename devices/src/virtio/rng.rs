@@ -1,9 +1,8 @@
 //! The entropy device (virtio 1.2 §5.4): bytes of the host's random pool.
 
-use std::fs::File;
 use std::io;
 
-use iommu::DmaSpace;
+use iommu::{DmaSpace, DmaView};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{Queue, QueueT as _};
@@ -12,14 +11,15 @@ use vm_memory::Bytes as _;
 use super::chain::{Chain, RINGS_OUTSIDE};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
 
-const QUEUE_SIZES: [u16; 1] = [64];
-/// Bytes given for one buffer, at most: a driver that asks for more comes again.
+/// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
+const QUEUE_SIZE: u16 = 64;
+const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
+/// Most bytes given for one chain: a driver that asks for more comes again.
 const MAX_BYTES: usize = 4096;
 
 /// The device. It answers on the vCPU that kicks: the pool never blocks, and
 /// what is given for one kick is bounded.
 pub struct Rng {
-    source: File,
     running: Option<Running>,
 }
 
@@ -30,15 +30,14 @@ struct Running {
 }
 
 impl Rng {
-    /// The device over the host's `/dev/urandom`.
+    /// The device over getrandom(2), which needs no file: a process in a chroot
+    /// without `/dev` has it too.
     ///
     /// # Errors
-    /// The source cannot be opened.
+    /// The host does not give random bytes (a system call filter, say).
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            source: File::open("/dev/urandom")?,
-            running: None,
-        })
+        getrandom::fill(&mut [0])?;
+        Ok(Self { running: None })
     }
 }
 
@@ -85,7 +84,7 @@ impl VirtioDevice for Rng {
 
     fn kicked(&mut self, _index: u16) -> Result<(), DeviceError> {
         match &mut self.running {
-            Some(running) => running.fill(&mut self.source),
+            Some(running) => running.fill(),
             None => Ok(()),
         }
     }
@@ -94,30 +93,45 @@ impl VirtioDevice for Rng {
 }
 
 impl Running {
-    /// Fills what is posted, up to a ring of buffers.
-    fn fill(&mut self, source: &mut File) -> Result<(), DeviceError> {
+    /// Fills what is posted, up to a ring of chains. Each chain has a view of its
+    /// own, so that an unmap waits for one chain at most.
+    fn fill(&mut self) -> Result<(), DeviceError> {
         let bad = |reason| DeviceError::BadQueue { queue: 0, reason };
-        let view = self.dma.view();
         let mut any = false;
         for _ in 0..self.queue.size() {
-            let Some(chain) = Chain::take(&mut self.queue, &view).map_err(bad)? else {
+            let view = self.dma.view();
+            let chain = Chain::take(&mut self.queue, &view, QUEUE_SIZE).map_err(bad)?;
+            let Some(chain) = chain else {
                 break;
             };
-            let mut given = 0;
-            for buffer in &chain.room {
-                let len = (buffer.len as usize).min(MAX_BYTES - given);
-                let filled = view.read_exact_volatile_from(buffer.at, source, len);
-                filled.map_err(|_| bad("a buffer is not in memory"))?;
-                given += len;
-            }
-            let given = u32::try_from(given).unwrap_or(0);
+            let given = give(&view, &chain).map_err(bad)?;
             let used = self.queue.add_used(&view, chain.head, given);
             used.map_err(|_| bad(RINGS_OUTSIDE))?;
             any = true;
         }
         if any {
-            self.interrupt.signal_for(&self.queue, &view);
+            self.interrupt.signal_for(&self.queue, &self.dma.view());
         }
         Ok(())
     }
 }
+
+/// Fills a chain's buffers from the front. Returns the number of bytes given.
+fn give(view: &DmaView<'_>, chain: &Chain) -> Result<u32, &'static str> {
+    let room: u64 = chain.room.iter().map(|buffer| u64::from(buffer.len)).sum();
+    let mut random = [0; MAX_BYTES];
+    let given = usize::try_from(room).unwrap_or(MAX_BYTES).min(MAX_BYTES);
+    let (random, _) = random.split_at_mut(given);
+    getrandom::fill(random).map_err(|_| "the host gives no random bytes")?;
+    let mut rest = &*random;
+    for buffer in &chain.room {
+        let (now, later) = rest.split_at(rest.len().min(buffer.len as usize));
+        view.write_slice(now, buffer.at)
+            .map_err(|_| "a buffer is not in memory")?;
+        rest = later;
+    }
+    Ok(u32::try_from(given).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use iommu::{DmaSpace, DmaView};
 use log::{debug, warn};
@@ -15,7 +15,7 @@ use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 
 use super::image::{Image, SECTOR};
-use super::{BlockCounters, MAX_CLEAR_SECTORS};
+use super::{BlockCounters, MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, MAX_REQUEST, SIZE_MAX};
 use crate::virtio::chain::{Buffer, Chain, RINGS_OUTSIDE};
 
 /// Bytes of the header: type, reserved, sector.
@@ -100,18 +100,49 @@ fn take_front(view: &DmaView<'_>, given: &mut [Buffer], bytes: &mut [u8]) -> boo
     rest.is_empty()
 }
 
+/// Takes up to `most` bytes from the front of a buffer. `None` when the buffer
+/// ends beyond 2^64.
+fn take_part(rest: &mut Buffer, most: u32) -> Option<Buffer> {
+    rest.at
+        .0
+        .checked_add(u64::from(rest.len.saturating_sub(1)))?;
+    let part = Buffer {
+        at: rest.at,
+        len: rest.len.min(most),
+    };
+    // A buffer may end with the last byte of the address space.
+    rest.at.0 = rest.at.0.wrapping_add(u64::from(part.len));
+    rest.len -= part.len;
+    Some(part)
+}
+
 fn total(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
 }
 
 /// Why a request is not carried out.
 enum Refusal {
+    /// The queue is being stopped.
+    Stopping,
     /// There is no such request.
     Unsupported,
     /// The driver asks for what cannot be.
     Invalid(&'static str),
     /// The host's storage failed.
     Host(io::Error),
+}
+
+/// What became of a queue's next request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// None is posted, or the queue is being stopped and the request is left
+    /// in it.
+    Nothing,
+    /// It is in the used ring.
+    Done {
+        /// The driver wants an interrupt for it (§2.7.7).
+        interrupt: bool,
+    },
 }
 
 impl From<io::Error> for Refusal {
@@ -156,27 +187,33 @@ impl Disk {
         &self.counters
     }
 
-    /// Carries out the next request of `queue`. Returns whether its driver
-    /// wants an interrupt for it, or `None` when nothing is posted.
+    /// Carries out the next request of `queue`. Once `leave` is set, a request
+    /// whose data is still on its way is left in the queue: it is carried out
+    /// from its beginning when the queue starts from that position again.
     ///
-    /// The stream's gate is held while data moves, and not while the host
-    /// flushes or clears: an unmap of the guest waits for no more than it must.
+    /// The stream's gate is held while at most [`SIZE_MAX`] bytes move, and not
+    /// while the host flushes or clears: an unmap of the guest waits for no more
+    /// than that.
     ///
     /// # Errors
-    /// What the driver did wrong, when there is no way to tell it in a status.
+    /// What the driver did wrong, when there is no way to report it in a status.
     pub fn serve(
         &mut self,
         queue: &mut Queue,
         dma: &DmaSpace,
-    ) -> Result<Option<bool>, &'static str> {
+        leave: &AtomicBool,
+    ) -> Result<Served, &'static str> {
         let mut request = {
             let view = dma.view();
-            let Some(chain) = Chain::take(queue, &view)? else {
-                return Ok(None);
+            let Some(chain) = Chain::take(queue, &view, MAX_DESCRIPTORS)? else {
+                return Ok(Served::Nothing);
             };
             Request::parse(&view, chain)?
         };
-        let (status, written) = self.answer(dma, &mut request);
+        let Some((status, written)) = self.answer(dma, &mut request, leave) else {
+            queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+            return Ok(Served::Nothing);
+        };
         let view = dma.view();
         let [status, ..] = status.to_le_bytes();
         view.write_obj(status, request.status)
@@ -185,21 +222,32 @@ impl Disk {
         let written = u32::try_from(written + 1).unwrap_or(u32::MAX);
         let used = queue.add_used(&view, request.head, written);
         used.map_err(|_| RINGS_OUTSIDE)?;
-        let wanted = queue.needs_notification(&view);
-        wanted.map(Some).map_err(|_| RINGS_OUTSIDE)
+        let interrupt = queue.needs_notification(&view).map_err(|_| RINGS_OUTSIDE)?;
+        Ok(Served::Done { interrupt })
     }
 
-    /// The status of a request, and how many bytes it wrote to the guest.
-    fn answer(&mut self, dma: &DmaSpace, request: &mut Request) -> (u32, u64) {
+    /// The status of a request, and how many bytes it wrote to the guest; `None`
+    /// when it was broken off because the queue is being stopped.
+    fn answer(
+        &mut self,
+        dma: &DmaSpace,
+        request: &mut Request,
+        leave: &AtomicBool,
+    ) -> Option<(u32, u64)> {
+        let result = self.perform(dma, request, leave);
+        if matches!(result, Err(Refusal::Stopping)) {
+            return None;
+        }
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        let refusal = match self.perform(dma, request) {
-            Ok(written) => return (VIRTIO_BLK_S_OK, written),
+        let refusal = match result {
+            Ok(written) => return Some((VIRTIO_BLK_S_OK, written)),
             Err(refusal) => refusal,
         };
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
         let name = &self.name;
         match refusal {
-            Refusal::Unsupported => return (VIRTIO_BLK_S_UNSUPP, 0),
+            Refusal::Stopping => return None,
+            Refusal::Unsupported => return Some((VIRTIO_BLK_S_UNSUPP, 0)),
             Refusal::Invalid(what) => debug!("{name}: a request is refused: {what}"),
             // Once as a warning: a full disk fails every write.
             Refusal::Host(error) if !self.told => {
@@ -208,22 +256,27 @@ impl Disk {
             }
             Refusal::Host(error) => debug!("{name}: a request failed on the host: {error}"),
         }
-        (VIRTIO_BLK_S_IOERR, 0)
+        Some((VIRTIO_BLK_S_IOERR, 0))
     }
 
-    fn perform(&mut self, dma: &DmaSpace, request: &mut Request) -> Result<u64, Refusal> {
+    fn perform(
+        &mut self,
+        dma: &DmaSpace,
+        request: &mut Request,
+        leave: &AtomicBool,
+    ) -> Result<u64, Refusal> {
         if request.writes() && self.image.read_only() {
             return Err(Refusal::Invalid("the disk is read-only"));
         }
         match request.kind {
             VIRTIO_BLK_T_IN => {
-                self.transfer(dma, request, Permissions::Write)?;
+                self.transfer(dma, request, Permissions::Write, leave)?;
                 let read = total(&request.room);
                 self.counters.read_bytes.fetch_add(read, Ordering::Relaxed);
                 Ok(read)
             }
             VIRTIO_BLK_T_OUT => {
-                self.transfer(dma, request, Permissions::Read)?;
+                self.transfer(dma, request, Permissions::Read, leave)?;
                 let written = total(&request.given);
                 let counter = &self.counters.written_bytes;
                 counter.fetch_add(written, Ordering::Relaxed);
@@ -249,30 +302,58 @@ impl Disk {
 
     /// Moves whole sectors between the image and the buffers, which may be
     /// scattered over any number of mappings; `access` is what that is for the
-    /// guest's memory.
+    /// guest's memory. Each [`SIZE_MAX`] bytes have a view of their own.
     fn transfer(
         &mut self,
         dma: &DmaSpace,
         request: &Request,
         access: Permissions,
+        leave: &AtomicBool,
     ) -> Result<(), Refusal> {
-        let to_guest = access == Permissions::Write;
-        let buffers = match to_guest {
-            true => &request.room,
-            false => &request.given,
+        let buffers = match access {
+            Permissions::Write => &request.room,
+            _ => &request.given,
         };
-        let offset = self.image.offset(request.sector, total(buffers));
+        let bytes = total(buffers);
+        if bytes > MAX_REQUEST {
+            return Err(Refusal::Invalid("it is longer than the device offers"));
+        }
+        let offset = self.image.offset(request.sector, bytes);
         let offset = offset.ok_or(Refusal::Invalid("it goes beyond the disk"))?;
-        let view = dma.view();
         self.image.seek(offset)?;
+        let mut view = dma.view();
+        let mut left = SIZE_MAX;
         for buffer in buffers {
-            let slices = view.get_slices(buffer.at, buffer.len as usize, access);
-            for slice in slices.map_err(|_| OUTSIDE)? {
-                let mut slice = slice.map_err(|_| OUTSIDE)?;
-                match to_guest {
-                    true => self.image.read(&mut slice)?,
-                    false => self.image.write(&slice)?,
+            let mut rest = *buffer;
+            while rest.len != 0 {
+                if left == 0 {
+                    drop(view);
+                    if leave.load(Ordering::Acquire) {
+                        return Err(Refusal::Stopping);
+                    }
+                    view = dma.view();
+                    left = SIZE_MAX;
                 }
+                let part = take_part(&mut rest, left).ok_or(OUTSIDE)?;
+                self.move_part(&view, part, access)?;
+                left -= part.len;
+            }
+        }
+        Ok(())
+    }
+
+    fn move_part(
+        &mut self,
+        view: &DmaView<'_>,
+        part: Buffer,
+        access: Permissions,
+    ) -> Result<(), Refusal> {
+        let slices = view.get_slices(part.at, part.len as usize, access);
+        for slice in slices.map_err(|_| OUTSIDE)? {
+            let mut slice = slice.map_err(|_| OUTSIDE)?;
+            match access {
+                Permissions::Write => self.image.read(&mut slice)?,
+                _ => self.image.write(&slice)?,
             }
         }
         Ok(())

@@ -13,10 +13,14 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 use crate::rig::{self, NEXT, RAM, REQUESTER, Ring};
 
+mod pieces;
+
 const HEADER: u64 = 0x8000;
 const STATUS: u64 = 0x9000;
 const DATA: u64 = 0xa000;
 const SECTORS: u64 = 16;
+/// A request is done, and its driver wants an interrupt.
+const DONE: Served = Served::Done { interrupt: true };
 /// What the status byte holds before the device writes it.
 const UNTOUCHED: u32 = 0x5a;
 
@@ -69,15 +73,16 @@ impl Driver {
         self.ring.post(&buffers);
     }
 
-    fn serve(&mut self) -> Result<Option<bool>, &'static str> {
-        self.disk.serve(&mut self.queue, &self.dma)
+    fn serve(&mut self) -> Result<Served, &'static str> {
+        let go_on = AtomicBool::new(false);
+        self.disk.serve(&mut self.queue, &self.dma, &go_on)
     }
 
     /// The status of a request, and the length in the used ring.
     fn ask(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u32, u32) {
         let before = self.ring.done();
         self.post(kind, sector, data);
-        assert_eq!(self.serve(), Ok(Some(true)));
+        assert_eq!(self.serve(), Ok(DONE));
         assert_eq!(self.ring.done(), before.wrapping_add(1));
         let status: u8 = self.ring.read(STATUS);
         (status.into(), self.ring.used_entry(before).1)
@@ -166,14 +171,14 @@ fn header_data_and_status_may_be_cut_anywhere() {
         (STATUS, 1, true),
         (STATUS + 8, 0, true),
     ]);
-    assert_eq!(driver.serve(), Ok(Some(true)));
+    assert_eq!(driver.serve(), Ok(DONE));
     assert_eq!(driver.ring.read::<u8>(STATUS), 0);
     assert_eq!(driver.stored()[512..1024], [0xcd; 512]);
     // Data and status in one buffer.
     driver.post(VIRTIO_BLK_T_IN, 2, &[]);
     driver.ring.write(driver.ring.avail() + 2, 1_u16);
     driver.ring.post(&[(HEADER, 16, false), (DATA, 513, true)]);
-    assert_eq!(driver.serve(), Ok(Some(true)));
+    assert_eq!(driver.serve(), Ok(DONE));
     assert_eq!(driver.memory(DATA, 512), [2; 512]);
     assert_eq!(driver.memory(DATA + 512, 1), [0]);
 }

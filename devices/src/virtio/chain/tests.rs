@@ -11,6 +11,9 @@ use crate::rig::{INDIRECT, NEXT, RAM, REQUESTER, Ring, WRITE, ram};
 const BASE: u64 = 0x1000;
 const TABLE: u64 = 0x8000;
 const SIZE: u16 = 8;
+/// The device's bound: longer than every chain of the ring's own table and of
+/// the indirect tables of these tests.
+const LONGEST: u16 = 16;
 
 fn ring() -> Ring {
     Ring::new(&ram(), BASE, SIZE)
@@ -18,7 +21,7 @@ fn ring() -> Ring {
 
 fn take_from(queue: &mut Queue, ram: &Arc<GuestRam>) -> Result<Option<Chain>, &'static str> {
     let dma = AddressSpace::identity(REQUESTER, Arc::clone(ram)).dma();
-    Chain::take(queue, &dma.view())
+    Chain::take(queue, &dma.view(), LONGEST)
 }
 
 fn take(ring: &Ring) -> Result<Option<Chain>, &'static str> {
@@ -140,6 +143,31 @@ fn chain_of_4_gib_is_refused() {
     let ring = ring();
     ring.post(&[(0, u32::MAX, false), (0, 1, true)]);
     assert!(refusal(&ring).contains("no end"));
+}
+
+#[test]
+fn chain_longer_than_the_device_offers_is_refused_before_it_is_read_to_its_end() {
+    let ring = ring();
+    // The table is longer than a ring can be, and mostly outside memory.
+    let entries = u32::from(u16::MAX) - 5;
+    ring.describe(BASE, 0, (TABLE, entries * 16), INDIRECT, 0);
+    for (slot, last) in [(LONGEST, true), (LONGEST + 1, false)] {
+        for slot in 0..slot {
+            ring.describe(TABLE, slot, (0x100, 1), NEXT, slot + 1);
+        }
+        ring.describe(TABLE, slot - 1, (0x100, 1), 0, 0);
+        ring.write(ring.avail() + 2, 0_u16);
+        ring.make_available(0);
+        match take(&ring) {
+            Ok(chain) => {
+                assert!(last);
+                assert_eq!(chain.unwrap().given.len(), usize::from(LONGEST));
+            }
+            Err(reason) => {
+                assert!(!last && reason.contains("more descriptors"), "{reason}");
+            }
+        }
+    }
 }
 
 #[test]

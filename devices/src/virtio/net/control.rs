@@ -12,6 +12,8 @@ use iommu::DmaView;
 use crate::virtio::chain::{Chain, RINGS_OUTSIDE};
 use crate::virtio::{DeviceError, StartedQueue};
 
+/// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
+pub const CONTROL_SIZE: u16 = 64;
 /// Bytes of a command that are looked at: none that we know has more.
 const MAX_COMMAND: usize = 16;
 
@@ -67,7 +69,7 @@ pub fn serve(
     for _ in 0..started.queue.size() {
         let asked = {
             let view = dma.view();
-            let chain = Chain::take(&mut started.queue, &view).map_err(bad)?;
+            let chain = Chain::take(&mut started.queue, &view, CONTROL_SIZE).map_err(bad)?;
             let Some(chain) = chain else {
                 break;
             };

@@ -1,0 +1,78 @@
+use std::sync::Arc;
+
+use iommu::AddressSpace;
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::rig::{self, INDIRECT, NEXT, REQUESTER, Ring, WRITE};
+
+const BASE: u64 = 0x1000;
+const TABLE: u64 = 0x8000;
+const DATA: u64 = 0x2_0000;
+
+/// Starts the device on the ring, which serves what is posted there.
+fn start(ring: &Ring) -> Result<(), DeviceError> {
+    let board = rig::Board::default();
+    crate::interrupt::MsiSink::vector(&board).unwrap();
+    Rng::new().unwrap().start_queue(
+        0,
+        StartedQueue {
+            queue: ring.queue(),
+            space: AddressSpace::identity(REQUESTER, Arc::clone(&ring.ram)),
+            kick: Arc::new(rig::eventfd()),
+            interrupt: Interrupt::new(board.given(0)),
+        },
+    )
+}
+
+#[test]
+fn each_chain_is_given_other_bytes_over_all_of_its_buffers() {
+    let ring = Ring::new(&rig::ram(), BASE, 16);
+    ring.post(&[
+        (DATA, 20, true),
+        (DATA + 0x100, 0, true),
+        (DATA + 0x200, 12, true),
+    ]);
+    ring.make_available(0);
+    start(&ring).unwrap();
+    assert_eq!((ring.used_entry(0).1, ring.used_entry(1).1), (32, 32));
+    let mut bytes = [0; 32];
+    let (first, second) = bytes.split_at_mut(20);
+    ring.ram.read_slice(first, GuestAddress(DATA)).unwrap();
+    ring.ram
+        .read_slice(second, GuestAddress(DATA + 0x200))
+        .unwrap();
+    // Each half is all zeros in one of 2^96 runs.
+    assert!(first.iter().any(|&byte| byte != 0));
+    assert!(second.iter().any(|&byte| byte != 0));
+    assert_eq!(ring.read::<u8>(DATA + 20), 0);
+}
+
+#[test]
+fn request_of_gigabytes_is_given_a_page() {
+    let ring = Ring::new(&rig::ram(), BASE, 16);
+    for slot in 0..64 {
+        let flags = if slot == 63 { WRITE } else { NEXT | WRITE };
+        ring.describe(TABLE, slot, (DATA, 64 << 20), flags, slot + 1);
+    }
+    // 64 MiB each, one byte less than 4 GiB in all.
+    ring.describe(TABLE, 63, (DATA, (64 << 20) - 1), WRITE, 0);
+    ring.describe(BASE, 0, (TABLE, 64 * 16), INDIRECT, 0);
+    ring.make_available(0);
+    start(&ring).unwrap();
+    assert_eq!(ring.used_entry(0), (0, 4096));
+}
+
+#[test]
+fn chain_longer_than_the_queue_is_refused() {
+    let ring = Ring::new(&rig::ram(), BASE, 16);
+    for slot in 0..65 {
+        ring.describe(TABLE, slot, (DATA, 0), NEXT | WRITE, slot + 1);
+    }
+    ring.describe(TABLE, 64, (DATA, 1), WRITE, 0);
+    ring.describe(BASE, 0, (TABLE, 65 * 16), INDIRECT, 0);
+    ring.make_available(0);
+    let refused = start(&ring).unwrap_err().to_string();
+    assert!(refused.contains("more descriptors"), "{refused}");
+    assert_eq!(ring.done(), 0);
+}
