@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use vmm::action::{EndpointInfo, InstanceInfo, IommuInfo, Mapping, MappingsPage};
 use vmm::config::VmConfig;
+use vmm::error::Chain;
 
 /// How long a question may take.
 const QUERY_PATIENCE: Duration = Duration::from_secs(10);
@@ -115,11 +116,7 @@ pub fn main(args: &CtlArgs) -> ExitCode {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Refused(message)) => (message, 1),
         Err(Failure::Usage(message)) => (message, 2),
-        Err(Failure::Unreachable(ClientError::Host { path, source })) => (
-            format!("cannot talk to the machine at {}: {source}", path.display()),
-            3,
-        ),
-        Err(Failure::Unreachable(error)) => (error.to_string(), 3),
+        Err(Failure::Unreachable(error)) => (Chain(&error).to_string(), 3),
         Err(Failure::Other(message)) => (message, 1),
     };
     eprintln!("portcullis ctl: {message}");

@@ -1,5 +1,6 @@
 //! `portcullis run`, `serve` and `check`.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,10 +11,11 @@ use api::{Limits, Server, Socket};
 use clap::Args;
 use vmm::builder::{BootFiles, BuildError};
 use vmm::config::{
-    BootSource, Drive, Entropy, Iommu, LogLevel, Logger, MemorySize, NetworkInterface, VmConfig,
-    Vsock,
+    BootSource, ConfigError, Drive, Entropy, Iommu, LogLevel, Logger, MemorySize, NetworkInterface,
+    VmConfig, Vsock,
 };
 use vmm::controller::Controller;
+use vmm::error::Chain;
 use vmm::plan::MachinePlan;
 use vmm::{console, logger};
 
@@ -107,9 +109,9 @@ fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     let socket = args.api_socket.clone();
     let config = args.into_config()?;
     let mut controller = new_controller()?;
-    controller.configure(config).map_err(usage)?;
+    controller.configure(config).map_err(caused)?;
     controller.start().map_err(|error| match error {
-        BuildError::Config(error) => usage(error),
+        BuildError::Config(error) => caused(error),
         other => Failure::Other(other.into()),
     })?;
     let server = socket.map(|path| start_server(&path, &controller));
@@ -127,7 +129,7 @@ fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
     if let Some(path) = &args.config {
         controller
             .configure(read_config(path)?)
-            .map_err(|error| usage(format!("{}: {error}", path.display())))?;
+            .map_err(caused_in(path))?;
     }
     let server = start_server(&args.api_socket, &controller)?;
     serve_until_end(controller, Some(server))
@@ -140,9 +142,9 @@ pub fn check(args: &CheckArgs) -> ExitCode {
 
 fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let config = read_config(&args.config)?;
-    let name = |error| usage(format!("{}: {error}", args.config.display()));
-    let plan = MachinePlan::resolve(&config).map_err(name)?;
-    BootFiles::open(&plan).map_err(name)?;
+    let name = caused_in(&args.config);
+    let plan = MachinePlan::resolve(&config).map_err(&name)?;
+    BootFiles::open(&plan).map_err(&name)?;
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     println!("{json}");
     Ok(ExitCode::SUCCESS)
@@ -155,7 +157,7 @@ fn new_controller() -> Result<Controller, Failure> {
 }
 
 fn start_server(path: &Path, controller: &Controller) -> Result<Server, Failure> {
-    let socket = Socket::bind(path).map_err(usage)?;
+    let socket = Socket::bind(path).map_err(caused)?;
     let server = Server::start(socket, controller.client(), Limits::default());
     Ok(server.context("cannot serve the API")?)
 }
@@ -225,7 +227,7 @@ impl LogArgs {
 fn read_config(path: &Path) -> Result<VmConfig, Failure> {
     let text = fs::read_to_string(path)
         .map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
-    VmConfig::from_json(&text).map_err(|error| usage(format!("{}: {error}", path.display())))
+    VmConfig::from_json(&text).map_err(caused_in(path))
 }
 
 /// The configuration is JSON, so its paths are text.
@@ -250,8 +252,18 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-fn usage(error: impl Display) -> Failure {
-    Failure::Usage(error.to_string())
+fn usage(message: impl Into<String>) -> Failure {
+    Failure::Usage(message.into())
+}
+
+/// An error of what the user gave, with its reason.
+fn caused(error: impl Error) -> Failure {
+    Failure::Usage(Chain(&error).to_string())
+}
+
+/// An error in the file at `path`.
+fn caused_in(path: &Path) -> impl Fn(ConfigError) -> Failure {
+    move |error| usage(format!("{}: {}", path.display(), Chain(&error)))
 }
 
 fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
@@ -263,7 +275,7 @@ fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
             ExitCode::from(USAGE_STATUS)
         }
         Err(Failure::Other(error)) => {
-            complain(&format!("{error:#}"));
+            complain(&Chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

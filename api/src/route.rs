@@ -8,6 +8,7 @@ use vmm::action::{
     Action, ActionError, Configure, Hex, Lifecycle, MAX_MAPPINGS_PAGE, Outcome, Query, Reply,
 };
 use vmm::config::{Drive, NetworkInterface, VmConfig, parse_json};
+use vmm::error::Chain;
 
 /// Mappings on a page if the request does not say.
 const DEFAULT_MAPPINGS_PAGE: u32 = 256;
@@ -314,7 +315,7 @@ fn mappings(endpoint: String, query: &str) -> Result<Route, Response> {
 pub fn respond(view: &View, outcome: Outcome) -> Response {
     match outcome {
         Ok(reply) => show(view, reply),
-        Err(error) => Response::fault(status_of(&error), &error.to_string()),
+        Err(error) => Response::fault(status_of(&error), &Chain(&error).to_string()),
     }
 }
 
@@ -388,7 +389,7 @@ fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
     if body.is_empty() {
         return Err(bad_request("the request needs a JSON body".to_owned()));
     }
-    parse_json(body).map_err(|error| bad_request(error.to_string()))
+    parse_json(body).map_err(|error| bad_request(Chain(&error).to_string()))
 }
 
 fn same_id(field: &str, path: &str, body: &str) -> Result<(), Response> {

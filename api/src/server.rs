@@ -15,6 +15,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use vmm::action::{Action, Client, MetricFamily, MetricKind, Outcome, Reply, Sample};
+use vmm::error::Chain;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -353,7 +354,7 @@ impl Loop {
         };
         self.client
             .send(action, deliver)
-            .map_err(|error| Response::fault(503, &error.to_string()))
+            .map_err(|error| Response::fault(503, &Chain(&error).to_string()))
     }
 
     fn expire(&mut self) {

@@ -177,6 +177,7 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
     use std::os::unix::net::UnixStream;
+    use vmm::error::Chain;
 
     #[test]
     fn the_socket_is_for_its_owner_and_leaves_nothing_behind() {
@@ -236,7 +237,8 @@ mod tests {
     #[test]
     fn a_missing_directory_is_named() {
         let error = Socket::bind(Path::new("/nonexistent/api.sock"));
-        let error = error.err().unwrap().to_string();
-        assert!(error.contains("/nonexistent/api.sock"), "{error}");
+        let text = Chain(&error.err().unwrap()).to_string();
+        assert!(text.contains("/nonexistent/api.sock"), "{text}");
+        assert_eq!(text.matches("No such file").count(), 1, "{text}");
     }
 }

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Reading the file failed.
-    #[error("cannot be read: {0}")]
+    #[error("cannot be read")]
     Read(#[source] io::Error),
     /// No known magic number.
     #[error("is not a Linux kernel ({expected})")]
@@ -37,7 +37,7 @@ pub enum Error {
     #[error("cannot be booted: {0}")]
     Unsupported(String),
     /// The compressed data is damaged.
-    #[error("cannot be decompressed: {0}")]
+    #[error("cannot be decompressed")]
     Decompress(#[source] io::Error),
     /// No room in guest memory.
     #[error(

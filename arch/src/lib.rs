@@ -37,10 +37,10 @@ pub enum Error {
         max: u64,
     },
     /// The kernel file is at fault.
-    #[error("kernel {0}")]
+    #[error("the kernel cannot be loaded")]
     Kernel(#[source] kernel::Error),
     /// The initial ramdisk is at fault.
-    #[error("initrd {0}")]
+    #[error("the initial ramdisk cannot be loaded")]
     Initrd(#[source] kernel::Error),
     /// The command line is longer than the kernel takes.
     #[error("kernel command line of {len} bytes: the kernel takes at most {max}")]
@@ -59,10 +59,10 @@ pub enum Error {
         max: u64,
     },
     /// The device tree could not be written.
-    #[error("writing the device tree: {0}")]
+    #[error("cannot write the device tree")]
     Fdt(#[from] vm_fdt::Error),
     /// Guest memory has no RAM where the layout says it has.
-    #[error("writing boot data to guest memory: {0}")]
+    #[error("cannot write boot data to guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
@@ -70,3 +70,10 @@ pub enum Error {
 pub use aarch64::{boot, cpu, layout};
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{boot, cpu, layout};
+
+/// An error and what it came from, for the loaders' tests.
+#[cfg(test)]
+fn with_reason(error: &Error) -> String {
+    let reason = std::error::Error::source(error);
+    reason.map_or_else(|| error.to_string(), |reason| format!("{error}: {reason}"))
+}

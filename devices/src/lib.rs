@@ -5,6 +5,7 @@
 //! of [`interrupt`].
 
 pub mod bus;
+pub mod error;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;

@@ -61,6 +61,9 @@ pub enum TapError {
     /// The user may not open them.
     #[error("no permission to open /dev/net/tun: `chmod a+rw /dev/net/tun`")]
     TunDenied,
+    /// It cannot be opened for another reason.
+    #[error("cannot open /dev/net/tun")]
+    Tun(#[source] io::Error),
     /// The name cannot be one.
     #[error("{0:?} is no name of a network device: it has 1 to 15 bytes")]
     BadName(String),
@@ -94,7 +97,7 @@ pub enum TapError {
         wanted: usize,
     },
     /// Anything else.
-    #[error("{what} of tap {name}: {source}")]
+    #[error("{what} tap {name} failed")]
     Other {
         /// Its name.
         name: String,
@@ -151,7 +154,7 @@ impl Tap {
         tap.set_up()?;
         if old == Existing::None {
             tap.bring_up(mtu)
-                .map_err(tap.failed("setting up the link"))?;
+                .map_err(tap.failed("setting up the link of"))?;
         }
         Ok(tap)
     }
@@ -207,12 +210,12 @@ impl Tap {
         let mut header: c_int = 0;
         // SAFETY: the kernel writes the int that the pointer is to.
         let got = check(unsafe { libc::ioctl(fd, TUNGETVNETHDRSZ, &raw mut header) });
-        got.map_err(self.failed("reading the header size"))?;
+        got.map_err(self.failed("reading the header size of"))?;
         self.header = header;
         let header = HEADER_SIZE;
         // SAFETY: the kernel reads the int that the pointer is to.
         let set = check(unsafe { libc::ioctl(fd, TUNSETVNETHDRSZ, &raw const header) });
-        set.map_err(self.failed("setting the header size"))?;
+        set.map_err(self.failed("setting the header size of"))?;
         let tcp = Offloads::CSUM
             .with(Offloads::TSO4)
             .with(Offloads::TSO6)
@@ -223,10 +226,10 @@ impl Tap {
         let known = known.into_iter().find(|o| self.set_offloads(*o).is_ok());
         self.supported = known.unwrap_or_default();
         self.set_offloads(Offloads::NONE)
-            .map_err(self.failed("setting the offloads"))?;
+            .map_err(self.failed("setting the offloads of"))?;
         for pair in 1..self.queues.len() {
             self.set_attached(pair, false)
-                .map_err(self.failed("detaching a queue"))?;
+                .map_err(self.failed("detaching a queue of"))?;
         }
         Ok(())
     }
@@ -318,11 +321,7 @@ fn open_tun() -> Result<File, TapError> {
     opened.map_err(|source| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun,
         Some(libc::EACCES | libc::EPERM) => TapError::TunDenied,
-        _ => TapError::Other {
-            name: "/dev/net/tun".to_owned(),
-            what: "opening",
-            source,
-        },
+        _ => TapError::Tun(source),
     })
 }
 
@@ -346,7 +345,7 @@ fn refusal(name: &str, old: &Existing, pairs: usize, source: io::Error) -> TapEr
         (Some(libc::EBUSY | libc::E2BIG), _) => TapError::Busy(name),
         _ => TapError::Other {
             name,
-            what: "attaching a queue",
+            what: "attaching a queue of",
             source,
         },
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use arch::{LegacyDevice, Platform, Space, layout};
 use devices::bus::{Bus, BusDevice, BusError};
+use devices::error::Chain;
 use devices::legacy::{
     Cmos, KEYBOARD_RESET_LEN, KeyboardReset, POWER_LEN, Pl031, Power, PowerRequest, SerialPort,
 };
@@ -45,14 +46,26 @@ pub enum BuildError {
     #[error(transparent)]
     Boot(arch::Error),
     /// The console cannot be set up.
-    #[error("setting up the console: {0}")]
+    #[error("cannot set up the console")]
     Console(#[source] io::Error),
     /// Two devices claim one address.
-    #[error("placing a device: {0}")]
+    #[error("cannot place a device")]
     Place(#[from] BusError),
-    /// No more file descriptors or threads.
-    #[error("the host has no resources left: {0}")]
-    Host(#[from] io::Error),
+    /// The limit of open files is reached.
+    #[error("cannot set up the machine; raise the limit of open files (ulimit -n)")]
+    OpenFiles(#[source] io::Error),
+    /// The host refuses an eventfd, a timer or a thread.
+    #[error("cannot set up the machine")]
+    Host(#[source] io::Error),
+}
+
+impl From<io::Error> for BuildError {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EMFILE) => Self::OpenFiles(error),
+            _ => Self::Host(error),
+        }
+    }
 }
 
 /// A machine that has been built. Dropping it ends the guest.
@@ -310,7 +323,8 @@ fn name_file(plan: &MachinePlan, error: arch::Error) -> BuildError {
         }
         (other, _) => return BuildError::Boot(other),
     };
-    ConfigError::new(field, format!("{} {why}", path.display())).into()
+    let problem = format!("{} {}", path.display(), Chain(&why));
+    ConfigError::new(field, problem).into()
 }
 
 fn start_processors(

@@ -20,6 +20,7 @@ pub use host::{LogLevel, Logger, Metrics};
 pub use iommu::{Iommu, IommuModel, Stage};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
 
+use ::devices::error::Chain;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeSet;
@@ -184,9 +185,9 @@ pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
     })?;
     reader
         .end()
-        .map_err(|error| ConfigError::new("JSON", error.to_string()))?;
+        .map_err(|error| ConfigError::new("JSON", Chain(&error).to_string()))?;
     let shape = serde_json::from_slice(bytes)
-        .map_err(|error| ConfigError::new("JSON", error.to_string()))?;
+        .map_err(|error| ConfigError::new("JSON", Chain(&error).to_string()))?;
     refuse_lists(&shape, "")?;
     Ok(value)
 }

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use devices::error::Chain;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
@@ -46,11 +47,14 @@ const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
     /// Signals cannot be handled.
-    #[error("installing the signal handlers: {0}")]
+    #[error("cannot install the signal handlers")]
     Signals(#[source] io::Error),
-    /// No file descriptor is left.
-    #[error("setting up the event loop: {0}")]
+    /// An event source cannot be made.
+    #[error("cannot set up the event loop")]
     Events(#[source] io::Error),
+    /// The event loop itself cannot be made.
+    #[error("cannot set up the event loop")]
+    Manager(#[source] event_manager::Error),
 }
 
 /// Owns the machine. See the module documentation.
@@ -79,13 +83,12 @@ impl Controller {
     /// # Errors
     /// The process's signals or file descriptors are not to be had.
     pub fn new() -> Result<Self, ControllerError> {
-        let other = |error: &dyn std::fmt::Display| io::Error::other(error.to_string());
         let signals = Signals::install().map_err(ControllerError::Signals)?;
         let (reporter, reports) = reports::channel().map_err(ControllerError::Events)?;
         let (client, inbox) = action::channel().map_err(ControllerError::Events)?;
         let metrics_timer = TimerFd::new().map_err(|e| ControllerError::Events(e.into()))?;
         let mut events: EventManager<Subscriber> =
-            EventManager::new().map_err(|error| ControllerError::Events(other(&error)))?;
+            EventManager::new().map_err(ControllerError::Manager)?;
         events.add_subscriber(Box::new(Wakes(vec![
             signals.as_raw_fd(),
             reports.as_raw_fd(),
@@ -155,7 +158,7 @@ impl Controller {
         let ending = loop {
             let patience = if self.more_actions { 0 } else { -1 };
             if let Err(error) = self.events.run_with_timeout(patience) {
-                break Ending::Failed(format!("waiting for events: {error}"));
+                break Ending::Failed(format!("waiting for events: {}", Chain(&error)));
             }
             if let Some(ending) = self.look_round() {
                 break ending;
@@ -223,7 +226,7 @@ impl Controller {
             }
             Err(error) => {
                 self.metrics.actions_failed.fetch_add(1, Ordering::Relaxed);
-                log::warn!("{name}: {error}");
+                log::warn!("{name}: {}", Chain(error));
             }
         }
         outcome
@@ -254,7 +257,7 @@ impl Controller {
         match (step, &self.machine) {
             (Lifecycle::Start, _) => self.start().map_err(|error| match error {
                 BuildError::Config(error) => ActionError::Invalid(error),
-                other => ActionError::Failed(other.to_string()),
+                other => ActionError::Failed(Chain(&other).to_string()),
             })?,
             (Lifecycle::Pause, Some(machine)) => {
                 machine.vcpus.pause();
@@ -370,7 +373,7 @@ impl Controller {
         if self.metrics_file.is_some()
             && let Err(error) = self.flush_metrics()
         {
-            log::warn!("{error}");
+            log::warn!("{}", Chain(&error));
         }
         let Some(machine) = self.machine.take() else {
             return;

@@ -17,3 +17,5 @@ pub mod pci;
 pub mod plan;
 pub mod reports;
 pub mod signals;
+
+pub use devices::error;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
 use arch::{IommuNode, PciHost, layout};
 use devices::bus::Bus;
+use devices::error::Chain;
 use devices::interrupt::Doorbells;
 use devices::pci::{MsiThread, PciRoot, Requester, StaleMsis};
 use devices::vhost::{IotlbMonitor, VhostContext};
@@ -240,6 +241,6 @@ impl Makings<'_> {
 fn open_image(id: &str, path: &Path, read_only: bool) -> Result<Image, ConfigError> {
     Image::open(path, read_only).map_err(|error| {
         let field = format!("drives[{id}].path_on_host");
-        ConfigError::new(field, format!("{} {error}", path.display()))
+        ConfigError::new(field, format!("{} {}", path.display(), Chain(&error)))
     })
 }

@@ -62,7 +62,7 @@ pub enum OpenError {
     #[error("no permission to open {path}: join its group, or `chmod a+rw {path}`", path = .0.path())]
     Denied(Kind),
     /// Anything else.
-    #[error("{path} cannot be used: {source}", path = .kind.path())]
+    #[error("{path} cannot be used", path = .kind.path())]
     Other {
         /// Which device.
         kind: Kind,

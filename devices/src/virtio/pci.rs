@@ -13,6 +13,7 @@ use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use crate::error::Chain;
 use crate::interrupt::{Doorbells, MsiSink};
 use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester, halves};
 
@@ -290,7 +291,7 @@ impl VirtioPci {
 
     fn fail(&self, state: &mut State, failure: &DeviceError) {
         if state.status & NEEDS_RESET == 0 {
-            self.complain(state, &chain_of(failure));
+            self.complain(state, &Chain(failure).to_string());
             state.status |= NEEDS_RESET;
             state.generation = state.generation.wrapping_add(1);
             state.config_interrupt.signal();
@@ -322,7 +323,7 @@ impl VirtioPci {
         match state.device.negotiated(wanted) {
             Ok(()) => true,
             Err(failure) => {
-                self.complain(state, &chain_of(&failure));
+                self.complain(state, &Chain(&failure).to_string());
                 false
             }
         }
@@ -577,17 +578,6 @@ fn write_queue(state: &mut State, offset: u64, len: usize, value: u64) {
         (4, 4) => *field = *field & 0xffff_ffff | value << 32,
         _ => {}
     }
-}
-
-/// An error and its causes in one line.
-fn chain_of(failure: &DeviceError) -> String {
-    let mut text = failure.to_string();
-    let mut cause = std::error::Error::source(failure);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 fn offered(device: &dyn VirtioDevice, requester: &Requester) -> u64 {

@@ -28,7 +28,7 @@ pub enum VsockError {
     #[error("context identifier {0} is in use by another machine: choose another")]
     InUse(u32),
     /// The kernel does not take the identifier.
-    #[error("context identifier {cid} cannot be used: {source}")]
+    #[error("context identifier {cid} cannot be used")]
     Refused {
         /// The identifier.
         cid: u32,

@@ -1,6 +1,7 @@
 //! The way from whoever asks to the controller and back.
 
 use super::{Action, ActionError, Outcome};
+use devices::error::Chain;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -96,7 +97,7 @@ impl Client {
         self.send(action, move |outcome| {
             let _ = deliver.send(outcome);
         })
-        .map_err(|error| ActionError::Failed(error.to_string()))?;
+        .map_err(|error| ActionError::Failed(Chain(&error).to_string()))?;
         outcome.recv().unwrap_or(Err(ActionError::Unanswered))
     }
 }

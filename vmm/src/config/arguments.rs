@@ -5,6 +5,7 @@
 use super::{
     CacheType, ConfigError, Drive, Iommu, IommuModel, NetworkInterface, Stage, Vsock, machine,
 };
+use devices::error::Chain;
 use std::str::FromStr;
 
 /// Why an argument cannot be read: one line that names the key and the fix.
@@ -14,7 +15,7 @@ pub struct ArgumentError(String);
 
 impl From<ConfigError> for ArgumentError {
     fn from(error: ConfigError) -> Self {
-        Self(error.to_string())
+        Self(Chain(&error).to_string())
     }
 }
 

@@ -102,6 +102,7 @@ fn memfd(bytes: u64, huge: bool) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devices::error::Chain;
     use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
     const RANGES: [Range; 2] = [Range::new(0, 1 << 20), Range::new(4 << 30, 2 << 20)];
@@ -133,10 +134,8 @@ mod tests {
         let odd = [Range::new(0, HUGE_PAGE + 4096)];
         for backing in [Backing::Anonymous, Backing::Memfd] {
             let error = allocate(&odd, backing, true).unwrap_err();
-            assert!(
-                error.to_string().contains("not a multiple of 2 MiB"),
-                "{error}"
-            );
+            let text = Chain(&error).to_string();
+            assert_eq!(text.matches("not a multiple of 2 MiB").count(), 1, "{text}");
         }
     }
 
@@ -145,7 +144,9 @@ mod tests {
         let huge = [Range::new(0, 1 << 46)];
         for backing in [Backing::Anonymous, Backing::Memfd] {
             let error = allocate(&huge, backing, true).unwrap_err();
-            assert!(error.to_string().contains("nr_hugepages"), "{error}");
+            let text = Chain(&error).to_string();
+            assert!(text.contains("nr_hugepages"), "{text}");
+            assert_eq!(text.matches("Cannot allocate memory").count(), 1, "{text}");
         }
     }
 }

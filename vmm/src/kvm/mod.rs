@@ -43,7 +43,7 @@ pub enum Error {
     #[error("no permission to open /dev/kvm: add the user to the kvm group")]
     NoPermission,
     /// `/dev/kvm` failed to open in another way.
-    #[error("opening /dev/kvm: {0}")]
+    #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
     /// Not the stable KVM API.
     #[error("/dev/kvm has API version {0}, 12 is needed")]
@@ -68,7 +68,7 @@ pub enum Error {
         need: u32,
     },
     /// Guest memory could not be had.
-    #[error("allocating {mib} MiB of guest memory: {source}")]
+    #[error("cannot allocate {mib} MiB of guest memory")]
     Memory {
         /// Size asked for.
         mib: u64,
@@ -77,8 +77,8 @@ pub enum Error {
     },
     /// Not enough 2 MiB pages.
     #[error(
-        "allocating {mib} MiB of guest memory in 2 MiB pages: {source} \
-         (see /proc/sys/vm/nr_hugepages)"
+        "cannot allocate {mib} MiB of guest memory in 2 MiB pages; \
+         add pages to the host's pool (sysctl vm.nr_hugepages)"
     )]
     HugePages {
         /// Size asked for.
@@ -87,7 +87,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A thread could not be started.
-    #[error("starting the thread of vCPU {index}: {source}")]
+    #[error("cannot start the thread of vCPU {index}")]
     Thread {
         /// Which vCPU.
         index: u32,
@@ -95,7 +95,7 @@ pub enum Error {
         source: io::Error,
     },
     /// An ioctl failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed")]
     Ioctl {
         /// What was tried.
         what: &'static str,

@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::{Arc, OnceLock, Weak};
 
+use devices::error::Chain;
 use devices::tap::Tap;
 use devices::vhost::VhostContext;
 use devices::vhost::iotlb::IotlbStats;
@@ -65,10 +66,13 @@ pub fn net(
     let pairs = usize::from(config.pairs);
     let tap = Tap::open(tap, pairs, config.mtu).map_err(|error| {
         let field = format!("network-interfaces[{id}].host_dev_name");
-        ConfigError::new(field, error.to_string())
+        ConfigError::new(field, Chain(&error).to_string())
     })?;
     let net = Net::new(config, tap, context).map_err(|error| {
-        ConfigError::new(format!("network-interfaces[{id}]"), error.to_string())
+        ConfigError::new(
+            format!("network-interfaces[{id}]"),
+            Chain(&error).to_string(),
+        )
     })?;
     net.on_failure(bell.alarm());
     Ok(net)
@@ -85,7 +89,7 @@ pub fn octets(id: &str, mac: &str) -> Result<[u8; 6], ConfigError> {
 /// Opens the host's vhost-vsock.
 pub fn vsock(cid: u32, context: &VhostContext, bell: &Bell) -> Result<Vsock, ConfigError> {
     let vsock = Vsock::new(cid, context)
-        .map_err(|error| ConfigError::new("vsock.guest_cid", error.to_string()))?;
+        .map_err(|error| ConfigError::new("vsock.guest_cid", Chain(&error).to_string()))?;
     vsock.on_failure(bell.alarm());
     Ok(vsock)
 }

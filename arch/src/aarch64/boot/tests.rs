@@ -77,7 +77,7 @@ fn boot(
 }
 
 fn refusal(mib: u64, kernel: Vec<u8>, initrd: Option<Vec<u8>>) -> String {
-    boot(mib, "", kernel, initrd).1.unwrap_err().to_string()
+    crate::with_reason(&boot(mib, "", kernel, initrd).1.unwrap_err())
 }
 
 fn text_at(memory: &Memory, at: u64, len: usize) -> String {

@@ -14,7 +14,7 @@ pub(super) const SECTOR: u64 = 512;
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// It cannot be opened for what is wanted of it.
-    #[error("cannot be opened {how}: {source}")]
+    #[error("cannot be opened {how}")]
     Open {
         /// For reading, or for reading and writing.
         how: &'static str,
@@ -28,7 +28,7 @@ pub enum ImageError {
     #[error("is no disk image: {0}")]
     NoImage(&'static str),
     /// Its length or lock cannot be had.
-    #[error("cannot be examined: {0}")]
+    #[error("cannot be examined")]
     Examine(#[source] io::Error),
 }
 
