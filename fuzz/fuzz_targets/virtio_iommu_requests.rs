@@ -21,9 +21,11 @@ use iommu::{
     NotifierEvents, NotifierSink, Registration, StreamId,
 };
 use libfuzzer_sys::fuzz_target;
-use naive::{Held, Mapped, Naive, Seen};
+use naive::{Held, Mapped, Naive, PROBE_REPLY, Seen};
 use vm_memory::{Bytes as _, GuestAddress};
 
+/// What a driver that knows all of it negotiates.
+const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::BYPASS_CONFIG | feature::MMIO;
 const STREAMS: [u32; 2] = [0x08, 0x10];
 const INPUT: (u64, u64) = (0x1000, (1 << 48) - 1);
 const MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
@@ -33,9 +35,8 @@ const SLOT: u64 = 0x1000;
 /// Requests of a batch, and descriptors of each.
 const BATCH: usize = 4;
 const PARTS: usize = 4;
-/// Bytes of a request that the device reads, and of an answer to PROBE.
+/// Bytes of a request that the device reads.
 const READ_AT_MOST: usize = 128;
-const PROBE_REPLY: usize = 516;
 
 /// What may be wrong with a request: a byte, its length, the room for its
 /// answer, or where it or the answer lies.
@@ -67,7 +68,7 @@ struct Request<'a> {
 enum Step<'a> {
     Post(Request<'a>),
     Bypass(u8),
-    Reset { bypass_config: bool, mmio: bool },
+    Reset { features: u64 },
     Look { who: usize, iova: u64, write: bool },
 }
 
@@ -85,11 +86,16 @@ fn step<'a>(data: &mut &'a [u8]) -> Option<Step<'a>> {
         28 => 0,
         29 => return Some(Step::Bypass(flags % 4)),
         30 if wrong > 0xc0 => {
-            let (bypass_config, mmio) = (flags & 1 == 0, flags & 2 == 0);
-            return Some(Step::Reset {
-                bypass_config,
-                mmio,
-            });
+            // Most drivers accept each.
+            let all = [
+                feature::BYPASS_CONFIG,
+                feature::MMIO,
+                feature::MAP_UNMAP,
+                feature::PROBE,
+            ];
+            let features = (0..).zip(all).filter(|(bit, _)| flags & (0x11 << bit) != 0x11 << bit);
+            let features = features.fold(0, |all, (_, feature)| all | feature);
+            return Some(Step::Reset { features });
         }
         _ => {
             let iova = u64::from_le_bytes([a, b, page, pages, flags, gpa, cut, wrong]);
@@ -233,9 +239,11 @@ impl Request<'_> {
         }
     }
 
-    /// Whether the device has to access what is no memory.
-    fn is_outside(&self, read: &[u8]) -> bool {
-        self.wrong == REPLY_OUTSIDE || (self.wrong == OUTSIDE && !read.is_empty())
+    /// Whether the device has to access what is no memory, if it writes
+    /// `written` bytes.
+    fn is_outside(&self, read: &[u8], written: usize) -> bool {
+        (self.wrong == REPLY_OUTSIDE && written != 0)
+            || (self.wrong == OUTSIDE && !read.is_empty())
     }
 }
 
@@ -274,8 +282,7 @@ impl Rig {
                 input: INPUT,
                 msi: MSI,
                 ram: driver::RAM - 1,
-                bypass_config: false,
-                mmio: false,
+                features: 0,
                 bypass: true,
                 endpoints: STREAMS.map(|stream| (stream, None)).into(),
                 domains: [].into(),
@@ -287,21 +294,16 @@ impl Rig {
             posted: 0,
             faults: 0,
         };
-        rig.reset(true, true);
+        rig.reset(ALL);
         rig
     }
 
     /// As a driver that comes, or comes back.
-    fn reset(&mut self, bypass_config: bool, mmio: bool) {
+    fn reset(&mut self, features: u64) {
         self.device.stop_queue(0);
         self.device.reset();
-        let has = |has, bit| if has { bit } else { 0 };
-        let features = feature::MAP_UNMAP
-            | feature::PROBE
-            | has(bypass_config, feature::BYPASS_CONFIG)
-            | has(mmio, feature::MMIO);
         self.device.negotiated(features).expect("it takes them");
-        self.naive.reset(bypass_config, mmio);
+        self.naive.reset(features);
         self.posted = 0;
         driver::write(&self.ram, AVAIL, [0_u16; 2]);
         driver::write(&self.ram, USED, [0_u16; 2]);
@@ -327,25 +329,24 @@ impl Rig {
         for (slot, request) in batch.iter().enumerate() {
             let bytes = request.bytes();
             let bytes = &bytes[..bytes.len().min(READ_AT_MOST)];
-            let size = if bytes.first() == Some(&PROBE) {
-                PROBE_REPLY
-            } else {
-                4
-            };
-            stuck = request.room() < size || request.is_outside(bytes);
+            let room = request.room().min(PROBE_REPLY);
+            let size = self.naive.written(bytes, room);
+            stuck = request.is_outside(bytes, size);
             if stuck {
                 break;
             }
             let place = USED + 4 + u64::from(start.wrapping_add(done) % SIZE) * 8;
             let element: [u32; 2] = driver::read(&self.ram, place);
             assert_eq!(element, [(slot * PARTS) as u32, size as u32]);
-            let tail = reply_at(slot) + size as u64 - 4;
-            let status: [u8; 4] = driver::read(&self.ram, tail);
-            let verdict = self.naive.verdict(bytes);
-            assert!(verdict.contains(&status[0]), "{status:?}, not {verdict:?}");
-            assert_eq!(status[1..], [0; 3]);
-            if status[0] == naive::OK {
-                self.naive.carry_out(bytes);
+            if size != 0 {
+                let tail = reply_at(slot) + size as u64 - 4;
+                let status: [u8; 4] = driver::read(&self.ram, tail);
+                let verdict = self.naive.verdict(bytes, room);
+                assert!(verdict.contains(&status[0]), "{status:?}, not {verdict:?}");
+                assert_eq!(status[1..], [0; 3]);
+                if status[0] == naive::OK {
+                    self.naive.carry_out(bytes);
+                }
             }
             done += 1;
         }
@@ -353,7 +354,7 @@ impl Rig {
         assert_eq!(used, start.wrapping_add(done));
         if stuck {
             // It needs a reset.
-            self.reset(true, true);
+            self.reset(ALL);
         }
         self.agrees();
     }
@@ -475,10 +476,7 @@ fuzz_target!(|data: &[u8]| {
                 rig.device.write_config(CONFIG_BYPASS as u64, &[value]);
                 rig.naive.set_bypass(value);
             }
-            Step::Reset {
-                bypass_config,
-                mmio,
-            } => rig.reset(bypass_config, mmio),
+            Step::Reset { features } => rig.reset(features),
             Step::Look { who, iova, write } => rig.look(who, iova, write),
             Step::Post(_) => {}
         }

@@ -95,10 +95,8 @@ fn push_report(running: &mut Running, report: &FaultReport) -> bool {
         return false;
     };
     let bytes = report.to_bytes();
-    let first = chain.room.first();
-    let written = first
-        .filter(|buffer| buffer.len as usize >= bytes.len())
-        .is_some_and(|buffer| view.write_slice(&bytes, buffer.at).is_ok());
+    let room: usize = chain.room.iter().map(|buffer| buffer.len as usize).sum();
+    let written = room >= bytes.len() && scatter(&view, &bytes, &chain.room).is_ok();
     let len = if written { bytes.len() } else { 0 };
     let len = u32::try_from(len).unwrap_or(0);
     if running.queue.add_used(&view, chain.head, len).is_err() {
@@ -212,7 +210,7 @@ fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> 
         };
         match answer(model, &view, &chain) {
             Some(len) => done.push((chain.head, len)),
-            None => outcome = Err(bad_request("a request has no room for its answer")),
+            None => outcome = Err(bad_request("a request is not in memory")),
         }
     }
     if view.take_fault().is_some() {
@@ -240,24 +238,25 @@ fn not_in_memory(_: virtio_queue::Error) -> DeviceError {
     bad_request(RINGS_OUTSIDE)
 }
 
-/// One request: a copy in, the answer out. `None` when the driver left no room
-/// for the answer.
+/// Handles one request: a copy in, the written part of the reply out. Returns
+/// its used length, 0 for a request that is returned unwritten (§5.13.6.2);
+/// `None` when the request is not in memory.
 fn answer(model: &VirtioIommu, view: &DmaView<'_>, chain: &Chain) -> Option<u32> {
     let mut request = [0; MAX_REQUEST];
     let mut reply = [0; MAX_REPLY];
-    let mut given = 0;
+    let mut read = 0;
     for buffer in &chain.given {
-        let rest = request.get_mut(given..)?;
+        let rest = request.get_mut(read..)?;
         let take = rest.len().min(buffer.len as usize);
         let bytes = rest.get_mut(..take)?;
         view.read_slice(bytes, buffer.at).ok()?;
-        given += take;
+        read += take;
     }
     let room: usize = chain.room.iter().map(|buffer| buffer.len as usize).sum();
     let reply_room = reply.get_mut(..room.min(MAX_REPLY))?;
-    let size = model.handle(request.get(..given)?, reply_room)?;
-    scatter(view, reply.get(..size)?, &chain.room).ok()?;
-    u32::try_from(size).ok()
+    let written = model.handle(request.get(..read)?, reply_room);
+    scatter(view, reply.get(..written)?, &chain.room).ok()?;
+    u32::try_from(written).ok()
 }
 
 /// Writes `bytes` over the buffers in order.

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use self::domain::Domain;
 pub use self::request::Request;
-use self::request::reply_size;
+use self::request::{needed_feature, reply_size};
 use self::spec::{Status, feature, property};
 use crate::space::{identity_around, ram_blocks};
 use crate::{
@@ -241,28 +241,42 @@ impl VirtioIommu {
         }
     }
 
-    /// Carries out one request and writes what the device answers (properties
-    /// and tail) to the front of `reply`. Returns how many bytes those are, or
-    /// `None` when `reply` has no room for them: then nothing was done and the
-    /// driver cannot be told.
+    /// Carries out one request and writes the properties and the tail to the
+    /// front of `reply`, the request's device-writable part. Returns how many
+    /// bytes of it are written. 0: the request is returned unwritten and
+    /// nothing was done, because its type is unknown, its feature is not
+    /// negotiated, or the tail has no room.
     ///
-    /// The answer may be shown to the driver after the next
-    /// [`flush`](Self::flush), not before: unmapped ranges wait for it, so that
-    /// neighbours are invalidated together.
+    /// The request may be shown as used after the next [`flush`](Self::flush),
+    /// not before: unmapped ranges wait for it, so that neighbours are
+    /// invalidated together.
     #[must_use]
-    pub fn handle(&self, request: &[u8], reply: &mut [u8]) -> Option<usize> {
-        let kind = request.first().copied().unwrap_or(0);
-        let size = reply_size(kind, spec::PROBE_SIZE as usize);
-        let reply = reply.get_mut(..size)?;
+    pub fn handle(&self, request: &[u8], reply: &mut [u8]) -> usize {
+        let Some(&kind) = request.first().filter(|kind| self.is_available(**kind)) else {
+            return 0;
+        };
+        let Some(size) = reply_size(kind, reply.len()) else {
+            return 0;
+        };
+        let reply = reply.get_mut(..size).unwrap_or_default();
         reply.fill(0);
-        let (properties, tail) = reply.split_last_chunk_mut::<{ spec::request::TAIL_SIZE }>()?;
+        let Some((properties, tail)) = reply.split_last_chunk_mut::<{ spec::request::TAIL_SIZE }>()
+        else {
+            return 0;
+        };
         let status =
             match Request::parse(request).and_then(|parsed| self.execute(parsed, properties)) {
                 Ok(()) => Status::Ok,
                 Err(status) => status,
             };
         tail[0] = status as u8;
-        Some(size)
+        size
+    }
+
+    /// Whether a request of this type exists and needs no feature that was not
+    /// negotiated.
+    fn is_available(&self, kind: u8) -> bool {
+        needed_feature(kind).is_some_and(|needs| needs & !self.read().features == 0)
     }
 
     /// Completes every request that was handled: when it returns, no consumer
@@ -307,9 +321,9 @@ impl VirtioIommu {
         self.read().mapped
     }
 
-    fn execute(&self, request: Request, properties: &mut [u8]) -> Result<(), Status> {
+    fn execute(&self, parsed: Request, properties: &mut [u8]) -> Result<(), Status> {
         let mut pending = self.command();
-        match request {
+        match parsed {
             Request::Attach {
                 domain,
                 endpoint,
@@ -469,7 +483,6 @@ impl VirtioIommu {
             if domain.bypass {
                 return Err(Status::Inval);
             }
-            self.check_range(iova)?;
             let removed = domain.mappings.remove(iova)?;
             state.mapped -= removed;
             removed
@@ -482,6 +495,10 @@ impl VirtioIommu {
 
     /// §5.13.6.7.2
     fn probe(&self, stream: StreamId, properties: &mut [u8]) -> Result<(), Status> {
+        // No property is written where all of them have no room (§5.13.6.7.2).
+        if properties.len() < spec::PROBE_SIZE as usize {
+            return Err(Status::Inval);
+        }
         if !self.read().endpoints.contains_key(&stream) {
             return Err(Status::Noent);
         }
@@ -500,7 +517,7 @@ impl VirtioIommu {
         Ok(())
     }
 
-    /// Alignment and input range of MAP and UNMAP.
+    /// Alignment and input range of MAP. UNMAP has neither rule.
     fn check_range(&self, iova: IovaRange) -> Result<(), Status> {
         let mask = (1_u64 << PAGE_SHIFT) - 1;
         let aligned = iova.first().0 & mask == 0 && iova.last().0 & mask == mask;

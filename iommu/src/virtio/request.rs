@@ -1,9 +1,12 @@
 //! Requests, parsed from a copy of the driver's bytes.
 
-use super::spec::{Status, request};
+use super::spec::{PROBE_SIZE, Status, feature, request};
 use crate::{Gpa, Iova, StreamId};
 
-/// A well-formed request: every reserved field was zero.
+/// Bytes of the properties and the tail of a PROBE request.
+pub const PROBE_REPLY_SIZE: usize = PROBE_SIZE as usize + request::TAIL_SIZE;
+
+/// A request that has every field of its type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// §5.13.6.3
@@ -69,38 +72,47 @@ impl Fields<'_> {
         self.array().map(u64::from_le_bytes)
     }
 
-    fn reserved<const N: usize>(&mut self) -> Result<(), Status> {
+    /// A reserved field that the driver must leave zero.
+    fn zero<const N: usize>(&mut self) -> Result<(), Status> {
         let zero = self.array::<N>()? == [0; N];
         if zero { Ok(()) } else { Err(Status::Inval) }
     }
 }
 
-/// How many bytes the device writes behind a request of this type, the tail
-/// included.
-pub fn reply_size(kind: u8, probe_size: usize) -> usize {
-    if kind == request::PROBE {
-        probe_size + request::TAIL_SIZE
+/// The feature that a request of this type needs, 0 for none; `None` where
+/// there is no such type.
+pub fn needed_feature(kind: u8) -> Option<u64> {
+    match kind {
+        request::ATTACH | request::DETACH => Some(0),
+        request::MAP | request::UNMAP => Some(feature::MAP_UNMAP),
+        request::PROBE => Some(feature::PROBE),
+        _ => None,
+    }
+}
+
+/// Bytes that the device writes of a device-writable part of `room` bytes: the
+/// properties of a PROBE request, and the tail at their end. `None`: the tail
+/// has no room, so that nothing can be written.
+pub fn reply_size(kind: u8, room: usize) -> Option<usize> {
+    if room < request::TAIL_SIZE {
+        None
+    } else if kind == request::PROBE {
+        Some(room.min(PROBE_REPLY_SIZE))
     } else {
-        request::TAIL_SIZE
+        Some(request::TAIL_SIZE)
     }
 }
 
 impl Request {
-    /// Parses what the driver wrote, from the head to the tail or the
-    /// properties.
+    /// Parses the device-readable part. `reserved` of the head, of DETACH and
+    /// of PROBE is ignored (§5.13.6.2, §5.13.6.4.2, §5.13.6.7.2).
     ///
     /// # Errors
-    /// `UNSUPP` for a type that does not exist, `INVAL` for a request that is
-    /// too short or has a reserved field that is not zero.
+    /// `INVAL` for a request that is too short for its type, or an ATTACH or
+    /// UNMAP whose `reserved` is not zero; `UNSUPP` for an unknown type.
     pub fn parse(bytes: &[u8]) -> Result<Self, Status> {
         let mut fields = Fields(bytes);
-        let [kind, reserved @ ..] = fields.array::<4>()?;
-        if !(request::ATTACH..=request::PROBE).contains(&kind) {
-            return Err(Status::Unsupp);
-        }
-        if reserved != [0; 3] {
-            return Err(Status::Inval);
-        }
+        let [kind, ..] = fields.array::<4>()?;
         match kind {
             request::ATTACH => {
                 let parsed = Self::Attach {
@@ -108,14 +120,14 @@ impl Request {
                     endpoint: StreamId(fields.u32()?),
                     flags: fields.u32()?,
                 };
-                fields.reserved::<4>().map(|()| parsed)
+                fields.zero::<4>().map(|()| parsed)
             }
             request::DETACH => {
                 let parsed = Self::Detach {
                     domain: fields.u32()?,
                     endpoint: StreamId(fields.u32()?),
                 };
-                fields.reserved::<8>().map(|()| parsed)
+                fields.array::<8>().map(|_| parsed)
             }
             request::MAP => Ok(Self::Map {
                 domain: fields.u32()?,
@@ -130,12 +142,13 @@ impl Request {
                     first: Iova(fields.u64()?),
                     last: Iova(fields.u64()?),
                 };
-                fields.reserved::<4>().map(|()| parsed)
+                fields.zero::<4>().map(|()| parsed)
             }
-            _ => {
+            request::PROBE => {
                 let endpoint = StreamId(fields.u32()?);
-                fields.reserved::<64>().map(|()| Self::Probe { endpoint })
+                fields.array::<64>().map(|_| Self::Probe { endpoint })
             }
+            _ => Err(Status::Unsupp),
         }
     }
 }

@@ -151,12 +151,56 @@ fn request_cut_into_bytes_is_a_request() {
     assert_eq!(driver.attach(&buffers).unwrap(), 0);
 }
 
+/// The used length that the last used element has.
+fn used_len(driver: &Driver) -> u32 {
+    let index = driver.used(0).wrapping_sub(1) % SIZE;
+    driver.read(USED + 4 + u64::from(index) * 8 + 4)
+}
+
 #[test]
-fn request_without_room_for_its_answer_needs_a_reset() {
+fn request_without_room_for_a_tail_is_returned_unwritten() {
     let mut driver = driver();
-    let outcome = driver.attach(&[(REQUEST, 20, false), (REPLY, 3, true)]);
-    assert!(matches!(outcome, Err(DeviceError::BadQueue { .. })));
+    let status = driver.attach(&[(REQUEST, 20, false), (REPLY, 3, true)]);
+    assert_eq!(status.unwrap(), 0xff);
+    assert_eq!((driver.used(0), used_len(&driver)), (1, 0));
     assert_eq!(driver.model.endpoint(NIC).unwrap().domain, None);
+    let status = driver.attach(&[(REQUEST, 20, false)]);
+    assert_eq!(status.unwrap(), 0xff, "no device-writable part");
+    let status = driver.attach(&[(REQUEST, 20, false), (REPLY, 4, true)]);
+    assert_eq!(status.unwrap(), 0, "the device works on");
+    assert_eq!((driver.used(0), used_len(&driver)), (3, 4));
+}
+
+#[test]
+fn probe_without_room_for_all_properties_is_invalid() {
+    let mut driver = driver();
+    driver.write(REQUEST, [u32::from(spec::request::PROBE), NIC.0]);
+    driver.write(REPLY, [0xff_u8; 32]);
+    driver.post(
+        0,
+        &[
+            (REQUEST, 72, false),
+            (REPLY, 10, true),
+            (REPLY + 10, 18, true),
+        ],
+    );
+    driver.device.kicked(REQUEST_QUEUE).unwrap();
+    assert_eq!((driver.used(0), used_len(&driver)), (1, 28));
+    let reply: [u8; 32] = driver.read(REPLY);
+    assert_eq!(reply[..24], [0; 24], "no property");
+    assert_eq!(reply[24..28], [spec::Status::Inval as u8, 0, 0, 0]);
+    assert_eq!(reply[28..], [0xff; 4]);
+}
+
+#[test]
+fn request_of_an_unknown_type_has_used_length_0() {
+    let mut driver = driver();
+    driver.write(REQUEST, 99_u32);
+    driver.write(REPLY, 0xff_u8);
+    driver.post(0, &[(REQUEST, 20, false), (REPLY, 4, true)]);
+    driver.device.kicked(REQUEST_QUEUE).unwrap();
+    assert_eq!((driver.used(0), used_len(&driver)), (1, 0));
+    assert_eq!(driver.read::<u8>(REPLY), 0xff);
 }
 
 #[test]
@@ -189,6 +233,19 @@ fn faults_reach_the_driver_while_it_posts_buffers() {
         "the second one had no buffer"
     );
     assert_eq!(driver.interrupts[1].0.read().unwrap(), 1);
+}
+
+#[test]
+fn fault_report_is_written_across_the_descriptors_of_a_buffer() {
+    let driver = driver();
+    driver.post(EVENTS, &[(REPLY, 10, true), (REPLY + 10, 14, true)]);
+    let _ = driver.nic.enter().translate(Iova(0x7000), Access::Write);
+    assert_eq!(driver.read::<u8>(REPLY), spec::fault::REASON_DOMAIN);
+    assert_eq!(driver.read::<u64>(REPLY + 16), 0x7000);
+    driver.post(EVENTS, &[(REPLY, 23, true)]);
+    let _ = driver.nic.enter().translate(Iova(0x8000), Access::Write);
+    assert_eq!(driver.read::<u64>(REPLY + 16), 0x7000, "too small a buffer");
+    assert_eq!(driver.events.counts(), (1, 1));
 }
 
 #[test]

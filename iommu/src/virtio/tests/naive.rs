@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 pub const OK: u8 = 0;
-pub const UNSUPP: u8 = 2;
 pub const INVAL: u8 = 4;
 pub const RANGE: u8 = 5;
 pub const NOENT: u8 = 6;
@@ -14,6 +13,17 @@ pub const READ: u32 = 1;
 pub const WRITE: u32 = 2;
 const MMIO: u32 = 4;
 const PAGE: u64 = 4096;
+
+/// Feature bits (§5.13.3) that change what requests may ask for.
+const F_MAP_UNMAP: u64 = 1 << 2;
+const F_PROBE: u64 = 1 << 4;
+const F_MMIO: u64 = 1 << 5;
+const F_BYPASS_CONFIG: u64 = 1 << 6;
+
+const PROBE: u8 = 5;
+/// Bytes of the properties and the tail of a PROBE request.
+pub const PROBE_REPLY: usize = 516;
+const TAIL: usize = 4;
 
 /// Addresses that are mapped, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,9 +67,8 @@ pub struct Naive {
     pub msi: (u64, u64),
     /// The last address of RAM, which begins at 0.
     pub ram: u64,
-    /// Whether these were negotiated.
-    pub bypass_config: bool,
-    pub mmio: bool,
+    /// The features that were negotiated.
+    pub features: u64,
     /// Whether those without a domain are in bypass.
     pub bypass: bool,
     /// Who there is, and attached to what.
@@ -75,50 +84,57 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// The type of a request that can be understood, or the statuses of what makes
-/// it none.
-fn form(bytes: &[u8]) -> Result<u8, Vec<u8>> {
-    let Some(&[kind, a, b, c]) = bytes.first_chunk() else {
-        return Err(vec![INVAL]);
-    };
-    let mut broken = Vec::new();
-    let (size, reserved) = match kind {
+/// Whether a request, of a type that is available, is whole and has zeros where
+/// a driver is not allowed to write anything else.
+fn is_well_formed(bytes: &[u8]) -> bool {
+    let (size, reserved) = match bytes[0] {
         1 => (20, 16..20),
-        2 => (20, 12..20),
+        2 => (20, 0..0),
         3 => (36, 0..0),
         4 => (28, 24..28),
-        5 => (72, 8..72),
-        _ => {
-            broken.push(UNSUPP);
-            (4, 0..0)
-        }
+        _ => (72, 0..0),
     };
-    if [a, b, c] != [0; 3] || bytes.len() < size || bytes[reserved].iter().any(|byte| *byte != 0) {
-        broken.push(INVAL);
-    }
-    if broken.is_empty() {
-        Ok(kind)
-    } else {
-        Err(broken)
-    }
+    bytes.len() >= size && bytes[reserved].iter().all(|byte| *byte == 0)
 }
 
 impl Naive {
-    /// What a request may be answered: `OK` when it breaks no rule, otherwise
-    /// the status of any rule that it breaks.
-    pub fn verdict(&self, bytes: &[u8]) -> Vec<u8> {
-        let mut broken = match form(bytes) {
-            Err(broken) => return broken,
-            Ok(1) => self.attach_breaks(word(bytes, 4), word(bytes, 8), word(bytes, 12)),
-            Ok(2) => match self.endpoints.get(&word(bytes, 8)) {
+    fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    /// How many bytes the device writes of `room`, the length of the
+    /// device-writable part. 0: it returns the request unwritten.
+    pub fn written(&self, bytes: &[u8], room: usize) -> usize {
+        let available = match bytes.first() {
+            Some(1 | 2) => true,
+            Some(3 | 4) => self.has(F_MAP_UNMAP),
+            Some(&PROBE) => self.has(F_PROBE),
+            _ => false,
+        };
+        match bytes.first() {
+            _ if !available || room < TAIL => 0,
+            Some(&PROBE) => room.min(PROBE_REPLY),
+            _ => TAIL,
+        }
+    }
+
+    /// What a request may be answered if it is answered at all: `OK` when it
+    /// breaks no rule, otherwise the status of any rule that it breaks.
+    pub fn verdict(&self, bytes: &[u8], room: usize) -> Vec<u8> {
+        if !is_well_formed(bytes) || (bytes[0] == PROBE && room < PROBE_REPLY) {
+            return vec![INVAL];
+        }
+        let mut broken = match bytes[0] {
+            1 => self.attach_breaks(word(bytes, 4), word(bytes, 8), word(bytes, 12)),
+            2 => match self.endpoints.get(&word(bytes, 8)) {
                 None => vec![NOENT],
                 Some(domain) if *domain != Some(word(bytes, 4)) => vec![INVAL],
                 Some(_) => vec![],
             },
-            Ok(3) => self.map_breaks(bytes),
-            Ok(4) => self.unmap_breaks(word(bytes, 4), long(bytes, 8), long(bytes, 16)),
-            Ok(_) if self.endpoints.contains_key(&word(bytes, 4)) => vec![],
-            Ok(_) => vec![NOENT],
+            3 => self.map_breaks(bytes),
+            4 => self.unmap_breaks(word(bytes, 4), long(bytes, 8), long(bytes, 16)),
+            _ if self.endpoints.contains_key(&word(bytes, 4)) => vec![],
+            _ => vec![NOENT],
         };
         if broken.is_empty() {
             broken.push(OK);
@@ -128,7 +144,7 @@ impl Naive {
 
     fn attach_breaks(&self, id: u32, endpoint: u32, flags: u32) -> Vec<u8> {
         let mut broken = Vec::new();
-        if flags > u32::from(self.bypass_config) {
+        if flags > u32::from(self.has(F_BYPASS_CONFIG)) {
             broken.push(INVAL);
         }
         if !self.endpoints.contains_key(&endpoint) {
@@ -145,7 +161,11 @@ impl Naive {
         let (first, last) = (long(bytes, 8), long(bytes, 16));
         let (to, flags) = (long(bytes, 24), word(bytes, 32));
         let mut broken = self.range_breaks(word(bytes, 4), first, last);
-        let known = READ | WRITE | if self.mmio { MMIO } else { 0 };
+        let whole = first.is_multiple_of(PAGE) && last % PAGE == PAGE - 1;
+        if !whole || first < self.input.0 || last > self.input.1 {
+            broken.push(RANGE);
+        }
+        let known = READ | WRITE | if self.has(F_MMIO) { MMIO } else { 0 };
         if flags & !known != 0 || (first <= self.msi.1 && self.msi.0 <= last) {
             broken.push(INVAL);
         }
@@ -179,10 +199,6 @@ impl Naive {
         }
         if last < first {
             broken.push(INVAL);
-        }
-        let whole = first.is_multiple_of(PAGE) && last % PAGE == PAGE - 1;
-        if !whole || first < self.input.0 || last > self.input.1 {
-            broken.push(RANGE);
         }
         broken
     }
@@ -220,18 +236,18 @@ impl Naive {
 
     /// The driver wrote `bypass` of the configuration.
     pub fn set_bypass(&mut self, value: u8) {
-        if self.bypass_config && value < 2 {
+        if self.has(F_BYPASS_CONFIG) && value < 2 {
             self.bypass = value == 1;
         }
     }
 
     /// The device was reset, and these features negotiated.
-    pub fn reset(&mut self, bypass_config: bool, mmio: bool) {
+    pub fn reset(&mut self, features: u64) {
         self.domains.clear();
         self.endpoints
             .values_mut()
             .for_each(|domain| *domain = None);
-        (self.bypass_config, self.mmio) = (bypass_config, mmio);
+        self.features = features;
     }
 
     /// The domain of an endpoint.
