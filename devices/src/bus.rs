@@ -7,6 +7,7 @@
 //! configuration space) and may access the same bus again.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use thiserror::Error;
@@ -26,6 +27,58 @@ pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Writes `data` at `offset`.
     fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// Bytes of a register that [`read_words`] and [`write_words`] know.
+const WORD: u64 = 4;
+
+/// Reads `data.len()` bytes at `offset` of registers that are little-endian
+/// 32-bit words. `read` is called once for each word that the access touches,
+/// in rising order, with the word's offset in bytes: an aligned access of a
+/// register's width is one read of the model, so it never mixes two values.
+pub fn read_words(offset: u64, data: &mut [u8], mut read: impl FnMut(u64) -> u32) {
+    for_lanes(offset, data.len(), |word, lanes, bytes| {
+        let value = read(word).to_le_bytes();
+        if let (Some(to), Some(from)) = (data.get_mut(bytes), value.get(lanes)) {
+            to.copy_from_slice(from);
+        }
+    });
+}
+
+/// Writes `data` at `offset` of registers that are little-endian 32-bit words.
+/// `write` is called once for each word that the access touches, in rising
+/// order, with the word's offset in bytes, the bytes in their place, and a mask
+/// of the bits that the access covers.
+pub fn write_words(offset: u64, data: &[u8], mut write: impl FnMut(u64, u32, u32)) {
+    for_lanes(offset, data.len(), |word, lanes, bytes| {
+        let (mut value, mut mask) = ([0; 4], [0; 4]);
+        if let (Some(to), Some(covered), Some(from)) = (
+            value.get_mut(lanes.clone()),
+            mask.get_mut(lanes),
+            data.get(bytes),
+        ) {
+            to.copy_from_slice(from);
+            covered.fill(0xff);
+        }
+        write(word, u32::from_le_bytes(value), u32::from_le_bytes(mask));
+    });
+}
+
+/// Splits an access at the boundaries of words: calls `visit` with a word's
+/// offset, the byte lanes of it that the access covers, and where these bytes
+/// are in the access.
+fn for_lanes(offset: u64, len: usize, mut visit: impl FnMut(u64, Range<usize>, Range<usize>)) {
+    let mut done = 0;
+    let mut at = offset;
+    while done < len {
+        let first = usize::try_from(at % WORD).unwrap_or(0);
+        let lanes = first..4.min(first + (len - done));
+        let count = lanes.len();
+        visit(at - at % WORD, lanes, done..done + count);
+        done += count;
+        // A range of a bus ends at the last address at most.
+        at = at.wrapping_add(count as u64);
+    }
 }
 
 /// Why a range could not be placed.
@@ -219,6 +272,51 @@ mod tests {
         assert_eq!(byte_at(&bus, 0x1012), 0x42);
         assert!(bus.write(0x101c, &[1, 2, 3, 4]));
         assert_eq!(*second.written.lock().unwrap(), [(0xc, vec![1, 2, 3, 4])]);
+    }
+
+    /// The words of the tests: each is its offset in every byte.
+    fn pattern(word: u64) -> u32 {
+        u32::from_le_bytes([u8::try_from(word).unwrap(); 4])
+    }
+
+    #[test]
+    fn each_word_that_an_access_touches_is_read_once() {
+        for (offset, len, words) in [
+            (8, 4, vec![8]),
+            (8, 8, vec![8, 12]),
+            (8, 1, vec![8]),
+            (11, 1, vec![8]),
+            (10, 2, vec![8]),
+            (10, 4, vec![8, 12]),
+            (11, 8, vec![8, 12, 16]),
+        ] {
+            let (mut data, mut seen) = (vec![0xee; len], Vec::new());
+            read_words(offset, &mut data, |word| {
+                seen.push(word);
+                pattern(word)
+            });
+            assert_eq!(seen, words, "{len} bytes at {offset}");
+            let bytes = (offset..).take(len).map(|at| (at & !3) as u8);
+            assert!(data.iter().copied().eq(bytes), "{data:?}");
+        }
+    }
+
+    #[test]
+    fn each_word_that_an_access_touches_is_written_once() {
+        let mut seen = Vec::new();
+        let mut take = |word, value, mask| seen.push((word, value, mask));
+        write_words(8, &[1, 2, 3, 4], &mut take);
+        write_words(6, &[1, 2, 3, 4], &mut take);
+        write_words(0xd, &[7], &mut take);
+        assert_eq!(
+            seen,
+            [
+                (8, 0x0403_0201, u32::MAX),
+                (4, 0x0201_0000, 0xffff_0000),
+                (8, 0x0000_0403, 0x0000_ffff),
+                (0xc, 0x0000_0700, 0x0000_ff00),
+            ]
+        );
     }
 
     #[test]

@@ -10,11 +10,8 @@ use std::sync::Arc;
 use iommu::Gpa;
 use iommu::smmuv3::{Smmu, SmmuLine, SmmuWires};
 
-use crate::bus::BusDevice;
+use crate::bus::{BusDevice, read_words, write_words};
 use crate::interrupt::IrqLine;
-
-/// Bytes of a register as the model has them.
-const WORD: u64 = 4;
 
 /// The wired interrupts. Each is an edge.
 pub struct SmmuLines {
@@ -51,33 +48,39 @@ impl SmmuWires for SmmuLines {
 pub struct SmmuRegisters(pub Arc<Smmu>);
 
 impl BusDevice for SmmuRegisters {
+    /// An aligned access of one or two words is one access to the model (§6.2).
+    /// Others are illegal: they return the bytes of the words that they touch.
     fn read(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            let lane = usize::try_from(at % WORD).unwrap_or(0);
-            // Accesses are of one or two whole words (§6.2); anything else is
-            // answered byte by byte.
-            let word = self.0.read(at - at % WORD).to_le_bytes();
-            *byte = word.get(lane).copied().unwrap_or(0);
+        match <&mut [u8; 8]>::try_from(&mut *data) {
+            Ok(both) if offset.is_multiple_of(8) => *both = self.0.read64(offset).to_le_bytes(),
+            _ => read_words(offset, data, |word| self.0.read(word)),
         }
     }
 
+    /// As for reads, but others than whole words write nothing.
     fn write(&self, offset: u64, data: &[u8]) {
-        // Others than whole words are not permitted (§6.2) and do nothing.
-        let (words, rest) = data.as_chunks::<4>();
-        if !offset.is_multiple_of(WORD) || !rest.is_empty() {
+        if let (Ok(both), true) = (<[u8; 8]>::try_from(data), offset.is_multiple_of(8)) {
+            self.0.write64(offset, u64::from_le_bytes(both));
             return;
         }
-        for (at, word) in (offset..).step_by(4).zip(words) {
-            self.0.write(at, u32::from_le_bytes(*word));
-        }
+        let whole = data.len().is_multiple_of(4) && offset.is_multiple_of(4);
+        write_words(offset, data, |word, value, _| {
+            if whole {
+                self.0.write(word, value);
+            }
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
     use iommu::GuestRam;
     use iommu::smmuv3::SmmuConfig;
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes as _, GuestAddress};
 
     use super::*;
 
@@ -94,9 +97,81 @@ mod tests {
             cmdq_sync: Box::new(Unconnected),
             gerror: Box::new(Unconnected),
         };
-        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap();
+        // Commands that are CMD_SYNC with no signal, everywhere.
+        for entry in (0..RAM_SIZE as u64).step_by(16) {
+            ram.write_obj(0x46_u64.to_le(), GuestAddress(entry))
+                .unwrap();
+        }
         let model = Smmu::new(SmmuConfig::default(), Arc::new(ram), Arc::new(lines));
         SmmuRegisters(Arc::new(model))
+    }
+
+    const RAM_SIZE: usize = 16 << QUEUE_LOG2;
+    /// The largest queue that IDR1 allows.
+    const QUEUE_LOG2: u32 = 12;
+    const CR0: u64 = 0x20;
+    const CR0_CMDQEN: u32 = 1 << 3;
+    const CMDQ_BASE: u64 = 0x90;
+    const CMDQ_PROD: u64 = 0x98;
+    const CMDQ_CONS: u64 = 0x9c;
+
+    fn word(registers: &SmmuRegisters, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        registers.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set_word(registers: &SmmuRegisters, offset: u64, value: u32) {
+        registers.write(offset, &value.to_le_bytes());
+    }
+
+    /// Reads CMDQ_CONS until `done`; the number of times that it was less than
+    /// before.
+    fn steps_back(registers: &SmmuRegisters, done: &AtomicBool) -> usize {
+        let (mut last, mut back) = (0, 0);
+        while !done.load(Ordering::Acquire) {
+            let cons = word(registers, CMDQ_CONS);
+            back += usize::from(cons < last);
+            last = cons;
+        }
+        back
+    }
+
+    #[test]
+    fn consumer_index_read_during_a_drain_never_goes_back() {
+        const ROUNDS: usize = 50;
+        let registers = registers();
+        let start = Barrier::new(2);
+        let end = Barrier::new(2);
+        let done = AtomicBool::new(false);
+        let back: usize = thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let round = |_| {
+                    start.wait();
+                    let back = steps_back(&registers, &done);
+                    end.wait();
+                    back
+                };
+                (0..ROUNDS).map(round).sum()
+            });
+            for _ in 0..ROUNDS {
+                // An empty queue at index 0: the indices of a round do not wrap.
+                set_word(&registers, CR0, 0);
+                set_word(&registers, CMDQ_BASE, QUEUE_LOG2);
+                set_word(&registers, CMDQ_PROD, 0);
+                set_word(&registers, CMDQ_CONS, 0);
+                set_word(&registers, CR0, CR0_CMDQEN);
+                done.store(false, Ordering::Release);
+                start.wait();
+                set_word(&registers, CMDQ_PROD, 1 << QUEUE_LOG2);
+                done.store(true, Ordering::Release);
+                end.wait();
+                assert_eq!(word(&registers, CMDQ_CONS), 1 << QUEUE_LOG2);
+            }
+            reader.join().unwrap()
+        });
+        assert_eq!(back, 0);
     }
 
     /// STRTAB_BASE, whose low word has reserved bits and whose high word has

@@ -1,8 +1,10 @@
 //! Configuration space from tables (PCIe 6.0 §7.5): each double word has a value
 //! and a mask of the bits that software can write. Accesses of any size are
-//! merged in one place.
+//! split into words by the bus.
 
 use iommu::Gpa;
+
+use crate::bus::{read_words, write_words};
 
 /// Bytes of a function's configuration space.
 const SIZE: usize = 4096;
@@ -147,24 +149,24 @@ impl ConfigSpace {
 
     /// Reads at `offset`; what lies beyond the space reads as ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
-        for (at, byte) in (usize::from(offset)..).zip(data) {
-            let word = self.values.get(at / 4).copied().unwrap_or(u32::MAX);
-            *byte = word.to_le_bytes()[at % 4];
-        }
+        read_words(offset.into(), data, |at| {
+            let value = index(at).and_then(|at| self.values.get(at));
+            value.copied().unwrap_or(u32::MAX)
+        });
     }
 
     /// Writes the bits that can be written.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
-        for (at, &byte) in (usize::from(offset)..).zip(data) {
-            let (Some(value), Some(mask)) =
-                (self.values.get_mut(at / 4), self.writable.get(at / 4))
-            else {
-                return;
-            };
-            let shift = 8 * (at % 4);
-            let mask = mask & 0xff << shift;
-            *value = *value & !mask | u32::from(byte) << shift & mask;
-        }
+        write_words(offset.into(), data, |at, new, covered| {
+            let word = index(at);
+            if let (Some(value), Some(mask)) = (
+                word.and_then(|at| self.values.get_mut(at)),
+                word.and_then(|at| self.writable.get(at)),
+            ) {
+                let mask = mask & covered;
+                *value = *value & !mask | new & mask;
+            }
+        });
     }
 
     /// The double word at `offset`, a multiple of 4.
@@ -218,6 +220,11 @@ impl ConfigSpace {
         }
         self.initial.copy_from_slice(&*self.values);
     }
+}
+
+/// The index of the double word at `offset` bytes.
+fn index(offset: u64) -> Option<usize> {
+    usize::try_from(offset / 4).ok()
 }
 
 /// The low and the high double word.

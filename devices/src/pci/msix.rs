@@ -5,6 +5,7 @@ use std::sync::Arc;
 use iommu::Iova;
 
 use super::{ConfigSpace, MsiTarget};
+use crate::bus::{read_words, write_words};
 
 /// The capability's ID.
 const CAPABILITY: u8 = 0x11;
@@ -96,30 +97,27 @@ impl Msix {
         }
     }
 
-    /// Reads the table at `offset` bytes.
+    /// Reads the table at `offset` bytes; what lies beyond it reads as zeros.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
+        read_words(offset, data, |at| {
             let word = word_at(at).and_then(|(entry, word)| self.entries.get(entry)?.get(word));
-            let shift = usize::from(at.to_le_bytes()[0] % 4);
-            *byte = word.copied().unwrap_or(0).to_le_bytes()[shift];
-        }
+            word.copied().unwrap_or(0)
+        });
     }
 
-    /// Writes the table at `offset` bytes.
+    /// Writes the table at `offset` bytes. The routes follow once, when all of
+    /// the access is written.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
         let mut touched = Vec::new();
-        for (at, &byte) in (offset..).zip(data) {
+        write_words(offset, data, |at, new, covered| {
             let Some((entry, word)) = word_at(at) else {
-                break;
+                return;
             };
-            let Some(word) = self.entries.get_mut(entry).and_then(|e| e.get_mut(word)) else {
-                break;
-            };
-            let mut bytes = word.to_le_bytes();
-            bytes[usize::from(at.to_le_bytes()[0] % 4)] = byte;
-            *word = u32::from_le_bytes(bytes);
-            touched.push(entry);
-        }
+            if let Some(value) = self.entries.get_mut(entry).and_then(|e| e.get_mut(word)) {
+                *value = *value & !covered | new & covered;
+                touched.push(entry);
+            }
+        });
         self.route(|_, entry| entry.is_some_and(|entry| touched.contains(&usize::from(entry))));
     }
 
@@ -168,7 +166,7 @@ impl Msix {
     }
 }
 
-/// Which entry and which of its words a byte of the table belongs to.
+/// The entry and the index of its word at `at`, a multiple of 4.
 fn word_at(at: u64) -> Option<(usize, usize)> {
     let entry = usize::try_from(at / MSIX_ENTRY_SIZE).ok()?;
     let word = usize::try_from(at % MSIX_ENTRY_SIZE / 4).ok()?;

@@ -518,8 +518,7 @@ impl VirtioPci {
 
     /// The window of the configuration access capability (§4.1.4.9): an access
     /// to its data is one to the BAR.
-    fn access_window(&self, offset: u16, len: usize) -> Option<(u64, usize)> {
-        let state = self.lock();
+    fn access_window(state: &State, offset: u16, len: usize) -> Option<(u64, usize)> {
         let data = state.access + 16;
         let inside = offset >= data && usize::from(offset) + len <= usize::from(data) + 4;
         if !inside {
@@ -530,6 +529,40 @@ impl VirtioPci {
         let len = state.config.word(state.access + 12);
         let valid = bar == 0 && matches!(len, 1 | 2 | 4) && at < BAR_SIZE;
         valid.then_some((at, len as usize))
+    }
+
+    /// Reads the structures in the BAR at `offset` bytes, all of the access
+    /// under one hold of the lock: no field is seen half changed.
+    fn read_structure(&self, state: &mut State, offset: u64, data: &mut [u8]) {
+        match offset & !0xfff {
+            COMMON => {
+                if let Some(failure) = state.device.take_failure() {
+                    self.fail(state, &failure);
+                }
+                self.read_common(state, offset, data);
+            }
+            DEVICE => state.device.read_config(offset - DEVICE, data),
+            TABLE => state.msix.read_table(offset - TABLE, data),
+            PENDING => state.msix.read_pending(offset - PENDING, data),
+            // The ISR is for INTx, which is not offered.
+            _ => data.fill(0),
+        }
+    }
+
+    /// Writes the structures in the BAR at `offset` bytes.
+    fn write_structure(&self, state: &mut State, offset: u64, data: &[u8]) {
+        match offset & !0xfff {
+            COMMON => self.write_common(state, offset, data),
+            DEVICE => state.device.write_config(offset - DEVICE, data),
+            NOTIFY => {
+                let queue = (offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER);
+                if let Ok(queue) = u16::try_from(queue) {
+                    self.kicked(state, queue);
+                }
+            }
+            TABLE => state.msix.write_table(offset - TABLE, data),
+            _ => {}
+        }
     }
 }
 
@@ -652,11 +685,12 @@ fn add_ats(config: &mut ConfigSpace) -> u16 {
 
 impl PciFunction for VirtioPci {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
-        self.lock().config.read(offset, data);
-        if let Some((at, len)) = self.access_window(offset, data.len()) {
+        let mut state = self.lock();
+        state.config.read(offset, data);
+        if let Some((at, len)) = Self::access_window(&state, offset, data.len()) {
             let mut bytes = [0; 4];
             if let Some(window) = bytes.get_mut(..len) {
-                self.read_bar(at, window);
+                self.read_structure(&mut state, at, window);
             }
             data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
         }
@@ -675,9 +709,8 @@ impl PciFunction for VirtioPci {
         let to = state.config.bar();
         let moved = to != state.bar;
         state.bar = to;
-        drop(state);
-        if let Some((at, len)) = self.access_window(offset, data.len()) {
-            self.write_bar(at, data.get(..len).unwrap_or(data));
+        if let Some((at, len)) = Self::access_window(&state, offset, data.len()) {
+            self.write_structure(&mut state, at, data.get(..len).unwrap_or(data));
         }
         moved.then_some(BarMove { to })
     }
@@ -705,36 +738,11 @@ impl PciFunction for VirtioPci {
     }
 
     fn read_bar(&self, offset: u64, data: &mut [u8]) {
-        let mut state = self.lock();
-        match offset & !0xfff {
-            COMMON => {
-                if let Some(failure) = state.device.take_failure() {
-                    self.fail(&mut state, &failure);
-                }
-                self.read_common(&state, offset, data);
-            }
-            DEVICE => state.device.read_config(offset - DEVICE, data),
-            TABLE => state.msix.read_table(offset - TABLE, data),
-            PENDING => state.msix.read_pending(offset - PENDING, data),
-            // The ISR is for INTx, which is not offered.
-            _ => data.fill(0),
-        }
+        self.read_structure(&mut self.lock(), offset, data);
     }
 
     fn write_bar(&self, offset: u64, data: &[u8]) {
-        let mut state = self.lock();
-        match offset & !0xfff {
-            COMMON => self.write_common(&mut state, offset, data),
-            DEVICE => state.device.write_config(offset - DEVICE, data),
-            NOTIFY => {
-                let queue = (offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER);
-                if let Ok(queue) = u16::try_from(queue) {
-                    self.kicked(&mut state, queue);
-                }
-            }
-            TABLE => state.msix.write_table(offset - TABLE, data),
-            _ => {}
-        }
+        self.write_structure(&mut self.lock(), offset, data);
     }
 }
 

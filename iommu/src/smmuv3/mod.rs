@@ -203,6 +203,32 @@ impl Smmu {
         self.lock().registers.read(offset)
     }
 
+    /// Reads the 64 bits at `offset`, a multiple of 8: a 64-bit register as it is
+    /// at one point in time, or two adjacent 32-bit ones (§6.2).
+    #[must_use]
+    pub fn read64(&self, offset: u64) -> u64 {
+        let state = self.lock();
+        let word = |offset| u64::from(state.registers.read(offset));
+        word(offset) | word(offset.saturating_add(4)) << 32
+    }
+
+    /// Writes the 64 bits at `offset`, a multiple of 8: a 64-bit register at
+    /// once, or two adjacent 32-bit ones in rising order (§6.2).
+    pub fn write64(&self, offset: u64, value: u64) {
+        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+        let low = u32::from_le_bytes([a, b, c, d]);
+        let high = u32::from_le_bytes([e, f, g, h]);
+        if registers::is_64_bit(offset) {
+            self.with(|state| {
+                state.write_plain(offset, low);
+                state.write_plain(offset + 4, high);
+            });
+        } else {
+            self.write(offset, low);
+            self.write(offset.saturating_add(4), high);
+        }
+    }
+
     /// Writes a 32-bit word. When it returns, what the write set in motion is
     /// done: commands are carried out up to CMDQ_PROD or an error.
     pub fn write(&self, offset: u64, value: u32) {

@@ -218,6 +218,22 @@ pub const fn in_page_0(offset: u64) -> u64 {
     }
 }
 
+/// Whether a 64-bit register starts at `offset` (§6.2.1). A write of one has
+/// no consequences beyond the register.
+#[must_use]
+pub const fn is_64_bit(offset: u64) -> bool {
+    matches!(
+        offset,
+        reg::GERROR_IRQ_CFG0
+            | reg::STRTAB_BASE
+            | reg::CMDQ_BASE
+            | reg::EVENTQ_BASE
+            | reg::EVENTQ_IRQ_CFG0
+            | reg::PRIQ_BASE
+            | reg::PRIQ_IRQ_CFG0
+    )
+}
+
 /// What the identification registers say, all of it implemented.
 fn identification(config: &SmmuConfig) -> [(u64, u32); 5] {
     let when = |condition: bool, bits: u32| if condition { bits } else { 0 };

@@ -12,6 +12,8 @@ use crate::pci::{PciRoot, StaleMsis};
 use crate::rig::{self, Board, NEXT, RAM, REQUESTER, Ring};
 use crate::virtio::rng::Rng;
 
+mod access;
+
 const BAR: u64 = 0x40_0000_0000;
 const SLOT: u64 = 3;
 const DOORBELL: u64 = 0xfee0_1000;
@@ -32,6 +34,7 @@ struct Log {
     features: Option<u64>,
     failure: Option<DeviceError>,
     config: [u8; 8],
+    config_reads: usize,
 }
 
 #[derive(Clone, Default)]
@@ -59,7 +62,11 @@ impl VirtioDevice for Noting {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let start = usize::try_from(offset).unwrap();
-        let bytes = self.log().config;
+        let bytes = {
+            let mut log = self.log();
+            log.config_reads += 1;
+            log.config
+        };
         data.iter_mut()
             .zip(bytes.get(start..).unwrap_or_default())
             .for_each(|(to, from)| *to = *from);
