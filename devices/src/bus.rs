@@ -296,7 +296,9 @@ mod tests {
                 pattern(word)
             });
             assert_eq!(seen, words, "{len} bytes at {offset}");
-            let bytes = (offset..).take(len).map(|at| (at & !3) as u8);
+            let bytes = (offset..)
+                .take(len)
+                .map(|at| pattern(at & !3).to_le_bytes()[0]);
             assert!(data.iter().copied().eq(bytes), "{data:?}");
         }
     }

@@ -6,7 +6,8 @@
 //!   state, and `translate` puts them in order;
 //! * `commands` decodes, `execute` carries out, `tlb` says what an
 //!   invalidation reaches;
-//! * `events` and `queues` are how the guest hears of it.
+//! * `events` and `queues` are how the guest hears of it, `stalls` what waits
+//!   for its answer.
 //!
 //! # How an invalidation becomes complete
 //! A command changes the caches under the state lock, and notes which streams
@@ -24,6 +25,7 @@ mod listing;
 mod queues;
 mod registers;
 mod spec;
+mod stalls;
 mod state;
 mod ste;
 mod tlb;
@@ -47,7 +49,7 @@ use self::registers::{Registers, SUBSTREAM_BITS, in_page_0};
 use self::spec::{cr0, gbpa, gerror, reg};
 use self::state::{Notice, State};
 pub use self::state::{PageRequest, SmmuLine, SmmuStats, Stalled};
-use self::translate::{Asked, Failure};
+use self::translate::Asked;
 use crate::{
     Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, IovaRange, Mapping, NotifierEvents,
     Refused, Request, StreamId,
@@ -234,10 +236,10 @@ impl Smmu {
     pub fn write(&self, offset: u64, value: u32) {
         let offset = in_page_0(offset);
         match offset {
-            reg::EVENTQ_CONS | reg::PRIQ_CONS => self.with(|state| {
-                state.write_plain(offset, value);
-                state.record_stalls(&self.ram);
-            }),
+            reg::EVENTQ_CONS | reg::PRIQ_CONS => {
+                self.with(|state| state.write_plain(offset, value));
+                self.retry_unrecorded();
+            }
             reg::CR0 | reg::GBPA | reg::GERRORN | reg::CMDQ_PROD | reg::CMDQ_CONS => {
                 self.write_control(offset, value);
             }
@@ -272,9 +274,17 @@ impl Smmu {
         self.with(|state| {
             let enabled = state.registers.get(reg::CR0);
             state.registers.set(reg::CR0ACK, enabled);
-            state.record_stalls(&self.ram);
         });
+        self.retry_unrecorded();
         self.drain(&mut pending);
+    }
+
+    /// Goes on with stalled transactions that have no record yet.
+    fn retry_unrecorded(&self) {
+        let ended = self.with(|state| state.retry_unrecorded(&self.ram));
+        for (stalled, action) in &ended {
+            self.wires.resumed(stalled, *action);
+        }
     }
 
     /// Whether the guest enabled translation.
@@ -523,23 +533,9 @@ impl Smmu {
                 Ok(mapping) => return Ok(mapping),
                 Err(failure) => failure,
             };
-            self.record(state, request, &failure);
+            state.fail(&self.ram, request, &failure);
             Err(fault(request, failure.reason))
         })
-    }
-
-    fn record(&self, state: &mut State, request: &Request, failure: &Failure) {
-        let Some(event) = &failure.event else {
-            return;
-        };
-        if let Some(stream) = state.streams.get_mut(&request.stream) {
-            *stream.faults.entry(event.kind).or_default() += 1;
-        }
-        if failure.stall {
-            state.stall(&self.ram, event, request);
-        } else if failure.record {
-            state.record(&self.ram, event, request);
-        }
     }
 
     /// Works on the state, and sends the interrupts that come of it when it is

@@ -3,10 +3,51 @@
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::registers::Registers;
-use super::spec::queue;
+use super::spec::{cmd, event, idr1, pri, queue, reg};
 use crate::GuestRam;
 
-/// A queue by its registers.
+/// The registers of a queue, by their offsets, and the size of its entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueRegisters {
+    base: u64,
+    /// Producer index.
+    pub prod: u64,
+    /// Consumer index.
+    pub cons: u64,
+    /// Shift of the field of IDR1 with the largest LOG2SIZE.
+    largest: u32,
+    /// Bytes of an entry.
+    entry: u64,
+}
+
+/// The command queue (§6.3.26 to §6.3.28).
+pub const CMDQ: QueueRegisters = QueueRegisters {
+    base: reg::CMDQ_BASE,
+    prod: reg::CMDQ_PROD,
+    cons: reg::CMDQ_CONS,
+    largest: idr1::CMDQS,
+    entry: cmd::SIZE,
+};
+
+/// The event queue (§6.3.29 to §6.3.31).
+pub const EVENTQ: QueueRegisters = QueueRegisters {
+    base: reg::EVENTQ_BASE,
+    prod: reg::EVENTQ_PROD,
+    cons: reg::EVENTQ_CONS,
+    largest: idr1::EVENTQS,
+    entry: event::SIZE,
+};
+
+/// The PRI queue (§6.3.35 to §6.3.37).
+pub const PRIQ: QueueRegisters = QueueRegisters {
+    base: reg::PRIQ_BASE,
+    prod: reg::PRIQ_PROD,
+    cons: reg::PRIQ_CONS,
+    largest: idr1::PRIQS,
+    entry: pri::SIZE,
+};
+
+/// A queue as its base register describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queue {
     base: u64,
@@ -24,19 +65,21 @@ pub enum Unwritten {
 }
 
 impl Queue {
-    /// The queue whose base register is at `base`, with entries of `entry`
-    /// bytes. A size beyond what IDR1 says is cut to an index's 19 bits, an
-    /// address to the SMMU's own size (§3.4.3).
+    /// The queue that `of` describes. LOG2SIZE is capped at the value in IDR1
+    /// (§6.3.26), the address cut to `address_bits`, the OAS (§3.4.3), and
+    /// aligned to the larger of the capped size and 32 bytes.
     #[must_use]
-    pub fn new(registers: &Registers, base: u64, entry: u64, address_bits: u32) -> Self {
-        let value = registers.get64(base);
-        let log2size = u32::try_from(value & queue::LOG2SIZE).unwrap_or(0).min(19);
-        let size = entry << log2size;
+    pub fn new(registers: &Registers, of: &QueueRegisters, address_bits: u32) -> Self {
+        let value = registers.get64(of.base);
+        let largest = registers.get(reg::IDR1) >> of.largest & idr1::QUEUE_SIZE;
+        let log2size = u32::try_from(value & queue::LOG2SIZE).unwrap_or(0);
+        let log2size = log2size.min(largest);
+        let size = of.entry << log2size;
         let reach = (1_u64 << address_bits) - 1;
         Self {
             base: value & queue::ADDRESS & reach & !(size - 1),
             log2size,
-            entry,
+            entry: of.entry,
         }
     }
 

@@ -203,6 +203,8 @@ pub mod idr1 {
     pub const EVENTQS: u32 = 16;
     /// Most entries of the command queue, as a power of two.
     pub const CMDQS: u32 = 21;
+    /// Mask of the three size fields of queues.
+    pub const QUEUE_SIZE: u32 = 0x1f;
 }
 
 /// IDR3 (§6.3.4).

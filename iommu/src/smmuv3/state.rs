@@ -10,9 +10,9 @@ use super::SmmuConfig;
 use super::cd::Cd;
 use super::commands::CommandKind;
 use super::events::{Event, EventKind};
-use super::queues::{Queue, Unwritten};
+use super::queues::{CMDQ, EVENTQ, PRIQ, Queue, QueueRegisters, Unwritten};
 use super::registers::{Registers, STALL_MAX};
-use super::spec::{Cerror, MSI_ADDRESS, cmd, cr0, event, gerror, irq_ctrl, pri, queue, reg};
+use super::spec::{Cerror, MSI_ADDRESS, cr0, event, gerror, irq_ctrl, pri, queue, reg};
 use super::ste::Ste;
 use super::tlb::{Held, Tag, Tlb};
 use crate::{Access, GuestRam, IommuRegion, Iova, Request, StreamId};
@@ -75,8 +75,18 @@ pub struct Stalled {
     pub iova: Iova,
     /// What it wanted to do.
     pub access: Access,
-    pub(super) record: [u64; event::WORDS],
+    /// Its event record is in the queue. One without is tried again when the
+    /// queue becomes writable (§3.12.2).
     pub(super) recorded: bool,
+}
+
+/// Why an event record is not in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EventUnwritten {
+    /// The queue is enabled and full.
+    Full,
+    /// The queue is disabled, or its memory is not RAM.
+    Disabled,
 }
 
 /// What the model knows of a connected stream.
@@ -144,7 +154,7 @@ pub(super) struct State {
     pub(super) tlb: Tlb,
     pub(super) streams: BTreeMap<StreamId, Stream>,
     pub(super) stalled: BTreeMap<u16, Stalled>,
-    free_stags: VecDeque<u16>,
+    pub(super) free_stags: VecDeque<u16>,
     pub(super) stats: SmmuStats,
     pub(super) notices: Vec<Notice>,
 }
@@ -203,9 +213,12 @@ impl State {
         self.cds.insert(key, cd);
     }
 
+    fn queue(&self, of: &QueueRegisters) -> Queue {
+        Queue::new(&self.registers, of, self.config.address_bits())
+    }
+
     pub(super) fn command_queue(&self) -> Queue {
-        let bits = self.config.address_bits();
-        Queue::new(&self.registers, reg::CMDQ_BASE, cmd::SIZE, bits)
+        self.queue(&CMDQ)
     }
 
     /// Activates a global error (§7.5), unless it is active.
@@ -255,28 +268,40 @@ impl State {
         self.registers.enabled(cr0::EVENTQEN) && !self.registers.error_active(gerror::EVENTQ_ABT)
     }
 
-    /// Writes an event record; `false` when the queue cannot be written.
-    fn push_event(&mut self, ram: &GuestRam, record: &[u64; event::WORDS]) -> bool {
+    /// Whether an event record can be written now (§7.2.1).
+    pub(super) fn events_writable(&self) -> bool {
+        let index = |register| self.registers.get(register);
+        let full = self
+            .queue(&EVENTQ)
+            .is_full(index(EVENTQ.prod), index(EVENTQ.cons));
+        self.events_enabled() && !full
+    }
+
+    /// Writes an event record. What becomes of one that is not written is the
+    /// caller's: a record of a terminated transaction is lost, that of a stall
+    /// is not.
+    ///
+    /// # Errors
+    /// [`EventUnwritten`].
+    pub(super) fn push_event(
+        &mut self,
+        ram: &GuestRam,
+        record: &[u64; event::WORDS],
+    ) -> Result<(), EventUnwritten> {
         if !self.events_enabled() {
-            return false;
+            return Err(EventUnwritten::Disabled);
         }
-        let bits = self.config.address_bits();
-        let queue = Queue::new(&self.registers, reg::EVENTQ_BASE, event::SIZE, bits);
-        let indices = (reg::EVENTQ_PROD, reg::EVENTQ_CONS);
-        match self.produce(ram, &queue, indices, record) {
+        match self.produce(ram, &EVENTQ, record) {
             Ok(()) => {
                 // An interrupt for each record, not only for the first one in
                 // an empty queue: a driver that was about to leave sees it.
                 self.interrupt(SmmuLine::Eventq);
-                true
+                Ok(())
             }
-            Err(Unwritten::Full) => {
-                self.overflow(indices);
-                false
-            }
+            Err(Unwritten::Full) => Err(EventUnwritten::Full),
             Err(Unwritten::Abort) => {
                 self.global_error(gerror::EVENTQ_ABT);
-                false
+                Err(EventUnwritten::Disabled)
             }
         }
     }
@@ -284,101 +309,45 @@ impl State {
     fn produce<const N: usize>(
         &mut self,
         ram: &GuestRam,
-        queue: &Queue,
-        (prod, cons): (u64, u64),
+        of: &QueueRegisters,
         record: &[u64; N],
     ) -> Result<(), Unwritten> {
-        let index = self.registers.get(prod);
-        queue.write(ram, (index, self.registers.get(cons)), record)?;
-        self.registers.set(prod, queue.next(index));
+        let queue = self.queue(of);
+        let index = self.registers.get(of.prod);
+        queue.write(ram, (index, self.registers.get(of.cons)), record)?;
+        self.registers.set(of.prod, queue.next(index));
         Ok(())
     }
 
     /// Whether an overflow is not acknowledged (§7.4, §8.1).
-    fn overflowing(&self, (prod, cons): (u64, u64)) -> bool {
-        (self.registers.get(prod) ^ self.registers.get(cons)) & queue::OVERFLOW != 0
+    fn overflowing(&self, of: &QueueRegisters) -> bool {
+        (self.registers.get(of.prod) ^ self.registers.get(of.cons)) & queue::OVERFLOW != 0
     }
 
-    fn overflow(&mut self, indices: (u64, u64)) {
-        if !self.overflowing(indices) {
-            let prod = self.registers.get(indices.0) ^ queue::OVERFLOW;
-            self.registers.set(indices.0, prod);
+    /// A record was discarded because the queue is full.
+    fn overflow(&mut self, of: &QueueRegisters) {
+        if !self.overflowing(of) {
+            let prod = self.registers.get(of.prod) ^ queue::OVERFLOW;
+            self.registers.set(of.prod, prod);
         }
     }
 
-    /// Records an event of a terminated transaction, or drops it.
+    /// Records an event of a terminated transaction, or drops it. Only a full
+    /// queue makes an overflow of that (§7.4).
     pub(super) fn record(&mut self, ram: &GuestRam, event: &Event, request: &Request) {
-        if self.push_event(ram, &event.record(request, None)) {
-            *self.stats.events.entry(event.kind).or_default() += 1;
-        } else {
-            self.stats.events_dropped += 1;
-        }
-    }
-
-    /// Stalls a transaction. A second one to the same page is not recorded
-    /// (§3.12.2.1); one too many waits without a record.
-    pub(super) fn stall(&mut self, ram: &GuestRam, event: &Event, request: &Request) {
-        let page = request.iova.0 >> 12;
-        let known = self.stalled.values().any(|stalled| {
-            (stalled.stream, stalled.substream) == (request.stream, request.substream)
-                && stalled.iova.0 >> 12 == page
-                && stalled.access == request.access
-        });
-        if known {
-            return;
-        }
-        let Some(stag) = self.free_stags.pop_front() else {
-            return;
-        };
-        let record = event.record(request, Some(stag));
-        let recorded = self.push_event(ram, &record);
-        if recorded {
-            *self.stats.events.entry(event.kind).or_default() += 1;
-        }
-        self.stalled.insert(
-            stag,
-            Stalled {
-                stream: request.stream,
-                substream: request.substream,
-                iova: request.iova,
-                access: request.access,
-                record,
-                recorded,
-            },
-        );
-    }
-
-    /// Records stalls that found the queue unwritable (§7.2.1).
-    pub(super) fn record_stalls(&mut self, ram: &GuestRam) {
-        let waiting: Vec<_> = self
-            .stalled
-            .iter()
-            .filter(|(_, stalled)| !stalled.recorded)
-            .map(|(stag, stalled)| (*stag, stalled.record))
-            .collect();
-        for (stag, record) in waiting {
-            if !self.push_event(ram, &record) {
-                return;
-            }
-            if let Some(stalled) = self.stalled.get_mut(&stag) {
-                stalled.recorded = true;
+        match self.push_event(ram, &event.record(request, None)) {
+            Ok(()) => self.count_event(event.kind),
+            Err(unwritten) => {
+                self.stats.events_dropped += 1;
+                if unwritten == EventUnwritten::Full {
+                    self.overflow(&EVENTQ);
+                }
             }
         }
     }
 
-    /// Takes out the stalled transactions that `which` selects.
-    pub(super) fn unstall(&mut self, which: impl Fn(u16, &Stalled) -> bool) -> Vec<Stalled> {
-        let stags: Vec<_> = self
-            .stalled
-            .iter()
-            .filter(|(stag, stalled)| which(**stag, stalled))
-            .map(|(stag, _)| *stag)
-            .collect();
-        self.free_stags.extend(&stags);
-        stags
-            .iter()
-            .filter_map(|stag| self.stalled.remove(stag))
-            .collect()
+    pub(super) fn count_event(&mut self, kind: EventKind) {
+        *self.stats.events.entry(kind).or_default() += 1;
     }
 
     /// Queues a page request (§8.1). `false` when it was discarded because the
@@ -391,8 +360,7 @@ impl State {
         if !enabled {
             return None;
         }
-        let indices = (reg::PRIQ_PROD, reg::PRIQ_CONS);
-        if self.overflowing(indices) {
+        if self.overflowing(&PRIQ) {
             return Some(false);
         }
         let mut record = [0; pri::WORDS];
@@ -408,9 +376,7 @@ impl State {
         ] {
             field.put(&mut record, value);
         }
-        let bits = self.config.address_bits();
-        let queue = Queue::new(&self.registers, reg::PRIQ_BASE, pri::SIZE, bits);
-        match self.produce(ram, &queue, indices, &record) {
+        match self.produce(ram, &PRIQ, &record) {
             Ok(()) => {
                 let last_only = self.registers.get(reg::PRIQ_IRQ_CFG2) >> 31 != 0;
                 if request.last || !last_only {
@@ -419,7 +385,7 @@ impl State {
                 Some(true)
             }
             Err(Unwritten::Full) => {
-                self.overflow(indices);
+                self.overflow(&PRIQ);
                 Some(false)
             }
             Err(Unwritten::Abort) => {

@@ -7,4 +7,6 @@ mod configuration;
 mod invalidation;
 mod queues;
 mod rig;
+mod sizes;
+mod stalls;
 mod walks;

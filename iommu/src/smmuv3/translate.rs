@@ -149,20 +149,23 @@ impl State {
         let bad_stream = Event::configuration(EventKind::CBadStreamid);
         let cfg = self.registers.get(reg::STRTAB_BASE_CFG);
         let base = self.registers.get64(reg::STRTAB_BASE) & strtab::ADDRESS;
-        let log2size = (cfg & strtab::LOG2SIZE).min(STREAM_BITS);
+        // The literal size aligns the table, the offered one limits StreamIDs
+        // (§6.3.24, §6.3.25).
+        let literal = cfg & strtab::LOG2SIZE;
+        let log2size = literal.min(STREAM_BITS);
         let index = u64::from(stream.0);
         if index >> log2size != 0 {
             return Err(bad_stream);
         }
         if cfg >> strtab::FMT != strtab::FMT_2_LEVEL {
-            return Ok((base & !((64 << log2size) - 1)) + index * 64);
+            return Ok(aligned(base, literal + 6) + index * 64);
         }
         let split = match cfg >> strtab::SPLIT & 0x1f {
             split @ (8 | 10) => split,
             _ => 6,
         };
-        let level_1 = log2size.saturating_sub(split);
-        let address = (base & !((8 << level_1) - 1)) + (index >> split) * 8;
+        let level_1 = literal.saturating_sub(split);
+        let address = aligned(base, level_1 + 3) + (index >> split) * 8;
         let descriptor =
             read_words::<1>(ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
         let span = l1std::SPAN.of32(&descriptor);
@@ -358,6 +361,11 @@ impl State {
             }
         }
     }
+}
+
+/// `address` with its lowest `bits` cleared; 0 for 64 bits and more.
+fn aligned(address: u64, bits: u32) -> u64 {
+    address & u64::MAX.checked_shl(bits).unwrap_or(0)
 }
 
 fn tag(ste: &Ste, stages: Stages, asid: u16) -> Tag {
