@@ -51,6 +51,14 @@ pub enum Error {
         /// Where memory ends (exclusive).
         end: u64,
     },
+    /// The kernel takes an initial ramdisk at no address past its own end.
+    #[error("cannot be placed: the kernel takes it below {limit:#x} and ends itself at {end:#x}")]
+    NoPlace {
+        /// The initial ramdisk must end at or below this address.
+        limit: u64,
+        /// The end of the kernel (exclusive).
+        end: u64,
+    },
 }
 
 /// A file's format.
@@ -64,12 +72,58 @@ pub enum Format {
     Arm64Image,
     /// RISC-V `Image`.
     RiscvImage,
-    /// A gzip stream.
-    Gzip,
+    /// A compressed file.
+    Compressed(Compression),
     /// EFI self-decompressing image (arm64, RISC-V, LoongArch).
     Zboot(Zboot),
+    /// Another EFI program, such as a unified kernel image: PE with this
+    /// `Machine` (PE format §3.3.1).
+    Efi(u16),
     /// None of these.
     Unknown,
+}
+
+/// How a file is compressed, told from its first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// RFC 1952.
+    Gzip,
+    /// RFC 8878.
+    Zstd,
+    /// The .xz format.
+    Xz,
+    /// bzip2.
+    Bzip2,
+    /// LZ4, as a frame or in the form that Linux builds use.
+    Lz4,
+}
+
+impl Compression {
+    const MAGICS: [(&[u8], Self); 6] = [
+        (&[0x1F, 0x8B], Self::Gzip),
+        (&[0x28, 0xB5, 0x2F, 0xFD], Self::Zstd),
+        (b"\xFD7zXZ\0", Self::Xz),
+        (b"BZh", Self::Bzip2),
+        (&[0x04, 0x22, 0x4D, 0x18], Self::Lz4),
+        (&[0x02, 0x21, 0x4C, 0x18], Self::Lz4),
+    ];
+
+    fn of(head: &[u8]) -> Option<Self> {
+        let known = Self::MAGICS.iter();
+        let found = known.clone().find(|(magic, _)| head.starts_with(magic));
+        found.map(|&(_, compression)| compression)
+    }
+
+    /// Name and command that undoes it.
+    fn name_and_tool(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Gzip => ("gzip", "gunzip"),
+            Self::Zstd => ("zstd", "unzstd"),
+            Self::Xz => ("xz", "unxz"),
+            Self::Bzip2 => ("bzip2", "bunzip2"),
+            Self::Lz4 => ("lz4", "unlz4"),
+        }
+    }
 }
 
 /// The header of an EFI zboot image (Linux `drivers/firmware/efi/libstub/zboot-header.S`).
@@ -85,22 +139,40 @@ pub struct Zboot {
 
 const ELF_X86_64: u16 = 62;
 const ELF_AARCH64: u16 = 183;
+/// PE `Machine` numbers, the same as the architecture's ELF tools print.
+const PE_AMD64: u16 = 0x8664;
+const PE_ARM64: u16 = 0xAA64;
 
 /// Bytes of the file that [`Format::of`] wants to see.
 pub const HEAD: usize = 0x206;
 
-fn u32_at(head: &[u8], at: usize) -> Option<u32> {
-    let bytes = head.get(at..at.checked_add(4)?)?;
-    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+/// The `N` bytes at `at`, if the header is that long.
+pub(crate) fn bytes_at<const N: usize>(head: &[u8], at: usize) -> Option<[u8; N]> {
+    head.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+/// The little-endian `u16` at `at`, if the header is that long.
+pub(crate) fn u16_at(head: &[u8], at: usize) -> Option<u16> {
+    bytes_at(head, at).map(u16::from_le_bytes)
+}
+
+/// The little-endian `u32` at `at`, if the header is that long.
+pub(crate) fn u32_at(head: &[u8], at: usize) -> Option<u32> {
+    bytes_at(head, at).map(u32::from_le_bytes)
+}
+
+/// The little-endian `u64` at `at`, if the header is that long.
+pub(crate) fn u64_at(head: &[u8], at: usize) -> Option<u64> {
+    bytes_at(head, at).map(u64::from_le_bytes)
 }
 
 impl Format {
     /// Recognizes a file by its first bytes, at most [`HEAD`] of them.
     pub fn of(head: &[u8]) -> Self {
         if head.starts_with(b"\x7fELF")
-            && let Some(&[low, high]) = head.get(18..20)
+            && let Some(machine) = u16_at(head, 18)
         {
-            return Self::Elf(u16::from_le_bytes([low, high]));
+            return Self::Elf(machine);
         }
         if head.get(0x202..0x206) == Some(b"HdrS") {
             return Self::BzImage;
@@ -111,8 +183,8 @@ impl Format {
         if head.get(0x38..0x3C) == Some(b"RSC\x05") {
             return Self::RiscvImage;
         }
-        if head.starts_with(&[0x1F, 0x8B]) {
-            return Self::Gzip;
+        if let Some(compression) = Compression::of(head) {
+            return Self::Compressed(compression);
         }
         if head.starts_with(b"MZ")
             && head.get(4..8) == Some(b"zimg")
@@ -127,34 +199,75 @@ impl Format {
                 compression,
             });
         }
-        Self::Unknown
+        Self::efi(head).unwrap_or(Self::Unknown)
+    }
+
+    /// Any other PE file whose header is within `head`.
+    fn efi(head: &[u8]) -> Option<Self> {
+        let pe = usize::try_from(u32_at(head, 0x3C)?).ok()?;
+        let magics = (head.get(..2)?, bytes_at(head, pe)?);
+        let machine = u16_at(head, pe.checked_add(4)?)?;
+        (magics == (b"MZ", *b"PE\0\0")).then_some(Self::Efi(machine))
     }
 
     /// The architecture a kernel of this format runs on, when the format says.
     pub fn architecture(&self) -> Option<String> {
         Some(match self {
-            Self::Elf(ELF_X86_64) | Self::BzImage => "x86_64".into(),
-            Self::Elf(ELF_AARCH64) | Self::Arm64Image => "aarch64".into(),
+            Self::Elf(ELF_X86_64) | Self::BzImage | Self::Efi(PE_AMD64) => "x86_64".into(),
+            Self::Elf(ELF_AARCH64) | Self::Arm64Image | Self::Efi(PE_ARM64) => "aarch64".into(),
             Self::Elf(machine) => format!("ELF machine {machine}"),
             Self::RiscvImage => "riscv64".into(),
-            Self::Gzip | Self::Zboot(_) | Self::Unknown => return None,
+            Self::Efi(machine) => format!("EFI machine {machine:#x}"),
+            Self::Compressed(_) | Self::Zboot(_) | Self::Unknown => return None,
         })
     }
 }
 
-/// Reads the format and the length of `file`, leaving it at its start.
+/// What the loaders know of a kernel file before they load it.
+#[derive(Debug)]
+pub(crate) struct Probe {
+    /// Its format.
+    pub(crate) format: Format,
+    /// Its first bytes, at most [`HEAD`]. The loaders take every header field
+    /// from here or from another copy of theirs: the file may change under them.
+    pub(crate) head: Vec<u8>,
+    /// Its length in bytes.
+    pub(crate) size: u64,
+}
+
+/// Reads the format, the first bytes and the length of `file`.
 ///
 /// # Errors
 /// The file cannot be read.
-pub fn probe<F: Read + Seek>(file: &mut F) -> Result<(Format, u64), Error> {
+pub(crate) fn probe<F: Read + Seek>(file: &mut F) -> Result<Probe, Error> {
     let size = length(file)?;
     let mut head = Vec::with_capacity(HEAD);
     file.by_ref()
         .take(HEAD as u64)
         .read_to_end(&mut head)
         .map_err(Error::Read)?;
-    file.rewind().map_err(Error::Read)?;
-    Ok((Format::of(&head), size))
+    let format = Format::of(&head);
+    Ok(Probe { format, head, size })
+}
+
+/// Reads the `len` bytes of `file` at `at`; `size` is the file's length.
+///
+/// # Errors
+/// The file ends within them, or cannot be read.
+pub(crate) fn read_at<F: Read + Seek>(
+    file: &mut F,
+    size: u64,
+    at: u64,
+    len: usize,
+) -> Result<Vec<u8>, Error> {
+    let need = at.saturating_add(len as u64);
+    if size < need {
+        return Err(Error::Truncated { have: size, need });
+    }
+    let mut bytes = vec![0; len];
+    file.seek(SeekFrom::Start(at)).map_err(Error::Read)?;
+    file.read_exact(&mut bytes).map_err(Error::Read)?;
+    Ok(bytes)
 }
 
 /// The length of `file`, which is left at its start.
@@ -164,13 +277,20 @@ pub(crate) fn length<F: Seek>(file: &mut F) -> Result<u64, Error> {
     Ok(size)
 }
 
-/// Copies `size` bytes of `file`, from where it stands, to guest memory at
-/// `base`. The caller has checked that there is RAM.
-pub(crate) fn copy<M, F>(memory: &M, file: &mut F, base: u64, size: u64) -> Result<(), Error>
+/// Copies `size` bytes of `file` at `offset` to guest memory at `base`. The
+/// caller has checked that there is RAM.
+pub(crate) fn copy<M, F>(
+    memory: &M,
+    file: &mut F,
+    offset: u64,
+    base: u64,
+    size: u64,
+) -> Result<(), Error>
 where
     M: GuestMemoryBackend,
-    F: ReadVolatile,
+    F: ReadVolatile + Seek,
 {
+    file.seek(SeekFrom::Start(offset)).map_err(Error::Read)?;
     let count = usize::try_from(size).unwrap_or(usize::MAX);
     memory
         .read_exact_volatile_from(GuestAddress(base), file, count)
@@ -186,13 +306,31 @@ pub(crate) fn does_not_fit(size: u64, from: u64, end: u64) -> Error {
     }
 }
 
-/// The error for a file that is no kernel of architecture `expected`.
+/// The error for a file that is no kernel of architecture `expected`, or in a
+/// wrapping that this architecture's loader does not undo.
 pub(crate) fn refuse(format: &Format, expected: &'static str, formats: &'static str) -> Error {
-    match format.architecture() {
-        Some(found) if found != expected => Error::OtherArchitecture { found, expected },
+    match (format, format.architecture()) {
+        (_, Some(found)) if found != expected => Error::OtherArchitecture { found, expected },
+        (Format::Compressed(compression), _) => {
+            let (name, tool) = compression.name_and_tool();
+            Error::Unsupported(format!(
+                "it is compressed with {name}; decompress it first ({tool})"
+            ))
+        }
+        (Format::Efi(_), _) => Error::Unsupported(
+            "it is an EFI program; take the kernel out of a unified kernel image with \
+             \"objcopy --dump-section .linux=vmlinuz FILE\""
+                .into(),
+        ),
+        (Format::Zboot(_), _) => Error::Unsupported(format!(
+            "it is an EFI zboot image, a form of arm64 and RISC-V kernels; {formats}"
+        )),
         _ => Error::NotAKernel { expected: formats },
     }
 }
+
+#[cfg(test)]
+pub(crate) mod sparse;
 
 #[cfg(test)]
 mod tests {
@@ -215,7 +353,16 @@ mod tests {
         assert_eq!(Format::of(&bz), Format::BzImage);
         let image = head(&[(0, b"MZ"), (0x38, b"ARM\x64")]);
         assert_eq!(Format::of(&image), Format::Arm64Image);
-        assert_eq!(Format::of(&[0x1F, 0x8B, 8]), Format::Gzip);
+        for (magic, compression) in Compression::MAGICS {
+            assert_eq!(Format::of(magic), Format::Compressed(compression));
+        }
+        let efi = head(&[
+            (0, b"MZ"),
+            (0x3C, &[0x78]),
+            (0x78, b"PE\0\0"),
+            (0x7C, &[0x64, 0x86]),
+        ]);
+        assert_eq!(Format::of(&efi), Format::Efi(PE_AMD64));
         let zboot = head(&[
             (0, b"MZ\0\0zimg"),
             (8, &0x1000u32.to_le_bytes()),
@@ -234,9 +381,31 @@ mod tests {
 
     #[test]
     fn short_or_foreign_files_are_unknown() {
-        for bytes in [&b""[..], b"\x7fELF", b"MZ\0\0zimg", b"#!/bin/sh\n", b"\x1f"] {
+        let far = head(&[(0, b"MZ"), (0x3C, &[0xFF; 4])]);
+        for bytes in [
+            &b""[..],
+            b"\x7fELF",
+            b"MZ\0\0zimg",
+            b"#!/bin/sh\n",
+            b"\x1f",
+            &far,
+        ] {
             assert_eq!(Format::of(bytes), Format::Unknown, "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn a_wrapping_that_is_not_undone_is_named_with_the_fix() {
+        let refused = |format| refuse(&format, "x86_64", "").to_string();
+        let text = refused(Format::Compressed(Compression::Xz));
+        assert_eq!(
+            text,
+            "cannot be booted: it is compressed with xz; decompress it first (unxz)"
+        );
+        let text = refused(Format::Efi(PE_AMD64));
+        assert!(text.contains("objcopy --dump-section .linux="), "{text}");
+        let text = refused(Format::Efi(PE_ARM64));
+        assert_eq!(text, "is a kernel for aarch64, this machine is x86_64");
     }
 
     #[test]

@@ -1,17 +1,20 @@
 //! Puts an arm64 kernel, its initial ramdisk and the device tree into guest
 //! memory (Linux `Documentation/arch/arm64/booting.rst`).
 //!
-//! The kernel is an `Image`, a gzip'd `Image`, or an EFI zboot `vmlinuz` with a
-//! gzip payload.
+//! The kernel is an `Image`, an `Image` compressed with gzip or zstd, or an EFI
+//! zboot `vmlinuz` with such a payload.
 
-use std::io::{self, Read, Seek, SeekFrom};
+mod image;
 
-use flate2::read::GzDecoder;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
+
+use flate2::bufread::GzDecoder;
+use ruzstd::decoding::StreamingDecoder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use crate::Error;
 use crate::aarch64::{fdt, layout};
-use crate::kernel::{self, Format, HEAD, Zboot};
+use crate::kernel::{self, Compression, Format, HEAD, Probe, Zboot};
 use crate::platform::{Initrd, Platform, Range};
 
 /// Where the first vCPU starts.
@@ -23,12 +26,13 @@ pub struct Entry {
     pub fdt: u64,
 }
 
-const FORMATS: &str = "an Image, a gzip'd Image or an EFI zboot vmlinuz is needed";
+const FORMATS: &str = "an Image, compressed or not, or an EFI zboot vmlinuz is needed";
+/// Upper bound on the window of a zstd stream, in bytes: that of the highest
+/// compression level, which Linux builds use. The decoder keeps at most so much
+/// of what it has unpacked.
+const ZSTD_WINDOW: u64 = 128 << 20;
 /// Linux `COMMAND_LINE_SIZE` on arm64, less the NUL.
 const CMDLINE_MAX: usize = 2047;
-/// The kernel image must start this much past a 2 MiB boundary when its header
-/// is too old to say (Linux before 3.17).
-const OLD_TEXT_OFFSET: u64 = 0x8_0000;
 const INITRD_ALIGN: u64 = 0x20_0000;
 
 /// Loads everything a machine needs to start and returns where it starts.
@@ -85,142 +89,79 @@ where
     M: GuestMemoryBackend,
     K: Read + ReadVolatile + Seek,
 {
-    let (format, size) = kernel::probe(file)?;
-    match format {
+    let Probe { format, head, size } = kernel::probe(file)?;
+    let (offset, length, compression) = match &format {
         Format::Arm64Image => {
-            let mut head = Vec::new();
-            file.by_ref()
-                .take(HEAD as u64)
-                .read_to_end(&mut head)
-                .map_err(kernel::Error::Read)?;
-            check_complete(file, &head, size)?;
-            let place = place(&head, size, ram_end)?;
-            file.rewind().map_err(kernel::Error::Read)?;
-            kernel::copy(memory, file, place.base, size)?;
-            Ok(place)
+            image::check_complete(file, &head, size)?;
+            let place = image::place(&head, size, ram_end)?;
+            kernel::copy(memory, file, 0, place.base, size)?;
+            return Ok(place);
         }
-        Format::Gzip => decompress(memory, file, ram_end),
+        Format::Compressed(compression @ (Compression::Gzip | Compression::Zstd)) => {
+            (0, size, *compression)
+        }
         Format::Zboot(header) => {
-            check_zboot(&header, size)?;
-            file.seek(SeekFrom::Start(u64::from(header.offset)))
-                .map_err(kernel::Error::Read)?;
-            decompress(memory, &mut file.take(u64::from(header.size)), ram_end)
+            let compression = zboot_compression(header, size)?;
+            let (offset, length) = (header.offset.into(), header.size.into());
+            (offset, length, compression)
         }
-        other => Err(kernel::refuse(&other, "aarch64", FORMATS)),
+        other => return Err(kernel::refuse(other, "aarch64", FORMATS)),
+    };
+    // More than its result has room for is not worth reading.
+    let room = ram_end.saturating_sub(layout::KERNEL);
+    if length > room {
+        return Err(kernel::does_not_fit(length, layout::KERNEL, ram_end));
+    }
+    file.seek(SeekFrom::Start(offset))
+        .map_err(kernel::Error::Read)?;
+    let compressed = BufReader::new(file.take(length));
+    match compression {
+        Compression::Zstd => {
+            let stream = StreamingDecoder::new_with_max_window_size(compressed, ZSTD_WINDOW)
+                .map_err(|error| kernel::Error::Decompress(io::Error::other(error)))?;
+            unpack(memory, stream, ram_end)
+        }
+        _ => unpack(memory, GzDecoder::new(compressed), ram_end),
     }
 }
 
-fn check_zboot(header: &Zboot, size: u64) -> Result<(), kernel::Error> {
-    if header.compression != "gzip" {
-        return Err(kernel::Error::Unsupported(format!(
-            "its EFI zboot payload is compressed with {:?}; gzip is supported \
-             (decompress it to an Image)",
-            header.compression
-        )));
-    }
+/// How the payload of an EFI zboot image of `size` bytes is compressed.
+fn zboot_compression(header: &Zboot, size: u64) -> Result<Compression, kernel::Error> {
+    let compression = match header.compression.as_str() {
+        "gzip" => Compression::Gzip,
+        // Linux before 6.14 and since.
+        "zstd" | "zstd22" => Compression::Zstd,
+        other => {
+            return Err(kernel::Error::Unsupported(format!(
+                "its EFI zboot payload is compressed with {other:?}; gzip and zstd are supported \
+                 (decompress it to an Image)"
+            )));
+        }
+    };
     let need = u64::from(header.offset) + u64::from(header.size);
     if size < need {
         return Err(kernel::Error::Truncated { have: size, need });
     }
-    Ok(())
+    Ok(compression)
 }
 
-/// Compares the file's length with what the sections of its PE header need;
-/// the arm64 header itself gives the size in memory only. An image without a
-/// PE header (no EFI stub) cannot be checked.
-fn check_complete<K: Read + Seek>(
-    file: &mut K,
-    head: &[u8],
-    size: u64,
-) -> Result<(), kernel::Error> {
-    const HEADER: u64 = 64;
-    const PE_HEADER: usize = 24;
-    const SECTION: u64 = 40;
-    const RAW_SIZE_AND_OFFSET: u64 = 16;
-    let u16_at = |at: usize| {
-        head.get(at..at + 2)
-            .map_or(0, |b| u16::from_le_bytes([b[0], b[1]]))
-    };
-    let pe = match head.starts_with(b"MZ") {
-        true => usize::from(u16_at(0x3C)),
-        false => 0,
-    };
-    let headers = HEADER.max((pe + PE_HEADER) as u64);
-    if size < headers {
-        return Err(kernel::Error::Truncated {
-            have: size,
-            need: headers,
-        });
-    }
-    if head.get(pe..pe + 4) != Some(b"PE\0\0") {
-        return Ok(());
-    }
-    let sections = u64::from(u16_at(pe + 6));
-    let table = (pe + PE_HEADER) as u64 + u64::from(u16_at(pe + 20));
-    let mut need = table + sections * SECTION;
-    for index in 0..sections {
-        let mut raw = [0; 8];
-        let at = table + index * SECTION + RAW_SIZE_AND_OFFSET;
-        file.seek(SeekFrom::Start(at))
-            .map_err(kernel::Error::Read)?;
-        if file.read_exact(&mut raw).is_err() {
-            break;
-        }
-        let [s0, s1, s2, s3, o0, o1, o2, o3] = raw;
-        let end = u64::from(u32::from_le_bytes([s0, s1, s2, s3]))
-            + u64::from(u32::from_le_bytes([o0, o1, o2, o3]));
-        need = need.max(end);
-    }
-    if size < need {
-        return Err(kernel::Error::Truncated { have: size, need });
-    }
-    Ok(())
-}
-
-/// Where an image with this header goes: from its first byte to the end of its
-/// BSS. `size` is the length of the file, at least.
-fn place(head: &[u8], size: u64, ram_end: u64) -> Result<Range, kernel::Error> {
-    const BIG_ENDIAN: u64 = 1;
-    let word = |at: usize| {
-        let bytes = head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
-        bytes.map_or(0, u64::from_le_bytes)
-    };
-    let (text_offset, image_size, flags) = (word(8), word(16), word(24));
-    if flags & BIG_ENDIAN != 0 {
-        return Err(kernel::Error::Unsupported(
-            "it is a big-endian kernel".into(),
-        ));
-    }
-    let text_offset = if image_size == 0 {
-        OLD_TEXT_OFFSET
-    } else {
-        text_offset
-    };
-    let size = size.max(image_size);
-    let base = layout::KERNEL.saturating_add(text_offset);
-    if base.checked_add(size).is_none_or(|end| end > ram_end) {
-        return Err(kernel::does_not_fit(size, base, ram_end));
-    }
-    Ok(Range::new(base, size))
-}
-
-/// Unpacks a gzip stream into guest memory, as much as there is room for.
-fn decompress<M, R>(memory: &M, compressed: &mut R, ram_end: u64) -> Result<Range, kernel::Error>
+/// Unpacks an `Image` into guest memory, as much as there is room for.
+fn unpack<M, R>(memory: &M, mut stream: R, ram_end: u64) -> Result<Range, kernel::Error>
 where
     M: GuestMemoryBackend,
     R: Read,
 {
-    let mut stream = GzDecoder::new(compressed);
     let mut chunk = vec![0; 1 << 16];
     let mut filled = fill(&mut stream, &mut chunk)?;
-    let format = Format::of(&chunk[..filled.min(HEAD)]);
+    let head = &chunk[..filled.min(HEAD)];
+    let format = Format::of(head);
     if format != Format::Arm64Image {
         return Err(kernel::refuse(&format, "aarch64", FORMATS));
     }
-    let place = place(&chunk, 0, ram_end)?;
+    let place = image::place(head, 0, ram_end)?;
     let mut at = place.base;
     while filled > 0 {
-        let end = at + filled as u64;
+        let end = at.saturating_add(filled as u64);
         if end > ram_end {
             return Err(kernel::does_not_fit(end - place.base, place.base, ram_end));
         }
@@ -261,7 +202,7 @@ where
     if base.checked_add(size).is_none_or(|end| end > ram_end) {
         return Err(kernel::does_not_fit(size, base, ram_end));
     }
-    kernel::copy(memory, file, base, size)?;
+    kernel::copy(memory, file, 0, base, size)?;
     Ok(Initrd { base, size })
 }
 

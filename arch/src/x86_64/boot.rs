@@ -4,15 +4,16 @@
 //! An uncompressed `vmlinux` starts by PVH (xen `start_info.h`), a `bzImage` by
 //! the 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`).
 
+mod bzimage;
+mod elf;
+
 use std::io::{Read, Seek};
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_MEMMAP_TYPE_ACPI, XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED,
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use linux_loader::loader::{self as linux, BzImage, Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use crate::Error;
@@ -44,7 +45,6 @@ const FORMATS: &str = "an ELF vmlinux or a bzImage is needed";
 const ENTRY_64: u64 = 0x200;
 /// Linux takes this much when the file does not say (ELF).
 const CMDLINE_MAX: usize = 2047;
-const XLF_KERNEL_64: u16 = 1;
 /// Any boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xFF;
 const PAGE: u64 = 4096;
@@ -69,10 +69,7 @@ where
     let low_end = platform.ram.first().map_or(0, Range::end);
     let image = load_kernel(memory, kernel, low_end).map_err(Error::Kernel)?;
     let initrd = match initrd {
-        Some(file) => {
-            let room = Range::new(image.end, image.initrd_limit.min(low_end) - image.end);
-            Some(load_initrd(memory, file, room).map_err(Error::Initrd)?)
-        }
+        Some(file) => Some(load_initrd(memory, file, &image, low_end).map_err(Error::Initrd)?),
         None => None,
     };
     write_cmdline(memory, &platform.cmdline, image.cmdline_max)?;
@@ -119,151 +116,39 @@ where
     M: GuestMemoryBackend,
     K: Read + ReadVolatile + Seek,
 {
-    let (format, size) = kernel::probe(file)?;
-    match format {
-        Format::Elf(_) if format.architecture().as_deref() == Some("x86_64") => {
-            load_elf(memory, file, size, low_end)
+    let probe = kernel::probe(file)?;
+    match &probe.format {
+        format @ Format::Elf(_) if format.architecture().as_deref() == Some("x86_64") => {
+            elf::load(memory, file, &probe, low_end)
         }
-        Format::BzImage => load_bzimage(memory, file, size, low_end),
-        other => Err(kernel::refuse(&other, "x86_64", FORMATS)),
+        Format::BzImage => bzimage::load(memory, file, probe.size, low_end),
+        other => Err(kernel::refuse(other, "x86_64", FORMATS)),
     }
 }
 
-fn load_elf<M, K>(memory: &M, file: &mut K, size: u64, low_end: u64) -> Result<Image, kernel::Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-{
-    let need = elf_extent(file)?;
-    if size < need {
-        return Err(kernel::Error::Truncated { have: size, need });
-    }
-    let loaded = Elf::load(memory, None, file, None).map_err(|error| match error {
-        linux::Error::Elf(linux::elf::Error::ReadKernelImage) => {
-            kernel::does_not_fit(size, layout::HIMEM, low_end)
-        }
-        other => kernel::Error::Unsupported(other.to_string()),
-    })?;
-    let PvhBootCapability::PvhEntryPresent(ip) = loaded.pvh_boot_cap else {
-        return Err(kernel::Error::Unsupported(
-            "the vmlinux has no PVH entry (CONFIG_PVH); use its bzImage".into(),
-        ));
-    };
-    if loaded.kernel_end > low_end {
-        let need = loaded.kernel_end - layout::HIMEM;
-        return Err(kernel::does_not_fit(need, layout::HIMEM, low_end));
-    }
-    Ok(Image {
-        end: loaded.kernel_end.next_multiple_of(PAGE),
-        initrd_limit: layout::HOLE.base,
-        cmdline_max: CMDLINE_MAX,
-        entry: ImageEntry::Pvh(ip.0),
-    })
-}
-
-/// The length of an ELF file according to its program headers.
-fn elf_extent<K: Read + Seek>(file: &mut K) -> Result<u64, kernel::Error> {
-    const HEADER: usize = 64;
-    const PHDR: u64 = 56;
-    let mut header = [0; HEADER];
-    let read = |file: &mut K, at: u64, buf: &mut [u8]| -> Result<(), kernel::Error> {
-        file.seek(std::io::SeekFrom::Start(at))
-            .map_err(kernel::Error::Read)?;
-        file.read_exact(buf).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => kernel::Error::Truncated {
-                have: file.seek(std::io::SeekFrom::End(0)).unwrap_or(0),
-                need: at.saturating_add(buf.len() as u64),
-            },
-            _ => kernel::Error::Read(error),
-        })
-    };
-    let word = |bytes: &[u8], at: usize| {
-        let mut le = [0; 8];
-        le.copy_from_slice(&bytes[at..at + 8]);
-        u64::from_le_bytes(le)
-    };
-    read(file, 0, &mut header)?;
-    let table = word(&header, 32);
-    let count = u64::from(u16::from_le_bytes([header[56], header[57]]));
-    let mut extent = table.saturating_add(count * PHDR);
-    for index in 0..count {
-        let mut phdr = [0; 56];
-        read(file, table.saturating_add(index * PHDR), &mut phdr)?;
-        extent = extent.max(word(&phdr, 8).saturating_add(word(&phdr, 32)));
-    }
-    Ok(extent)
-}
-
-fn load_bzimage<M, K>(
+/// Places the initial ramdisk as high as the kernel and RAM allow.
+fn load_initrd<M, I>(
     memory: &M,
-    file: &mut K,
-    size: u64,
+    file: &mut I,
+    image: &Image,
     low_end: u64,
-) -> Result<Image, kernel::Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-{
-    let unsupported = |why: &str| kernel::Error::Unsupported(why.into());
-    let header = read_setup_header(file)?;
-    if header.version < 0x20C || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(unsupported("the bzImage has no 64-bit entry"));
-    }
-    if header.relocatable_kernel == 0 {
-        return Err(unsupported(
-            "the bzImage is not relocatable (CONFIG_RELOCATABLE)",
-        ));
-    }
-    let sectors = match header.setup_sects {
-        0 => 4,
-        n => u64::from(n),
-    };
-    let need = (sectors + 1) * 512 + u64::from(header.syssize) * 16;
-    if size < need {
-        return Err(kernel::Error::Truncated { have: size, need });
-    }
-    // Where the kernel wants to run: it then decompresses in place.
-    let start = header.pref_address.max(layout::HIMEM);
-    let room = size.max(u64::from(header.init_size));
-    let end = start.checked_add(room).filter(|&end| end <= low_end);
-    let end = end.ok_or_else(|| kernel::does_not_fit(room, start, low_end))?;
-    let loaded = BzImage::load(memory, Some(GuestAddress(start)), file, None)
-        .map_err(|error| kernel::Error::Unsupported(error.to_string()))?;
-    let header = loaded
-        .setup_header
-        .ok_or_else(|| unsupported("the bzImage has no setup header"))?;
-    Ok(Image {
-        end: end.next_multiple_of(PAGE),
-        initrd_limit: u64::from(header.initrd_addr_max) + 1,
-        cmdline_max: usize::try_from(header.cmdline_size).unwrap_or(CMDLINE_MAX),
-        entry: ImageEntry::Linux64(header),
-    })
-}
-
-fn read_setup_header<K: Read + Seek>(file: &mut K) -> Result<setup_header, kernel::Error> {
-    use vm_memory::ByteValued;
-    let mut header = setup_header::default();
-    file.seek(std::io::SeekFrom::Start(0x1F1))
-        .map_err(kernel::Error::Read)?;
-    file.read_exact(header.as_mut_slice())
-        .map_err(kernel::Error::Read)?;
-    Ok(header)
-}
-
-/// Places the initial ramdisk at the top of `room`.
-fn load_initrd<M, I>(memory: &M, file: &mut I, room: Range) -> Result<Initrd, kernel::Error>
+) -> Result<Initrd, kernel::Error>
 where
     M: GuestMemoryBackend,
     I: ReadVolatile + Seek,
 {
+    let (end, limit) = (image.end, image.initrd_limit);
+    if limit < end {
+        return Err(kernel::Error::NoPlace { limit, end });
+    }
     let size = kernel::length(file)?;
-    let base = room
-        .end()
+    let top = limit.min(low_end);
+    let base = top
         .checked_sub(size)
         .map(|base| base & !(PAGE - 1))
-        .filter(|&base| base >= room.base)
-        .ok_or_else(|| kernel::does_not_fit(size, room.base, room.end()))?;
-    kernel::copy(memory, file, base, size)?;
+        .filter(|&base| base >= end)
+        .ok_or_else(|| kernel::does_not_fit(size, end, top))?;
+    kernel::copy(memory, file, 0, base, size)?;
     Ok(Initrd { base, size })
 }
 

@@ -4,6 +4,7 @@ use flate2::{Compression, write::GzEncoder};
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::kernel::sparse::Sparse;
 
 type Memory = GuestMemoryMmap<()>;
 
@@ -35,6 +36,30 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+}
+
+/// A zstd frame (RFC 8878 §3.1.1) with this window descriptor: `first`, then
+/// `count` blocks of 128 KiB of zeros each.
+fn zstd_of_zeros(window: u8, first: &[u8], count: usize) -> Vec<u8> {
+    const RAW: u32 = 0;
+    const RLE: u32 = 1;
+    let block = |last: u32, kind: u32, size: u32| {
+        let [a, b, c, _] = (last | kind << 1 | size << 3).to_le_bytes();
+        [a, b, c]
+    };
+    let mut frame = vec![0x28, 0xB5, 0x2F, 0xFD, 0, window];
+    frame.extend(block(0, RAW, u32::try_from(first.len()).unwrap()));
+    frame.extend_from_slice(first);
+    for _ in 0..count {
+        frame.extend(block(0, RLE, 128 << 10));
+        frame.push(0);
+    }
+    frame.extend(block(1, RAW, 0));
+    frame
+}
+
 fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 0x1000];
     let size = u32::try_from(payload.len()).unwrap();
@@ -47,12 +72,7 @@ fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
     file
 }
 
-fn boot(
-    mib: u64,
-    cmdline: &str,
-    kernel: Vec<u8>,
-    initrd: Option<Vec<u8>>,
-) -> (Memory, Result<Entry, Error>) {
+fn machine(mib: u64, cmdline: &str) -> (Memory, Platform) {
     let ram = layout::ram_ranges(mib * MIB).unwrap();
     let size = usize::try_from(ram[0].size).unwrap();
     let memory = Memory::from_ranges(&[(GuestAddress(ram[0].base), size)]).unwrap();
@@ -66,6 +86,16 @@ fn boot(
         pci: None,
         iommu: None,
     };
+    (memory, platform)
+}
+
+fn boot(
+    mib: u64,
+    cmdline: &str,
+    kernel: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+) -> (Memory, Result<Entry, Error>) {
+    let (memory, platform) = machine(mib, cmdline);
     let mut initrd = initrd.map(Cursor::new);
     let entry = load(
         &memory,
@@ -89,7 +119,14 @@ fn text_at(memory: &Memory, at: u64, len: usize) -> String {
 #[test]
 fn every_wrapping_of_an_image_ends_up_the_same_in_memory() {
     let image = image();
-    for kernel in [image.clone(), gzip(&image), zboot("gzip", &gzip(&image))] {
+    for kernel in [
+        image.clone(),
+        gzip(&image),
+        zboot("gzip", &gzip(&image)),
+        zstd(&image),
+        zboot("zstd", &zstd(&image)),
+        zboot("zstd22", &zstd(&image)),
+    ] {
         let (memory, entry) = boot(64, "", kernel, Some(b"initrd".to_vec()));
         let expected = Entry {
             pc: layout::KERNEL,
@@ -110,7 +147,7 @@ fn an_old_image_is_placed_at_the_offset_of_its_time() {
     let mut old = image();
     old[16..24].fill(0);
     let (_, entry) = boot(64, "", old, None);
-    assert_eq!(entry.unwrap().pc, layout::KERNEL + OLD_TEXT_OFFSET);
+    assert_eq!(entry.unwrap().pc, layout::KERNEL + image::OLD_TEXT_OFFSET);
 }
 
 #[test]
@@ -121,8 +158,11 @@ fn kernels_that_cannot_boot_are_refused_with_the_reason() {
     assert!(refusal(64, gzip(&x86), None).contains("for x86_64, this machine is aarch64"));
     assert!(refusal(64, b"text".to_vec(), None).contains("not a Linux kernel"));
     assert!(refusal(64, gzip(b"text"), None).contains("not a Linux kernel"));
-    let error = refusal(64, zboot("zstd", b"payload"), None);
-    assert!(error.contains("\"zstd\"; gzip is supported"), "{error}");
+    let error = refusal(64, zboot("lzma", b"payload"), None);
+    let why = "\"lzma\"; gzip and zstd are supported";
+    assert!(error.contains(why), "{error}");
+    let error = refusal(64, b"\xFD7zXZ\0".to_vec(), None);
+    assert!(error.contains("compressed with xz"), "{error}");
     let mut big_endian = image();
     big_endian[24] = 1;
     assert!(refusal(64, big_endian, None).contains("big-endian"));
@@ -174,6 +214,47 @@ fn a_decompression_bomb_stops_at_the_end_of_memory() {
     let mut bomb = image();
     bomb.resize(usize::try_from(70 * MIB).unwrap(), 0);
     assert!(refusal(64, gzip(&bomb), None).contains("does not fit"));
+    // 128 GiB, with a window of 128 KiB.
+    let error = refusal(64, zstd_of_zeros(7 << 3, &image(), 1 << 20), None);
+    assert!(error.contains("does not fit"), "{error}");
+}
+
+#[test]
+fn a_zstd_window_beyond_the_bound_is_refused() {
+    // RFC 8878 §3.1.1.1.2: 2^(10 + exponent), the exponent in bits 3 to 7.
+    let window = |log: u8| zstd_of_zeros((log - 10) << 3, &image(), 0);
+    boot(64, "", window(27), None).1.unwrap();
+    for log in [28, 41] {
+        let error = refusal(64, window(log), None);
+        assert!(error.contains("cannot be decompressed"), "{error}");
+    }
+}
+
+/// Boots `kernel` and returns why it is refused, and how many bytes were read
+/// of it.
+fn refusal_of(mut kernel: Sparse) -> (String, u64) {
+    let (memory, platform) = machine(64, "");
+    let entry = load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None);
+    (entry.unwrap_err().to_string(), kernel.read)
+}
+
+#[test]
+fn files_larger_than_memory_are_refused_by_their_length() {
+    let mut sections = image();
+    sections[0x46..0x48].fill(0xFF);
+    let mut endless = zboot("gzip", b"");
+    endless[12..16].fill(0xFF);
+    for (front, len, why) in [
+        (image(), 1 << 40, "does not fit"),
+        (gzip(b""), 1 << 40, "does not fit"),
+        (zstd(b""), 1 << 40, "does not fit"),
+        (endless, 1 << 40, "does not fit"),
+        (sections, 0, "65535 sections"),
+    ] {
+        let (error, read) = refusal_of(Sparse::new(front, len));
+        assert!(error.contains(why), "{error}");
+        assert!(read < MIB, "{why}: {read} bytes are read");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::io::Cursor;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::kernel::sparse::Sparse;
 
 type Memory = GuestMemoryMmap<()>;
 
@@ -46,7 +47,7 @@ fn bzimage(code: &[u8]) -> Vec<u8> {
     put(0x211, &[1]);
     put(0x22C, &0x7FFF_FFFFu32.to_le_bytes());
     put(0x234, &[1]);
-    put(0x236, &XLF_KERNEL_64.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
     put(0x238, &32u32.to_le_bytes());
     put(0x258, &(16 * MIB).to_le_bytes());
     put(0x260, &u32::try_from(32 * MIB).unwrap().to_le_bytes());
@@ -63,14 +64,6 @@ fn vmlinux(with_note: bool) -> Vec<u8> {
     put(24, &(16 * MIB).to_le_bytes());
     put(32, &64u64.to_le_bytes());
     put(52, &[64, 0, 56, 0, 2, 0]);
-    let segment = |kind: u32, offset: u64, paddr: u64, size: u64, mem: u64| {
-        let mut phdr = kind.to_le_bytes().to_vec();
-        phdr.extend(7u32.to_le_bytes());
-        for value in [offset, paddr, paddr, size, mem, 4] {
-            phdr.extend(value.to_le_bytes());
-        }
-        phdr
-    };
     put(64, &segment(1, 0x800, 16 * MIB, 0x800, 8 * MIB));
     let note = if with_note { 4 } else { 0 };
     put(120, &segment(note, 0x200, 0, 20, 20));
@@ -81,6 +74,27 @@ fn vmlinux(with_note: bool) -> Vec<u8> {
         &u32::try_from(16 * MIB + 0x40).unwrap().to_le_bytes(),
     );
     put(0x800, b"kernel text");
+    file
+}
+
+/// A program header of a vmlinux: type, offset, address, size in the file and
+/// in memory.
+fn segment(kind: u32, offset: u64, paddr: u64, size: u64, mem: u64) -> Vec<u8> {
+    let mut phdr = kind.to_le_bytes().to_vec();
+    phdr.extend(7u32.to_le_bytes());
+    for value in [offset, paddr, paddr, size, mem, 4] {
+        phdr.extend(value.to_le_bytes());
+    }
+    phdr
+}
+
+/// [`vmlinux`] with other program headers, which follow its note and text.
+fn elf_with(headers: &[Vec<u8>]) -> Vec<u8> {
+    let mut file = vmlinux(true);
+    let (at, count) = (file.len() as u64, u16::try_from(headers.len()).unwrap());
+    file[32..40].copy_from_slice(&at.to_le_bytes());
+    file[56..58].copy_from_slice(&count.to_le_bytes());
+    file.extend(headers.concat());
     file
 }
 
@@ -274,4 +288,132 @@ fn a_command_line_longer_than_the_kernel_takes_is_refused() {
         error,
         "kernel command line of 33 bytes: the kernel takes at most 32"
     );
+}
+
+/// Boots `kernel` in a guest of 512 MiB and returns why it is refused, and how
+/// many bytes were read of it.
+fn refusal_of(mut kernel: Sparse) -> (String, u64) {
+    let (memory, platform) = machine(512, "");
+    let entry = load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None);
+    (entry.unwrap_err().to_string(), kernel.read)
+}
+
+#[test]
+fn elf_headers_that_ask_for_endless_work_are_refused_from_the_headers_alone() {
+    const HOLE: u64 = 400 * MIB;
+    let text = segment(1, 0x800, 16 * MIB, 0x800, 8 * MIB);
+    let note = segment(4, 0x200, 0, 20, 20);
+    let load_hole = segment(1, 0, 16 * MIB, HOLE, HOLE);
+    for (headers, why) in [
+        (
+            vec![segment(4, 0x1000, 0, 4096, 4096); 65535],
+            "65535 program headers",
+        ),
+        (vec![load_hole.clone(); 65535], "65535 program headers"),
+        (vec![load_hole.clone(); 2], "overlap at 0x1000000"),
+        (
+            vec![text.clone(), segment(4, 0x1000, 0, 16 * MIB, 16 * MIB)],
+            "note segment of 16777216",
+        ),
+        (
+            vec![text.clone(), segment(4, 0x1000, 0, u64::MAX, 0)],
+            "truncated",
+        ),
+        (
+            vec![text.clone(), segment(1, u64::MAX, 64 * MIB, 1, 1)],
+            "truncated",
+        ),
+        (
+            vec![segment(1, 0, 16 * MIB, 2, 1), note.clone()],
+            "longer in the file",
+        ),
+        (
+            vec![segment(1, 0, MIB - 1, 1, 1), note.clone()],
+            "below 1 MiB",
+        ),
+        (
+            vec![segment(1, 0, u64::MAX, 1, 1), note.clone()],
+            "does not fit",
+        ),
+        (
+            vec![segment(1, 0, 16 * MIB, 1, u64::MAX), note.clone()],
+            "does not fit",
+        ),
+        (
+            vec![segment(1, 0, 32 * MIB, 1, 1), note.clone()],
+            "entry 0x1000040 is in no segment",
+        ),
+    ] {
+        let (error, read) = refusal_of(Sparse::new(elf_with(&headers), HOLE));
+        assert!(error.contains(why), "{error}");
+        assert!(read < MIB, "{why}: {read} bytes are read");
+    }
+}
+
+#[test]
+fn elf_headers_are_read_once() {
+    let mut later = vmlinux(true);
+    later[..64].fill(0xFF);
+    let mut kernel = Sparse::changing(vmlinux(true), later);
+    let (memory, platform) = machine(64, "");
+    load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None).unwrap();
+}
+
+#[test]
+fn memory_without_bytes_in_the_file_belongs_to_the_kernel_too() {
+    let headers = [
+        segment(1, 0x800, 16 * MIB, 0x800, 0x1000),
+        segment(1, 0x800, 62 * MIB, 0, MIB),
+        segment(4, 0x200, 0, 20, 20),
+    ];
+    let error = refusal(64, "", elf_with(&headers), Some(vec![0; 0x10_0001]));
+    assert!(error.starts_with("initrd does not fit"), "{error}");
+}
+
+#[test]
+fn bzimage_headers_beyond_the_file_or_memory_are_refused() {
+    let edited = |at: usize, bytes: &[u8]| {
+        let mut file = bzimage(&[0; 64]);
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        file
+    };
+    let hole = 1 << 40;
+    for (file, len, why) in [
+        (bzimage(&[0; 64]), hole, "does not fit"),
+        (edited(0x1F4, &[0xFF; 4]), 0, "truncated"),
+        (edited(0x1F1, &[0xFF]), 0, "truncated"),
+        (edited(0x248, &[0xFF; 4]), 0, "truncated"),
+        (edited(0x248, &[0xFF; 8]), 0, "truncated"),
+        (edited(0x258, &[0xFF; 8]), 0, "does not fit"),
+        (edited(0x260, &[0xFF; 4]), 0, "does not fit"),
+        (edited(0x211, &[0]), 0, "zImage"),
+    ] {
+        let (error, read) = refusal_of(Sparse::new(file, len));
+        assert!(error.contains(why), "{error}");
+        assert!(read < MIB, "{why}: {read} bytes are read");
+    }
+}
+
+#[test]
+fn an_initrd_limit_below_the_kernel_leaves_no_room() {
+    for limit in [0u32, 0x100_0000, 0x2FF_FFFE] {
+        let mut kernel = bzimage(&[0; 64]);
+        kernel[0x22C..0x230].copy_from_slice(&limit.to_le_bytes());
+        let error = refusal(128, "", kernel.clone(), Some(vec![0; 4096]));
+        assert!(error.starts_with("initrd cannot be placed"), "{error}");
+        boot(128, "", kernel, None).1.unwrap();
+    }
+}
+
+#[test]
+fn an_initrd_that_is_a_hole_is_refused_by_its_length() {
+    let (memory, platform) = machine(64, "");
+    for len in [1 << 40, u64::MAX] {
+        let mut initrd = Sparse::new(Vec::new(), len);
+        let mut kernel = Cursor::new(vmlinux(true));
+        let entry = load(&memory, &platform, &mut kernel, Some(&mut initrd));
+        let error = entry.unwrap_err().to_string();
+        assert!(error.starts_with("initrd does not fit"), "{error}");
+        assert_eq!(initrd.read, 0);
+    }
 }

@@ -1,0 +1,89 @@
+//! A file for the loaders' tests: a few bytes in front of a hole, and a count
+//! of what is read of it.
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
+
+/// Reads fail beyond this many bytes: a loader that reads without bound fails
+/// its test in place of never ending it.
+const BUDGET: u64 = 1 << 30;
+
+/// `front`, then zeros up to `len`.
+pub(crate) struct Sparse {
+    front: Vec<u8>,
+    /// Replaces `front` as soon as its first byte was read.
+    later: Option<Vec<u8>>,
+    len: u64,
+    at: u64,
+    /// Bytes read so far.
+    pub(crate) read: u64,
+}
+
+impl Sparse {
+    pub(crate) fn new(front: Vec<u8>, len: u64) -> Self {
+        Self {
+            len: len.max(front.len() as u64),
+            front,
+            later: None,
+            at: 0,
+            read: 0,
+        }
+    }
+
+    /// Another program writes `later` into the file once its start was read.
+    pub(crate) fn changing(front: Vec<u8>, later: Vec<u8>) -> Self {
+        Self {
+            later: Some(later),
+            ..Self::new(front, 0)
+        }
+    }
+}
+
+impl Read for Sparse {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.read > BUDGET {
+            return Err(io::Error::other("the test's budget is used up"));
+        }
+        let left = self.len.saturating_sub(self.at);
+        let count = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        buf[..count].fill(0);
+        let start = usize::try_from(self.at).unwrap().min(self.front.len());
+        let data = &self.front[start..];
+        let data = &data[..data.len().min(count)];
+        buf[..data.len()].copy_from_slice(data);
+        if start == 0 && count > 0 {
+            self.front = self.later.take().unwrap_or(std::mem::take(&mut self.front));
+        }
+        self.at += count as u64;
+        self.read += count as u64;
+        Ok(count)
+    }
+}
+
+impl ReadVolatile for Sparse {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buf: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let mut bytes = vec![0; buf.len().min(1 << 20)];
+        let count = self
+            .read(&mut bytes)
+            .map_err(VolatileMemoryError::IOError)?;
+        buf.copy_from(&bytes[..count]);
+        Ok(count)
+    }
+}
+
+impl Seek for Sparse {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.len.checked_add_signed(by),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
