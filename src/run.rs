@@ -191,6 +191,7 @@ impl RunArgs {
                 if let Some(initrd) = self.initrd {
                     source.initrd_path = Some(utf8("--initrd", initrd)?);
                 }
+                source.typed = self.cmdline.is_some();
                 source.boot_args = self.cmdline.or(source.boot_args.take());
             }
             None => return Err(usage("no kernel: give --kernel FILE or --config FILE")),

@@ -10,6 +10,7 @@ mod arguments;
 mod devices;
 mod host;
 mod iommu;
+mod kernel_arguments;
 mod machine;
 
 pub use arguments::{ArgumentError, MemorySize};

@@ -1,5 +1,6 @@
 //! Processors, memory and what they boot.
 
+use super::kernel_arguments::{self, Unsuitable};
 use super::{ConfigError, check_path, require};
 use serde::{Deserialize, Serialize};
 
@@ -169,6 +170,9 @@ pub struct BootSource {
     /// The kernel command line. Left out, it is one that gives a distribution kernel a console.
     #[serde(default)]
     pub boot_args: Option<String>,
+    /// A person typed `boot_args` on the command line: all of it reaches the kernel.
+    #[serde(skip)]
+    pub typed: bool,
 }
 
 impl BootSource {
@@ -195,21 +199,20 @@ impl BootSource {
         )
     }
 
-    /// The command line for the guest, if one is configured: `boot_args` without `pci=off`.
-    /// Firecracker's clients put that there because its devices need no PCI; here it would hide
-    /// every device.
+    /// The command line for the guest, if one is configured: `boot_args` without the arguments
+    /// that fit another machine, each with a line in the log. A typed one has them all, and
+    /// the same lines.
     #[must_use]
     pub fn command_line(&self) -> Option<String> {
         let boot_args = self.boot_args.as_ref()?;
-        let hides_devices = |word: &&str| *word == "pci=off";
-        if !boot_args.split(' ').any(|word| hides_devices(&word)) {
-            return Some(boot_args.clone());
+        let (kept, unsuitable) = kernel_arguments::split(std::env::consts::ARCH, boot_args);
+        for Unsuitable { argument, effect } in unsuitable {
+            if self.typed {
+                log::warn!("--cmdline: {argument} {effect}");
+            } else {
+                log::warn!("boot_args: {argument} is left out: it {effect}");
+            }
         }
-        log::warn!("pci=off is left out of the kernel command line: devices are PCI functions");
-        let kept: Vec<&str> = boot_args
-            .split(' ')
-            .filter(|word| !hides_devices(word))
-            .collect();
-        Some(kept.join(" "))
+        Some(if self.typed { boot_args.clone() } else { kept })
     }
 }

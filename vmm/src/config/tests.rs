@@ -239,6 +239,21 @@ fn only_the_word_that_hides_the_devices_is_left_out_of_the_command_line() {
 }
 
 #[test]
+fn a_command_line_that_was_typed_is_passed_on_whole() {
+    let boot_args = "console=ttyS0 pci=off nomodule";
+    let boot_source = BootSource {
+        boot_args: Some(boot_args.to_owned()),
+        typed: true,
+        ..BootSource::default()
+    };
+    assert_eq!(boot_source.command_line().unwrap(), boot_args);
+    // A client's change replaces it.
+    let shown = serde_json::to_string(&boot_source).unwrap();
+    let again: BootSource = serde_json::from_str(&shown).unwrap();
+    assert_eq!(again.command_line().unwrap(), "console=ttyS0");
+}
+
+#[test]
 fn sections_are_checked_against_each_other() {
     let drives = r#"{"drives": [{"drive_id": "a", "path_on_host": "x", "is_root_device": true},
         {"drive_id": "ID", "path_on_host": "y", "is_root_device": ROOT}]}"#;
