@@ -8,6 +8,7 @@ pub mod bus;
 pub mod error;
 pub mod interrupt;
 pub mod legacy;
+pub mod pause;
 pub mod pci;
 #[cfg(test)]
 mod rig;

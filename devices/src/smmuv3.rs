@@ -12,6 +12,7 @@ use iommu::smmuv3::{Smmu, SmmuLine, SmmuWires};
 
 use crate::bus::{BusDevice, read_words, write_words};
 use crate::interrupt::IrqLine;
+use crate::pause::{Deferral, Resumable};
 
 /// The wired interrupts. Each is an edge.
 pub struct SmmuLines {
@@ -23,6 +24,8 @@ pub struct SmmuLines {
     pub cmdq_sync: Box<dyn IrqLine>,
     /// A global error.
     pub gerror: Box<dyn IrqLine>,
+    /// Interrupts the command queue.
+    pub deferral: Deferral,
 }
 
 impl SmmuWires for SmmuLines {
@@ -42,10 +45,20 @@ impl SmmuWires for SmmuLines {
     fn message(&self, _address: Gpa, _data: u32) -> bool {
         false
     }
+
+    fn interrupts(&self) -> bool {
+        self.deferral.interrupts()
+    }
 }
 
 /// The register pages, for the memory bus.
 pub struct SmmuRegisters(pub Arc<Smmu>);
+
+impl Resumable for SmmuRegisters {
+    fn resume(&self) {
+        self.0.resume();
+    }
+}
 
 impl BusDevice for SmmuRegisters {
     /// An aligned access of one or two words is one access to the model (§6.2).
@@ -96,6 +109,7 @@ mod tests {
             priq: Box::new(Unconnected),
             cmdq_sync: Box::new(Unconnected),
             gerror: Box::new(Unconnected),
+            deferral: Deferral::default(),
         };
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap();
         // Commands that are CMD_SYNC with no signal, everywhere.

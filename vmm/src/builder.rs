@@ -116,12 +116,13 @@ pub fn build(
     let buses = Buses {
         pio: Arc::new(Bus::new()),
         mmio: Arc::new(Bus::new()),
+        pause: Arc::default(),
     };
     let output = Output::start(open_output(&plan.console)?).map_err(BuildError::Console)?;
     let input = add_serial(plan, &vm, &buses, &output, metrics, reporter)?;
     add_clock(&buses)?;
     add_power(&buses, reporter)?;
-    let pci = PciBus::build(plan, &vm, &buses.mmio, &ram)?;
+    let pci = PciBus::build(plan, &vm, &buses, &ram)?;
     load_and_set_up(plan, &ram, &mut files, &processors, pci.as_ref())?;
     let vcpus = start_processors(processors, &buses, reporter)?;
     let machine = Machine {

@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
 use arch::{IommuNode, PciHost, layout};
-use devices::bus::Bus;
 use devices::error::Chain;
 use devices::interrupt::Doorbells;
+use devices::pause::PauseRequest;
 use devices::pci::{MsiThread, PciRoot, Requester, StaleMsis};
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
@@ -26,7 +26,7 @@ use self::iommu::IommuDevice;
 use self::vhost::Bell;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, IommuModel};
-use crate::kvm::Vm;
+use crate::kvm::{Buses, Vm};
 use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
 
 /// A function and how it stands before the IOMMU.
@@ -69,6 +69,7 @@ struct Makings<'a> {
     stale: &'a Arc<StaleMsis>,
     iommu: Option<&'a IommuDevice>,
     vhost: Option<VhostContext>,
+    pause: &'a Arc<PauseRequest>,
 }
 
 impl PciBus {
@@ -80,14 +81,14 @@ impl PciBus {
     pub fn build(
         plan: &MachinePlan,
         vm: &Arc<Vm>,
-        memory: &Arc<Bus>,
+        buses: &Buses,
         ram: &Arc<GuestRam>,
     ) -> Result<Option<Self>, BuildError> {
         if plan.functions.is_empty() && plan.iommu.model == IommuModel::None {
             return Ok(None);
         }
         let stale = StaleMsis::new()?;
-        let iommu = IommuDevice::build(&plan.iommu, vm, memory, ram)?;
+        let iommu = IommuDevice::build(&plan.iommu, vm, buses, ram)?;
         let msis = iommu.is_some().then(|| stale.start()).transpose()?;
         let makings = Makings {
             vm,
@@ -95,8 +96,9 @@ impl PciBus {
             stale: &stale,
             iommu: iommu.as_ref(),
             vhost: vhost::context(plan, ram)?,
+            pause: &buses.pause,
         };
-        let root = Arc::new(PciRoot::new(memory));
+        let root = Arc::new(PciRoot::new(&buses.mmio));
         let mut functions = Vec::new();
         for function in &plan.functions {
             let made = makings.make(function)?;
@@ -104,7 +106,8 @@ impl PciBus {
             added.map_err(|error| BuildError::Host(io::Error::other(error)))?;
             functions.push(made);
         }
-        memory.insert(layout::PCI_ECAM.base, layout::PCI_ECAM.size, root)?;
+        let ecam = layout::PCI_ECAM;
+        buses.mmio.insert(ecam.base, ecam.size, root)?;
         Ok(Some(Self {
             functions,
             iommu,
@@ -165,6 +168,7 @@ impl Makings<'_> {
         };
         let virtio = Arc::new(VirtioPci::new(&plan.id, device, parts)?);
         bell.hang(&virtio);
+        virtio.interrupted_by(self.pause.deferral());
         Ok(Function {
             id: plan.id.clone(),
             stream,

@@ -10,6 +10,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::MsiVector;
+use crate::pause::Deferral;
 
 /// The flag of the available ring by which a driver asks for no interrupts.
 const NO_INTERRUPT: u16 = 1;
@@ -140,6 +141,13 @@ pub trait VirtioDevice: Send {
     /// so a bounded amount of work a kick misses nothing.
     fn inline(&self) -> bool {
         false
+    }
+
+    /// Gives an [inline](Self::inline) device what interrupts its work on a
+    /// queue. After an interruption [`kicked`](Self::kicked) is called for
+    /// every queue again.
+    fn set_deferral(&mut self, deferral: Deferral) {
+        let _ = deferral;
     }
 
     /// The driver wrote FEATURES_OK and keeps `features`.

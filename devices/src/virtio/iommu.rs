@@ -18,6 +18,7 @@ use vm_memory::Bytes as _;
 
 use super::chain::{Buffer, Chain, RINGS_OUTSIDE};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use crate::pause::Deferral;
 
 const REQUEST_QUEUE: u16 = 0;
 const EVENT_QUEUE: u16 = 1;
@@ -111,6 +112,7 @@ pub struct VirtioIommuDevice {
     model: Arc<VirtioIommu>,
     events: Arc<EventQueue>,
     requests: Option<Running>,
+    deferral: Deferral,
 }
 
 impl VirtioIommuDevice {
@@ -121,6 +123,7 @@ impl VirtioIommuDevice {
             model,
             events,
             requests: None,
+            deferral: Deferral::default(),
         }
     }
 }
@@ -152,6 +155,10 @@ impl VirtioDevice for VirtioIommuDevice {
         true
     }
 
+    fn set_deferral(&mut self, deferral: Deferral) {
+        self.deferral = deferral;
+    }
+
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
         self.model.negotiated(features);
         Ok(())
@@ -181,7 +188,7 @@ impl VirtioDevice for VirtioIommuDevice {
 
     fn kicked(&mut self, index: u16) -> Result<(), DeviceError> {
         match &mut self.requests {
-            Some(running) if index == REQUEST_QUEUE => serve(&self.model, running),
+            Some(running) if index == REQUEST_QUEUE => serve(&self.model, running, &self.deferral),
             _ => Ok(()),
         }
     }
@@ -193,13 +200,18 @@ impl VirtioDevice for VirtioIommuDevice {
 
 /// Handles what the driver has posted: up to a ring of requests, then one flush
 /// for what they unmapped, and only then shows that they are done. A driver
-/// that posts without end on another CPU does not keep this one here.
-fn serve(model: &VirtioIommu, running: &mut Running) -> Result<(), DeviceError> {
+/// that posts without end on another CPU does not keep this one here, and a
+/// pause waits for one request.
+fn serve(
+    model: &VirtioIommu,
+    running: &mut Running,
+    deferral: &Deferral,
+) -> Result<(), DeviceError> {
     let view = running.dma.view();
     let queue = &mut running.queue;
     let mut done = Vec::new();
     let mut outcome = Ok(());
-    while outcome.is_ok() && done.len() < usize::from(queue.size()) {
+    while outcome.is_ok() && done.len() < usize::from(queue.size()) && !deferral.interrupts() {
         let chain = match Chain::take(queue, &view, REQUEST_SIZE) {
             Ok(Some(chain)) => chain,
             Ok(None) => break,

@@ -1,7 +1,7 @@
 //! The PCI transport (virtio 1.2 §4.1), modern devices only.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use iommu::Gpa;
 use log::{debug, warn};
@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
 use crate::error::Chain;
 use crate::interrupt::{Doorbells, MsiSink};
+use crate::pause::{Deferral, Resumable};
 use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester, halves};
 
 /// Bytes of BAR 0, which holds all of the structures.
@@ -257,6 +258,14 @@ impl VirtioPci {
                 config_interrupt,
             }),
         })
+    }
+
+    /// Lets `deferral` interrupt the device's work on its queues, and resume
+    /// it. Called once, when the function is made.
+    pub fn interrupted_by(self: &Arc<Self>, deferral: Deferral) {
+        let function: Weak<Self> = Arc::downgrade(self);
+        deferral.resumes(function);
+        self.lock().device.set_deferral(deferral);
     }
 
     /// Shows the driver a failure that happened away from the vCPUs, if there
@@ -681,6 +690,15 @@ fn add_capabilities(config: &mut ConfigSpace) -> (u16, u16) {
 /// (encoded as 0). Returns where it is.
 fn add_ats(config: &mut ConfigSpace) -> u16 {
     config.add_extended_capability(ATS_CAPABILITY, 1, &[(1 << 5, ATS_ENABLE | 0x1f << 16)])
+}
+
+impl Resumable for VirtioPci {
+    fn resume(&self) {
+        let mut state = self.lock();
+        for index in (0..).take(state.queues.len()) {
+            self.kicked(&mut state, index);
+        }
+    }
 }
 
 impl PciFunction for VirtioPci {

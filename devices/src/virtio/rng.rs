@@ -10,6 +10,7 @@ use vm_memory::Bytes as _;
 
 use super::chain::{Chain, RINGS_OUTSIDE};
 use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+use crate::pause::Deferral;
 
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 const QUEUE_SIZE: u16 = 64;
@@ -21,6 +22,7 @@ const MAX_BYTES: usize = 4096;
 /// what is given for one kick is bounded.
 pub struct Rng {
     running: Option<Running>,
+    deferral: Deferral,
 }
 
 struct Running {
@@ -37,7 +39,10 @@ impl Rng {
     /// The host does not give random bytes (a system call filter, say).
     pub fn new() -> io::Result<Self> {
         getrandom::fill(&mut [0])?;
-        Ok(Self { running: None })
+        Ok(Self {
+            running: None,
+            deferral: Deferral::default(),
+        })
     }
 }
 
@@ -62,6 +67,10 @@ impl VirtioDevice for Rng {
         true
     }
 
+    fn set_deferral(&mut self, deferral: Deferral) {
+        self.deferral = deferral;
+    }
+
     fn negotiated(&mut self, _features: u64) -> Result<(), DeviceError> {
         Ok(())
     }
@@ -84,7 +93,7 @@ impl VirtioDevice for Rng {
 
     fn kicked(&mut self, _index: u16) -> Result<(), DeviceError> {
         match &mut self.running {
-            Some(running) => running.fill(),
+            Some(running) => running.fill(&self.deferral),
             None => Ok(()),
         }
     }
@@ -95,10 +104,13 @@ impl VirtioDevice for Rng {
 impl Running {
     /// Fills what is posted, up to a ring of chains. Each chain has a view of its
     /// own, so that an unmap waits for one chain at most.
-    fn fill(&mut self) -> Result<(), DeviceError> {
+    fn fill(&mut self, deferral: &Deferral) -> Result<(), DeviceError> {
         let bad = |reason| DeviceError::BadQueue { queue: 0, reason };
         let mut any = false;
         for _ in 0..self.queue.size() {
+            if deferral.interrupts() {
+                break;
+            }
             let view = self.dma.view();
             let chain = Chain::take(&mut self.queue, &view, QUEUE_SIZE).map_err(bad)?;
             let Some(chain) = chain else {

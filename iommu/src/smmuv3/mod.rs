@@ -159,6 +159,12 @@ pub trait SmmuWires: Send + Sync {
     /// The guest resumed a stalled transaction: it is tried again, or its
     /// device gets the abort.
     fn resumed(&self, _transaction: &Stalled, _action: Resume) {}
+
+    /// Whether to leave the rest of the command queue until
+    /// [`Smmu::resume`]. Asked before each command.
+    fn interrupts(&self) -> bool {
+        false
+    }
 }
 
 /// What a snapshot keeps. Caches are not part of it.
@@ -232,7 +238,8 @@ impl Smmu {
     }
 
     /// Writes a 32-bit word. When it returns, what the write set in motion is
-    /// done: commands are carried out up to CMDQ_PROD or an error.
+    /// done: commands are carried out up to CMDQ_PROD, an error, or
+    /// [`SmmuWires::interrupts`].
     pub fn write(&self, offset: u64, value: u32) {
         let offset = in_page_0(offset);
         match offset {
@@ -285,6 +292,12 @@ impl Smmu {
         for (stalled, action) in &ended {
             self.wires.resumed(stalled, *action);
         }
+    }
+
+    /// Goes on with the command queue from CMDQ_CONS, where
+    /// [`SmmuWires::interrupts`] made it stop.
+    pub fn resume(&self) {
+        self.drain(&mut self.command());
     }
 
     /// Whether the guest enabled translation.
@@ -427,6 +440,9 @@ impl Smmu {
     fn drain(&self, pending: &mut Pending) {
         let waiting = self.lock().commands_waiting();
         for _ in 0..waiting {
+            if self.wires.interrupts() {
+                break;
+            }
             match self.with(|state| state.step(&self.ram, pending)) {
                 Step::Idle => break,
                 Step::Consumed => {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use devices::bus::Bus;
+use devices::pause::PauseRequest;
 use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -19,6 +20,8 @@ pub struct Buses {
     pub pio: Arc<Bus>,
     /// Guest physical addresses outside RAM.
     pub mmio: Arc<Bus>,
+    /// Interrupts the devices' work.
+    pub pause: Arc<PauseRequest>,
 }
 
 /// How the guest ended, told by a vCPU.

@@ -1,9 +1,8 @@
 //! The IOMMU before the bus: which model it is, and how it is reached.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use arch::{IommuModel as NodeModel, layout};
-use devices::bus::Bus;
 use devices::smmuv3::{SmmuLines, SmmuRegisters};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use devices::virtio::pci::AtsHook;
@@ -13,7 +12,7 @@ use iommu::{GuestRam, Iommu, Iova, IovaRange, StreamId};
 
 use crate::builder::BuildError;
 use crate::config::{self, ConfigError, IommuModel, Stage};
-use crate::kvm::Vm;
+use crate::kvm::{Buses, Vm};
 
 /// Addresses that endpoints of a virtio-iommu may use: 48 bits, as much as page
 /// tables of the guest's CPUs usually translate.
@@ -41,13 +40,13 @@ impl IommuDevice {
     pub fn build(
         config: &config::Iommu,
         vm: &Vm,
-        memory: &Bus,
+        buses: &Buses,
         ram: &Arc<GuestRam>,
     ) -> Result<Option<Self>, BuildError> {
         Ok(match config.model {
             IommuModel::None => None,
             IommuModel::VirtioIommu => Some(Self::virtio(ram)),
-            IommuModel::Smmuv3 => Some(Self::smmuv3(config, vm, memory, ram)?),
+            IommuModel::Smmuv3 => Some(Self::smmuv3(config, vm, buses, ram)?),
         })
     }
 
@@ -70,18 +69,20 @@ impl IommuDevice {
     fn smmuv3(
         config: &config::Iommu,
         vm: &Vm,
-        memory: &Bus,
+        buses: &Buses,
         ram: &Arc<GuestRam>,
     ) -> Result<Self, BuildError> {
         let Some(place) = layout::SMMU else {
             let problem = "this architecture has no SMMUv3";
             return Err(ConfigError::new("iommu.model", problem).into());
         };
+        let deferral = buses.pause.deferral();
         let lines = SmmuLines {
             eventq: Box::new(vm.line(place.gsis.eventq)?),
             priq: Box::new(vm.line(place.gsis.priq)?),
             cmdq_sync: Box::new(vm.line(place.gsis.cmdq_sync)?),
             gerror: Box::new(vm.line(place.gsis.gerror)?),
+            deferral: deferral.clone(),
         };
         let offered = SmmuConfig {
             stages: match config.stage {
@@ -94,7 +95,11 @@ impl IommuDevice {
         };
         let model = Arc::new(Smmu::new(offered, Arc::clone(ram), Arc::new(lines)));
         let registers = Arc::new(SmmuRegisters(Arc::clone(&model)));
-        memory.insert(place.regs.base, place.regs.size, registers)?;
+        let resumed: Weak<SmmuRegisters> = Arc::downgrade(&registers);
+        deferral.resumes(resumed);
+        buses
+            .mmio
+            .insert(place.regs.base, place.regs.size, registers)?;
         Ok(Self::Smmuv3(model))
     }
 

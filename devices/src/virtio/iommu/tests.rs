@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::interrupt::{MsiMessage, MsiVector};
+use crate::pause::PauseRequest;
 
 const NIC: StreamId = StreamId(8);
 const SIZE: u16 = 16;
@@ -271,4 +272,20 @@ fn stopped_queue_tells_where_it_is() {
     let position = driver.device.stop_queue(REQUEST_QUEUE).unwrap();
     assert_eq!((position.next_avail, position.next_used), (1, 1));
     assert_eq!(driver.device.stop_queue(REQUEST_QUEUE), None);
+}
+
+#[test]
+fn requests_in_a_pause_are_answered_after_it() {
+    let mut driver = driver();
+    let pause = Arc::<PauseRequest>::default();
+    driver.device.set_deferral(pause.deferral());
+    pause.set();
+    let buffers = [(REQUEST, 20, false), (REPLY, 4, true)];
+    assert_eq!(driver.attach(&buffers).unwrap(), 0xff, "it was answered");
+    assert_eq!(driver.used(0), 0);
+    assert_eq!(driver.model.endpoint(NIC).unwrap().domain, None);
+    pause.clear();
+    driver.device.kicked(REQUEST_QUEUE).unwrap();
+    assert_eq!((driver.used(0), driver.read::<u8>(REPLY)), (1, 0));
+    assert_eq!(driver.model.endpoint(NIC).unwrap().domain, Some(1));
 }

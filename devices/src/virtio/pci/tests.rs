@@ -8,6 +8,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_RNG};
 use super::*;
 use crate::bus::{Bus, BusDevice as _};
 use crate::interrupt::{MsiMessage, MsiVector as _};
+use crate::pause::PauseRequest;
 use crate::pci::{PciRoot, StaleMsis};
 use crate::rig::{self, Board, NEXT, RAM, REQUESTER, Ring};
 use crate::virtio::rng::Rng;
@@ -790,6 +791,21 @@ fn rng() -> (Driver, Ring) {
     let ring = driver.run(VERSION_1);
     driver.write16(26, 0);
     (driver, ring)
+}
+
+#[test]
+fn kick_in_a_pause_is_served_when_the_machine_resumes() {
+    let (driver, ring) = rng();
+    let pause = Arc::<PauseRequest>::default();
+    driver.function.interrupted_by(pause.deferral());
+    pause.set();
+    ring.post(&[(0x8000, 100, true)]);
+    driver.write16(NOTIFY, 0);
+    pause.resume_deferred();
+    assert_eq!((ring.done(), driver.board.given(0).signals()), (0, 0));
+    pause.clear();
+    pause.resume_deferred();
+    assert_eq!((ring.done(), driver.board.given(0).signals()), (1, 1));
 }
 
 #[test]

@@ -260,3 +260,29 @@ fn sync_signals_by_wire_and_by_message() {
         "it is consumed all the same"
     );
 }
+
+#[test]
+fn an_interrupted_queue_goes_on_where_cons_says() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let start = rig.smmu.read(reg::CMDQ_CONS);
+    *rig.wires.interrupted_after.lock().unwrap() = Some(2);
+    let message = RAM + 0x8000;
+    let signal = [
+        (cmd::CS, 1),
+        (cmd::MSI_ADDRESS, message >> 2),
+        (cmd::MSI_DATA, 7),
+    ];
+    let nop = command(cmd::op::TLBI_NSNH_ALL, &[]);
+    rig.issue(&[nop, sync(), nop, command(cmd::op::SYNC, &signal)]);
+    assert_eq!(rig.smmu.read(reg::CMDQ_CONS), start + 2);
+    // Another vCPU's write leaves the queue alone too.
+    rig.issue(&[nop]);
+    rig.smmu.resume();
+    assert_eq!(rig.smmu.read(reg::CMDQ_CONS), start + 2);
+    let data = || rig.ram.read_obj::<u32>(GuestAddress(message)).unwrap();
+    assert_eq!(data(), 0, "a CMD_SYNC completed that was not reached");
+    *rig.wires.interrupted_after.lock().unwrap() = None;
+    rig.smmu.resume();
+    assert_eq!(rig.smmu.read(reg::CMDQ_CONS), start + 5);
+    assert_eq!(data(), 7);
+}

@@ -37,6 +37,8 @@ pub struct Wires {
     pub responses: Mutex<Vec<Answer>>,
     pub resumed: Mutex<Vec<(StreamId, Iova, Resume)>>,
     pub deaf: AtomicBool,
+    /// Commands that are carried out until the queue is interrupted.
+    pub interrupted_after: Mutex<Option<u32>>,
 }
 
 impl SmmuWires for Wires {
@@ -63,6 +65,13 @@ impl SmmuWires for Wires {
     fn resumed(&self, transaction: &Stalled, action: Resume) {
         let what = (transaction.stream, transaction.iova, action);
         self.resumed.lock().unwrap().push(what);
+    }
+
+    fn interrupts(&self) -> bool {
+        let mut left = self.interrupted_after.lock().unwrap();
+        let interrupts = *left == Some(0);
+        *left = left.map(|count| count.saturating_sub(1));
+        interrupts
     }
 }
 
