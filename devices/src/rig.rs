@@ -25,15 +25,20 @@ pub fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
 }
 
-/// An interrupt source that remembers its route.
+/// An interrupt source that remembers its routes.
 pub struct Vector {
     event: EventFd,
-    message: Mutex<Option<MsiMessage>>,
+    routes: Mutex<Vec<Option<MsiMessage>>>,
 }
 
 impl Vector {
     pub fn message(&self) -> Option<MsiMessage> {
-        *self.message.lock().unwrap()
+        self.routes().last().copied().flatten()
+    }
+
+    /// Every route that was set, the first one first.
+    pub fn routes(&self) -> Vec<Option<MsiMessage>> {
+        self.routes.lock().unwrap().clone()
     }
 
     /// How often it was signalled since the last time, sent or held back.
@@ -48,7 +53,7 @@ impl MsiVector for Vector {
     }
 
     fn route(&self, message: Option<MsiMessage>) -> io::Result<()> {
-        *self.message.lock().unwrap() = message;
+        self.routes.lock().unwrap().push(message);
         Ok(())
     }
 
@@ -80,7 +85,7 @@ impl MsiSink for Board {
     fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         let vector = Arc::new(Vector {
             event: eventfd(),
-            message: Mutex::default(),
+            routes: Mutex::default(),
         });
         self.vectors.lock().unwrap().push(Arc::clone(&vector));
         Ok(vector)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice as _};
 use devices::interrupt::{Doorbells, MsiSink};
-use devices::pci::{PciRoot, Requester, StaleMsis};
+use devices::pci::{PciRoot, Requester, MsiRetranslator};
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
@@ -61,9 +61,9 @@ impl Function {
     fn new() -> Self {
         let ram = driver::ram();
         let board = Arc::new(Board::default());
-        let stale = StaleMsis::new().expect("an eventfd");
+        let retranslator = MsiRetranslator::new().expect("an eventfd");
         let parts = Parts {
-            requester: Requester::new(driver::space(&ram), &stale),
+            requester: Requester::new(driver::space(&ram), &retranslator),
             msi: Arc::clone(&board) as Arc<dyn MsiSink>,
             doorbells: Arc::clone(&board) as Arc<dyn Doorbells>,
             bar: Gpa(BAR),

@@ -102,8 +102,9 @@ pub struct Registration {
 }
 
 /// The consumer's end. Every method is called with the stream's gate held: it
-/// must neither translate nor register, and should return soon, because a
-/// guest's CPU waits for it.
+/// must neither enter the gate nor register, and should return soon, because a
+/// guest's CPU waits for it. [`IommuRegion::lookup`](crate::IommuRegion::lookup)
+/// tells it what is mapped.
 pub trait NotifierSink: Send + Sync {
     /// A mapping appeared (`MAP`), or is shown by a replay.
     fn map(&self, mapping: &Mapping);

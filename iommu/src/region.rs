@@ -114,6 +114,18 @@ impl IommuRegion {
         }
     }
 
+    /// Looks up without recording an event, for a
+    /// [`NotifierSink`](crate::NotifierSink) in one of its calls: the region
+    /// holds the gate then, so the answer may be published until the call
+    /// returns.
+    ///
+    /// # Errors
+    /// The [`Fault`], recorded nowhere.
+    pub fn lookup(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
+        let request = Request::untranslated(self.stream, iova, access);
+        self.iommu.lookup(&request)
+    }
+
     /// Registers a notifier for the best of what it wants, shows it the
     /// mappings that are there if it gets `MAP`, and tells it the outcome.
     pub fn register(&self, notifier: IommuNotifier) -> NotifierId {
@@ -293,8 +305,7 @@ impl Translating<'_> {
     /// # Errors
     /// The [`Fault`], recorded nowhere.
     pub fn lookup(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
-        let request = Request::untranslated(self.region.stream, iova, access);
-        self.region.iommu.lookup(&request)
+        self.region.lookup(iova, access)
     }
 
     fn ask(&self, iova: Iova, access: Access, kind: RequestKind) -> Result<Mapping, Fault> {

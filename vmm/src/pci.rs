@@ -14,7 +14,7 @@ use arch::{IommuNode, PciHost, layout};
 use devices::error::Chain;
 use devices::interrupt::Doorbells;
 use devices::pause::PauseRequest;
-use devices::pci::{MsiThread, PciRoot, Requester, StaleMsis};
+use devices::pci::{MsiRetranslator, MsiThread, PciRoot, Requester};
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockConfig, BlockCounters, Image};
@@ -66,7 +66,7 @@ pub struct PciBus {
 struct Makings<'a> {
     vm: &'a Arc<Vm>,
     ram: &'a Arc<GuestRam>,
-    stale: &'a Arc<StaleMsis>,
+    retranslator: &'a Arc<MsiRetranslator>,
     iommu: Option<&'a IommuDevice>,
     vhost: Option<VhostContext>,
     pause: &'a Arc<PauseRequest>,
@@ -87,13 +87,13 @@ impl PciBus {
         if plan.functions.is_empty() && plan.iommu.model == IommuModel::None {
             return Ok(None);
         }
-        let stale = StaleMsis::new()?;
+        let retranslator = MsiRetranslator::new()?;
         let iommu = IommuDevice::build(&plan.iommu, vm, buses, ram)?;
-        let msis = iommu.is_some().then(|| stale.start()).transpose()?;
+        let msis = iommu.is_some().then(|| retranslator.start()).transpose()?;
         let makings = Makings {
             vm,
             ram,
-            stale: &stale,
+            retranslator: &retranslator,
             iommu: iommu.as_ref(),
             vhost: vhost::context(plan, ram)?,
             pause: &buses.pause,
@@ -160,7 +160,7 @@ impl Makings<'_> {
         let (device, back_end) = self.device(plan, &bell)?;
         let bar = layout::PCI_MMIO64.base + u64::from(plan.slot) * BAR_SIZE;
         let parts = Parts {
-            requester: Requester::new(space, self.stale),
+            requester: Requester::new(space, self.retranslator),
             msi: self.vm.msi_sink(),
             doorbells: Arc::clone(self.vm) as Arc<dyn Doorbells>,
             bar: Gpa(bar),

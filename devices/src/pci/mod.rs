@@ -10,6 +10,6 @@ mod root;
 
 pub(crate) use config::halves;
 pub use config::{Bar, ConfigSpace, Ids};
-pub use msi::{MsiTarget, MsiThread, Requester, StaleMsis};
+pub use msi::{MsiRetranslator, MsiTarget, MsiThread, Requester};
 pub use msix::{MSIX_ENTRY_SIZE, Msix};
 pub use root::{BarMove, PciFunction, PciRoot, PlaceError, SLOTS};

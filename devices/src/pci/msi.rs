@@ -1,23 +1,24 @@
 //! Message-signalled interrupts of one requester.
 //!
 //! An MSI is a memory write of the device, so the IOMMU translates its address
-//! like any other. The translation is made when the message is set, and again
-//! whenever its mapping changes: while there is none, the interrupt is held
-//! back and not sent to where the page used to be.
+//! like any other. The translation is made when the message is set, again when
+//! its mapping changes, and again when the interrupt is signalled while its
+//! address has no mapping. Until there is one the interrupt stays pending: it
+//! is never sent to the address that the doorbell had.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+mod retranslate;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::JoinHandle;
-use std::{io, thread};
 
 use iommu::{
-    Access, AddressSpace, Gpa, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents, NotifierId,
-    NotifierSink, Registration, StreamId,
+    Access, AddressSpace, Gpa, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping,
+    NotifierEvents, NotifierId, NotifierSink, Registration, StreamId, Translating,
 };
 use log::warn;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::interrupt::{MsiMessage, MsiVector};
+
+pub use retranslate::{MsiRetranslator, MsiThread};
 
 /// What a PCI function is to the rest of the machine: its memory view and its
 /// MSI target, made together from one requester ID (invariant 2).
@@ -30,96 +31,192 @@ pub struct Requester {
 }
 
 impl Requester {
-    /// The requester whose view of memory `space` is. `stale` learns of
-    /// interrupts that have to be translated again.
+    /// The requester whose view of memory `space` is. `retranslator` watches
+    /// its interrupts while their doorbells are not mapped.
     #[must_use]
-    pub fn new(space: AddressSpace, stale: &Arc<StaleMsis>) -> Self {
-        let msi = Arc::new(MsiTarget {
-            sink: Arc::new(Routes {
+    pub fn new(space: AddressSpace, retranslator: &Arc<MsiRetranslator>) -> Self {
+        let msi = Arc::new_cyclic(|target| MsiTarget {
+            sink: Arc::new(RequesterVectors {
                 requester: space.requester(),
+                region: space.region().map(Arc::downgrade).unwrap_or_default(),
                 routes: Mutex::default(),
-                stale: Arc::clone(stale),
+                number: retranslator.add(target),
+                retranslator: Arc::clone(retranslator),
             }),
             pages: Mutex::default(),
             space: space.clone(),
         });
-        stale.add(&msi);
         Self { space, msi }
     }
 }
 
-/// A source of interrupts and the message that the guest wants for it.
+/// A source of interrupts and the message that the guest wrote for it.
 struct Route {
     vector: Arc<dyn MsiVector>,
+    /// Address and data; `None` while the source is masked.
     wanted: Option<(Iova, u32)>,
     current: Option<MsiMessage>,
+    /// The hypervisor refused the message: there is none to try until the
+    /// guest writes another.
+    refused: bool,
+    /// The retranslator watches the eventfd.
+    watched: bool,
+    /// The model has recorded the fault of the message that is pending.
+    recorded: bool,
 }
 
-/// The routes of a requester. Its lock is taken inside the stream's gate.
-struct Routes {
+impl Route {
+    /// Whether the source is pending until its doorbell is mapped.
+    fn unmapped(&self) -> bool {
+        self.wanted.is_some() && self.current.is_none() && !self.refused
+    }
+}
+
+/// A source and the doorbell address that its message is to be translated for.
+type Doorbell = (usize, Iova);
+
+/// The routes of a requester. Their lock is taken inside the stream's gate, and
+/// nothing is translated under it. What a message is to be changes only while
+/// the gate is held.
+struct RequesterVectors {
     requester: StreamId,
+    /// Empty without an IOMMU. Weak: the region holds its sinks.
+    region: Weak<IommuRegion>,
     routes: Mutex<Vec<Route>>,
-    stale: Arc<StaleMsis>,
+    /// The number of the target at the retranslator.
+    number: u32,
+    retranslator: Arc<MsiRetranslator>,
 }
 
-impl Routes {
+impl RequesterVectors {
     fn lock(&self) -> MutexGuard<'_, Vec<Route>> {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send(&self, route: &mut Route, doorbell: Option<Gpa>) {
+    /// The doorbells of the sources that `choose` picks.
+    fn doorbells(&self, choose: impl Fn(usize, &Route) -> bool) -> Vec<Doorbell> {
+        let routes = self.lock();
+        let chosen = routes.iter().enumerate().filter_map(|(at, route)| {
+            let (iova, _) = route.wanted?;
+            choose(at, route).then_some((at, iova))
+        });
+        chosen.collect()
+    }
+
+    /// Sends sources to where their doorbells are mapped now. A message that
+    /// stays as it is costs nothing. The gate is held, and has been since the
+    /// doorbells were translated.
+    fn apply(&self, translated: &[(Doorbell, Option<Gpa>)]) {
+        let mut routes = self.lock();
+        for &((at, iova), gpa) in translated {
+            if let Some(route) = routes.get_mut(at)
+                && route.wanted.is_some_and(|(wanted, _)| wanted == iova)
+            {
+                self.send(at, route, gpa);
+            }
+        }
+    }
+
+    fn send(&self, at: usize, route: &mut Route, doorbell: Option<Gpa>) {
         let message = route.wanted.zip(doorbell);
         let message = message.map(|((_, data), address)| MsiMessage {
             address,
             data,
             requester: self.requester,
         });
-        if route.current == message {
+        if route.current != message {
+            route.current = message;
+            if let Err(error) = route.vector.route(message) {
+                warn!("{}: routing an interrupt: {error}", self.requester);
+                route.current = None;
+                route.refused = true;
+            }
+        }
+        if route.current.is_some() {
+            route.recorded = false;
+        }
+        self.watch(at, route);
+    }
+
+    /// Whether the fault of a source has not been recorded; it counts as
+    /// recorded from now on.
+    fn first_fault_of(&self, at: usize) -> bool {
+        let mut routes = self.lock();
+        let route = routes.get_mut(at);
+        route.is_some_and(|route| !std::mem::replace(&mut route.recorded, true))
+    }
+
+    /// Has the retranslator watch a source exactly while its doorbell is not
+    /// mapped.
+    fn watch(&self, at: usize, route: &mut Route) {
+        let unmapped = route.unmapped();
+        if unmapped == route.watched {
             return;
         }
-        route.current = message;
-        if let Err(error) = route.vector.route(message) {
-            warn!("{}: routing an interrupt: {error}", self.requester);
+        let event = route.vector.eventfd();
+        let done = if unmapped {
+            self.retranslator.watch(self.number, at, event)
+        } else {
+            self.retranslator.unwatch(event)
+        };
+        match done {
+            Ok(()) => route.watched = unmapped,
+            Err(error) => warn!("{}: watching an interrupt: {error}", self.requester),
         }
     }
 }
 
-impl NotifierSink for Routes {
+impl NotifierSink for RequesterVectors {
     fn map(&self, mapping: &Mapping) {
         if !mapping.perm.allows(Access::Write) {
             return;
         }
-        for route in self.lock().iter_mut() {
-            let doorbell = route.wanted.and_then(|(iova, _)| mapping.gpa_of(iova));
-            if doorbell.is_some() {
-                self.send(route, doorbell);
-            }
-        }
+        let doorbells = self.doorbells(|_, _| true).into_iter();
+        let translated = doorbells.filter_map(|doorbell| {
+            let gpa = mapping.gpa_of(doorbell.1)?;
+            Some((doorbell, Some(gpa)))
+        });
+        self.apply(&translated.collect::<Vec<_>>());
     }
 
+    /// Most invalidations (a lazy guest's flush of everything) change nothing
+    /// about a doorbell. The tables say what is true now, so an unchanged
+    /// message stays with the hypervisor, and a changed one is replaced before
+    /// the invalidation is complete.
     fn unmap(&self, ranges: &[IovaRange]) {
-        let mut any = false;
-        for route in self.lock().iter_mut() {
-            let Some((iova, _)) = route.wanted else {
-                continue;
-            };
-            if ranges.iter().any(|range| range.contains(iova)) {
-                self.send(route, None);
-                any = true;
-            }
-        }
-        if any {
-            self.stale.wake();
-        }
+        let gone = |iova| ranges.iter().any(|range| range.contains(iova));
+        let doorbells = self.doorbells(|_, route| route.wanted.is_some_and(|(iova, _)| gone(iova)));
+        let region = self.region.upgrade();
+        let translated = translate_all(doorbells, |iova| {
+            let mapping = region.as_ref()?.lookup(iova, Access::Write).ok()?;
+            mapping.gpa_of(iova)
+        });
+        self.apply(&translated);
     }
 
     fn registered(&self, _outcome: &Registration) {}
 }
 
+/// Translates each address once, where neighbours have the same.
+fn translate_all(
+    doorbells: Vec<Doorbell>,
+    translate: impl Fn(Iova) -> Option<Gpa>,
+) -> Vec<(Doorbell, Option<Gpa>)> {
+    let mut last: Option<(Iova, Option<Gpa>)> = None;
+    let translated = doorbells.into_iter().map(|doorbell| {
+        let (_, iova) = doorbell;
+        let known = last.filter(|(known, _)| *known == iova);
+        let (_, gpa) = known.unwrap_or_else(|| (iova, translate(iova)));
+        last = Some((iova, gpa));
+        (doorbell, gpa)
+    });
+    translated.collect()
+}
+
 /// The MSI target of one requester. Its methods enter the stream's gate.
 pub struct MsiTarget {
     space: AddressSpace,
-    sink: Arc<Routes>,
+    sink: Arc<RequesterVectors>,
     /// The pages of the doorbells in use, and who listens to each. Taken
     /// outside of the gate.
     pages: Mutex<Vec<(Iova, NotifierId)>>,
@@ -133,6 +230,9 @@ impl MsiTarget {
             vector,
             wanted: None,
             current: None,
+            refused: false,
+            watched: false,
+            recorded: false,
         });
         routes.len() - 1
     }
@@ -142,13 +242,17 @@ impl MsiTarget {
         if let Some((doorbell, _)) = wanted {
             self.listen(doorbell);
         }
-        self.update(|at, route| {
-            let mine = at == number;
-            if mine {
+        {
+            let inside = self.space.region().map(|region| region.enter());
+            if let Some(route) = self.sink.lock().get_mut(number) {
                 route.wanted = wanted;
+                (route.refused, route.recorded) = (false, false);
+                if wanted.is_none() {
+                    self.sink.send(number, route, None);
+                }
             }
-            mine
-        });
+            self.route(inside.as_ref(), |at, _| at == number, None);
+        }
         self.stop_listening();
     }
 
@@ -161,14 +265,18 @@ impl MsiTarget {
         }
     }
 
-    /// Translates again what is held back for want of a translation.
-    fn retry(&self) {
-        let held_back = |route: &Route| route.wanted.is_some() && route.current.is_none();
-        let any = self.sink.lock().iter().any(held_back);
-        // The gate is for those who need it.
-        if any {
-            self.update(|_, route| held_back(route));
+    /// Source `signalled` is pending because its doorbell was not mapped:
+    /// translates again what waits for a mapping. If there still is none, the
+    /// write of the MSI is a fault, which the model records once for each
+    /// message that the guest set up.
+    fn retry(&self, signalled: usize) {
+        let unmapped = |_, route: &Route| route.unmapped();
+        // Others may hold the gate for long: it is entered only with a reason.
+        if self.sink.doorbells(unmapped).is_empty() {
+            return;
         }
+        let inside = self.space.region().map(|region| region.enter());
+        self.route(inside.as_ref(), unmapped, Some(signalled));
     }
 
     /// Whether source `number` has signalled something that is held back.
@@ -180,22 +288,28 @@ impl MsiTarget {
             .is_some_and(|route| route.vector.pending())
     }
 
-    /// Routes anew the sources that `choose` picks.
-    fn update(&self, mut choose: impl FnMut(usize, &mut Route) -> bool) {
-        let inside = self.space.region().map(|region| region.enter());
-        for (at, route) in self.sink.lock().iter_mut().enumerate() {
-            if !choose(at, route) {
-                continue;
-            }
-            let doorbell = route.wanted.and_then(|(iova, _)| match &inside {
-                None => Some(Gpa(iova.0)),
-                Some(inside) => {
-                    let mapping = inside.lookup(iova, Access::Write).ok()?;
-                    mapping.gpa_of(iova)
-                }
-            });
-            self.sink.send(route, doorbell);
+    /// Routes anew the sources that `choose` picks. The fault of `signalled`
+    /// is recorded if it has not been.
+    fn route(
+        &self,
+        inside: Option<&Translating<'_>>,
+        choose: impl Fn(usize, &Route) -> bool,
+        signalled: Option<usize>,
+    ) {
+        let doorbells = self.sink.doorbells(choose);
+        let mut translated = translate_all(doorbells, |iova| match inside {
+            None => Some(Gpa(iova.0)),
+            Some(inside) => inside.lookup(iova, Access::Write).ok()?.gpa_of(iova),
+        });
+        let faulted =
+            (translated.iter_mut()).find(|((at, _), gpa)| Some(*at) == signalled && gpa.is_none());
+        if let (Some(((at, iova), gpa)), Some(inside)) = (faulted, inside)
+            && self.sink.first_fault_of(*at)
+        {
+            let mapping = inside.translate(*iova, Access::Write).ok();
+            *gpa = mapping.and_then(|mapping| mapping.gpa_of(*iova));
         }
+        self.sink.apply(&translated);
     }
 
     /// Registers for changes of the doorbell's page, if nobody did.
@@ -245,83 +359,6 @@ impl MsiTarget {
 
 fn page_of(doorbell: Iova) -> IovaRange {
     IovaRange::block(doorbell, 12)
-}
-
-/// Who has interrupts that lost their translation. An IOMMU that does not
-/// announce mappings cannot say when there is a new one, so a thread looks,
-/// after each invalidation that took one away. It waits for gates, which a
-/// slow disk may hold: nobody else can wait for it.
-pub struct StaleMsis {
-    wake: EventFd,
-    ends: AtomicBool,
-    targets: Mutex<Vec<Weak<MsiTarget>>>,
-}
-
-impl StaleMsis {
-    /// Nobody yet.
-    ///
-    /// # Errors
-    /// No eventfd is left.
-    pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self {
-            wake: EventFd::new(EFD_CLOEXEC)?,
-            ends: AtomicBool::new(false),
-            targets: Mutex::default(),
-        }))
-    }
-
-    /// Starts the thread.
-    ///
-    /// # Errors
-    /// No thread is left.
-    pub fn start(self: &Arc<Self>) -> io::Result<MsiThread> {
-        let stale = Arc::clone(self);
-        let thread = thread::Builder::new().name("msi".to_owned());
-        let thread = thread.spawn(move || {
-            while stale.wake.read().is_ok() && !stale.ends.load(Ordering::Acquire) {
-                stale.retry();
-            }
-        })?;
-        Ok(MsiThread {
-            stale: Arc::clone(self),
-            thread: Some(thread),
-        })
-    }
-
-    fn retry(&self) {
-        let targets = self.lock().clone();
-        for target in targets.iter().filter_map(Weak::upgrade) {
-            target.retry();
-        }
-    }
-
-    fn wake(&self) {
-        let _ = self.wake.write(1);
-    }
-
-    fn add(&self, target: &Arc<MsiTarget>) {
-        self.lock().push(Arc::downgrade(target));
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Weak<MsiTarget>>> {
-        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The thread of [`StaleMsis`]; dropping this ends it.
-pub struct MsiThread {
-    stale: Arc<StaleMsis>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for MsiThread {
-    fn drop(&mut self) {
-        self.stale.ends.store(true, Ordering::Release);
-        self.stale.wake();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 #[cfg(test)]

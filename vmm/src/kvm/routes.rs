@@ -116,7 +116,13 @@ impl Vm {
         if !routes.set(gsi, message) {
             return Ok(());
         }
-        self.set_routing(&routes)
+        let told = self.set_routing(&routes);
+        if told.is_err() {
+            // The kernel refuses the whole table: the messages of other
+            // vectors must not fail with this one.
+            routes.set(gsi, None);
+        }
+        told
     }
 
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -180,6 +186,16 @@ impl Vector {
     fn attached(&self) -> MutexGuard<'_, bool> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Takes the eventfd away from the kernel, which has delivered what it had
+    /// consumed when this returns.
+    fn detach(&self, attached: &mut bool) -> io::Result<()> {
+        if *attached {
+            self.vm.fd().unregister_irqfd(&self.event, self.gsi)?;
+            *attached = false;
+        }
+        Ok(())
+    }
 }
 
 impl MsiVector for Vector {
@@ -191,19 +207,20 @@ impl MsiVector for Vector {
         let mut attached = self.attached();
         match message {
             Some(_) => {
-                self.vm.set_message(self.gsi, message)?;
+                let told = self.vm.set_message(self.gsi, message);
+                if told.is_err() {
+                    // Nothing may go to the message from before.
+                    self.detach(&mut attached)?;
+                }
+                told?;
                 if !*attached {
                     self.vm.fd().register_irqfd(&self.event, self.gsi)?;
                     *attached = true;
                 }
+                Ok(())
             }
-            None if *attached => {
-                self.vm.fd().unregister_irqfd(&self.event, self.gsi)?;
-                *attached = false;
-            }
-            None => {}
+            None => self.detach(&mut attached),
         }
-        Ok(())
     }
 
     fn pending(&self) -> bool {

@@ -1,3 +1,6 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig, spec};
 use iommu::{Fault, FaultReason, Iommu, IommuRegion, Perm, Refused, Request};
 
@@ -15,6 +18,9 @@ struct OnePage {
     frame: Mutex<Option<Gpa>>,
     announces: bool,
     registered: Mutex<usize>,
+    /// A signalled message may fault, and does so in the model's event queue.
+    faults: Option<AtomicUsize>,
+    lookups: AtomicUsize,
 }
 
 impl OnePage {
@@ -33,10 +39,16 @@ impl OnePage {
 
 impl Iommu for OnePage {
     fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        panic!("{request:?} leaves a trace");
+        let Some(faults) = &self.faults else {
+            panic!("{request:?} leaves a trace");
+        };
+        let answer = self.lookup(request);
+        faults.fetch_add(usize::from(answer.is_err()), Ordering::Relaxed);
+        answer
     }
 
     fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        self.lookups.fetch_add(1, Ordering::Relaxed);
         let mapping = self.mapping();
         let found = mapping.filter(|mapping| mapping.iova.contains(request.iova));
         found.ok_or(Fault {
@@ -76,19 +88,23 @@ struct Machine {
     iommu: Arc<OnePage>,
     region: Arc<IommuRegion>,
     target: Arc<MsiTarget>,
-    stale: Arc<StaleMsis>,
+    retranslator: Arc<MsiRetranslator>,
     vectors: Vec<Arc<Vector>>,
 }
 
 fn machine(announces: bool) -> Machine {
-    let iommu = Arc::new(OnePage {
+    machine_of(OnePage {
         announces,
         ..OnePage::default()
-    });
+    })
+}
+
+fn machine_of(iommu: OnePage) -> Machine {
+    let iommu = Arc::new(iommu);
     let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, REQUESTER);
     let space = AddressSpace::translated(Arc::clone(&region), rig::ram());
-    let stale = StaleMsis::new().unwrap();
-    let target = Requester::new(space, &stale).msi;
+    let retranslator = MsiRetranslator::new().unwrap();
+    let target = Requester::new(space, &retranslator).msi;
     let board = Board::default();
     let vectors = (0..3).map(|number| {
         assert_eq!(target.add(board.vector().unwrap()), number);
@@ -99,7 +115,7 @@ fn machine(announces: bool) -> Machine {
         iommu,
         region,
         target,
-        stale,
+        retranslator,
     }
 }
 
@@ -155,7 +171,7 @@ fn unmapped_doorbell_gets_nothing_until_it_is_mapped_again() {
         machine.unmap();
         assert_eq!(machine.address(0), None);
         machine.map(FRAME + 0x1000);
-        machine.stale.retry();
+        machine.target.retry(0);
         assert_eq!(machine.address(0), Some(FRAME + 0x1040));
     }
 }
@@ -163,7 +179,7 @@ fn unmapped_doorbell_gets_nothing_until_it_is_mapped_again() {
 #[test]
 fn thread_finds_what_an_invalidation_took_for_nothing() {
     let machine = machine(false);
-    let thread = machine.stale.start().unwrap();
+    let thread = machine.retranslator.start().unwrap();
     machine.map(FRAME);
     machine.send(0);
     // Everything is invalidated, nothing has changed: the usual case.
@@ -174,6 +190,150 @@ fn thread_finds_what_an_invalidation_took_for_nothing() {
     drop(thread);
     machine.unmap();
     assert_eq!(machine.address(0), None);
+}
+
+/// A machine whose IOMMU does not announce mappings and records faults.
+fn silent_machine() -> Machine {
+    machine_of(OnePage {
+        faults: Some(AtomicUsize::new(0)),
+        ..OnePage::default()
+    })
+}
+
+impl Machine {
+    /// A device interrupts.
+    fn signal(&self, vector: usize) {
+        self.vectors[vector].eventfd().write(1).unwrap();
+    }
+
+    fn faults(&self) -> usize {
+        let faults = self.iommu.faults.as_ref();
+        faults.map_or(0, |faults| faults.load(Ordering::Relaxed))
+    }
+
+    /// Waits until a source is routed.
+    fn arrives(&self, vector: usize) {
+        while self.address(vector).is_none() {
+            thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn interrupt_arrives_when_its_doorbell_is_mapped_again_without_an_invalidation() {
+    let machine = silent_machine();
+    let _thread = machine.retranslator.start().unwrap();
+    machine.map(FRAME);
+    for vector in 0..3 {
+        machine.send(vector);
+    }
+    machine.unmap();
+    // Masked, like that of a vector which the driver does not use now.
+    machine.target.set(2, None);
+    machine.signal(2);
+    machine.map(FRAME + 0x1000);
+    assert_eq!(machine.address(0), None, "mapping it tells nobody");
+    machine.signal(0);
+    machine.arrives(0);
+    assert_eq!(machine.address(0), Some(FRAME + 0x1040));
+    assert_eq!(machine.vectors[0].signals(), 1, "it is pending until then");
+    machine.signal(1);
+    machine.arrives(1);
+    assert_eq!(machine.address(2), None, "it is masked");
+    assert!(machine.target.pending(2));
+    assert_eq!(machine.faults(), 0);
+}
+
+#[test]
+fn interrupt_set_up_while_its_doorbell_is_not_mapped_arrives_later() {
+    let machine = silent_machine();
+    let _thread = machine.retranslator.start().unwrap();
+    machine.send(0);
+    machine.map(FRAME);
+    machine.signal(0);
+    machine.arrives(0);
+    assert_eq!(machine.address(0), Some(FRAME + 0x40));
+}
+
+#[test]
+fn interrupt_that_was_signalled_first_arrives_with_the_next_signal_of_its_requester() {
+    let machine = silent_machine();
+    let _thread = machine.retranslator.start().unwrap();
+    for vector in 0..3 {
+        machine.send(vector);
+    }
+    machine.signal(0);
+    while machine.faults() == 0 {
+        thread::yield_now();
+    }
+    machine.map(FRAME);
+    machine.signal(1);
+    for vector in 0..3 {
+        machine.arrives(vector);
+    }
+    assert_eq!(machine.vectors[0].signals(), 1);
+    assert_eq!(machine.vectors[2].signals(), 0);
+}
+
+#[test]
+fn fault_of_a_message_is_recorded_once_until_it_is_set_or_mapped_again() {
+    let machine = silent_machine();
+    machine.send(0);
+    machine.send(1);
+    assert_eq!(machine.faults(), 0, "setting up a message is no access");
+    let retry_often = |vector| (0..5).for_each(|_| machine.target.retry(vector));
+    retry_often(0);
+    assert_eq!(machine.faults(), 1);
+    retry_often(1);
+    assert_eq!(machine.faults(), 2);
+    machine.send(0);
+    retry_often(0);
+    assert_eq!(machine.faults(), 3);
+    machine.map(FRAME);
+    retry_often(0);
+    machine.unmap();
+    retry_often(0);
+    assert_eq!(machine.faults(), 4);
+    // What is masked writes nothing.
+    machine.target.set(0, None);
+    retry_often(0);
+    assert_eq!(machine.faults(), 4);
+}
+
+#[test]
+fn flush_that_changes_no_mapping_touches_no_route() {
+    for announces in [true, false] {
+        let machine = machine(announces);
+        machine.map(FRAME);
+        for vector in 0..3 {
+            machine.send(vector);
+        }
+        let before: Vec<_> = machine.vectors.iter().map(|v| v.routes()).collect();
+        let lookups = machine.iommu.lookups.load(Ordering::Relaxed);
+        for _ in 0..10 {
+            machine.region.invalidate(&[IovaRange::ALL]);
+            machine.region.invalidate_all();
+        }
+        let after: Vec<_> = machine.vectors.iter().map(|v| v.routes()).collect();
+        assert_eq!(after, before);
+        let lookups = machine.iommu.lookups.load(Ordering::Relaxed) - lookups;
+        assert_eq!(lookups, 20, "one for each flush, for all three");
+    }
+}
+
+#[test]
+fn doorbell_that_moved_is_replaced_when_its_invalidation_returns() {
+    let machine = machine(false);
+    machine.map(FRAME);
+    machine.send(0);
+    // The tables change first; until the invalidation either place is right.
+    machine.map(FRAME + 0x1000);
+    assert_eq!(machine.address(0), Some(FRAME + 0x40));
+    machine.region.invalidate(&[IovaRange::ALL]);
+    let addresses = (machine.vectors[0].routes().into_iter())
+        .map(|message| message.map(|message| message.address.0));
+    let addresses: Vec<_> = addresses.collect();
+    assert_eq!(addresses, [Some(FRAME + 0x40), Some(FRAME + 0x1040)]);
 }
 
 #[test]
@@ -195,7 +355,7 @@ fn masked_source_stays_unrouted_when_its_page_is_mapped() {
     machine.send(0);
     machine.target.set(0, None);
     machine.map(FRAME);
-    machine.stale.retry();
+    machine.target.retry(0);
     assert_eq!(machine.address(0), None);
 }
 
@@ -224,7 +384,7 @@ fn guest_that_goes_through_doorbells_leaves_no_listeners_behind() {
 #[test]
 fn requester_without_an_iommu_sends_to_the_address_itself() {
     let space = AddressSpace::identity(REQUESTER, rig::ram());
-    let target = Requester::new(space, &StaleMsis::new().unwrap()).msi;
+    let target = Requester::new(space, &MsiRetranslator::new().unwrap()).msi;
     let board = Board::default();
     target.add(board.vector().unwrap());
     target.set(0, Some((Iova(DOORBELL), 5)));
@@ -260,9 +420,9 @@ fn messages_follow_the_mappings_of_a_virtio_iommu() {
     let model = Arc::new(model);
     let region = IommuRegion::new(Arc::clone(&model) as Arc<dyn Iommu>, REQUESTER);
     let space = AddressSpace::translated(region, ram);
-    let stale = StaleMsis::new().unwrap();
-    let _thread = stale.start().unwrap();
-    let target = Requester::new(space, &stale).msi;
+    let retranslator = MsiRetranslator::new().unwrap();
+    let _thread = retranslator.start().unwrap();
+    let target = Requester::new(space, &retranslator).msi;
     let board = Board::default();
     for _ in 0..2 {
         target.add(board.vector().unwrap());

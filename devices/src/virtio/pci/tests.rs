@@ -9,7 +9,7 @@ use super::*;
 use crate::bus::{Bus, BusDevice as _};
 use crate::interrupt::{MsiMessage, MsiVector as _};
 use crate::pause::PauseRequest;
-use crate::pci::{PciRoot, StaleMsis};
+use crate::pci::{MsiRetranslator, PciRoot};
 use crate::rig::{self, Board, NEXT, RAM, REQUESTER, Ring};
 use crate::virtio::rng::Rng;
 
@@ -132,7 +132,7 @@ fn driver_with(
 ) -> Driver {
     let board = Arc::new(Board::default());
     let parts = Parts {
-        requester: Requester::new(space, &StaleMsis::new().unwrap()),
+        requester: Requester::new(space, &MsiRetranslator::new().unwrap()),
         msi: Arc::clone(&board) as Arc<dyn MsiSink>,
         doorbells: Arc::clone(&board) as Arc<dyn Doorbells>,
         bar: Gpa(BAR),
