@@ -5,6 +5,8 @@
 //! message is sent, so that the shadow's order is the kernel's, and nothing is
 //! translated under it.
 
+mod prefetch;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,9 +21,10 @@ use serde::Serialize;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::prefetch::{Trace, World, pieces};
 use super::message::{Message, Miss};
-use super::posted::{Buffer, Layout, Memory, Unreadable, posted};
-use super::shadow::{DEFAULT_LIMIT, Entry, Shadow};
+use super::posted::{Buffer, Layout, Memory, Steps, Unreadable, posted};
+use super::shadow::{DEFAULT_LIMIT, Entry, Shadow, merged};
 use crate::virtio::DeviceError;
 use crate::virtio::failure::Failure;
 
@@ -37,8 +40,14 @@ const MAX_PENDING: usize = 64;
 /// Most misses at one place before the kernel is made to forget them: it keeps
 /// each of them until it is answered.
 const MAX_UNANSWERED: u32 = 256;
-/// Most misses that are answered while the gate is held.
+/// Misses that are answered in one round: while the gate is held, and until
+/// the thread serves the next file.
 const MAX_BATCH: usize = 256;
+/// Descriptors and entries that are looked at while the gate is held, beyond
+/// one for each miss. The guest chooses how many there are.
+const MAX_STEPS: usize = 16 << 10;
+/// Rounds in which a ring that stops gets its last answers.
+const MAX_ROUNDS: usize = 16;
 /// Errors without a cause that we see and without progress, until we give up.
 const MAX_STRIKES: u32 = 16;
 
@@ -161,6 +170,17 @@ pub struct IotlbOptions {
     pub prefetch: bool,
 }
 
+/// How a round of answers ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// No miss is left.
+    Over,
+    /// There may be more.
+    Full,
+    /// The kernel sent what no version of its interface sends.
+    Broken,
+}
+
 /// The IOTLB of one vhost file.
 pub struct VhostIotlb {
     name: String,
@@ -171,51 +191,6 @@ pub struct VhostIotlb {
     table: Mutex<Table>,
     counters: Counters,
     wake: EventFd,
-}
-
-/// The stream's translation while its gate is held.
-struct World<'a> {
-    inside: &'a Translating<'a>,
-    ram: &'a GuestRam,
-    ats: bool,
-}
-
-impl World<'_> {
-    /// Translates as the device: what faults is the model's event.
-    fn resolve(&self, iova: Iova, access: Access) -> Option<Entry> {
-        let answer = if self.ats {
-            self.inside.request_ats(iova, access)
-        } else {
-            self.inside.translate(iova, access)
-        };
-        let mapping = answer.ok().filter(|mapping| mapping.perm.allows(access))?;
-        pieces(self.ram, &mapping).find(|piece| piece.iova.contains(iova))
-    }
-
-    /// Translates if it is certain to succeed.
-    fn resolve_quietly(&self, iova: Iova, access: Access) -> Option<Entry> {
-        self.inside.lookup(iova, access).ok()?;
-        self.resolve(iova, access)
-    }
-}
-
-/// A mapping as entries, each of which is one piece of this process's memory.
-/// What is not RAM is left out.
-fn pieces<'a>(ram: &'a GuestRam, mapping: &'a Mapping) -> impl Iterator<Item = Entry> + 'a {
-    ram.iter().filter_map(|block| {
-        let start = block.start_addr().0;
-        let below = mapping.gpa.0;
-        let first = start.max(below);
-        let last = (start + (block.len() - 1)).min(below.checked_add(mapping.iova.extent())?);
-        let extent = last.checked_sub(first)?;
-        let iova = mapping.iova.first().checked_add(first - below)?;
-        let host = block.get_host_address(MemoryRegionAddress(first - start));
-        Some(Entry {
-            iova: IovaRange::new(iova, iova.checked_add(extent)?).ok()?,
-            hva: Hva(host.ok()?.addr() as u64),
-            perm: mapping.perm,
-        })
-    })
 }
 
 fn count(counter: &AtomicU64, by: usize) {
@@ -357,9 +332,9 @@ impl VhostIotlb {
         };
         let inside = attached.region.enter();
         let world = self.world(attached, &inside);
-        let mut found = Vec::new();
+        let (mut found, steps) = (Vec::new(), Steps::new(MAX_STEPS));
         for part in parts {
-            let whole = self.missing_of(&world, part, &mut found, Trace::Left);
+            let whole = self.missing_of(&world, part, &mut found, (Trace::Left, &steps));
             if !whole {
                 count(&self.counters.faults, 1);
                 return Err(bad("the IOMMU does not translate its rings"));
@@ -377,7 +352,12 @@ impl VhostIotlb {
     /// A ring has stopped. Answers what it missed until then, so that none of
     /// it is looked at after the driver went on.
     pub fn stop_ring(&self, index: u16) {
-        self.service();
+        // The other ring of the file may go on missing.
+        for _ in 0..MAX_ROUNDS {
+            if self.round() != Round::Full {
+                break;
+            }
+        }
         let mut table = self.table();
         table.rings.remove(&index);
         if table.rings.is_empty() {
@@ -385,32 +365,37 @@ impl VhostIotlb {
         }
     }
 
-    /// Answers every miss that is there. `false` when the kernel sends what we
-    /// do not understand.
+    /// Answers the misses that are there, up to [`MAX_BATCH`]: more stay with
+    /// the kernel, whose file is still readable. `false` when the kernel sends
+    /// what we do not understand.
     pub fn service(&self) -> bool {
+        self.round() != Round::Broken
+    }
+
+    fn round(&self) -> Round {
         let reader = self.reader();
-        loop {
-            // A queue may report a miss several times, and all of them are
-            // there before its answer is out. The gate is held until they are
-            // read, or they would be faults when the driver, served by the
-            // first answer, unmaps the place.
-            let inside = (reader.as_ref()).map(|attached| (attached, attached.region.enter()));
-            let world = (inside.as_ref()).map(|(attached, inside)| self.world(attached, inside));
-            for _ in 0..MAX_BATCH {
-                match (self.channel.receive(), &world) {
-                    (Ok(Some(miss)), Some(world)) => self.answer(world, miss),
-                    (Ok(Some(_)), None) => {}
-                    (Ok(None), _) => return true,
-                    (Err(source), _) => {
-                        self.fail(DeviceError::Backend {
-                            what: "reading a miss of the host's vhost",
-                            source,
-                        });
-                        return false;
-                    }
+        // A queue may report a miss several times, and all of them are
+        // there before its answer is out. The gate is held until they are
+        // read, or they would be faults when the driver, served by the
+        // first answer, unmaps the place.
+        let inside = (reader.as_ref()).map(|attached| (attached, attached.region.enter()));
+        let world = (inside.as_ref()).map(|(attached, inside)| self.world(attached, inside));
+        let steps = Steps::new(MAX_STEPS);
+        for _ in 0..MAX_BATCH {
+            match (self.channel.receive(), &world) {
+                (Ok(Some(miss)), Some(world)) => self.answer(world, miss, &steps),
+                (Ok(Some(_)), None) => {}
+                (Ok(None), _) => return Round::Over,
+                (Err(source), _) => {
+                    self.fail(DeviceError::Backend {
+                        what: "reading a miss of the host's vhost",
+                        source,
+                    });
+                    return Round::Broken;
                 }
             }
         }
+        Round::Full
     }
 
     /// Something changed: sends rings that were lost, and tries again what
@@ -429,9 +414,9 @@ impl VhostIotlb {
             let waiting = table.pending.iter().map(|p| (p.iova, p.access));
             (rings, waiting.collect::<Vec<_>>())
         };
-        let mut found = Vec::new();
+        let (mut found, steps) = (Vec::new(), Steps::new(MAX_STEPS));
         for part in rings.iter().filter_map(Layout::parts).flatten() {
-            self.missing_of(&world, part, &mut found, Trace::None);
+            self.missing_of(&world, part, &mut found, (Trace::None, &steps));
         }
         let mut answers = Vec::new();
         for (iova, access) in waiting {
@@ -464,7 +449,8 @@ impl VhostIotlb {
         let inside = attached.region.enter();
         let world = self.world(attached, &inside);
         let memory = Memory::new(&inside, world.ram);
-        let buffers = match posted(&memory, &ring.layout) {
+        let steps = Steps::new(MAX_STEPS);
+        let buffers = match posted(&memory, &ring.layout, &steps) {
             Ok(buffers) => buffers,
             // The rings are gone: the kernel will miss them.
             Err(Unreadable::Fault(_)) => Vec::new(),
@@ -474,7 +460,7 @@ impl VhostIotlb {
                 return;
             }
         };
-        match self.forbidden(&buffers) {
+        match self.forbidden(&buffers, &steps) {
             Some((iova, access)) => match world.resolve(iova, access) {
                 Some(better) => {
                     let mut table = self.table();
@@ -492,15 +478,14 @@ impl VhostIotlb {
         }
     }
 
-    /// The first byte of the buffers that the kernel holds and may not access.
-    fn forbidden(&self, buffers: &[Buffer]) -> Option<(Iova, Access)> {
+    /// The first byte of the buffers that the kernel holds and may not access,
+    /// as far as the steps go.
+    fn forbidden(&self, buffers: &[Buffer], steps: &Steps) -> Option<(Iova, Access)> {
         let table = self.table();
         buffers.iter().find_map(|buffer| {
-            let mut held: Vec<_> = table.shadow.overlapping(buffer.iova).collect();
-            held.reverse();
-            let entry = held
-                .iter()
-                .find(|entry| !entry.perm.allows(buffer.access))?;
+            let held = table.shadow.overlapping(buffer.iova);
+            let mut held = held.take_while(|_| steps.spend());
+            let entry = held.find(|entry| !entry.perm.allows(buffer.access))?;
             let first = entry.iova.first().max(buffer.iova.first());
             Some((first, buffer.access))
         })
@@ -519,7 +504,7 @@ impl VhostIotlb {
         }
     }
 
-    fn answer(&self, world: &World<'_>, miss: Miss) {
+    fn answer(&self, world: &World<'_>, miss: Miss, steps: &Steps) {
         count(&self.counters.misses, 1);
         // What the kernel holds is good until it is told otherwise, even if
         // the tables have changed and somebody waits at the gate to tell.
@@ -531,7 +516,7 @@ impl VhostIotlb {
             return;
         };
         let sent = if self.options.prefetch && held.is_none() {
-            self.prefetch(world, miss.iova, entry)
+            self.prefetch(world, miss.iova, entry, steps)
         } else {
             Ok(())
         };
@@ -541,101 +526,6 @@ impl VhostIotlb {
         let sent = sent.and_then(|()| self.push(&mut table, entry, Some(miss.iova)));
         if let Err(source) = sent {
             self.fail(cannot_send(source));
-        }
-    }
-
-    /// Sends what the kernel does not hold of the queue that missed `iova`: its
-    /// rings and the buffers posted on it. `entry` is known already. A driver
-    /// may be posting more meanwhile, which the queue would miss next: it is
-    /// looked at again until there is nothing new.
-    fn prefetch(&self, world: &World<'_>, iova: Iova, entry: Entry) -> io::Result<()> {
-        let rings = self.table().rings.clone();
-        let memory = Memory::new(world.inside, world.ram);
-        let missed = rings.iter().find_map(|(index, Running { ring, .. })| {
-            let buffers = wanted(&memory, ring)?;
-            let mut all = buffers.iter();
-            all.any(|buffer| buffer.iova.contains(iova))
-                .then_some((*index, ring, buffers))
-        });
-        let Some((index, ring, mut buffers)) = missed else {
-            return Ok(());
-        };
-        let mut left = self.depth(index, &memory, ring);
-        loop {
-            let mut found = vec![entry];
-            for buffer in buffers {
-                if found.len() > left {
-                    break;
-                }
-                self.missing_of(world, buffer, &mut found, Trace::None);
-            }
-            found.swap_remove(0);
-            found.truncate(left);
-            left -= found.len();
-            if found.is_empty() {
-                return Ok(());
-            }
-            let mut table = self.table();
-            for other in found {
-                let new = self.push(&mut table, other, None)?;
-                count(&self.counters.prefetched, usize::from(new));
-            }
-            drop(table);
-            buffers = match wanted(&memory, ring) {
-                Some(buffers) if left > 0 => buffers,
-                _ => return Ok(()),
-            };
-        }
-    }
-
-    /// How many translations a miss of the queue `index` brings with it: twice
-    /// what the queue got through since its last miss. More than that was sent
-    /// for nothing, where the guest flushes everything now and then.
-    fn depth(&self, index: u16, memory: &Memory<'_>, ring: &Ring) -> usize {
-        let Ok(used) = memory.used(&ring.layout) else {
-            return self.prefetch_limit();
-        };
-        let mut table = self.table();
-        let running = table.rings.get_mut(&index);
-        let last = running.and_then(|running| running.used_at_miss.replace(used));
-        let through = last.map_or(u16::MAX, |last| used.wrapping_sub(last));
-        let twice = 2 * usize::from(through);
-        twice.max(MIN_PREFETCH).min(self.prefetch_limit())
-    }
-
-    /// Adds to `found` the translations of a buffer that neither it nor the
-    /// kernel has. Returns whether all of the buffer is translated.
-    fn missing_of(
-        &self,
-        world: &World<'_>,
-        buffer: Buffer,
-        found: &mut Vec<Entry>,
-        trace: Trace,
-    ) -> bool {
-        let mut at = buffer.iova.first();
-        loop {
-            let good = |entry: &Entry| entry.perm.allows(buffer.access);
-            let known = found.iter().rev().find(|entry| entry.iova.contains(at));
-            let known = known.copied().filter(good);
-            let known = known.or_else(|| self.table().shadow.holder(at).filter(good));
-            let entry = known.or_else(|| {
-                let entry = match trace {
-                    Trace::Left => world.resolve(at, buffer.access),
-                    Trace::None => world.resolve_quietly(at, buffer.access),
-                };
-                found.extend(entry);
-                entry
-            });
-            let Some(entry) = entry else {
-                return false;
-            };
-            match entry.iova.last().checked_add(1) {
-                Some(next) if next <= buffer.iova.last() => at = next,
-                _ => return true,
-            }
-            if found.len() > MAX_PREFETCH {
-                return false;
-            }
         }
     }
 
@@ -709,10 +599,14 @@ impl VhostIotlb {
             count(&self.counters.invalidations_sent, 1);
             lost.extend(table.shadow.remove(range));
         }
-        let rest = lost.iter().flat_map(|entry| entry.without(ranges));
-        let mut rest: Vec<_> = rest.collect();
-        rest.sort_by_key(|entry| !table.is_ring(entry));
-        rest.truncate(MAX_RESTORED);
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let gone = merged(ranges);
+        let parts = || lost.iter().flat_map(|entry| entry.without(&gone));
+        let rings = parts().filter(|entry| table.is_ring(entry));
+        let others = parts().filter(|entry| !table.is_ring(entry));
+        let rest: Vec<_> = rings.chain(others).take(MAX_RESTORED).collect();
         for entry in rest {
             self.update(table, entry)?;
         }
@@ -809,11 +703,6 @@ impl VhostIotlb {
         limit - limit / 8
     }
 
-    /// Most translations that one miss brings with it.
-    fn prefetch_limit(&self) -> usize {
-        MAX_PREFETCH.min(self.limit() / 4)
-    }
-
     fn limit(&self) -> usize {
         match self.options.limit {
             0 => DEFAULT_LIMIT,
@@ -828,20 +717,6 @@ impl VhostIotlb {
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// What a queue accesses: its rings and the buffers posted on it. `None` when
-/// they cannot be read.
-fn wanted(memory: &Memory<'_>, ring: &Ring) -> Option<Vec<Buffer>> {
-    let parts = ring.layout.parts().into_iter().flatten();
-    Some(parts.chain(posted(memory, &ring.layout).ok()?).collect())
-}
-
-/// Whether a fault may be recorded by the model.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Trace {
-    Left,
-    None,
 }
 
 impl Table {

@@ -9,12 +9,37 @@ use iommu::{
 };
 use vm_memory::{Bytes as _, GuestAddress};
 
-/// Most descriptors that are looked at in one go.
+/// Most descriptors that are looked at in one walk.
 const MAX_STEPS: usize = 1024;
 const DESCRIPTOR: u64 = 16;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
+
+/// A bound on work of which the guest chooses the amount: descriptors that are
+/// read, entries that are looked up.
+pub struct Steps(Cell<usize>);
+
+impl Steps {
+    /// So many steps.
+    #[must_use]
+    pub fn new(count: usize) -> Self {
+        Self(Cell::new(count))
+    }
+
+    /// Takes a step. `false` when none is left.
+    pub fn spend(&self) -> bool {
+        let left = self.0.get().checked_sub(1);
+        self.0.set(left.unwrap_or(0));
+        left.is_some()
+    }
+
+    /// Whether none is left.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.get() == 0
+    }
+}
 
 /// Where a queue's rings are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,11 +222,16 @@ impl Descriptor {
 }
 
 /// The buffers that the driver made available and has not got back, in the
-/// order in which an in-order device takes them; a bounded number of them.
+/// order in which an in-order device takes them; a bounded number of them, and
+/// one step for each descriptor.
 ///
 /// # Errors
 /// [`Unreadable`]; what was found before is lost.
-pub fn posted(memory: &Memory<'_>, layout: &Layout) -> Result<Vec<Buffer>, Unreadable> {
+pub fn posted(
+    memory: &Memory<'_>,
+    layout: &Layout,
+    steps: &Steps,
+) -> Result<Vec<Buffer>, Unreadable> {
     let available = memory.u16_at(layout.avail, 2)?;
     let used = memory.used(layout)?;
     let count = available.wrapping_sub(used);
@@ -212,7 +242,8 @@ pub fn posted(memory: &Memory<'_>, layout: &Layout) -> Result<Vec<Buffer>, Unrea
     }
     let mut walk = Walk {
         memory,
-        steps: 0,
+        steps,
+        walked: 0,
         buffers: Vec::new(),
     };
     for turn in 0..count {
@@ -242,13 +273,15 @@ struct Table {
 /// have time for.
 struct Walk<'m> {
     memory: &'m Memory<'m>,
-    steps: usize,
+    steps: &'m Steps,
+    /// Descriptors of this walk.
+    walked: usize,
     buffers: Vec<Buffer>,
 }
 
 impl Walk<'_> {
     fn is_long(&self) -> bool {
-        self.steps >= MAX_STEPS
+        self.walked >= MAX_STEPS || self.steps.is_over()
     }
 
     fn chain(&mut self, table: &Table, head: u64) -> Result<(), Unreadable> {
@@ -258,7 +291,8 @@ impl Walk<'_> {
             if index >= table.entries {
                 return Err(Unreadable::Malformed("a descriptor lies outside its table"));
             }
-            self.steps += 1;
+            self.walked += 1;
+            self.steps.spend();
             let descriptor = self.memory.descriptor(table.first, index)?;
             if descriptor.has(INDIRECT) {
                 self.refer(table, &descriptor)?;

@@ -40,25 +40,52 @@ impl Entry {
         Some(Self { iova, hva, ..*self })
     }
 
-    /// What remains of the entry without `ranges`.
-    #[must_use]
-    pub fn without(&self, ranges: &[IovaRange]) -> Vec<Self> {
-        let mut left = vec![*self];
-        for gone in ranges {
-            left = left
-                .iter()
-                .flat_map(|part| {
-                    let below = gone.first().0.checked_sub(1);
-                    let below = below.and_then(|last| IovaRange::new(Iova(0), Iova(last)).ok());
-                    let above = gone.last().checked_add(1);
-                    let above = above.and_then(|first| IovaRange::new(first, Iova(u64::MAX)).ok());
-                    [below, above].map(|side| side.and_then(|side| part.clipped(side)))
-                })
-                .flatten()
-                .collect();
-        }
-        left
+    /// What remains of the entry without `gone`, which are sorted and do not
+    /// touch: see [`merged`].
+    pub fn without<'a>(&self, gone: &'a [IovaRange]) -> impl Iterator<Item = Self> + use<'a> {
+        let entry = *self;
+        let start = gone.partition_point(|range| range.last() < entry.iova.first());
+        let gone = gone.get(start..).unwrap_or_default().iter();
+        let gone = gone.take_while(move |range| range.first() <= entry.iova.last());
+        // The parts before each range, and the one after the last.
+        let mut from = Some(entry.iova.first());
+        let before = gone.map(Some).chain([None]).map(move |range| {
+            let first = from?;
+            let last = match range {
+                Some(range) => {
+                    from = range.last().checked_add(1);
+                    range.first().0.checked_sub(1).map(Iova)?
+                }
+                None => entry.iova.last(),
+            };
+            entry.clipped(IovaRange::new(first, last).ok()?)
+        });
+        before.flatten()
     }
+}
+
+/// The ranges in order, those that overlap or touch as one.
+#[must_use]
+pub fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
+    let mut sorted = ranges.to_vec();
+    sorted.sort_unstable();
+    let mut merged: Vec<IovaRange> = Vec::new();
+    for range in sorted {
+        match merged.last_mut() {
+            // Nothing lies above a range that ends with the address space.
+            Some(last)
+                if last
+                    .last()
+                    .checked_add(1)
+                    .is_none_or(|next| range.first() <= next) =>
+            {
+                let end = last.last().max(range.last());
+                *last = IovaRange::new(last.first(), end).unwrap_or(*last);
+            }
+            _ => merged.push(range),
+        }
+    }
+    merged
 }
 
 /// An entry, and the turns at which it was added. Most have one: a second copy
@@ -77,6 +104,9 @@ pub struct Shadow {
     turn: u64,
     order: BTreeMap<u64, Iova>,
     held: BTreeMap<Iova, Held>,
+    /// Entries that were looked at, for the tests of bounds.
+    #[cfg(test)]
+    pub looks: std::cell::Cell<usize>,
 }
 
 impl Shadow {
@@ -89,7 +119,14 @@ impl Shadow {
             turn: 0,
             order: BTreeMap::new(),
             held: BTreeMap::new(),
+            #[cfg(test)]
+            looks: std::cell::Cell::new(0),
         }
+    }
+
+    fn count_look(&self) {
+        #[cfg(test)]
+        self.looks.set(self.looks.get() + 1);
     }
 
     /// How many entries the kernel holds, copies counted.
@@ -118,17 +155,20 @@ impl Shadow {
     /// The entry that translates `iova`.
     #[must_use]
     pub fn holder(&self, iova: Iova) -> Option<Entry> {
+        self.count_look();
         let (_, held) = self.held.range(..=iova).next_back()?;
         held.entry.iova.contains(iova).then_some(held.entry)
     }
 
-    /// The entries that overlap `range`, the highest first.
+    /// The entries that overlap `range`, the lowest first.
     pub fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = Entry> + '_ {
-        self.held
-            .range(..=range.last())
-            .rev()
-            .map(|(_, held)| held.entry)
-            .take_while(move |entry| entry.iova.last() >= range.first())
+        let first = self.holder(range.first());
+        let first = first.map_or(range.first(), |entry| entry.iova.first());
+        let held = self.held.range(first..=range.last());
+        held.map(|(_, held)| {
+            self.count_look();
+            held.entry
+        })
     }
 
     /// Whether any entry overlaps `range`.

@@ -8,6 +8,7 @@ use self::pages::{PAGE, Pages, page};
 use super::*;
 use crate::vhost::message::parse_message;
 
+mod bounds;
 mod pages;
 
 const STREAM: StreamId = StreamId(8);

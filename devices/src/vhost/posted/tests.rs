@@ -49,7 +49,7 @@ fn ram() -> GuestRam {
 fn walk(ram: &GuestRam, layout: &Layout) -> Result<Vec<Buffer>, Unreadable> {
     let region = IommuRegion::new(Arc::new(Identity), StreamId(1));
     let inside = region.enter();
-    posted(&Memory::new(&inside, ram), layout)
+    posted(&Memory::new(&inside, ram), layout, &Steps::new(usize::MAX))
 }
 
 fn descriptor(ram: &GuestRam, at: u64, (address, len, flags, next): (u64, u32, u16, u16)) {

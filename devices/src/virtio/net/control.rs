@@ -16,6 +16,9 @@ use crate::virtio::{DeviceError, StartedQueue};
 pub const CONTROL_SIZE: u16 = 64;
 /// Bytes of a command that are looked at: none that we know has more.
 const MAX_COMMAND: usize = 16;
+/// Commands in one turn of the thread, which each may stop and start every ring
+/// of the device.
+const MAX_COMMANDS: usize = 1;
 
 /// What the driver asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +52,10 @@ struct Asked {
     answer: GuestAddress,
 }
 
-/// Carries out every command that is posted, with `execute`, which is called
-/// while no view of memory is open and says whether it succeeded.
+/// Carries out the next commands with `execute`, which is called while no view
+/// of memory is open and says whether it succeeded. If more than
+/// [`MAX_COMMANDS`] may be posted, the queue kicks itself: the thread serves
+/// others in between.
 ///
 /// # Errors
 /// The driver broke the rules of the queue.
@@ -65,13 +70,17 @@ pub fn serve(
         reason,
     };
     let rings = |_| bad(RINGS_OUTSIDE);
-    // A ring holds no more than that; who posts more kicks again.
-    for _ in 0..started.queue.size() {
+    for _ in 0..MAX_COMMANDS {
         let asked = {
             let view = dma.view();
             let chain = Chain::take(&mut started.queue, &view, CONTROL_SIZE).map_err(bad)?;
             let Some(chain) = chain else {
-                break;
+                // With event indices the driver kicks only for what is beyond
+                // the index that we show it: look again after showing it.
+                if started.queue.enable_notification(&view).map_err(rings)? {
+                    let _ = started.kick.write(1);
+                }
+                return Ok(());
             };
             let asked = parse(&view, &chain);
             if view.take_fault().is_some() {
@@ -94,12 +103,7 @@ pub fn serve(
             started.interrupt.signal();
         }
     }
-    // With event indices the driver kicks only for what is beyond the index
-    // that we show it: look again after showing it.
-    let view = dma.view();
-    if started.queue.enable_notification(&view).map_err(rings)? {
-        let _ = started.kick.write(1);
-    }
+    let _ = started.kick.write(1);
     Ok(())
 }
 
@@ -121,7 +125,53 @@ fn parse(view: &DmaView<'_>, chain: &Chain) -> Option<Asked> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use iommu::AddressSpace;
+
     use super::*;
+    use crate::interrupt::MsiSink as _;
+    use crate::rig::{self, Board, Ring};
+    use crate::virtio::Interrupt;
+
+    #[test]
+    fn commands_are_carried_out_in_turns_until_none_is_posted() {
+        let ram = rig::ram();
+        let ring = Ring::new(&ram, 0x1000, 16);
+        let board = Board::default();
+        let mut started = StartedQueue {
+            queue: ring.queue(),
+            space: AddressSpace::identity(rig::REQUESTER, Arc::clone(&ram)),
+            kick: Arc::new(rig::eventfd()),
+            interrupt: Interrupt::new(board.vector().unwrap()),
+        };
+        for slot in 0..3_u16 {
+            let at = 0x8000 + 0x100 * u64::from(slot);
+            ring.write(at, [4_u8, 0, 1 + u8::try_from(slot).unwrap(), 0]);
+            ring.describe(ring.base, 2 * slot, (at, 4), rig::NEXT, 2 * slot + 1);
+            ring.describe(ring.base, 2 * slot + 1, (at + 8, 1), rig::WRITE, 0);
+            ring.make_available(2 * slot);
+        }
+        let mut executed = Vec::new();
+        let mut turns = 0;
+        loop {
+            let mut execute = |command| {
+                executed.push(command);
+                command != Command::Pairs(2)
+            };
+            serve(4, &mut started, &mut execute).unwrap();
+            turns += 1;
+            assert!(executed.len() <= turns * MAX_COMMANDS);
+            if started.kick.read().is_err() {
+                break;
+            }
+        }
+        assert_eq!(executed, [1, 2, 3].map(Command::Pairs));
+        assert_eq!(ring.done(), 3);
+        let answers = [0x8008, 0x8108, 0x8208].map(|at| ring.read::<u8>(at));
+        assert_eq!(answers, [0, 1, 0]);
+        assert_eq!(board.given(0).signals(), 3);
+    }
 
     #[test]
     fn pairs_are_set_and_nothing_else_is_known() {

@@ -1,0 +1,176 @@
+//! What a guest chooses the amount of is done in bounded pieces.
+
+use std::sync::Weak;
+use std::sync::mpsc::{Sender, channel};
+
+use super::*;
+use crate::vhost::thread::{IotlbThread, Served};
+
+/// A kernel whose queues miss the same place without an end.
+struct Endless(Arc<Kernel>);
+
+impl Channel for Endless {
+    fn send(&self, message: &Message) -> io::Result<()> {
+        self.0.send(message)
+    }
+
+    fn receive(&self) -> io::Result<Option<Miss>> {
+        let (iova, access) = (Iova(0x4000), Access::Read);
+        Ok(Some(Miss { iova, access }))
+    }
+
+    fn halt(&self) {
+        self.0.halt();
+    }
+}
+
+/// An IOTLB whose file always has another miss.
+fn busy(world: &World) -> Arc<VhostIotlb> {
+    let channel = Arc::new(Endless(Arc::clone(&world.kernel)));
+    let failure = Arc::clone(&world.failure);
+    let iotlb = VhostIotlb::new("busy", channel, world.iotlb.options, failure).unwrap();
+    let region = world.space.region().unwrap();
+    iotlb.attach(&world.space, region).unwrap();
+    world.pages.map(0x4000, 0x3000, Perm::READ);
+    iotlb
+}
+
+#[test]
+fn file_that_always_has_a_miss_is_left_after_a_round() {
+    let world = world(UNMAP, 16);
+    let iotlb = busy(&world);
+    assert!(iotlb.service());
+    assert_eq!(iotlb.stats().misses, u64::try_from(MAX_BATCH).unwrap());
+    iotlb.stop_ring(0);
+    let most = u64::try_from(MAX_BATCH * (1 + MAX_ROUNDS)).unwrap();
+    assert!(iotlb.stats().misses <= most);
+}
+
+/// A file on the thread: readable until it is served, or for ever.
+struct File {
+    iotlb: Arc<VhostIotlb>,
+    readable: EventFd,
+    for_ever: bool,
+    served: Mutex<Sender<()>>,
+}
+
+impl Served for File {
+    fn ready(&self, _source: u32) -> bool {
+        if !self.for_ever {
+            self.readable.read().unwrap();
+        }
+        let good = self.iotlb.service();
+        // The receiver is gone once the test has seen enough.
+        let _ = self.served.lock().unwrap().send(());
+        good
+    }
+}
+
+#[test]
+fn busy_file_does_not_keep_the_thread_from_the_others() {
+    let (busy_world, quiet_world) = (world(UNMAP, 16), World::attached(UNMAP, 16));
+    quiet_world.pages.map(0x8000, 0x3000, Perm::READ);
+    let thread = IotlbThread::start().unwrap();
+    let serve = |iotlb: &Arc<VhostIotlb>, for_ever| {
+        let (served, serves) = channel();
+        let readable = EventFd::new(EFD_NONBLOCK).unwrap();
+        let file = Arc::new(File {
+            iotlb: Arc::clone(iotlb),
+            readable,
+            for_ever,
+            served: Mutex::new(served),
+        });
+        let client: Weak<File> = Arc::downgrade(&file);
+        thread.serve(client, &[&file.readable]).unwrap();
+        (file, serves)
+    };
+    let (quiet, quiet_serves) = serve(&quiet_world.iotlb, false);
+    let (flood, flood_serves) = serve(&busy(&busy_world), true);
+    flood.readable.write(1).unwrap();
+    flood_serves.recv().unwrap();
+    for turn in 0..20 {
+        quiet_world.kernel.access(0x8000 + turn, Access::Read);
+        quiet.readable.write(1).unwrap();
+        quiet_serves.recv().unwrap();
+    }
+    assert!(quiet_world.kernel.holds(0x8000).is_some());
+    drop(thread);
+}
+
+/// Entries that the rest of a test looks at.
+fn looks(iotlb: &VhostIotlb) -> usize {
+    iotlb.table().shadow.looks.take()
+}
+
+/// A ring of 1024 descriptors of 4 GiB each, over as many entries as a kernel
+/// holds.
+fn hostile(access: Perm) -> (World, u64) {
+    const ENTRIES: u64 = 2000;
+    const TABLE: u64 = 0x10_0000;
+    let world = World::attached(UNMAP, 0);
+    let ring = Ring {
+        layout: Layout {
+            size: 1024,
+            desc: Iova(TABLE),
+            avail: Iova(TABLE + 4 * PAGE),
+            used: Iova(TABLE + 5 * PAGE),
+        },
+        ..world.ring(1024, TABLE, TABLE)
+    };
+    for page in 0..8 {
+        let at = TABLE + page * PAGE;
+        world.pages.map(at, at, Perm::READ_WRITE);
+    }
+    let put = |bytes: &[u8], at| world.ram.write_slice(bytes, GuestAddress(at)).unwrap();
+    let start = 1_u64 << 40;
+    for n in 0..1024_u16 {
+        let mut descriptor = start.to_le_bytes().to_vec();
+        descriptor.extend(u32::MAX.to_le_bytes());
+        descriptor.extend([0; 4]);
+        put(&descriptor, TABLE + 16 * u64::from(n));
+        put(&n.to_le_bytes(), TABLE + 4 * PAGE + 4 + 2 * u64::from(n));
+    }
+    put(&1024_u16.to_le_bytes(), TABLE + 4 * PAGE + 2);
+    world.iotlb.start_ring(0, ring).unwrap();
+    for page in 0..ENTRIES {
+        let iova = start + page * PAGE;
+        world.pages.map(iova, page % 256 * PAGE, access);
+        world.kernel.access(iova, Access::Read);
+    }
+    while !world.kernel.state().to_read.is_empty() {
+        world.iotlb.service();
+    }
+    (world, start + ENTRIES * PAGE)
+}
+
+/// Every look is a step, or belongs to one of the messages.
+const MOST_LOOKS: usize = MAX_STEPS + 16 * MAX_PREFETCH;
+
+#[test]
+fn ring_of_huge_descriptors_costs_bounded_looks_a_round() {
+    let (world, next) = hostile(Perm::READ);
+    looks(&world.iotlb);
+    world.pages.map(next, 0x3000, Perm::READ);
+    world.kernel.access(next, Access::Read);
+    assert!(world.iotlb.service());
+    assert!(world.kernel.holds(next).is_some(), "it is answered");
+    let one = looks(&world.iotlb);
+    assert!(one <= MOST_LOOKS, "{one} looks for one miss");
+    for page in 1..=100 {
+        let iova = next + page * PAGE;
+        world.pages.map(iova, 0x3000, Perm::READ);
+        world.kernel.access(iova, Access::Read);
+    }
+    assert!(world.iotlb.service());
+    let hundred = looks(&world.iotlb);
+    assert!(hundred <= MOST_LOOKS, "{hundred} looks for a round");
+}
+
+#[test]
+fn error_on_a_ring_of_huge_descriptors_costs_bounded_looks() {
+    let (world, _) = hostile(Perm::READ);
+    looks(&world.iotlb);
+    world.iotlb.ring_failed(0);
+    let looks = looks(&world.iotlb);
+    assert!(looks <= MOST_LOOKS, "{looks} looks for an error");
+}
