@@ -16,8 +16,8 @@ pub mod platform;
 pub mod x86_64;
 
 pub use platform::{
-    Initrd, IommuModel, IommuNode, LegacyDevice, PciHost, Platform, PowerPorts, Range, Smmu,
-    SmmuGsis, Space,
+    Cache, CacheKind, Initrd, IommuModel, IommuNode, LegacyDevice, PciHost, Platform, PowerPorts,
+    Range, Smmu, SmmuGsis, Space,
 };
 
 /// Why a machine cannot be laid out or booted.

@@ -147,11 +147,42 @@ pub struct Initrd {
     pub size: u64,
 }
 
+/// What a cache holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheKind {
+    /// Data only.
+    Data,
+    /// Instructions only.
+    Instruction,
+    /// Both.
+    Unified,
+}
+
+/// A cache of a processor. Zero stands for what is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cache {
+    /// 1 is next to the processor.
+    pub level: u8,
+    /// What it holds.
+    pub kind: CacheKind,
+    /// In bytes.
+    pub size: u32,
+    /// In bytes.
+    pub line_size: u32,
+    /// Number of sets.
+    pub sets: u32,
+    /// Number of processors, with consecutive numbers, that share one; at least 1.
+    pub shared_by: u32,
+}
+
 /// A whole machine, as its firmware tables describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {
     /// Number of vCPUs, all enabled at boot.
     pub cpus: u32,
+    /// The caches of each vCPU, by ascending level without a gap; empty: none is
+    /// described. Device tree only.
+    pub caches: Vec<Cache>,
     /// Guest RAM, ascending; from `layout::ram_ranges`.
     pub ram: Vec<Range>,
     /// Kernel command line, without a terminating NUL.

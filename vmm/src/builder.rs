@@ -280,12 +280,13 @@ fn place(buses: &Buses, at: LegacyDevice, device: Arc<dyn BusDevice>) -> Result<
 }
 
 /// What the firmware tables tell the guest.
-fn describe(plan: &MachinePlan, pci: Option<&PciBus>) -> io::Result<Platform> {
+fn describe(plan: &MachinePlan, processors: &[Vcpu], pci: Option<&PciBus>) -> io::Result<Platform> {
     // The guest would otherwise wait for entropy it has no source of.
     let mut seed = [0; 32];
     getrandom::fill(&mut seed)?;
     Ok(Platform {
         cpus: u32::from(plan.vcpus),
+        caches: processors.first().map_or_else(Vec::new, Vcpu::caches),
         ram: ram_ranges(plan),
         cmdline: plan.boot.cmdline.clone(),
         seed: Some(seed),
@@ -303,7 +304,7 @@ fn load_and_set_up(
     processors: &[Vcpu],
     pci: Option<&PciBus>,
 ) -> Result<(), BuildError> {
-    let platform = describe(plan, pci)?;
+    let platform = describe(plan, processors, pci)?;
     let kernel = &mut files.kernel;
     let entry = arch::boot::load(ram, &platform, kernel, files.initrd.as_mut())
         .map_err(|error| name_file(plan, error))?;

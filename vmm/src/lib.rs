@@ -10,6 +10,8 @@ pub mod config;
 pub mod console;
 pub mod controller;
 pub mod ending;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod host_caches;
 pub mod kvm;
 pub mod logger;
 pub mod metrics;

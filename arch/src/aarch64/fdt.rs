@@ -3,7 +3,7 @@
 use vm_fdt::FdtWriter;
 
 use crate::Error;
-use crate::aarch64::{cpu, layout};
+use crate::aarch64::{cache, cpu, layout};
 use crate::platform::{Initrd, IommuModel, IommuNode, LegacyDevice, PciHost, Platform, Range};
 
 const GIC: u32 = 1;
@@ -34,7 +34,7 @@ pub fn tree(platform: &Platform, initrd: Option<Initrd>) -> Result<Vec<u8>, Erro
     fdt.property_u32("#size-cells", 2)?;
     fdt.property_u32("interrupt-parent", GIC)?;
     chosen(&mut fdt, platform, initrd)?;
-    cpus(&mut fdt, platform.cpus)?;
+    cpus(&mut fdt, platform)?;
     for ram in &platform.ram {
         let node = fdt.begin_node(&format!("memory@{:x}", ram.base))?;
         fdt.property_string("device_type", "memory")?;
@@ -90,17 +90,18 @@ fn chosen(fdt: &mut FdtWriter, platform: &Platform, initrd: Option<Initrd>) -> R
     Ok(fdt.end_node(node)?)
 }
 
-fn cpus(fdt: &mut FdtWriter, count: u32) -> Result<(), Error> {
+fn cpus(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
     let cpus = fdt.begin_node("cpus")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 0)?;
-    for index in 0..count {
+    for index in 0..platform.cpus {
         let mpidr = cpu::mpidr(index);
         let node = fdt.begin_node(&format!("cpu@{mpidr:x}"))?;
         fdt.property_string("device_type", "cpu")?;
         fdt.property_string("compatible", "arm,armv8")?;
         fdt.property_string("enable-method", "psci")?;
         fdt.property_u64("reg", mpidr)?;
+        cache::of_cpu(fdt, &platform.caches, index)?;
         fdt.end_node(node)?;
     }
     Ok(fdt.end_node(cpus)?)

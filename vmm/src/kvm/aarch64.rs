@@ -1,6 +1,9 @@
 //! What only an aarch64 VM has: the GICv3 with its ITS, and PSCI.
 #![allow(unsafe_code)] // Passes attribute values to KVM devices by address.
 
+use std::path::Path;
+
+use arch::aarch64::cache;
 use arch::boot::Entry;
 use arch::{cpu, layout};
 use kvm_bindings::{
@@ -14,6 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
 
 use super::{Error, Vcpu, failed};
+use crate::host_caches;
 
 pub(super) const CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::OneReg, "KVM_CAP_ONE_REG"),
@@ -149,6 +153,16 @@ pub(super) fn set_up(
         }
     }
     Ok(())
+}
+
+/// The caches for the device tree: levels of the vCPU, sizes of the host.
+pub(super) fn caches(vcpu: &VcpuFd) -> Vec<arch::Cache> {
+    let mut clidr = [0; 8];
+    if let Err(error) = vcpu.get_one_reg(cache::CLIDR_EL1, &mut clidr) {
+        log::debug!("CLIDR_EL1 cannot be read: {error}");
+    }
+    let host = host_caches::read(Path::new(host_caches::SYSFS));
+    cache::merge(u64::from_le_bytes(clidr), &host)
 }
 
 /// The registers as a block of text for a crash report.

@@ -100,6 +100,11 @@ impl Vcpu {
         native::set_up(&self.fd, &self.host, self.index, self.cpus, entry)
     }
 
+    /// The caches that the guest is told of; empty where the processor tells it.
+    pub fn caches(&self) -> Vec<arch::Cache> {
+        native::caches(&self.fd)
+    }
+
     /// The page shared with the kernel. It stays where it is until the vCPU is
     /// dropped.
     pub(super) fn run_page(&mut self) -> *mut kvm_run {

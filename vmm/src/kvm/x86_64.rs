@@ -104,6 +104,11 @@ pub(super) fn set_up(
     Ok(())
 }
 
+/// CPUID describes the caches.
+pub(super) fn caches(_vcpu: &VcpuFd) -> Vec<arch::Cache> {
+    Vec::new()
+}
+
 /// The registers as a block of text for a crash report.
 pub(super) fn registers(vcpu: &VcpuFd) -> String {
     let (regs, sregs) = match (vcpu.get_regs(), vcpu.get_sregs()) {

@@ -78,6 +78,7 @@ fn machine(mib: u64, cmdline: &str) -> (Memory, Platform) {
     let memory = Memory::from_ranges(&[(GuestAddress(ram[0].base), size)]).unwrap();
     let platform = Platform {
         cpus: 1,
+        caches: Vec::new(),
         ram,
         cmdline: cmdline.into(),
         seed: None,
@@ -204,7 +205,7 @@ fn what_does_not_fit_in_memory_is_refused_with_the_size() {
     let initrd = vec![0; usize::try_from(59 * MIB).unwrap()];
     let error = refusal(64, image(), Some(initrd));
     assert!(
-        error.starts_with("initrd does not fit: it needs 59 MiB"),
+        error.contains("ramdisk cannot be loaded: does not fit: it needs 59 MiB"),
         "{error}"
     );
 }
@@ -235,7 +236,7 @@ fn a_zstd_window_beyond_the_bound_is_refused() {
 fn refusal_of(mut kernel: Sparse) -> (String, u64) {
     let (memory, platform) = machine(64, "");
     let entry = load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None);
-    (entry.unwrap_err().to_string(), kernel.read)
+    (crate::with_reason(&entry.unwrap_err()), kernel.read)
 }
 
 #[test]

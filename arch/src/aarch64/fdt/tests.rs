@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::platform::{Cache, CacheKind};
 
 /// Properties by `path/of/node:property`; nodes as `path/` with no value.
 struct Tree(BTreeMap<String, Vec<u8>>);
@@ -80,6 +81,7 @@ impl Tree {
 fn platform() -> Platform {
     Platform {
         cpus: 2,
+        caches: Vec::new(),
         ram: layout::ram_ranges(5 << 30).unwrap(),
         cmdline: "console=ttyS0 quiet".into(),
         seed: Some([7; 32]),
@@ -261,4 +263,54 @@ fn a_nul_in_the_command_line_is_an_error() {
         )
         .is_err()
     );
+}
+
+#[test]
+fn caches_are_on_the_cpu_and_in_nodes_that_the_sharing_cpus_refer_to() {
+    let cache = |level, kind, size, shared_by| Cache {
+        level,
+        kind,
+        size,
+        line_size: 64,
+        sets: if level == 3 { 0 } else { 256 },
+        shared_by,
+    };
+    let caches = vec![
+        cache(1, CacheKind::Data, 0x8000, 1),
+        cache(1, CacheKind::Instruction, 0, 1),
+        cache(2, CacheKind::Unified, 0x8_0000, 2),
+        cache(3, CacheKind::Unified, 0x100_0000, 8),
+    ];
+    let machine = Platform {
+        cpus: 3,
+        caches,
+        ..platform()
+    };
+    let tree = Tree::of(&machine, None);
+    for cpu in ["cpus/cpu@0", "cpus/cpu@1", "cpus/cpu@2"] {
+        let value = |name: &str| tree.cells(&format!("{cpu}:{name}"));
+        assert_eq!(value("d-cache-size"), [0x8000]);
+        assert_eq!(value("d-cache-line-size"), [64]);
+        assert_eq!(value("d-cache-sets"), [256]);
+        assert_eq!(value("i-cache-size"), [0]);
+    }
+    let next = |node: &str| tree.cells(&format!("{node}:next-level-cache"))[0];
+    let own = |node: &str| tree.cells(&format!("{node}:phandle"))[0];
+    let (first, second) = ("cpus/cpu@0/l2-cache", "cpus/cpu@2/l2-cache");
+    assert_eq!([next("cpus/cpu@0"), next("cpus/cpu@1")], [own(first); 2]);
+    assert_eq!(next("cpus/cpu@2"), own(second));
+    assert_ne!(own(first), own(second));
+    let last = "cpus/cpu@0/l3-cache";
+    assert_eq!([next(first), next(second)], [own(last); 2]);
+    for (node, level, size) in [(first, 2, 0x8_0000), (last, 3, 0x100_0000)] {
+        assert_eq!(tree.strings(&format!("{node}:compatible")), ["cache"]);
+        assert_eq!(tree.cells(&format!("{node}:cache-level")), [level]);
+        assert_eq!(tree.cells(&format!("{node}:cache-size")), [size]);
+        assert!(tree.has(&format!("{node}:cache-unified")));
+    }
+    assert!(!tree.has(&format!("{last}:next-level-cache")));
+    assert!(!tree.has(&format!("{last}:cache-sets")));
+    for absent in ["cpus/cpu@1/l2-cache/", "cpus/cpu@2/l3-cache/"] {
+        assert!(!tree.has(absent), "{absent}");
+    }
 }

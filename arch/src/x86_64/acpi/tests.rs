@@ -8,6 +8,7 @@ const BASE: u64 = layout::ACPI.base;
 fn platform() -> Platform {
     Platform {
         cpus: 2,
+        caches: Vec::new(),
         ram: layout::ram_ranges(128 << 20).unwrap(),
         cmdline: String::new(),
         seed: None,

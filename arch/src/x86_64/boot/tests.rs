@@ -22,6 +22,7 @@ fn machine(mib: u64, cmdline: &str) -> (Memory, Platform) {
         .collect();
     let platform = Platform {
         cpus: 1,
+        caches: Vec::new(),
         ram,
         cmdline: cmdline.into(),
         seed: Some([0x5A; 32]),
@@ -275,7 +276,7 @@ fn what_does_not_fit_in_memory_is_refused_with_the_size() {
     let initrd = vec![0; usize::try_from(17 * MIB).unwrap()];
     let error = refusal(64, "", bzimage(&[0; 64]), Some(initrd));
     assert!(
-        error.starts_with("initrd does not fit: it needs 17 MiB"),
+        error.contains("ramdisk cannot be loaded: does not fit: it needs 17 MiB"),
         "{error}"
     );
 }
@@ -295,7 +296,7 @@ fn a_command_line_longer_than_the_kernel_takes_is_refused() {
 fn refusal_of(mut kernel: Sparse) -> (String, u64) {
     let (memory, platform) = machine(512, "");
     let entry = load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None);
-    (entry.unwrap_err().to_string(), kernel.read)
+    (crate::with_reason(&entry.unwrap_err()), kernel.read)
 }
 
 #[test]
@@ -367,7 +368,10 @@ fn memory_without_bytes_in_the_file_belongs_to_the_kernel_too() {
         segment(4, 0x200, 0, 20, 20),
     ];
     let error = refusal(64, "", elf_with(&headers), Some(vec![0; 0x10_0001]));
-    assert!(error.starts_with("initrd does not fit"), "{error}");
+    assert!(
+        error.contains("ramdisk cannot be loaded: does not fit"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -400,7 +404,10 @@ fn an_initrd_limit_below_the_kernel_leaves_no_room() {
         let mut kernel = bzimage(&[0; 64]);
         kernel[0x22C..0x230].copy_from_slice(&limit.to_le_bytes());
         let error = refusal(128, "", kernel.clone(), Some(vec![0; 4096]));
-        assert!(error.starts_with("initrd cannot be placed"), "{error}");
+        assert!(
+            error.contains("ramdisk cannot be loaded: cannot be placed"),
+            "{error}"
+        );
         boot(128, "", kernel, None).1.unwrap();
     }
 }
@@ -412,8 +419,11 @@ fn an_initrd_that_is_a_hole_is_refused_by_its_length() {
         let mut initrd = Sparse::new(Vec::new(), len);
         let mut kernel = Cursor::new(vmlinux(true));
         let entry = load(&memory, &platform, &mut kernel, Some(&mut initrd));
-        let error = entry.unwrap_err().to_string();
-        assert!(error.starts_with("initrd does not fit"), "{error}");
+        let error = crate::with_reason(&entry.unwrap_err());
+        assert!(
+            error.contains("ramdisk cannot be loaded: does not fit"),
+            "{error}"
+        );
         assert_eq!(initrd.read, 0);
     }
 }
