@@ -14,8 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use vmm::action::{EndpointInfo, InstanceInfo, IommuInfo, Mapping, MappingsPage};
-use vmm::config::VmConfig;
+use vmm::config::{VmConfig, closest};
 use vmm::error::Chain;
+
+/// Names the API socket when no option does.
+const SOCKET_VARIABLE: &str = "PORTCULLIS_API_SOCKET";
 
 /// How long a question may take.
 const QUERY_PATIENCE: Duration = Duration::from_secs(10);
@@ -29,12 +32,28 @@ const PAGE: u32 = 1000;
 /// Most mappings that `iommu map` fetches; a drawing of more shows nothing.
 const MAX_MAPPINGS: usize = 100_000;
 
+/// What follows the words and options in the help.
+const REQUESTS_AND_STATUS: &str = "\
+Any other request:
+  METHOD PATH [JSON]  for example GET /drives, or PUT /vsock '{\"guest_cid\": 3}'
+
+Exit status:
+  0  done
+  1  the machine refused
+  2  the command line cannot be used
+  3  no machine answers";
+
 /// Ask a running machine, or tell it what to do.
 #[derive(Debug, Args)]
+#[command(after_help = REQUESTS_AND_STATUS)]
+#[command(
+    override_usage = "portcullis ctl --api-socket <PATH> [OPTIONS] <COMMAND>\n       \
+    portcullis ctl --api-socket <PATH> [OPTIONS] METHOD PATH [JSON]"
+)]
 pub struct CtlArgs {
     /// The machine's API socket
-    #[arg(long, value_name = "PATH")]
-    api_socket: PathBuf,
+    #[arg(long, value_name = "PATH", global = true, env = SOCKET_VARIABLE)]
+    api_socket: Option<PathBuf>,
     /// Print the machine's own JSON
     #[arg(long, global = true)]
     json: bool,
@@ -58,7 +77,7 @@ enum Word {
     Iommu(IommuArgs),
     /// Its metrics
     Metrics,
-    /// Any request: METHOD PATH [JSON]
+    /// METHOD PATH [JSON]
     #[command(external_subcommand)]
     Request(Vec<String>),
 }
@@ -105,13 +124,10 @@ impl From<io::Error> for Failure {
 /// Does what the command line says and prints the answer.
 pub fn main(args: &CtlArgs) -> ExitCode {
     let mut out = io::stdout().lock();
-    let session = Session {
-        socket: &args.api_socket,
-        json: args.json,
-    };
-    let done = session
-        .run(&args.word, &mut out)
-        .and_then(|()| Ok(out.flush()?));
+    let done = Session::new(args).and_then(|session| {
+        session.run(&args.word, &mut out)?;
+        Ok(out.flush()?)
+    });
     let (message, status) = match done {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Refused(message)) => (message, 1),
@@ -126,9 +142,43 @@ pub fn main(args: &CtlArgs) -> ExitCode {
 struct Session<'a> {
     socket: &'a Path,
     json: bool,
+    /// The words of [`Word::Request`].
+    words: Vec<&'a str>,
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    /// The parser leaves the options that follow METHOD to this program.
+    fn new(args: &'a CtlArgs) -> Result<Self, Failure> {
+        let mut socket = args.api_socket.as_deref();
+        let mut json = args.json;
+        let mut words = Vec::new();
+        let given: &[String] = match &args.word {
+            Word::Request(given) => given,
+            _ => &[],
+        };
+        let mut given = given.iter().map(String::as_str);
+        while let Some(word) = given.next() {
+            match word.split_once('=') {
+                Some(("--api-socket", path)) => socket = Some(Path::new(path)),
+                None if word == "--api-socket" => {
+                    let missing = || Failure::Usage("give --api-socket a PATH".to_owned());
+                    socket = Some(Path::new(given.next().ok_or_else(missing)?));
+                }
+                None if word == "--json" => json = true,
+                _ => words.push(word),
+            }
+        }
+        let missing = || {
+            let problem = format!("no socket: give --api-socket PATH or set {SOCKET_VARIABLE}");
+            Failure::Usage(problem)
+        };
+        Ok(Self {
+            socket: socket.ok_or_else(missing)?,
+            json,
+            words,
+        })
+    }
+
     fn run(&self, word: &Word, out: &mut impl Write) -> Result<(), Failure> {
         match word {
             Word::Info => self.info(out),
@@ -141,7 +191,7 @@ impl Session<'_> {
                 let text = self.get("/metrics")?;
                 Ok(out.write_all(&text)?)
             }
-            Word::Request(words) => self.request(words, out),
+            Word::Request(_) => self.request(out),
         }
     }
 
@@ -224,16 +274,16 @@ impl Session<'_> {
         Ok(out.write_all(map::draw(&endpoint, &mappings, more).as_bytes())?)
     }
 
-    fn request(&self, words: &[String], out: &mut impl Write) -> Result<(), Failure> {
-        let (method, target, body) = match words {
+    fn request(&self, out: &mut impl Write) -> Result<(), Failure> {
+        let (method, target, body) = match *self.words.as_slice() {
             [method, target] => (method, target, None),
-            [method, target, body] => (method, target, Some(body.as_str())),
-            _ => return Err(unknown_word(words)),
+            [method, target, body] => (method, target, Some(body)),
+            _ => return Err(unknown_word(&self.words)),
         };
         let plain =
             |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
         if !method.bytes().all(|byte| byte.is_ascii_uppercase()) || !target.starts_with('/') {
-            return Err(unknown_word(words));
+            return Err(unknown_word(&self.words));
         }
         if !plain(method) || !plain(target) {
             let message = format!("{target:?} has spaces or other characters a path cannot have");
@@ -280,12 +330,32 @@ impl Session<'_> {
     }
 }
 
-fn unknown_word(words: &[String]) -> Failure {
-    Failure::Usage(format!(
-        "cannot make sense of \"{}\"; use info, start, pause, resume, stop, iommu, metrics, \
-         or METHOD /PATH [JSON]",
-        words.join(" ")
-    ))
+/// The words that are no request.
+const WORDS: [&str; 7] = [
+    "info", "start", "pause", "resume", "stop", "iommu", "metrics",
+];
+
+/// The methods that some resource serves.
+const METHODS: [&str; 3] = ["GET", "PUT", "PATCH"];
+
+fn unknown_word(words: &[&str]) -> Failure {
+    let said = words.join(" ").escape_debug().to_string();
+    let fix = match *words {
+        [word] if METHODS.contains(&word) => format!("write {word} PATH, such as {word} /vm"),
+        [method, target, ..] if METHODS.contains(&method) && !target.starts_with('/') => {
+            "a PATH begins with /".to_owned()
+        }
+        [_, _, _, _, ..] => "write the JSON as one word, in quotes".to_owned(),
+        [word, ..] if METHODS.contains(&word.to_uppercase().as_str()) => {
+            format!("write the method as {}", word.to_uppercase())
+        }
+        [word, ..] => match closest(word, WORDS) {
+            Some(near) => format!("did you mean {near}?"),
+            None => format!("use {}, or METHOD PATH [JSON]", WORDS.join(", ")),
+        },
+        [] => format!("use {}, or METHOD PATH [JSON]", WORDS.join(", ")),
+    };
+    Failure::Usage(format!("cannot make sense of \"{said}\"; {fix}"))
 }
 
 fn decode<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {

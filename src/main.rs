@@ -2,6 +2,7 @@
 
 mod ctl;
 mod run;
+mod usage;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -25,10 +26,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::answer(&error),
+    };
+    match cli.command {
         Command::Run(args) => run::run(args),
         Command::Serve(args) => run::serve(args),
         Command::Check(args) => run::check(&args),
         Command::Ctl(args) => ctl::main(&args),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,20 +11,20 @@ use api::{Limits, Server, Socket};
 use clap::Args;
 use vmm::builder::{BootFiles, BuildError};
 use vmm::config::{
-    BootSource, ConfigError, Drive, Entropy, Iommu, LogLevel, Logger, MemorySize, NetworkInterface,
-    VmConfig, Vsock,
+    Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
+    MemorySize, NetworkInterface, VmConfig, Vsock,
 };
 use vmm::controller::Controller;
 use vmm::error::Chain;
 use vmm::plan::MachinePlan;
 use vmm::{console, logger};
 
-/// The command line or the configuration cannot be used.
-const USAGE_STATUS: u8 = 2;
+use crate::usage::USAGE_STATUS;
 
 /// Boot a machine and connect its serial console to standard input and output
 /// (Ctrl-a x quits)
 #[derive(Debug, Args)]
+#[command(after_help = RUN_STATUS)]
 pub struct RunArgs {
     /// Kernel: a vmlinux or bzImage (x86_64), an Image, gzip'd Image or EFI
     /// zboot vmlinuz (aarch64)
@@ -36,24 +36,25 @@ pub struct RunArgs {
     /// Kernel command line, instead of one that gives a console
     #[arg(long, value_name = "STRING")]
     cmdline: Option<String>,
-    /// Virtual processors, 1 to 32
+    /// Virtual processors, 1 to 32 [default: 1]
     #[arg(long, value_name = "N")]
-    cpus: Option<u8>,
-    /// Guest memory: 512M, 2G, or a number of MiB
+    cpus: Option<CpuCount>,
+    /// Guest memory: 512M, 2G, or a number of MiB [default: 512M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<MemorySize>,
-    /// IOMMU before the PCI devices: none, virtio-iommu, or on aarch64
-    /// smmuv3[,ats=on|off][,stage=1|2|nested]
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL[,KEY=VALUE]...", help = keyed::<Iommu>(
+        "IOMMU in front of the PCI devices: none, virtio-iommu, or smmuv3 (aarch64) [default: none]"
+    ))]
     iommu: Option<Iommu>,
-    /// Disk: path=FILE[,id=ID][,readonly=on][,queues=N][,iommu=on|off]
-    #[arg(long, value_name = "DISK")]
+    #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", help = keyed::<Drive>(
+        "Disk; give it once for each"
+    ))]
     disk: Vec<Drive>,
-    /// Network interface: tap=NAME[,id=ID][,mac=MAC][,queues=N][,mtu=N][,iommu=on|off]
-    #[arg(long, value_name = "NET")]
+    #[arg(long, value_name = "tap=NAME[,KEY=VALUE]...", help = keyed::<NetworkInterface>(
+        "Network interface; give it once for each"
+    ))]
     net: Vec<NetworkInterface>,
-    /// Socket device: cid=N[,iommu=on|off]
-    #[arg(long, value_name = "VSOCK")]
+    #[arg(long, value_name = "cid=N[,KEY=VALUE]...", help = keyed::<Vsock>("Socket device"))]
     vsock: Option<Vsock>,
     /// Source of entropy
     #[arg(long)]
@@ -61,11 +62,27 @@ pub struct RunArgs {
     /// Machine as JSON; the options above replace what it says, devices add to it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Serve the API at this Unix socket meanwhile
+    /// Serve the API at this Unix socket while the guest runs
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
     #[command(flatten)]
     log: LogArgs,
+}
+
+/// What follows the options in the help of `run`.
+const RUN_STATUS: &str = "\
+Pairs of KEY=VALUE are separated by commas; a comma in a value is written twice.
+
+Exit status:
+  0  the guest powered off, or was stopped
+  1  the host or the monitor failed
+  2  the command line or the configuration cannot be used
+  3  the guest reset
+  4  the guest crashed";
+
+/// The help of an option whose value has keys.
+fn keyed<T: Argument>(what: &str) -> String {
+    format!("{what}{}", T::help())
 }
 
 /// Wait for the API to configure and start a machine
@@ -197,7 +214,7 @@ impl RunArgs {
             None => return Err(usage("no kernel: give --kernel FILE or --config FILE")),
         }
         let machine = &mut config.machine_config;
-        machine.vcpu_count = self.cpus.unwrap_or(machine.vcpu_count);
+        machine.vcpu_count = self.cpus.map_or(machine.vcpu_count, CpuCount::get);
         machine.mem_size_mib = self.memory.map_or(machine.mem_size_mib, MemorySize::mib);
         config.iommu = self.iommu.unwrap_or(config.iommu);
         config.drives.extend(self.disk);

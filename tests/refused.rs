@@ -168,15 +168,15 @@ fn as_nobody(arguments: &[&str]) -> Said {
 fn amounts_of_memory_that_cannot_be() {
     for amount in ["1M", "63M", "1024G"] {
         let said = portcullis(&["run", "--kernel", "k", "--memory", amount]);
-        refuses(&said, USAGE, &["mem_size_mib", "use 64 to"]);
+        refuses(&said, USAGE, &["--memory", amount, "use 64 to"]);
     }
 }
 
 #[test]
 fn numbers_of_processors_that_cannot_be() {
-    for count in ["0", "33"] {
+    for count in ["0", "33", "300"] {
         let said = portcullis(&["run", "--kernel", "k", "--cpus", count]);
-        refuses(&said, USAGE, &["vcpu_count", "use 1 to 32"]);
+        refuses(&said, USAGE, &["--cpus", count, "use 1 to 32"]);
     }
 }
 
@@ -225,8 +225,7 @@ fn a_configuration_that_cannot_be_used() {
 #[test]
 fn options_that_do_not_exist() {
     let said = portcullis(&["run", "--kernel", "k", "--no-such-option"]);
-    assert_eq!(said.status, Some(USAGE), "{said:?}");
-    assert!(said.stderr.contains("--no-such-option"), "{said:?}");
+    refuses(&said, USAGE, &["--no-such-option"]);
 }
 
 #[test]

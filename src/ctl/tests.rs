@@ -81,13 +81,13 @@ fn the_words_of_the_command_line_are_understood() {
 
 #[test]
 fn requests_that_make_no_sense_reach_no_machine() {
-    let session = Session {
-        socket: Path::new("/nonexistent/socket"),
-        json: false,
-    };
-    let refused = |words: &[&str]| {
-        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-        session.request(&words, &mut Vec::new())
+    let refused = |words: &[&'static str]| {
+        let session = Session {
+            socket: Path::new("/nonexistent/socket"),
+            json: false,
+            words: words.to_vec(),
+        };
+        session.request(&mut Vec::new())
     };
     for words in [
         &["inof"][..],
@@ -108,6 +108,47 @@ fn requests_that_make_no_sense_reach_no_machine() {
         honest,
         Err(Failure::Unreachable(ClientError::NoSocket(_)))
     ));
+}
+
+#[test]
+fn options_count_before_and_after_the_word() {
+    let socket = |line: &str| {
+        let words = std::iter::once("ctl").chain(line.split(' '));
+        let ctl = Line::try_parse_from(words).unwrap().ctl;
+        let session = Session::new(&ctl).ok().unwrap();
+        let words = session.words.join(" ");
+        (session.socket.to_owned(), session.json, words)
+    };
+    let said = |words: &str| (PathBuf::from("a"), false, words.to_owned());
+    assert_eq!(socket("info --api-socket a"), said(""));
+    assert_eq!(socket("iommu --api-socket a map net0"), said(""));
+    assert_eq!(socket("iommu map net0 --api-socket=a"), said(""));
+    assert_eq!(socket("GET /vm --api-socket a"), said("GET /vm"));
+    assert_eq!(socket("PUT --api-socket=a /vm {}"), said("PUT /vm {}"));
+    assert_eq!(socket("--api-socket b GET / --api-socket a"), said("GET /"));
+    assert!(socket("GET / --json --api-socket a").1);
+}
+
+#[test]
+fn words_that_make_no_sense_are_answered_with_what_to_write() {
+    let said = |words: &[&str]| match unknown_word(words) {
+        Failure::Usage(said) => said,
+        _ => String::new(),
+    };
+    for (words, fix) in [
+        (&["inof"][..], "did you mean info?"),
+        (&["resumee"], "did you mean resume?"),
+        (&["frobnicate"], "use info, start"),
+        (&["GET"], "write GET PATH"),
+        (&["GET", "vm"], "a PATH begins with /"),
+        (&["get", "/vm"], "write the method as GET"),
+        (&["PUT", "/vm", "{\"a\":", "1}"], "as one word, in quotes"),
+    ] {
+        let said = said(words);
+        assert!(said.ends_with(fix) || said.contains(fix), "{said}");
+        assert_eq!(said.lines().count(), 1);
+    }
+    assert!(!said(&["a\u{1b}[2J"]).contains('\u{1b}'));
 }
 
 #[test]

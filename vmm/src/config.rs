@@ -10,19 +10,23 @@ mod arguments;
 mod devices;
 mod host;
 mod iommu;
+mod json;
 mod kernel_arguments;
+mod keys;
 mod machine;
+mod suggest;
 
-pub use arguments::{ArgumentError, MemorySize};
+pub use arguments::{Argument, ArgumentError, CpuCount, MemorySize};
 pub use devices::{
     CacheType, Drive, Entropy, IoEngine, MacAddress, NetworkInterface, Serial, Vsock,
 };
 pub use host::{LogLevel, Logger, Metrics};
 pub use iommu::{Iommu, IommuModel, Stage};
+pub use json::parse_json;
+pub use keys::{Key, Omitted, Value};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
+pub use suggest::{closest, either};
 
-use ::devices::error::Chain;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeSet;
 
@@ -168,50 +172,6 @@ impl RateLimiter {
             field,
             "rate limits are not supported; leave it out and limit on the host (tc, io.max)",
         )
-    }
-}
-
-/// Reads one JSON document and nothing after it. The error names the field at fault, by its path
-/// from the outside in (`drives[1].iommu`), which `serde_json` alone does not for a wrong type.
-///
-/// # Errors
-/// The bytes are not JSON, or not of the shape of `T`. A list in the place of an object is not,
-/// although serde would take its elements for the fields in their order.
-pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        let path = error.path().to_string();
-        let field = if path == "." { "JSON".to_owned() } else { path };
-        ConfigError::new(field, error.inner().to_string())
-    })?;
-    reader
-        .end()
-        .map_err(|error| ConfigError::new("JSON", Chain(&error).to_string()))?;
-    let shape = serde_json::from_slice(bytes)
-        .map_err(|error| ConfigError::new("JSON", Chain(&error).to_string()))?;
-    refuse_lists(&shape, "")?;
-    Ok(value)
-}
-
-/// The sections that are lists of objects. Nothing else in a configuration is a list.
-const LISTS: [&str; 3] = ["drives", "network-interfaces", "pmem"];
-
-fn refuse_lists(value: &serde_json::Value, path: &str) -> Result<(), ConfigError> {
-    use serde_json::Value;
-    match value {
-        Value::Array(items) if LISTS.contains(&path) => items
-            .iter()
-            .enumerate()
-            .try_for_each(|(index, item)| refuse_lists(item, &format!("{path}[{index}]"))),
-        Value::Array(_) => {
-            let field = if path.is_empty() { "JSON" } else { path };
-            Err(ConfigError::new(field, "is a list; give an object"))
-        }
-        Value::Object(fields) => fields.iter().try_for_each(|(name, value)| {
-            let dot = if path.is_empty() { "" } else { "." };
-            refuse_lists(value, &format!("{path}{dot}{name}"))
-        }),
-        _ => Ok(()),
     }
 }
 

@@ -146,11 +146,11 @@ fn bodies_are_refused_by_the_field_at_fault() {
         ("/machine-config", r#"{"vcpu_count": 2}"#, "mem_size_mib"),
         (
             "/machine-config",
-            r#"{"vcpu_count": 256, "mem_size_mib": 1}"#,
+            r#"{"vcpu_count": 2.5, "mem_size_mib": 1}"#,
             "vcpu_count",
         ),
         ("/iommu", r#"{"model": "magic"}"#, "magic"),
-        ("/iommu", r#"{"modle": "none"}"#, "modle"),
+        ("/iommu", r#"{"modle": "none"}"#, "did you mean `model`?"),
         ("/vsock", r#"{"guest_cid": 3, "guest_cid": 4}"#, "guest_cid"),
         ("/actions", r#"{"action_type": "Explode"}"#, "action_type"),
         (

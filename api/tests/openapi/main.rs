@@ -114,8 +114,8 @@ fn the_document_names_every_field_that_is_read() {
     for (method, path, schema) in document.changes() {
         let body = json!({ "__unknown": 0 });
         let message = outcome(&method, &filled(&path), &body).unwrap_err();
-        let (_, expected) = message.split_once("expected ").expect(&message);
-        // serde writes each name between backticks.
+        let (_, expected) = message.split_once("unknown field; use ").expect(&message);
+        // Each name is between backticks.
         let mut read: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
         read.sort_unstable();
         let mut named: Vec<String> = object(&document.resolve(&schema)["properties"])

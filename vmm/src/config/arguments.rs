@@ -1,11 +1,13 @@
 //! The command line's spelling of the same types: `--disk path=FILE,readonly=on` and the like.
-//!
-//! A value is a list of `key=value` separated by commas; a comma inside a value is doubled.
 
+use super::keys::{self, Key, Omitted, Value};
+use super::suggest::{closest, either};
 use super::{
-    CacheType, ConfigError, Drive, Iommu, IommuModel, NetworkInterface, Stage, Vsock, machine,
+    CacheType, ConfigError, Drive, Iommu, IommuModel, MAX_QUEUES, MacAddress, NetworkInterface,
+    Stage, Vsock, check_id, check_path,
 };
-use devices::error::Chain;
+use ::devices::error::Chain;
+use arch::layout;
 use std::str::FromStr;
 
 /// Why an argument cannot be read: one line that names the key and the fix.
@@ -19,210 +21,308 @@ impl From<ConfigError> for ArgumentError {
     }
 }
 
-/// The `key=value` pairs of one argument, handed out by key so that what is left is unknown.
-struct Options {
-    pairs: Vec<(String, String)>,
-}
+/// A type that an argument of `key=value` pairs describes.
+pub trait Argument: Sized + 'static {
+    /// Its keys; the first one is what a value without `=` is taken to mean.
+    const KEYS: &'static [Key<Self>];
 
-impl Options {
-    fn parse(text: &str) -> Result<Self, ArgumentError> {
-        let mut pairs: Vec<(String, String)> = Vec::new();
-        for item in split_commas(text) {
-            let (key, value) = item
-                .split_once('=')
-                .ok_or_else(|| ArgumentError(format!("\"{item}\" is not of the form key=value")))?;
-            if pairs.iter().any(|(known, _)| known == key) {
-                return Err(ArgumentError(format!("{key} is given twice")));
-            }
-            pairs.push((key.to_owned(), value.to_owned()));
-        }
-        Ok(Self { pairs })
-    }
-
-    fn take(&mut self, key: &str) -> Option<String> {
-        let index = self.pairs.iter().position(|(known, _)| known == key)?;
-        Some(self.pairs.swap_remove(index).1)
-    }
-
-    fn require(&mut self, key: &str) -> Result<String, ArgumentError> {
-        self.take(key)
-            .ok_or_else(|| ArgumentError(format!("{key}= is missing")))
-    }
-
-    fn switch(&mut self, key: &str, default: bool) -> Result<bool, ArgumentError> {
-        match self.take(key).as_deref() {
-            None => Ok(default),
-            Some("on") => Ok(true),
-            Some("off") => Ok(false),
-            Some(other) => Err(ArgumentError(format!(
-                "{key}={other}: use {key}=on or {key}=off"
-            ))),
-        }
-    }
-
-    fn number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, ArgumentError> {
-        let Some(text) = self.take(key) else {
-            return Ok(None);
-        };
-        let number = text.parse().map_err(|_| {
-            ArgumentError(format!("{key}={text}: not a number, or out of its range"))
-        })?;
-        Ok(Some(number))
-    }
-
-    /// Refuses what nobody asked for, naming what could have been meant.
-    fn finish(self, known: &str) -> Result<(), ArgumentError> {
-        match self.pairs.first() {
-            None => Ok(()),
-            Some((key, _)) => Err(ArgumentError(format!("unknown key {key}; use {known}"))),
-        }
+    /// The keys as lines of a help text.
+    #[must_use]
+    fn help() -> String {
+        keys::help(Self::KEYS)
     }
 }
 
-/// Splits at single commas; a doubled comma stands for one comma.
-fn split_commas(text: &str) -> Vec<String> {
-    let mut items = vec![String::new()];
-    let mut characters = text.chars().peekable();
-    while let Some(character) = characters.next() {
-        let doubled = character == ',' && characters.next_if_eq(&',').is_some();
-        if character == ',' && !doubled {
-            items.push(String::new());
-        } else if let Some(item) = items.last_mut() {
-            item.push(character);
-        }
-    }
-    items
+const IOMMU_SWITCH: &str = "behind the machine's IOMMU";
+
+/// Numbers of queues: [`MAX_QUEUES`].
+const QUEUES: u32 = MAX_QUEUES as u32;
+
+/// The tables bound every number to what its field holds.
+fn narrow(number: u32) -> u16 {
+    u16::try_from(number).unwrap_or(u16::MAX)
 }
 
-/// `path=FILE[,id=ID][,readonly=on|off][,root=on|off][,cache=unsafe|writeback][,iommu=on|off]
-/// [,queues=N]`. Without `id=` the drive is nameless until
+const CACHE_TYPES: [CacheType; 2] = [CacheType::Unsafe, CacheType::Writeback];
+
+/// Without `id=` the drive is nameless until
 /// [`VmConfig::name_devices`](super::VmConfig::name_devices).
+impl Argument for Drive {
+    const KEYS: &'static [Key<Self>] = &[
+        Key {
+            name: "path",
+            value: Value::Text("FILE", |drive, path| {
+                check_path("path", &path)?;
+                drive.path_on_host = path;
+                Ok(())
+            }),
+            omitted: Omitted::Refused,
+            meaning: "raw image or block device",
+        },
+        Key {
+            name: "id",
+            value: Value::Text("ID", |drive, id| {
+                check_id("id", &id)?;
+                drive.drive_id = id;
+                Ok(())
+            }),
+            omitted: Omitted::Means("disk0, disk1, ..."),
+            meaning: "name in the API",
+        },
+        Key {
+            name: "readonly",
+            value: Value::Switch(|drive, on| drive.is_read_only = on),
+            omitted: Omitted::Is("off"),
+            meaning: "never written",
+        },
+        Key {
+            name: "root",
+            value: Value::Switch(|drive, on| drive.is_root_device = on),
+            omitted: Omitted::Is("off"),
+            meaning: "adds root= to the kernel command line; for one disk at most",
+        },
+        Key {
+            name: "cache",
+            value: Value::Choice(&["unsafe", "writeback"], |drive, index| {
+                drive.cache_type = CACHE_TYPES[index];
+            }),
+            omitted: Omitted::Is("unsafe"),
+            meaning: "with writeback the guest can flush to the host's storage",
+        },
+        Key {
+            name: "queues",
+            value: Value::Number(1, QUEUES, |drive, queues| {
+                drive.num_queues = narrow(queues);
+            }),
+            omitted: Omitted::Is("1"),
+            meaning: "request queues",
+        },
+        Key {
+            name: "iommu",
+            value: Value::Switch(|drive, on| drive.iommu = on),
+            omitted: Omitted::Is("on"),
+            meaning: IOMMU_SWITCH,
+        },
+    ];
+}
+
 impl FromStr for Drive {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut options = Options::parse(text)?;
-        let cache_type = match options.take("cache").as_deref() {
-            None | Some("unsafe") => CacheType::Unsafe,
-            Some("writeback") => CacheType::Writeback,
-            Some(other) => {
-                return Err(ArgumentError(format!(
-                    "cache={other}: use cache=unsafe or cache=writeback"
-                )));
-            }
-        };
-        let drive = Self {
-            path_on_host: options.require("path")?,
-            drive_id: options.take("id").unwrap_or_default(),
-            is_read_only: options.switch("readonly", false)?,
-            is_root_device: options.switch("root", false)?,
-            cache_type,
-            iommu: options.switch("iommu", true)?,
-            num_queues: options.number("queues")?.unwrap_or(1),
-            ..Self::default()
-        };
-        options.finish("path, id, readonly, root, cache, iommu or queues")?;
+        let mut drive = Self::default();
+        keys::parse(text, Self::KEYS, &mut drive).map_err(ArgumentError)?;
         Ok(drive)
     }
 }
 
-/// `tap=NAME[,id=ID][,mac=MAC][,iommu=on|off][,queues=N][,mtu=N]`. Without `id=` the interface
-/// is nameless until [`VmConfig::name_devices`](super::VmConfig::name_devices).
+/// Without `id=` the interface is nameless until
+/// [`VmConfig::name_devices`](super::VmConfig::name_devices).
+impl Argument for NetworkInterface {
+    const KEYS: &'static [Key<Self>] = &[
+        Key {
+            name: "tap",
+            value: Value::Text("NAME", |interface, tap| {
+                interface.host_dev_name = tap;
+                Ok(())
+            }),
+            omitted: Omitted::Refused,
+            meaning: "tap device on the host; made if there is none",
+        },
+        Key {
+            name: "id",
+            value: Value::Text("ID", |interface, id| {
+                check_id("id", &id)?;
+                interface.iface_id = id;
+                Ok(())
+            }),
+            omitted: Omitted::Means("net0, net1, ..."),
+            meaning: "name in the API",
+        },
+        Key {
+            name: "mac",
+            value: Value::Text("MAC", |interface, mac| {
+                mac.parse::<MacAddress>()
+                    .map_err(|problem| ConfigError::new("mac", problem))?;
+                interface.guest_mac = Some(mac);
+                Ok(())
+            }),
+            omitted: Omitted::Means("made from the tap's name"),
+            meaning: "the guest's Ethernet address",
+        },
+        Key {
+            name: "mtu",
+            value: Value::Number(68, 65535, |interface, mtu| {
+                interface.mtu = Some(narrow(mtu));
+            }),
+            omitted: Omitted::Means("the guest is told none"),
+            meaning: "MTU that the guest is told",
+        },
+        Key {
+            name: "queues",
+            value: Value::Number(1, QUEUES, |interface, queues| {
+                interface.num_queues = narrow(queues);
+            }),
+            omitted: Omitted::Is("1"),
+            meaning: "queue pairs",
+        },
+        Key {
+            name: "iommu",
+            value: Value::Switch(|interface, on| interface.iommu = on),
+            omitted: Omitted::Is("on"),
+            meaning: IOMMU_SWITCH,
+        },
+    ];
+}
+
 impl FromStr for NetworkInterface {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut options = Options::parse(text)?;
-        let interface = Self {
-            host_dev_name: options.require("tap")?,
-            iface_id: options.take("id").unwrap_or_default(),
-            guest_mac: options.take("mac"),
-            iommu: options.switch("iommu", true)?,
-            num_queues: options.number("queues")?.unwrap_or(1),
-            mtu: options.number("mtu")?,
-            ..Self::default()
-        };
-        options.finish("tap, id, mac, iommu, queues or mtu")?;
-        interface.mac()?;
+        let mut interface = Self::default();
+        keys::parse(text, Self::KEYS, &mut interface).map_err(ArgumentError)?;
         Ok(interface)
     }
 }
 
-/// `cid=N[,iommu=on|off]`.
+impl Argument for Vsock {
+    const KEYS: &'static [Key<Self>] = &[
+        Key {
+            name: "cid",
+            value: Value::Number(3, u32::MAX - 1, |vsock, cid| vsock.guest_cid = cid),
+            omitted: Omitted::Refused,
+            meaning: "the guest's context identifier",
+        },
+        Key {
+            name: "iommu",
+            value: Value::Switch(|vsock, on| vsock.iommu = on),
+            omitted: Omitted::Is("on"),
+            meaning: IOMMU_SWITCH,
+        },
+    ];
+}
+
 impl FromStr for Vsock {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut options = Options::parse(text)?;
-        let guest_cid = options
-            .number("cid")?
-            .ok_or_else(|| ArgumentError("cid= is missing".to_owned()))?;
-        let vsock = Self {
-            guest_cid,
+        let mut vsock = Self {
+            guest_cid: 0,
             uds_path: super::Unsupported::default(),
             vsock_id: None,
-            iommu: options.switch("iommu", true)?,
+            iommu: true,
         };
-        options.finish("cid or iommu")?;
+        keys::parse(text, Self::KEYS, &mut vsock).map_err(ArgumentError)?;
         vsock.validate()?;
         Ok(vsock)
     }
 }
 
+const MODELS: [IommuModel; 3] = [
+    IommuModel::None,
+    IommuModel::VirtioIommu,
+    IommuModel::Smmuv3,
+];
+
 impl FromStr for IommuModel {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [Self::None, Self::VirtioIommu, Self::Smmuv3]
-            .into_iter()
-            .find(|model| model.to_string() == text)
-            .ok_or_else(|| {
-                ArgumentError(format!(
-                    "model {text} is unknown; use none, virtio-iommu or smmuv3"
-                ))
-            })
+        let names = MODELS.map(|model| model.to_string());
+        if let Some(model) = MODELS.iter().find(|model| model.to_string() == text) {
+            return Ok(*model);
+        }
+        let fix = match closest(text, names.iter().map(String::as_str)) {
+            Some(near) => format!("did you mean {near}?"),
+            None => format!("use {}", either(&names)),
+        };
+        Err(ArgumentError(format!("model {text} is unknown; {fix}")))
     }
 }
 
-impl FromStr for Stage {
-    type Err = ArgumentError;
+const STAGES: [Stage; 3] = [Stage::One, Stage::Two, Stage::Nested];
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [Self::One, Self::Two, Self::Nested]
-            .into_iter()
-            .find(|stage| stage.to_string() == text)
-            .ok_or_else(|| ArgumentError(format!("stage={text}: use 1, 2 or nested")))
-    }
+/// The keys that follow the model: `MODEL[,key=value]…`.
+impl Argument for Iommu {
+    const KEYS: &'static [Key<Self>] = &[
+        Key {
+            name: "ats",
+            value: Value::Switch(|iommu, on| iommu.ats = on),
+            omitted: Omitted::Is("off"),
+            meaning: "smmuv3: offers ATS",
+        },
+        Key {
+            name: "stage",
+            value: Value::Choice(&["1", "2", "nested"], |iommu, index| {
+                iommu.stage = STAGES[index];
+            }),
+            omitted: Omitted::Is("1"),
+            meaning: "smmuv3: translation stages offered",
+        },
+        Key {
+            name: "prefill",
+            value: Value::Switch(|iommu, on| iommu.prefill = on),
+            omitted: Omitted::Is("on"),
+            meaning: "virtio-iommu: sends mappings to vhost before it misses them",
+        },
+        Key {
+            name: "prefetch",
+            value: Value::Switch(|iommu, on| iommu.prefetch = on),
+            omitted: Omitted::Is("on"),
+            meaning: "answers a miss of vhost with buffers that are posted next",
+        },
+    ];
 }
 
-/// `MODEL[,ats=on|off][,stage=1|2|nested][,prefill=on|off][,prefetch=on|off]`.
 impl FromStr for Iommu {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (model, rest) = text.split_once(',').unwrap_or((text, ""));
-        let mut options = if rest.is_empty() {
-            Options { pairs: Vec::new() }
-        } else {
-            Options::parse(rest)?
-        };
-        let iommu = Self {
+        if model.is_empty() || model.contains('=') {
+            let names = MODELS.map(|model| model.to_string());
+            let fix = either(&names);
+            let problem = format!("\"{model}\" is not a model; begin with {fix}");
+            return Err(ArgumentError(problem));
+        }
+        let mut iommu = Self {
             model: model.parse()?,
-            ats: options.switch("ats", false)?,
-            stage: options
-                .take("stage")
-                .map_or(Ok(Stage::One), |text| text.parse())?,
-            prefill: options.switch("prefill", true)?,
-            prefetch: options.switch("prefetch", true)?,
+            ..Self::default()
         };
-        options.finish("ats, stage, prefill or prefetch")?;
+        if text.contains(',') {
+            keys::parse(rest, Self::KEYS, &mut iommu).map_err(ArgumentError)?;
+        }
         iommu.validate()?;
         Ok(iommu)
     }
 }
 
-/// An amount of guest memory: `512M`, `2G`, or a plain number of MiB. A whole number of MiB,
-/// at least one.
+/// A number of virtual processors, 1 to 32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuCount(u8);
+
+impl CpuCount {
+    /// The number.
+    #[must_use]
+    pub fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl FromStr for CpuCount {
+    type Err = ArgumentError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let count = text.parse().ok();
+        count
+            .filter(|count| (1..=super::machine::MAX_VCPUS).contains(count))
+            .map(Self)
+            .ok_or_else(|| ArgumentError(format!("use 1 to {}", super::machine::MAX_VCPUS)))
+    }
+}
+
+/// An amount of guest memory: `512M`, `2G`, or a plain number of MiB. A whole number of MiB
+/// within what the memory layout takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySize {
     mib: u64,
@@ -240,25 +340,29 @@ impl FromStr for MemorySize {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = || {
-            ArgumentError(format!(
-                "\"{text}\" is not an amount of memory; use a number with M or G, such as 512M, up to 1024G"
-            ))
-        };
+        let range = (layout::MIN_RAM >> 20, layout::MAX_RAM >> 20);
+        let form =
+            || ArgumentError("use a number of MiB, or one with M, G or T, such as 2G".into());
         let unit_at = text
             .find(|character: char| !character.is_ascii_digit())
             .unwrap_or(text.len());
         let (number, unit) = text.split_at(unit_at);
-        let mib_per_unit = match unit.to_ascii_lowercase().as_str() {
-            "" | "m" | "mib" => 1,
-            "g" | "gib" => 1 << 10,
-            "t" | "tib" => 1 << 20,
-            _ => return Err(wrong()),
+        // Powers of 1024 in every spelling, as memory has them.
+        let mib_per_unit: u64 = match unit.to_ascii_lowercase().as_str() {
+            "" | "m" | "mb" | "mib" => 1,
+            "g" | "gb" | "gib" => 1 << 10,
+            "t" | "tb" | "tib" => 1 << 20,
+            _ => return Err(form()),
         };
-        let number: u64 = number.parse().map_err(|_| wrong())?;
-        let mib = number.checked_mul(mib_per_unit).ok_or_else(wrong)?;
-        if !(1..=machine::MAX_MEMORY_MIB).contains(&mib) {
-            return Err(wrong());
+        if number.is_empty() {
+            return Err(form());
+        }
+        // More digits than 64 bits hold are too much memory, too.
+        let mib = number.parse().unwrap_or(u64::MAX);
+        let mib = mib.saturating_mul(mib_per_unit);
+        if !(range.0..=range.1).contains(&mib) {
+            let problem = format!("use {} to {} MiB", range.0, range.1);
+            return Err(ArgumentError(problem));
         }
         Ok(Self { mib })
     }

@@ -1,5 +1,6 @@
 //! The devices a machine can have.
 
+use super::json::{optional_whole, whole};
 use super::{
     ConfigError, RateLimiter, TokenBucket, Unsupported, check_id, check_path, check_queues, one,
     require, yes,
@@ -67,7 +68,7 @@ pub struct Drive {
     #[serde(default = "yes")]
     pub iommu: bool,
     /// Request queues, 1 to 16.
-    #[serde(default = "one")]
+    #[serde(default = "one", deserialize_with = "whole")]
     pub num_queues: u16,
 }
 
@@ -135,7 +136,7 @@ impl TryFrom<[u8; 6]> for MacAddress {
 
     fn try_from(octets: [u8; 6]) -> Result<Self, Self::Error> {
         if octets == [0; 6] {
-            return Err("the address of all zeros belongs to nobody");
+            return Err("is all zeros; use six octets such as 06:00:ac:10:00:02");
         }
         if octets[0] & 1 == 1 {
             return Err("is a group address; its first octet must be even");
@@ -201,10 +202,14 @@ pub struct NetworkInterface {
     #[serde(default = "yes")]
     pub iommu: bool,
     /// Queue pairs, 1 to 16. More than one needs a tap device made with `multi_queue`.
-    #[serde(default = "one")]
+    #[serde(default = "one", deserialize_with = "whole")]
     pub num_queues: u16,
     /// The MTU to tell the guest of; left out, none is told.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "optional_whole",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub mtu: Option<u16>,
 }
 
@@ -263,6 +268,7 @@ impl NetworkInterface {
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// The guest's context identifier, 3 to 4294967294.
+    #[serde(deserialize_with = "whole")]
     pub guest_cid: u32,
     /// Not supported: the host side is `AF_VSOCK`.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]

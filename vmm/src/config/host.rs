@@ -50,7 +50,7 @@ impl FromStr for LogLevel {
             "info" => Ok(Self::Info),
             "debug" => Ok(Self::Debug),
             "trace" => Ok(Self::Trace),
-            _ => Err("level: use Off, Error, Warning, Info, Debug or Trace"),
+            _ => Err("use Off, Error, Warning, Info, Debug or Trace"),
         }
     }
 }

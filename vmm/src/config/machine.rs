@@ -1,5 +1,6 @@
 //! Processors, memory and what they boot.
 
+use super::json::{optional_whole, whole};
 use super::kernel_arguments::{self, Unsuitable};
 use super::{ConfigError, check_path, require};
 use serde::{Deserialize, Serialize};
@@ -44,8 +45,10 @@ pub enum MemBacking {
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// Virtual processors, 1 to 32.
+    #[serde(deserialize_with = "whole")]
     pub vcpu_count: u8,
     /// Guest memory in MiB.
+    #[serde(deserialize_with = "whole")]
     pub mem_size_mib: u64,
     /// Accepted as `false` only.
     #[serde(default)]
@@ -120,10 +123,10 @@ impl MachineConfig {
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigUpdate {
     /// See [`MachineConfig::vcpu_count`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_whole")]
     pub vcpu_count: Option<u8>,
     /// See [`MachineConfig::mem_size_mib`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_whole")]
     pub mem_size_mib: Option<u64>,
     /// See [`MachineConfig::smt`].
     #[serde(default)]

@@ -324,13 +324,17 @@ fn arguments_read_every_key_and_refuse_the_rest() {
         assert!(error.contains(expected), "{text} said: {error}");
     }
     let error = "tap=t,mac=1:2".parse::<NetworkInterface>().unwrap_err();
-    assert!(error.to_string().contains("guest_mac"), "{error}");
+    assert!(error.to_string().contains("mac=1:2: use six"), "{error}");
     assert!("cid=2".parse::<Vsock>().is_err());
     assert!("iommu=on".parse::<Vsock>().is_err());
     assert!("smmu".parse::<Iommu>().is_err());
     assert!("none,ats=on".parse::<Iommu>().is_err());
     assert_eq!("none".parse::<Iommu>().unwrap(), Iommu::default());
-    assert_eq!("nested".parse::<Stage>().unwrap(), Stage::Nested);
+    for stage in [Stage::One, Stage::Two, Stage::Nested] {
+        let mut iommu = Iommu::default();
+        keys::parse(&format!("stage={stage}"), Iommu::KEYS, &mut iommu).unwrap();
+        assert_eq!(iommu.stage, stage);
+    }
 }
 
 #[test]
@@ -339,8 +343,12 @@ fn memory_sizes_are_whole_mebibytes_within_range() {
     assert_eq!(mib("512M"), Some(512));
     assert_eq!(mib("512"), Some(512));
     assert_eq!(mib("2g"), Some(2048));
-    assert_eq!(mib("1T"), Some(1 << 20));
+    for text in ["1G", "1g", "1GB", "1GiB", "1024MB", "1024MiB", "1024"] {
+        assert_eq!(mib(text), Some(1024), "{text}");
+    }
     for text in [
+        "1T",
+        "63M",
         "",
         "M",
         "0",
@@ -353,6 +361,166 @@ fn memory_sizes_are_whole_mebibytes_within_range() {
     ] {
         assert_eq!(mib(text), None, "{text}");
     }
+}
+
+#[test]
+fn amounts_of_memory_are_refused_with_the_form_or_one_range() {
+    let error = |text: &str| text.parse::<MemorySize>().unwrap_err().to_string();
+    for text in ["", "lots", "1.5G", "-1M", "512K"] {
+        assert!(error(text).starts_with("use a number of MiB"), "{text}");
+    }
+    let most = arch::layout::MAX_RAM >> 20;
+    for text in ["0", "63M", "500000", "1T", "99999999999999999999"] {
+        assert_eq!(error(text), format!("use 64 to {most} MiB"), "{text}");
+    }
+}
+
+#[test]
+fn numbers_of_processors_are_refused_with_the_range() {
+    let count = |text: &str| text.parse::<CpuCount>().map(CpuCount::get);
+    assert_eq!(count("32"), Ok(32));
+    for text in ["0", "33", "300", "-1", "two", "", "1.5"] {
+        assert_eq!(count(text).unwrap_err().to_string(), "use 1 to 32");
+    }
+}
+
+#[test]
+fn mistyped_arguments_are_answered_with_what_to_write() {
+    fn error<T: std::str::FromStr<Err = ArgumentError>>(text: &str) -> String {
+        text.parse::<T>().err().unwrap().to_string()
+    }
+    let drive = error::<Drive>;
+    for (text, fix) in [
+        ("disk.img", "use path=disk.img"),
+        ("path=a,readonly", "use readonly=on|off"),
+        (
+            "path=a,b.img",
+            "write a comma that belongs to a value twice",
+        ),
+        ("path=a,redonly=on", "did you mean readonly?"),
+        ("path=a,read-only=on", "did you mean readonly?"),
+        ("path=a,size=3", "use path, id, readonly"),
+        ("path=a,queues=17", "queues=17: use 1 to 16"),
+        ("path=a,queues=-1", "queues=-1: use 1 to 16"),
+        ("path=a,id=a b", "id=a b: use 1 to 64"),
+        ("path=,id=a", "path=: is empty; give a path"),
+        ("readonly=on", "path= is missing; give path=FILE"),
+    ] {
+        assert!(drive(text).contains(fix), "{text}: {}", drive(text));
+    }
+    let net = error::<NetworkInterface>;
+    assert!(net("tap0").contains("use tap=tap0"));
+    assert!(net("tap=t,mtu=70000").contains("mtu=70000: use 68 to 65535"));
+    assert!(net("tap=t,mca=06:00:00:00:00:01").contains("did you mean mac?"));
+    let vsock = error::<Vsock>;
+    assert!(vsock("5").contains("use cid=5"));
+    assert!(vsock("cid=2").contains("cid=2: use 3 to 4294967294"));
+    let iommu = error::<Iommu>;
+    assert!(iommu("virtio").contains("use none, virtio-iommu or smmuv3"));
+    assert!(iommu("virtio_iommu").contains("did you mean virtio-iommu?"));
+    assert!(iommu("smmu-v3").contains("did you mean smmuv3?"));
+    assert!(iommu("ats=on").contains("begin with none, virtio-iommu or smmuv3"));
+    assert!(iommu("none,prefil=on").contains("did you mean prefill?"));
+}
+
+#[test]
+fn the_help_has_every_key_with_the_default_that_holds() {
+    fn check<T>(without: &str)
+    where
+        T: Argument + std::str::FromStr<Err = ArgumentError> + PartialEq + std::fmt::Debug,
+    {
+        let help = T::help();
+        assert_eq!(help.trim_start().lines().count(), T::KEYS.len());
+        for (key, line) in T::KEYS.iter().zip(help.trim_start().lines()) {
+            assert!(line.trim_start().starts_with(&format!("{}=", key.name)));
+            if let Omitted::Is(value) = key.omitted {
+                assert!(line.ends_with(&format!("[default: {value}]")), "{line}");
+                let with = format!("{without},{}={value}", key.name);
+                let parsed = with.parse::<T>().unwrap();
+                assert_eq!(parsed, without.parse::<T>().unwrap(), "{with}");
+            }
+        }
+    }
+    check::<Drive>("path=a");
+    check::<NetworkInterface>("tap=t");
+    check::<Vsock>("cid=3");
+    check::<Iommu>("virtio-iommu");
+    assert!(Drive::help().contains("queues=N") && Drive::help().contains("1 to 16 [default: 1]"));
+}
+
+#[test]
+fn json_errors_name_the_field_once_and_the_fix() {
+    let machine = |fields: &str| refusal(&format!(r#"{{"machine-config": {{{fields}}}}}"#));
+    for (error, expected) in [
+        (
+            refusal(r#"{"boot-source": {"kernle_image_path": "k"}}"#),
+            "boot-source.kernle_image_path: unknown field; \
+             did you mean `kernel_image_path`?",
+        ),
+        (
+            refusal(r#"{"boot_source": {}}"#),
+            "boot_source: unknown field; did you mean `boot-source`?",
+        ),
+        (
+            refusal(r#"{"logger": {"level": "loud"}}"#),
+            "logger.level: use Off, Error, Warning, Info, Debug or Trace",
+        ),
+        (
+            refusal(r#"{"iommu": {"model": "virtio"}}"#),
+            "iommu.model: unknown value `virtio`; use `none`, `virtio-iommu` or `smmuv3`",
+        ),
+        (
+            refusal(r#"{"iommu": {"model": "smmu-v3"}}"#),
+            "iommu.model: unknown value `smmu-v3`; did you mean `smmuv3`?",
+        ),
+        (
+            refusal(r#"{"boot-source": 5}"#),
+            "boot-source: invalid type: integer `5`, expected an object",
+        ),
+        (
+            refusal(r#"{"drives": {}}"#),
+            "drives: invalid type: map, expected a list",
+        ),
+        (
+            machine(r#""vcpu_count": 300, "mem_size_mib": 128"#),
+            "machine-config.vcpu_count: use 1 to 32",
+        ),
+        (
+            machine(r#""vcpu_count": -1, "mem_size_mib": 128"#),
+            "machine-config.vcpu_count: use 1 to 32",
+        ),
+        (
+            machine(r#""vcpu_count": "two", "mem_size_mib": 128"#),
+            "machine-config.vcpu_count: invalid type: string \"two\", expected a whole number",
+        ),
+        (
+            machine(r#""vcpu_count": 1.5, "mem_size_mib": 128"#),
+            "machine-config.vcpu_count: invalid type: floating point `1.5`, \
+             expected a whole number",
+        ),
+        (
+            refusal(r#"{"vsock": {"guest_cid": 5000000000}}"#),
+            "vsock.guest_cid: use 3 to 4294967294; 0 to 2 and the last are reserved",
+        ),
+        (
+            refusal("{"),
+            "JSON: EOF while parsing an object at line 1 column 1",
+        ),
+        (
+            refusal(""),
+            "JSON: EOF while parsing a value at line 1 column 0",
+        ),
+    ] {
+        assert_eq!(error, expected);
+    }
+    let field = "\"iface_id\": \"n\", \"host_dev_name\": \"t\"";
+    let net = |more| {
+        refusal(&format!(
+            r#"{{"network-interfaces": [{{{field}, {more}}}]}}"#
+        ))
+    };
+    assert!(net(r#""mtu": 70000"#).ends_with(".mtu: use 68 to 65535"));
+    assert!(net(r#""num_queues": 99999"#).ends_with(".num_queues: use 1 to 16"));
 }
 
 #[test]

@@ -1,0 +1,41 @@
+//! Command lines that cannot be used, in one line.
+
+use std::process::ExitCode;
+
+/// The exit status of a command line or configuration that cannot be used.
+pub const USAGE_STATUS: u8 = 2;
+
+/// Prints what the parser says: the help as it is, an error as one line.
+pub fn answer(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() && error.kind() != HELP_INSTEAD {
+        let line = one_line(&error.render().to_string());
+        eprintln!("portcullis: {line}");
+        return ExitCode::from(USAGE_STATUS);
+    }
+    // A reader that went away needs no help.
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE_STATUS))
+}
+
+/// The help is shown in place of an error: nothing was given.
+const HELP_INSTEAD: clap::error::ErrorKind =
+    clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+
+/// The error and the tips of the parser's text, without the usage below them.
+pub(crate) fn one_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut joined = String::new();
+    for line in lines.take_while(|line| !is_trailer(line)) {
+        if !joined.is_empty() {
+            joined.push_str(if joined.ends_with(':') { " " } else { "; " });
+        }
+        joined.push_str(line);
+    }
+    let printable = joined.chars().map(|c| if c.is_control() { '?' } else { c });
+    printable.collect()
+}
+
+fn is_trailer(line: &str) -> bool {
+    line.starts_with("Usage: ") || line.starts_with("For more information")
+}

@@ -1,0 +1,84 @@
+//! What a mistyped word could have been.
+
+/// The candidate nearest to `word`, if it is near enough for a typing error: at most a third of
+/// the word's characters differ, and at least one may.
+#[must_use]
+pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let plain = |text: &str| text.to_lowercase().replace('_', "-");
+    let word = plain(word);
+    let allowed = (word.chars().count() / 3).max(1);
+    let distances = candidates
+        .into_iter()
+        .map(|candidate| (distance(&word, &plain(candidate)), candidate));
+    let nearest = distances.min_by_key(|(distance, _)| *distance)?;
+    (nearest.0 <= allowed).then_some(nearest.1)
+}
+
+/// Joins words as a sentence does: `a, b or c`.
+#[must_use]
+pub fn either<S: AsRef<str>>(words: &[S]) -> String {
+    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
+    match words.as_slice() {
+        [] => String::new(),
+        [only] => (*only).to_owned(),
+        [first @ .., last] => format!("{} or {last}", first.join(", ")),
+    }
+}
+
+/// Characters to insert, remove, replace, or exchange with their neighbour (optimal string
+/// alignment). Words longer than 64 characters are as far from all others as they are long.
+fn distance(from: &str, to: &str) -> usize {
+    let from: Vec<char> = from.chars().collect();
+    let to: Vec<char> = to.chars().collect();
+    if from.len().max(to.len()) > 64 {
+        return from.len().max(to.len());
+    }
+    // The last two rows of the table of distances between prefixes.
+    let mut older: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=to.len()).collect();
+    for (i, a) in from.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, b) in to.iter().enumerate() {
+            let mut least = (last[j] + usize::from(a != b))
+                .min(last[j + 1] + 1)
+                .min(row[j] + 1);
+            if i > 0 && j > 0 && from[i - 1] == *b && *a == to[j - 1] {
+                least = least.min(older[j - 1] + 1);
+            }
+            row.push(least);
+        }
+        older = std::mem::replace(&mut last, row);
+    }
+    last[to.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_words_are_found_and_far_ones_are_not() {
+        let words = ["kernel_image_path", "initrd_path", "boot_args", "id"];
+        let of = |word| closest(word, words);
+        assert_eq!(of("kernle_image_path"), Some("kernel_image_path"));
+        assert_eq!(of("kernel-image-path"), Some("kernel_image_path"));
+        assert_eq!(of("BootArgs"), Some("boot_args"));
+        assert_eq!(of("di"), Some("id"));
+        assert_eq!(of("size"), None);
+        assert_eq!(of(""), None);
+        assert_eq!(of(&"x".repeat(100_000)), None);
+        assert_eq!(closest("a", []), None);
+    }
+
+    #[test]
+    fn distances_count_each_change_once() {
+        for (from, to, changes) in [
+            ("", "", 0),
+            ("ab", "ba", 1),
+            ("abc", "ac", 1),
+            ("x", "yz", 2),
+        ] {
+            assert_eq!(distance(from, to), changes, "{from} to {to}");
+        }
+    }
+}
