@@ -7,8 +7,7 @@ use std::time::Duration;
 use support::checks::{self, part};
 use support::{Machine, PROMPT, READY, TempDir, host, image};
 
-/// From the kernel to the end of systemd's start, in an emulated host. Shorter than the silence
-/// after which the lab takes the host for hung.
+/// From the kernel to the end of systemd's start, in an emulated host on a quiet machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
 #[test]

@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::limits;
+
 /// Runs a shell command on the host, which must succeed, and returns its output, trimmed.
 pub fn run(command: &str) -> String {
     let (status, output) = try_run(command);
@@ -49,9 +51,9 @@ impl Job {
         }
     }
 
-    /// Waits until it ends by itself, with success.
+    /// Waits until it ends by itself, with success: `limit` on a quiet machine.
     pub fn finish(mut self, limit: Duration) {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + limits::scaled(limit);
         loop {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
                 assert!(

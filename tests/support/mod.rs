@@ -4,14 +4,17 @@
 //! What is needed comes from the environment: `PORTCULLIS_BIN` (the program),
 //! `PORTCULLIS_GUEST_DIR` (kernels and initramfs), `PORTCULLIS_RETRIES` (a file
 //! that gets a line for each boot tried again), `PORTCULLIS_TEST_SECONDS` (how
-//! long anything may take; 120 when unset).
+//! long anything may take on a quiet machine; 120 when unset),
+//! `PORTCULLIS_HOST_START_SECONDS` (how long the emulated host took to start).
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod checks;
 mod console;
 pub mod host;
 pub mod iommu;
+mod limits;
 mod pty;
+mod slowness;
 
 use std::env;
 use std::ffi::OsStr;
@@ -42,6 +45,11 @@ static ONE_GUEST: Mutex<()> = Mutex::new(());
 
 /// How long anything may take. Generous: it is met only when something hangs.
 pub fn time_limit() -> Duration {
+    limits::scaled(usual_limit())
+}
+
+/// How long anything may take on a quiet machine.
+fn usual_limit() -> Duration {
     let seconds = env::var("PORTCULLIS_TEST_SECONDS").ok();
     Duration::from_secs(seconds.map_or(120, |text| {
         text.parse().expect("PORTCULLIS_TEST_SECONDS is a number")
@@ -179,11 +187,11 @@ impl Machine {
 
     /// Starts it by `launch` and waits for its shell, trying again a few times.
     pub fn boot_by(&self, launch: impl Fn() -> Guest) -> Guest {
-        self.boot_until(&[READY, PROMPT], time_limit(), launch)
+        self.boot_until(&[READY, PROMPT], usual_limit(), launch)
     }
 
-    /// Starts it by `launch` and waits until it has said all of `marks`, each within `limit`,
-    /// trying again a few times.
+    /// Starts it by `launch` and waits until it has said all of `marks`, each within `limit` on a
+    /// quiet machine, trying again a few times.
     pub fn boot_until(&self, marks: &[&str], limit: Duration, launch: impl Fn() -> Guest) -> Guest {
         for _ in 0..RETRIES {
             let mut guest = launch();
@@ -219,6 +227,14 @@ fn report_retry(machine: &str, console: &str) {
 pub fn say_now(line: &str) {
     let written = io::stderr().write_all(format!("\n{line}\n").as_bytes());
     written.expect("the error stream can be written");
+}
+
+/// Waits until no other guest runs, and measures how slow the host is then.
+fn alone() -> MutexGuard<'static, ()> {
+    limits::show_life();
+    let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+    limits::measure();
+    alone
 }
 
 /// Where a test types.
@@ -266,7 +282,7 @@ impl Guest {
     }
 
     fn start(mut command: Command, keyboard: Keyboard) -> Self {
-        let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command.process_group(0);
         let mut child = command.spawn().expect("portcullis can be started");
@@ -286,7 +302,7 @@ impl Guest {
     /// Runs `program` in a session of its own on a new terminal, as a shell in
     /// a terminal window would be.
     pub fn launch_on_terminal<S: AsRef<OsStr>>(program: &Path, arguments: &[S]) -> Self {
-        let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         let terminal = Pty::open().expect("a pseudo-terminal");
         let slave = || Stdio::from(terminal.slave().expect("its other side"));
         let mut command = Command::new("setsid");
@@ -319,10 +335,10 @@ impl Guest {
     /// Waits until it says `text` after what was waited for before.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> &mut Self {
-        self.wait_for_within(time_limit(), text)
+        self.wait_for_within(usual_limit(), text)
     }
 
-    /// The same for what may take longer than anything else.
+    /// The same for what may take longer than anything else: `limit` on a quiet machine.
     #[track_caller]
     pub fn wait_for_within(&mut self, limit: Duration, text: &str) -> &mut Self {
         if !self.reaches(text, limit) {
@@ -336,7 +352,7 @@ impl Guest {
     }
 
     fn reaches(&mut self, text: &str, limit: Duration) -> bool {
-        self.console.find(text, limit).is_some()
+        self.console.find(text, limits::scaled(limit)).is_some()
     }
 
     /// Keeps kernel messages, but for a panic, from between the lines of what
@@ -373,10 +389,11 @@ impl Guest {
     /// what it says, without the white space around it.
     #[track_caller]
     pub fn run(&mut self, command: &str) -> String {
-        self.run_within(time_limit(), command)
+        self.run_within(usual_limit(), command)
     }
 
-    /// The same for a command that may take longer than anything else.
+    /// The same for a command that may take longer than anything else: `limit` on a quiet
+    /// machine.
     #[track_caller]
     pub fn run_within(&mut self, limit: Duration, command: &str) -> String {
         let (status, said) = self.try_run_within(limit, command);
@@ -396,7 +413,7 @@ impl Guest {
     /// says.
     #[track_caller]
     pub fn try_run(&mut self, command: &str) -> (u8, String) {
-        self.try_run_within(time_limit(), command)
+        self.try_run_within(usual_limit(), command)
     }
 
     #[track_caller]
@@ -409,6 +426,7 @@ impl Guest {
             "echo '[begin' '{number}]'; {command}; echo '[end' \"{number} $?]\""
         ));
         self.wait_for(&format!("[begin {number}]"));
+        let limit = limits::scaled(limit);
         let said = self.console.find(&format!("[end {number} "), limit);
         let said = said.unwrap_or_else(|| {
             panic!(

@@ -49,7 +49,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         Place::Native => {
             let mut command = native::command(args.arch, &programs, None, limit)?;
             command.arg("bench").args(&args.names);
-            native::listen(&mut command, &mut |line| report.line(line))?
+            native::listen(&mut command, "", &mut |line| report.line(line))?
         }
         Place::Lab => in_lab(args, &programs, limit, &mut report)?,
     };

@@ -15,6 +15,8 @@ mod native;
 mod packages;
 mod paths;
 mod product;
+#[path = "../../tests/support/slowness.rs"]
+mod slowness;
 mod userland;
 
 use std::path::PathBuf;

@@ -59,9 +59,28 @@ pub fn command(
     Ok(command)
 }
 
-/// Runs a command, passes its standard output on and shows every line of it to `on_line`. True
-/// if it succeeded.
-pub fn listen(command: &mut Command, on_line: &mut dyn FnMut(&str)) -> Result<bool> {
+/// The same command, started by `wrapper`: a program and its arguments that run their last ones.
+pub fn wrapped(wrapper: &[&str], command: &Command) -> Command {
+    let mut outer = Command::new(wrapper.first().unwrap_or(&"env"));
+    outer
+        .args(wrapper.iter().skip(1))
+        .arg(command.get_program())
+        .args(command.get_args());
+    if let Some(dir) = command.get_current_dir() {
+        outer.current_dir(dir);
+    }
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => outer.env(name, value),
+            None => outer.env_remove(name),
+        };
+    }
+    outer
+}
+
+/// Runs a command, passes its standard output on, each line behind `label`, and shows every line
+/// of it to `on_line`. True if it succeeded.
+pub fn listen(command: &mut Command, label: &str, on_line: &mut dyn FnMut(&str)) -> Result<bool> {
     let name = command.get_program().display().to_string();
     let mut child = command
         .stdout(Stdio::piped())
@@ -71,7 +90,7 @@ pub fn listen(command: &mut Command, on_line: &mut dyn FnMut(&str)) -> Result<bo
     for line in BufReader::new(output).split(b'\n') {
         let line = line?;
         let line = String::from_utf8_lossy(&line);
-        writeln!(io::stdout(), "{line}")?;
+        writeln!(io::stdout(), "{label}{line}")?;
         on_line(line.trim_end());
     }
     Ok(child.wait()?.success())

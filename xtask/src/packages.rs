@@ -78,6 +78,9 @@ impl Suite {
     }
 
     fn fetch(&self, selection: &[&str], names: &[&str]) -> Result<Vec<PathBuf>> {
+        // Another thread, or another checkout, may be fetching into the same directories.
+        let lock = fs::File::create(self.dir.join("fetch.lock"))?;
+        lock.lock()?;
         let attempt = || self.fetch_listed(&self.listed(selection, names)?);
         attempt().or_else(|_| {
             // The archive may have moved on since its lists were fetched.

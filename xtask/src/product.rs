@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::arch::Arch;
@@ -78,6 +78,17 @@ pub fn built(cargo: &mut Command, kind: &str) -> Result<Vec<(String, PathBuf)>> 
     }
     programs.sort();
     Ok(programs)
+}
+
+/// The packages of the workspace, as cargo describes them.
+pub fn metadata() -> Result<Vec<Value>> {
+    let mut cargo = Command::new(cargo());
+    cargo
+        .current_dir(paths::workspace())
+        .args(["metadata", "--no-deps", "--format-version", "1"]);
+    let text = packages::output(&mut cargo)?;
+    let value: Value = serde_json::from_str(&text).context("cargo metadata")?;
+    Ok(value["packages"].as_array().cloned().unwrap_or_default())
 }
 
 /// What compiles for one architecture.

@@ -1,0 +1,39 @@
+//! How much slower than a quiet machine's the host is, and what that does to a time limit.
+//!
+//! A part of the boot tests and of `xtask`, which measures nothing but the start.
+
+use std::time::Duration;
+
+/// Upper bound: a host that is slower still is of no use.
+const MOST: f64 = 6.0;
+/// Seconds from the start of the kernel of an emulated host to the start of its job, on a quiet
+/// machine.
+const QUIET_START_S: f64 = 6.0;
+
+/// Slowness, from 1 to [`MOST`], of a host that takes `seconds` to start.
+pub fn of_start(seconds: f64) -> f64 {
+    bounded(seconds / QUIET_START_S)
+}
+
+/// Slowness, from 1 to [`MOST`], of a host that takes `times` for equal computations: those that
+/// others interrupt take longer than the fastest.
+#[allow(dead_code, reason = "xtask measures nothing but the start")]
+pub fn of_computations(times: &[Duration]) -> f64 {
+    let fastest = times.iter().min().map_or(0.0, Duration::as_secs_f64);
+    let sum: f64 = times.iter().map(Duration::as_secs_f64).sum();
+    let count = u32::try_from(times.len()).unwrap_or(u32::MAX);
+    bounded(sum / f64::from(count) / fastest)
+}
+
+/// The limit of a host that is slower than a quiet one.
+pub fn scaled(limit: Duration, slowness: f64) -> Duration {
+    limit.mul_f64(bounded(slowness))
+}
+
+fn bounded(slowness: f64) -> f64 {
+    if slowness.is_nan() {
+        // There was nothing to divide by.
+        return 1.0;
+    }
+    slowness.clamp(1.0, MOST)
+}

@@ -1,0 +1,63 @@
+//! What the lab is asked to do.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::arch::Arch;
+
+/// Something to run in the lab.
+pub struct Job {
+    /// Architecture of the emulated host.
+    pub arch: Arch,
+    /// Its processors.
+    pub cpus: u8,
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// Time from power-on to the end of the command.
+    pub timeout: Duration,
+    /// Longest silence of the command, after which the host counts as hung.
+    pub silence: Option<Duration>,
+    /// Both are those of a quiet machine: a host that starts slower has more.
+    pub scaled: bool,
+    /// Programs put into /portcullis/bin, which is in PATH, by the name they get there.
+    pub programs: Vec<(String, PathBuf)>,
+    /// An initramfs segment appended to those of the guests.
+    pub guest_tools: Option<PathBuf>,
+    /// Directory copied to /share and, as far as the command changed it, back.
+    pub share: Option<PathBuf>,
+    /// Command and arguments; a shell when empty.
+    pub command: Vec<String>,
+    /// Connect the command with the terminal.
+    pub interactive: bool,
+    /// In front of each line of output, so that those of two labs can be told apart.
+    pub label: String,
+}
+
+impl Job {
+    /// A job with the defaults that the architecture is reliable with.
+    pub fn new(arch: Arch) -> Job {
+        Job {
+            arch,
+            cpus: match arch {
+                // More than one and the emulated host itself crashes now and then.
+                Arch::X86_64 => 1,
+                Arch::Aarch64 => 2,
+            },
+            memory_mib: 4096,
+            timeout: Duration::from_secs(600),
+            silence: None,
+            scaled: false,
+            programs: Vec::new(),
+            guest_tools: None,
+            share: None,
+            command: Vec::new(),
+            interactive: false,
+            label: String::new(),
+        }
+    }
+
+    /// Prints a line about the lab itself.
+    pub fn say(&self, text: &str) {
+        eprintln!("{}lab: {text}", self.label);
+    }
+}

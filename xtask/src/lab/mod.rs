@@ -1,0 +1,251 @@
+//! The lab: an emulated host that has KVM, vhost and tap, for machines that have not.
+//!
+//! QEMU emulates a whole machine with virtualization extensions, a kernel of the distribution
+//! runs on it, and the job runs there. `docs/lab.md` says how far it can be trusted.
+
+mod job;
+mod qemu;
+mod watch;
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::arch::Arch;
+use crate::cpio::Archive;
+use crate::guest;
+use crate::kernel::Kernel;
+use crate::packages;
+use crate::paths;
+use crate::userland;
+pub use job::Job;
+use qemu::{Host, Terminal};
+use watch::Watch;
+
+const KERNEL: &str = "linux-image-6.12-cloud";
+const INIT: &str = include_str!("../../lab/init");
+
+/// Modules the emulated host loads at start, in this order.
+const MODULES: [&str; 10] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "ext4",
+    "tun",
+    "vhost_net",
+    "vhost_vsock",
+    "loop",
+    "bridge",
+    "veth",
+];
+
+const PROGRAMS: [&str; 17] = [
+    "bin/dash",
+    "bin/tar",
+    "bin/ip",
+    "sbin/tc",
+    "sbin/bridge",
+    "usr/bin/lspci",
+    "usr/bin/setpci",
+    "usr/bin/socat",
+    "usr/bin/iperf3",
+    "usr/bin/strace",
+    "usr/bin/tcpdump",
+    "usr/bin/setpriv",
+    "usr/bin/prlimit",
+    "sbin/ethtool",
+    "sbin/mke2fs",
+    "sbin/e2fsck",
+    "sbin/debugfs",
+];
+
+/// Exit status of a job that ran out of time, as of timeout(1).
+const TIMED_OUT: u8 = 124;
+
+/// Fetches and makes what an emulated host of `arch` and its guests need, unless it is there.
+pub fn prepare(arch: Arch) -> Result<()> {
+    guest::prepare(arch)?;
+    prepare_host(arch)?;
+    Ok(())
+}
+
+/// Runs a job and returns the exit status of its command. Its output goes to standard output;
+/// `on_line` sees every line of it.
+pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
+    let images = guest::prepare(job.arch)?;
+    let host = prepare_host(job.arch)?;
+    let _lock = lock(job)?;
+    let dir = paths::target().join(format!("lab/{}", job.arch));
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
+    }
+    fs::create_dir_all(&dir)?;
+    let interactive = job.interactive || job.command.is_empty();
+    pack(job, &dir, interactive)?;
+
+    job.say(&format!("starting an emulated {} host", job.arch));
+    let terminal = if interactive { Terminal::save() } else { None };
+    let qemu = qemu::start(job, &images, &host, &dir, interactive)?;
+    let ended = Watch::new(job, qemu, &dir).wait(on_line);
+    drop(terminal);
+    if !matches!(ended, Ok(Some(_))) {
+        show_console(job, &dir);
+    }
+    match ended? {
+        None => {
+            job.say("ended: out of time");
+            Ok(TIMED_OUT)
+        }
+        Some(status) => {
+            let Some(code) = watch::exit_status(&dir) else {
+                show_console(job, &dir);
+                bail!("the emulated host ended early (QEMU: {status})");
+            };
+            if let Some(share) = &job.share {
+                unpack_results(&dir, share)?;
+            }
+            Ok(code)
+        }
+    }
+}
+
+fn prepare_host(arch: Arch) -> Result<Host> {
+    let kernel = Kernel::fetch(&format!("{KERNEL}-{}", arch.debian()), arch)?;
+    let base = paths::cache()?.join(format!("host-{arch}"));
+    let mut modules = MODULES.to_vec();
+    modules.push(match arch {
+        Arch::X86_64 => "kvm_amd",
+        Arch::Aarch64 => "kvm",
+    });
+    let recipe = format!(
+        "1 {} {modules:?} {PROGRAMS:?}\n{INIT}",
+        kernel.image.display()
+    );
+    paths::made_once(&base, &recipe, |base| {
+        eprintln!("lab: preparing the emulated {arch} host");
+        let programs = userland::guest_programs(arch)?;
+        let mut archive = Archive::default();
+        guest::busybox(&mut archive, &programs)?;
+        programs.install(&mut archive, &PROGRAMS)?;
+        // Busybox's shell would run its own ip and tar, whatever PATH says.
+        archive.link("bin/sh", "/usr/bin/dash");
+        archive.copy("bin/bash", &programs.path("bin/bash-static"))?;
+        archive.file("init", 0o755, INIT.into());
+        archive.file("etc/modules", 0o644, modules.join("\n").into());
+        kernel.add_modules(&mut archive, &modules)?;
+        archive.write(&base.join("initramfs.cpio"))
+    })?;
+    Ok(Host {
+        kernel: kernel.image,
+        initramfs: base.join("initramfs.cpio"),
+    })
+}
+
+/// One lab of each architecture at a time on a machine, from every checkout: two of one would only
+/// slow each other down, two of different ones share the machine's cores.
+fn lock(job: &Job) -> Result<File> {
+    let path = std::env::temp_dir().join(format!("portcullis-lab-{}.lock", job.arch));
+    let file = File::options().create(true).append(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    if file.try_lock().is_err() {
+        job.say(&format!(
+            "waiting for another {} lab on this machine ({})",
+            job.arch,
+            path.display()
+        ));
+        file.lock()?;
+    }
+    Ok(file)
+}
+
+/// Packs the job into the archive that the emulated host unpacks from its second disk.
+fn pack(job: &Job, dir: &Path, interactive: bool) -> Result<()> {
+    let stage = dir.join("stage");
+    fs::create_dir_all(stage.join("bin"))?;
+    for (name, program) in &job.programs {
+        fs::copy(program, stage.join("bin").join(name))
+            .with_context(|| format!("cannot copy {}", program.display()))?;
+    }
+    if let Some(tools) = &job.guest_tools {
+        fs::copy(tools, stage.join("guest-tools.cpio"))?;
+    }
+    if interactive {
+        fs::write(stage.join("interactive"), "")?;
+    }
+    let words: Vec<String> = job.command.iter().map(|word| quoted(word)).collect();
+    let command = if words.is_empty() {
+        "bash --norc".to_owned()
+    } else {
+        words.join(" ")
+    };
+    let size = packages::output(Command::new("stty").arg("size").stdin(Stdio::inherit()));
+    let resize = match size.unwrap_or_default().trim().split_once(' ') {
+        Some((rows, columns)) if interactive && rows != "0" => {
+            format!("stty rows {rows} columns {columns}\n")
+        }
+        _ => String::new(),
+    };
+    let script = format!(
+        "#!/bin/sh\n{resize}export TERM={}\nexport PORTCULLIS_BIN=/portcullis/bin/portcullis\n\
+         export PORTCULLIS_GUEST_DIR=/guest\nexport PORTCULLIS_RETRIES=/run/retries\n\
+         read -r PORTCULLIS_HOST_START_SECONDS rest < /proc/uptime\n\
+         export PORTCULLIS_HOST_START_SECONDS\n\
+         echo \"started $PORTCULLIS_HOST_START_SECONDS\" >&3\nexec {command} 3>&-\n",
+        quoted(&std::env::var("TERM").unwrap_or_else(|_| "linux".to_owned()))
+    );
+    let path = stage.join("job");
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+
+    let archive = dir.join("job.tar");
+    let mut tar = Command::new("tar");
+    tar.arg("-cf").arg(&archive).arg("-C").arg(&stage).arg(".");
+    packages::checked(&mut tar, "packing the job")?;
+    if let Some(share) = &job.share {
+        let mut tar = Command::new("tar");
+        // Names change, the targets of symbolic links do not.
+        tar.arg("-rf")
+            .arg(&archive)
+            .arg("--transform=flags=rhS;s,^\\.,share,");
+        tar.arg("-C").arg(share).arg(".");
+        packages::checked(&mut tar, "packing the shared directory")?;
+    }
+    fs::remove_dir_all(stage)?;
+    Ok(())
+}
+
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// Shows the end of the emulated host's own console.
+fn show_console(job: &Job, dir: &Path) {
+    let path = dir.join("console.log");
+    let text = fs::read(&path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    for line in &lines[lines.len().saturating_sub(40)..] {
+        job.say(&format!("| {line}"));
+    }
+    job.say(&format!("that was the end of {}", path.display()));
+}
+
+fn unpack_results(dir: &Path, share: &Path) -> Result<()> {
+    let archive = dir.join("results");
+    if fs::metadata(&archive).is_ok_and(|metadata| metadata.len() > 0) {
+        let mut tar = Command::new("tar");
+        tar.arg("-xf")
+            .arg(archive)
+            .arg("-C")
+            .arg(share)
+            .arg("--no-same-owner");
+        packages::checked(
+            &mut tar,
+            "unpacking what the job changed in the shared directory",
+        )?;
+    }
+    Ok(())
+}
