@@ -154,7 +154,10 @@ fn explain(path: &Path, source: io::Error) -> ClientError {
 pub(crate) fn connect(path: &Path, patience: Duration) -> Option<io::Result<UnixStream>> {
     let (sender, receiver) = mpsc::channel();
     let path = path.to_owned();
-    thread::spawn(move || sender.send(UnixStream::connect(path)));
+    let thread = thread::Builder::new().name("connect".to_owned());
+    if let Err(error) = thread.spawn(move || sender.send(UnixStream::connect(path))) {
+        return Some(Err(error));
+    }
     receiver.recv_timeout(patience).ok()
 }
 

@@ -186,7 +186,8 @@ impl fmt::Debug for MacAddress {
 pub struct NetworkInterface {
     /// Its name, unique among the interfaces.
     pub iface_id: String,
-    /// The tap device on the host, which must exist.
+    /// The tap device on the host. One that does not exist is made, where that is permitted, and
+    /// removed at the end.
     pub host_dev_name: String,
     /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. Left out, one is
     /// made from the tap's name.

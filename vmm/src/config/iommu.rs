@@ -71,7 +71,8 @@ pub struct Iommu {
     /// (virtio-iommu does): vhost does not miss them then.
     #[serde(default = "yes")]
     pub prefill: bool,
-    /// Answers a miss of vhost with every buffer that is posted on the queue.
+    /// Answers a miss of vhost together with buffers that are posted on the queue, up to 256
+    /// entries.
     #[serde(default = "yes")]
     pub prefetch: bool,
 }

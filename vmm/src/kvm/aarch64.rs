@@ -1,5 +1,4 @@
 //! What only an aarch64 VM has: the GICv3 with its ITS, and PSCI.
-#![allow(unsafe_code)] // Passes attribute values to KVM devices by address.
 
 use std::path::Path;
 

@@ -5,6 +5,7 @@
 
 mod boot;
 mod changed;
+mod documents;
 mod host;
 mod tally;
 
@@ -83,6 +84,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     thread::scope(|scope| {
         if args.only.is_none() {
             host::formatting(&mut tally);
+            documents::check(&mut tally);
         }
         // Images are prepared while the programs are built, where they are not in the cache.
         let labs: Vec<_> = requests

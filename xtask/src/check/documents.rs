@@ -1,0 +1,290 @@
+//! Documents that list what the code has: threads, locks, files with `unsafe` code.
+//!
+//! Each list is a table under a heading of its own, with names in backticks in the first cell of
+//! each row. A name that is in one of code and table only is an error.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::tally::{Tally, title};
+use crate::paths;
+
+/// Directories of the product's code.
+const PRODUCT: [&str; 6] = [
+    "src",
+    "iommu/src",
+    "devices/src",
+    "arch/src",
+    "vmm/src",
+    "api/src",
+];
+
+/// The lists: what they name, the document, its heading, and what the code has.
+const LISTS: [(&str, &str, &str, Found); 3] = [
+    ("threads", "docs/architecture.md", "Threads", threads),
+    ("locks", "docs/architecture.md", "Locks", locks),
+    (
+        "unsafe code",
+        "docs/security.md",
+        "Unsafe code",
+        unsafe_code,
+    ),
+];
+
+/// Names in a file of the product, each with where it is.
+type Found = fn(&str, &str) -> Vec<(String, String)>;
+
+/// Compares each list with the code.
+pub fn check(tally: &mut Tally) {
+    for (what, document, heading, found) in LISTS {
+        let what = format!("list of {what} in {document}");
+        title(&what);
+        tally.count(&what, compare(document, heading, found));
+    }
+}
+
+fn compare(document: &str, heading: &str, found: Found) -> Result<bool> {
+    let top = paths::workspace();
+    let mut sources = Vec::new();
+    for dir in PRODUCT {
+        read_sources(&top.join(dir), &mut sources)?;
+    }
+    let mut code: BTreeMap<String, String> = BTreeMap::new();
+    for (path, text) in without_tests(sources) {
+        let path = path.strip_prefix(&format!("{}/", top.display()));
+        let path = path.context("a source outside of the workspace")?;
+        code.extend(found(path, &text));
+    }
+    let path = top.join(document);
+    let text = fs::read_to_string(&path).with_context(|| format!("no {document}"))?;
+    let listed = table(&text, heading);
+    let mut agree = true;
+    for (name, place) in code.iter().filter(|(name, _)| !listed.contains(*name)) {
+        println!("{document}, \"{heading}\": `{name}` is missing ({place})");
+        agree = false;
+    }
+    for name in listed.iter().filter(|name| !code.contains_key(*name)) {
+        println!("{document}, \"{heading}\": the code has no `{name}`");
+        agree = false;
+    }
+    Ok(agree)
+}
+
+/// The names in backticks in the first cells of the rows below a heading.
+fn table(document: &str, heading: &str) -> BTreeSet<String> {
+    let start = format!("## {heading}");
+    document
+        .lines()
+        .skip_while(|line| !line.starts_with(&start))
+        .skip(1)
+        .take_while(|line| !line.starts_with("## "))
+        .filter_map(|line| line.strip_prefix("| `"))
+        .flat_map(|line| {
+            let cell = line.split(" |").next().unwrap_or_default();
+            cell.split('`').step_by(2).map(str::to_owned)
+        })
+        .collect()
+}
+
+fn read_sources(dir: &Path, sources: &mut Vec<(String, String)>) -> Result<()> {
+    for entry in fs::read_dir(dir).with_context(|| format!("no {}", dir.display()))? {
+        let path = entry?.path();
+        if path.is_dir() {
+            read_sources(&path, sources)?;
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            sources.push((path.display().to_string(), fs::read_to_string(&path)?));
+        }
+    }
+    Ok(())
+}
+
+/// The sources without the modules that only tests have, and without comments.
+fn without_tests(sources: Vec<(String, String)>) -> Vec<(String, String)> {
+    let mut tests = Vec::new();
+    let mut product = Vec::new();
+    for (path, text) in sources {
+        let base = path
+            .strip_suffix("/mod.rs")
+            .or_else(|| path.strip_suffix("/lib.rs"))
+            .or_else(|| path.strip_suffix("/main.rs"))
+            .or_else(|| path.strip_suffix(".rs"))
+            .unwrap_or(&path)
+            .to_owned();
+        let mut kept = String::new();
+        let mut lines = text.lines();
+        while let Some(line) = lines.next() {
+            if line.starts_with("#[cfg(") && line.contains("test") {
+                // Other attributes may be between.
+                let item = lines.by_ref().find(|line| !line.starts_with("#["));
+                let item = item.unwrap_or_default();
+                if let Some(name) = module_name(item) {
+                    tests.push(format!("{base}/{name}"));
+                }
+                if item.ends_with('{') {
+                    lines.by_ref().find(|line| line.starts_with('}'));
+                }
+            } else if !line.trim_start().starts_with("//") {
+                kept += line;
+                kept.push('\n');
+            }
+        }
+        product.push((path, kept));
+    }
+    product.retain(|(path, _)| {
+        let of = |module: &String| {
+            let rest = path.strip_prefix(module.as_str());
+            rest.is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
+        };
+        !tests.iter().any(of)
+    });
+    product
+}
+
+/// The name in `mod name;` or `pub mod name {`.
+fn module_name(item: &str) -> Option<&str> {
+    let (_, rest) = item.split_once("mod ")?;
+    let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_')?;
+    rest.get(..end)
+}
+
+/// Names of threads: `vcpu*` for `format!("vcpu{index}")`; a thread without a name is `(no name)`.
+fn threads(path: &str, text: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let starts = ["Builder::new()", "thread::spawn("];
+    for (at, start) in starts.iter().flat_map(|start| text.match_indices(start)) {
+        let of_another_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if text[..at].ends_with(of_another_name) {
+            continue;
+        }
+        let rest = &text[at + start.len()..];
+        // The name comes with the builder, not with a later one.
+        let end = rest.find("spawn(").unwrap_or(rest.len());
+        let named = rest[..end].split_once(".name(").and_then(|(_, argument)| {
+            let literal = argument.split('"').nth(1)?;
+            Some(match literal.split_once('{') {
+                Some((prefix, _)) => format!("{prefix}*"),
+                None => literal.to_owned(),
+            })
+        });
+        let name = named.filter(|_| !start.contains("spawn"));
+        found.push((
+            name.unwrap_or_else(|| "(no name)".to_owned()),
+            path.to_owned(),
+        ));
+    }
+    found
+}
+
+/// Locks as `module::Owner::field`, with the last module's name: the fields whose type has a `Mutex`
+/// or `RwLock` in it.
+fn locks(path: &str, text: &str) -> Vec<(String, String)> {
+    let base = path.trim_end_matches(".rs").trim_end_matches("/mod");
+    let module = base.rsplit('/').next().unwrap_or(base);
+    let mut found = Vec::new();
+    let mut find = |name: String| found.push((format!("{module}::{name}"), path.to_owned()));
+    let mut owner = None;
+    for line in text.lines() {
+        let is_lock = line.contains("Mutex<") || line.contains("RwLock<");
+        if let Some((visibility, rest)) = line.split_once("struct ")
+            && (visibility.is_empty() || visibility.starts_with("pub"))
+        {
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric());
+            let name = &rest[..end.unwrap_or(rest.len())];
+            if is_lock && rest.contains('(') {
+                find(name.to_owned());
+            }
+            owner = rest.ends_with('{').then(|| name.to_owned());
+        } else if line.starts_with('}') {
+            owner = None;
+        } else if let (Some(owner), true) = (&owner, is_lock) {
+            let field = line.split(':').next().unwrap_or_default();
+            let field = field.rsplit(' ').next().unwrap_or_default();
+            find(format!("{owner}::{field}"));
+        } else if is_lock && line.contains("static ") {
+            let name = line.split("static ").nth(1).unwrap_or_default();
+            let name = name.split(':').next().unwrap_or_default();
+            find(name.to_owned());
+        }
+    }
+    found
+}
+
+/// Files that have `unsafe` code, or lift the lint that denies it.
+fn unsafe_code(path: &str, text: &str) -> Vec<(String, String)> {
+    let marks = [
+        "unsafe {",
+        "unsafe fn ",
+        "unsafe impl ",
+        "unsafe extern ",
+        "allow(unsafe_code",
+        "expect(unsafe_code",
+    ];
+    let has = text
+        .lines()
+        .any(|line| marks.iter().any(|mark| line.contains(mark)));
+    let named = has.then(|| (path.to_owned(), path.to_owned()));
+    named.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(found: Vec<(String, String)>) -> Vec<String> {
+        found.into_iter().map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn a_table_is_read_below_its_heading_only() {
+        let text = "## Threads\nThe `x` is not one.\n| thread | |\n|---|---|\n| `api`, `b` | serves `y` |\n\
+                    ## Locks, outermost first\n| `Gate` | |\n";
+        assert_eq!(
+            table(text, "Threads"),
+            ["api", "b"].map(str::to_owned).into()
+        );
+        assert_eq!(table(text, "Locks"), ["Gate".to_owned()].into());
+        assert!(table(text, "Others").is_empty());
+    }
+
+    #[test]
+    fn threads_are_found_by_the_names_that_they_get() {
+        let text = "let t = thread::Builder::new().name(format!(\"disk-{}\", id));\nt.spawn(work)\n\
+                    std::thread::Builder::new()\n    .name(\"api\".to_owned())\n    .spawn(run)\n\
+                    thread::spawn(move || a.name(\"no\"));\nBuilder::new().spawn(f)\nFunctionBuilder::new()";
+        let found = names(threads("a.rs", text));
+        assert_eq!(found, ["disk-*", "api", "(no name)", "(no name)"]);
+    }
+
+    #[test]
+    fn locks_are_found_with_their_owners() {
+        let text = "pub struct Gate(RwLock<()>);\nstruct Bus {\n    name: u8,\n    pub ranges: Arc<RwLock<Ranges>>,\n}\n\
+                    fn f(a: &Mutex<u8>) {}\nstatic ONE: Mutex<()> = Mutex::new(());\n\
+                    struct Plain;\nfn g() -> Mutex<u8> {\n    let a: Mutex<u8> = x;\n}\n";
+        assert_eq!(
+            names(locks("iommu/src/a/mod.rs", text)),
+            ["a::Gate", "a::Bus::ranges", "a::ONE"]
+        );
+    }
+
+    #[test]
+    fn tests_and_comments_are_no_part_of_the_product() {
+        let source = |path: &str, text: &str| (path.to_owned(), text.to_owned());
+        let product = without_tests(vec![
+            source("a/lib.rs", "#[cfg(test)]\nmod rig;\nmod b;\n"),
+            source("a/rig.rs", "unsafe {}"),
+            source("a/rig/deep.rs", "unsafe {}"),
+            source(
+                "a/b.rs",
+                "// unsafe { }\n#[cfg(all(test, loom))]\n#[allow(x)]\nmod tests {\n    unsafe {}\n}\nfn f() {}\n",
+            ),
+        ]);
+        let paths: Vec<_> = product.iter().map(|(path, _)| path.as_str()).collect();
+        assert_eq!(paths, ["a/lib.rs", "a/b.rs"]);
+        assert_eq!(product[1].1, "fn f() {}\n");
+        assert!(unsafe_code("a/b.rs", &product[1].1).is_empty());
+        assert_eq!(names(unsafe_code("c.rs", "    unsafe { f() }")), ["c.rs"]);
+    }
+}
