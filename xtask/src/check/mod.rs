@@ -30,6 +30,9 @@ pub struct TestArgs {
     /// Only what needs no guest: formatting, lints, unit tests
     #[arg(long)]
     quick: bool,
+    /// Only what holds documents against the code
+    #[arg(long, conflicts_with_all = ["quick", "only", "changed", "long"])]
+    documents: bool,
     /// Boot tests of one architecture only
     #[arg(long)]
     arch: Option<Arch>,
@@ -75,6 +78,10 @@ impl TestArgs {
 pub fn run(args: &TestArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let mut tally = Tally::default();
+    if args.documents {
+        documents::check(&mut tally);
+        return Ok(report(&tally, started));
+    }
     let selection = if args.changed {
         Some(selection()?)
     } else {
