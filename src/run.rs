@@ -2,14 +2,13 @@
 
 use std::error::Error;
 use std::fmt::Display;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use api::{Limits, Server, Socket};
 use clap::Args;
-use vmm::builder::{BootFiles, BuildError};
+use vmm::builder::BuildError;
 use vmm::config::{
     Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
     MemorySize, NetworkInterface, VmConfig, Vsock,
@@ -17,9 +16,12 @@ use vmm::config::{
 use vmm::controller::Controller;
 use vmm::error::Chain;
 use vmm::plan::MachinePlan;
-use vmm::{console, logger};
+use vmm::{console, host_file, inspect, logger};
 
 use crate::usage::USAGE_STATUS;
+
+/// Most bytes of a configuration file: more than a machine of all devices takes.
+const MAX_CONFIG: usize = 1 << 20;
 
 /// Boot a machine and connect its serial console to standard input and output
 /// (Ctrl-a x quits)
@@ -161,9 +163,15 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let config = read_config(&args.config)?;
     let name = caused_in(&args.config);
     let plan = MachinePlan::resolve(&config).map_err(&name)?;
-    BootFiles::open(&plan).map_err(&name)?;
+    let findings = inspect::machine(&plan, &config).map_err(&name)?;
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     println!("{json}");
+    for doubt in &findings.doubts {
+        complain(&format!("warning: {doubt}"));
+    }
+    for line in &findings.not_examined {
+        complain(&format!("not examined: {line}"));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -243,8 +251,8 @@ impl LogArgs {
 }
 
 fn read_config(path: &Path) -> Result<VmConfig, Failure> {
-    let text = fs::read_to_string(path)
-        .map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
+    let text = host_file::read_text(path, MAX_CONFIG)
+        .map_err(|error| usage(format!("{} {}", path.display(), Chain(&error))))?;
     VmConfig::from_json(&text).map_err(caused_in(path))
 }
 

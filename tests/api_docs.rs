@@ -110,6 +110,10 @@ fn directory(name: &str) -> PathBuf {
     let directory = std::env::temp_dir().join(name);
     std::fs::create_dir(&directory).unwrap();
     std::fs::write(directory.join(".curlrc"), "silent\nshow-error\n").unwrap();
+    // What the examples name must exist, and an image has a sector.
+    for name in ["vmlinuz", "initrd.img", "root.img"] {
+        std::fs::write(directory.join(name), [0; 512]).unwrap();
+    }
     directory
 }
 

@@ -108,6 +108,62 @@ fn a_kernel_that_is_not_there_or_no_file() {
 }
 
 #[test]
+fn a_fifo_or_a_device_node_in_the_place_of_a_file_holds_nothing_up() {
+    let files = TempDir::new("kinds");
+    let fifo = files.path("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.expect("mkfifo").success());
+    let kernel = support::kernel();
+    let said = portcullis(&["run", "--kernel", &fifo]);
+    refuses(&said, USAGE, &[&fifo, "not a regular file"]);
+    let said = portcullis(&["run", "--kernel", &kernel, "--initrd", &fifo]);
+    refuses(&said, USAGE, &[&fifo, "not a regular file"]);
+    for (option, value, words) in [
+        (
+            "--disk",
+            format!("path={fifo}"),
+            ["disk0", "neither a file"],
+        ),
+        (
+            "--disk",
+            format!("path={fifo},readonly=on"),
+            ["disk0", "neither a file"],
+        ),
+        (
+            "--log-file",
+            "/dev/ptmx".into(),
+            ["--log-file", "/dev/ptmx"],
+        ),
+        (
+            "--log-file",
+            "/proc/self/mem".into(),
+            ["--log-file", "interface of the kernel"],
+        ),
+    ] {
+        let said = portcullis(&["run", "--kernel", &kernel, option, &value]);
+        refuses(&said, USAGE, &words);
+    }
+    // And the control plane goes on after it.
+    let socket = files.path("socket");
+    let mut serve = Command::new(support::portcullis());
+    serve.args(["serve", "--api-socket", &socket]);
+    let mut serve = serve.spawn().expect("the monitor starts");
+    while !std::path::Path::new(&socket).exists() {
+        assert_eq!(serve.try_wait().expect("it is our child"), None);
+        std::thread::yield_now();
+    }
+    let drive = format!(r#"{{"drive_id": "a", "path_on_host": "{fifo}", "is_read_only": true}}"#);
+    let put = portcullis(&["ctl", "--api-socket", &socket, "PUT", "/drives/a", &drive]);
+    assert_eq!(put.status, Some(1), "{put:?}");
+    assert!(put.stderr.contains("drives[a].path_on_host"), "{put:?}");
+    let info = portcullis(&["ctl", "--api-socket", &socket, "GET", "/"]);
+    assert!(info.stdout.contains("Not started"), "{info:?}");
+    let stop = portcullis(&["ctl", "--api-socket", &socket, "stop"]);
+    assert_eq!(stop.status, Some(0), "{stop:?}");
+    serve.wait().expect("it has ended");
+}
+
+#[test]
 fn an_initial_ramdisk_that_is_not_there_or_too_large() {
     let kernel = support::kernel();
     let missing = portcullis(&["run", "--kernel", &kernel, "--initrd", "/no/initrd"]);

@@ -6,6 +6,7 @@
 
 pub mod bus;
 pub mod error;
+pub mod host_file;
 pub mod interrupt;
 pub mod legacy;
 pub mod pause;

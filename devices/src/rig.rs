@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use iommu::{Gpa, GuestRam, StreamId};
@@ -23,6 +26,26 @@ pub fn ram() -> Arc<GuestRam> {
 
 pub fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
+}
+
+/// A FIFO, which goes with this.
+pub struct Fifo(pub PathBuf);
+
+/// Makes a FIFO.
+pub fn fifo() -> Fifo {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let name = format!("portcullis-fifo-{}-{number}", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    let made = Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    Fifo(path)
+}
+
+impl Drop for Fifo {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// An interrupt source that remembers its routes.

@@ -4,16 +4,16 @@
 //! [`build`] is their order. Whatever fails, nothing is left behind: what was
 //! made is dropped.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use arch::{LegacyDevice, Platform, Space, layout};
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::error::Chain;
+use devices::host_file;
 use devices::legacy::{
     Cmos, KEYBOARD_RESET_LEN, KeyboardReset, POWER_LEN, Pl031, Power, PowerRequest, SerialPort,
 };
@@ -24,7 +24,6 @@ use crate::config::{ConfigError, HugePages, MemBacking};
 use crate::console::{Input, Output};
 use crate::ending::Ending;
 use crate::kvm::{self, Backing, Buses, End, Vcpu, Vcpus, Vm};
-use crate::logger;
 use crate::metrics::Metrics;
 use crate::pci::PciBus;
 use crate::plan::{Console, MachinePlan};
@@ -110,7 +109,7 @@ pub fn build(
     metrics: &Metrics,
     reporter: &Reporter,
 ) -> Result<Built, BuildError> {
-    let mut files = BootFiles::open(plan)?;
+    let mut files = BootFiles::open(&plan.boot.kernel, plan.boot.initrd.as_deref())?;
     let ram = Arc::new(allocate_ram(plan)?);
     let (vm, processors) = Vm::new(&ram, u32::from(plan.vcpus))?;
     let buses = Buses {
@@ -146,10 +145,9 @@ impl BootFiles {
     ///
     /// # Errors
     /// The one that cannot be opened or is no regular file, by its name.
-    pub fn open(plan: &MachinePlan) -> Result<Self, ConfigError> {
-        let initrd = plan.boot.initrd.as_deref();
+    pub fn open(kernel: &Path, initrd: Option<&Path>) -> Result<Self, ConfigError> {
         Ok(Self {
-            kernel: open_file(KERNEL_FIELD, &plan.boot.kernel)?,
+            kernel: open_file(KERNEL_FIELD, kernel)?,
             initrd: initrd
                 .map(|path| open_file(INITRD_FIELD, path))
                 .transpose()?,
@@ -161,18 +159,7 @@ const KERNEL_FIELD: &str = "boot-source.kernel_image_path";
 const INITRD_FIELD: &str = "boot-source.initrd_path";
 
 fn open_file(field: &str, path: &Path) -> Result<File, ConfigError> {
-    let refuse = |why: String| ConfigError::new(field, format!("{} {why}", path.display()));
-    // Non-blocking: a FIFO must not hold up the control plane.
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path);
-    let file = opened.map_err(|error| refuse(format!("cannot be opened: {error}")))?;
-    match file.metadata() {
-        Ok(metadata) if metadata.is_file() => Ok(file),
-        Ok(_) => Err(refuse("is not a regular file".into())),
-        Err(error) => Err(refuse(format!("cannot be examined: {error}"))),
-    }
+    host_file::open_boot_file(path).map_err(|error| ConfigError::of_file(field, path, &error))
 }
 
 fn allocate_ram(plan: &MachinePlan) -> Result<GuestRam, BuildError> {
@@ -199,10 +186,11 @@ fn open_output(console: &Console) -> Result<File, BuildError> {
             .try_clone_to_owned()
             .map(File::from)
             .map_err(BuildError::Console),
-        Console::File(path) => logger::open_for_appending(path).map_err(|error| {
-            let problem = format!("{} cannot be opened: {error}", path.display());
-            ConfigError::new("serial.serial_out_path", problem).into()
-        }),
+        Console::File(path) => {
+            let field = "serial.serial_out_path";
+            let opened = host_file::open_output(path);
+            Ok(opened.map_err(|error| ConfigError::of_file(field, path, &error))?)
+        }
     }
 }
 
@@ -360,29 +348,12 @@ fn start_processors(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Boot;
-
-    fn plan(kernel: &str) -> MachinePlan {
-        MachinePlan {
-            vcpus: 1,
-            memory: Vec::new(),
-            mem_backing: MemBacking::Anonymous,
-            huge_pages: HugePages::None,
-            boot: Boot {
-                kernel: kernel.into(),
-                initrd: None,
-                cmdline: String::new(),
-            },
-            console: Console::Stdio,
-            iommu: crate::config::Iommu::default(),
-            functions: Vec::new(),
-        }
-    }
-
     #[test]
     fn a_file_that_cannot_be_booted_is_named_with_its_field() {
         for (path, why) in [("/nowhere", "No such file"), ("/dev", "not a regular file")] {
-            let error = BootFiles::open(&plan(path)).unwrap_err().to_string();
+            let error = BootFiles::open(Path::new(path), None)
+                .unwrap_err()
+                .to_string();
             let start = format!("{KERNEL_FIELD}: {path} ");
             assert!(error.starts_with(&start) && error.contains(why), "{error}");
         }

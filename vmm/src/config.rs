@@ -27,8 +27,11 @@ pub use keys::{Key, Omitted, Value};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
 pub use suggest::{closest, either};
 
+use ::devices::error::Chain;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeSet;
+use std::error::Error;
+use std::path::Path;
 
 /// Most PCI functions a machine can have behind its root bus: 32 slots less the host bridge.
 pub const MAX_DEVICES: usize = 31;
@@ -57,6 +60,11 @@ impl ConfigError {
             field: one_line(field.into()),
             problem: one_line(problem.into()),
         }
+    }
+
+    /// An error in `field`, which names a file that cannot be used.
+    pub fn of_file(field: impl Into<String>, path: &Path, error: &dyn Error) -> Self {
+        Self::new(field, format!("{} {}", path.display(), Chain(error)))
     }
 
     /// The same error seen from the section that holds the field.

@@ -25,6 +25,7 @@ use crate::builder::{self, BuildError, Built, Machine};
 use crate::config::{ConfigError, VmConfig};
 use crate::console::terminal;
 use crate::ending::Ending;
+use crate::inspect;
 use crate::logger;
 use crate::metrics::{Metrics, MetricsFile};
 use crate::pci::PciBus;
@@ -124,6 +125,7 @@ impl Controller {
     /// The first value that cannot be accepted.
     pub fn configure(&mut self, config: VmConfig) -> Result<(), ConfigError> {
         config.validate()?;
+        inspect::config(&config)?;
         if let Some(settings) = &config.logger {
             logger::configure(settings).map_err(|error| error.within("logger"))?;
         }
@@ -247,7 +249,7 @@ impl Controller {
         match &change {
             Configure::Logger(settings) => logger::configure(settings)?,
             Configure::Metrics(settings) => self.open_metrics(&settings.metrics_path)?,
-            _ => {}
+            other => inspect::change(other)?,
         }
         self.config = config;
         Ok(())
@@ -329,12 +331,9 @@ impl Controller {
     }
 
     fn open_metrics(&mut self, path: &str) -> Result<(), ConfigError> {
-        let file = MetricsFile::open(Path::new(path)).map_err(|error| {
-            ConfigError::new(
-                "metrics_path",
-                format!("cannot open {path} to append: {error}"),
-            )
-        })?;
+        let path = Path::new(path);
+        let file = MetricsFile::open(path)
+            .map_err(|error| ConfigError::of_file("metrics_path", path, &error))?;
         self.metrics_file = Some(file);
         self.rearm_metrics_timer();
         Ok(())

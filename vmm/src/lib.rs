@@ -12,6 +12,7 @@ pub mod controller;
 pub mod ending;
 #[cfg(any(test, target_arch = "aarch64"))]
 mod host_caches;
+pub mod inspect;
 pub mod kvm;
 pub mod logger;
 pub mod metrics;
@@ -20,4 +21,4 @@ pub mod plan;
 pub mod reports;
 pub mod signals;
 
-pub use devices::error;
+pub use devices::{error, host_file};

@@ -3,13 +3,13 @@
 //! A line is `[seconds since start] level module: text`. The file is opened
 //! non-blocking, so that a FIFO nobody reads costs lines and never time.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use devices::host_file;
 use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::config::{self, ConfigError};
@@ -53,9 +53,11 @@ pub fn start() {
 /// The file cannot be opened; nothing has changed then.
 pub fn configure(settings: &config::Logger) -> Result<(), ConfigError> {
     let file = match &settings.log_path {
-        Some(path) => Some(open_for_appending(Path::new(path)).map_err(|error| {
-            ConfigError::new("log_path", format!("cannot open {path} to append: {error}"))
-        })?),
+        Some(path) => {
+            let path = Path::new(path);
+            let opened = host_file::open_output(path);
+            Some(opened.map_err(|error| ConfigError::of_file("log_path", path, &error))?)
+        }
         None => None,
     };
     if let Some(logger) = LOGGER.get() {
@@ -73,21 +75,6 @@ pub fn configure(settings: &config::Logger) -> Result<(), ConfigError> {
         log::set_max_level(level.filter());
     }
     Ok(())
-}
-
-/// Opens a file, made if need be, or a FIFO whether or not anybody reads it.
-///
-/// # Errors
-/// Those of opening the file.
-pub(crate) fn open_for_appending(path: &Path) -> io::Result<File> {
-    // Open for reading too: a FIFO without a reader cannot be opened to write
-    // only, and would end the process's output when its reader goes.
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
 }
 
 impl Logger {
@@ -170,7 +157,7 @@ mod tests {
         };
         let error = configure(&settings).unwrap_err().to_string();
         assert!(
-            error.starts_with("log_path: cannot open /nowhere/log"),
+            error.starts_with("log_path: /nowhere/log cannot be opened to append: No such file"),
             "{error}"
         );
     }

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use devices::host_file::{self, FileError};
 use devices::legacy::SerialCounters;
 
 use crate::action::{MachineState, MetricFamily, MetricKind, metrics_json};
-use crate::logger;
 
 /// What the monitor counts.
 #[derive(Debug, Default)]
@@ -76,8 +76,8 @@ impl MetricsFile {
     ///
     /// # Errors
     /// It cannot be opened or made.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        logger::open_for_appending(path).map(Self)
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        host_file::open_output(path).map(Self)
     }
 
     /// Appends a line.

@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
 use arch::{IommuNode, PciHost, layout};
-use devices::error::Chain;
 use devices::interrupt::Doorbells;
 use devices::pause::PauseRequest;
 use devices::pci::{MsiRetranslator, MsiThread, PciRoot, Requester};
@@ -199,6 +198,9 @@ impl Makings<'_> {
                 flush,
             } => {
                 let image = open_image(&plan.id, path, *read_only)?;
+                for doubt in image.doubts() {
+                    log::warn!("drives[{}]: {} {doubt}", plan.id, path.display());
+                }
                 let config = BlockConfig {
                     id: plan.id.clone(),
                     queues: *queues,
@@ -242,9 +244,13 @@ impl Makings<'_> {
     }
 }
 
-fn open_image(id: &str, path: &Path, read_only: bool) -> Result<Image, ConfigError> {
+/// Opens and locks the image of the drive `id`.
+///
+/// # Errors
+/// It cannot be used, by its name in the configuration.
+pub(crate) fn open_image(id: &str, path: &Path, read_only: bool) -> Result<Image, ConfigError> {
     Image::open(path, read_only).map_err(|error| {
         let field = format!("drives[{id}].path_on_host");
-        ConfigError::new(field, format!("{} {}", path.display(), Chain(&error)))
+        ConfigError::of_file(field, path, &error)
     })
 }

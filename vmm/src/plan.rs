@@ -162,11 +162,7 @@ fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
         .checked_mul(1 << 20)
         .and_then(|size| layout::ram_ranges(size).ok())
         .ok_or_else(|| {
-            let problem = format!(
-                "{mib} MiB cannot be laid out; use {} to {}",
-                layout::MIN_RAM >> 20,
-                layout::MAX_RAM >> 20
-            );
+            let problem = format!("{mib} MiB cannot be laid out");
             ConfigError::new("machine-config.mem_size_mib", problem)
         })?;
     let range = |range: &arch::Range| MemoryRange {

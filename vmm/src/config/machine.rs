@@ -3,14 +3,15 @@
 use super::json::{optional_whole, whole};
 use super::kernel_arguments::{self, Unsuitable};
 use super::{ConfigError, check_path, require};
+use arch::layout;
 use serde::{Deserialize, Serialize};
+use std::ops::RangeInclusive;
 
 /// Most virtual processors a machine can have.
 pub const MAX_VCPUS: u8 = 32;
 
-/// Most guest memory, in MiB: 1 TiB, which ends below the 44-bit output size of the SMMUv3
-/// model wherever the memory layout puts it.
-pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Least and most guest memory, in MiB: what the memory layout has room for.
+const MEMORY_MIB: RangeInclusive<u64> = (layout::MIN_RAM >> 20)..=(layout::MAX_RAM >> 20);
 
 /// Longest kernel command line, in bytes without the final NUL (arm64's `COMMAND_LINE_SIZE` and
 /// x86's are both 2048). The monitor itself adds `root=` and the like to what the user gave.
@@ -47,7 +48,7 @@ pub struct MachineConfig {
     /// Virtual processors, 1 to 32.
     #[serde(deserialize_with = "whole")]
     pub vcpu_count: u8,
-    /// Guest memory in MiB.
+    /// Guest memory in MiB, 64 to 261120.
     #[serde(deserialize_with = "whole")]
     pub mem_size_mib: u64,
     /// Accepted as `false` only.
@@ -90,9 +91,9 @@ impl MachineConfig {
             "use 1 to 32",
         )?;
         require(
-            (1..=MAX_MEMORY_MIB).contains(&self.mem_size_mib),
+            MEMORY_MIB.contains(&self.mem_size_mib),
             "mem_size_mib",
-            "use 1 to 1048576 (1 TiB)",
+            &format!("use {} to {}", MEMORY_MIB.start(), MEMORY_MIB.end()),
         )?;
         require(
             !self.smt,

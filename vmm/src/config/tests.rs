@@ -111,15 +111,15 @@ fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
         (r#"{"pmem": [1]}"#, "pmem"),
         (r#"{"cpu-config": "T2"}"#, "cpu-config"),
         (
-            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "smt": true}}"#,
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "smt": true}}"#,
             "machine-config.smt",
         ),
         (
-            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "cpu_template": "T2"}}"#,
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2"}}"#,
             "machine-config.cpu_template",
         ),
         (
-            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "huge_pages": "Transparent"}}"#,
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "huge_pages": "Transparent"}}"#,
             "machine-config.huge_pages",
         ),
         (
@@ -151,7 +151,7 @@ fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
     }
     let unlimited = r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "rate_limiter":
         {"bandwidth": {"size": 0, "one_time_burst": 5, "refill_time": 0}}, "io_engine": "Sync"}],
-        "machine-config": {"vcpu_count": 1, "mem_size_mib": 1, "cpu_template": "None"}}"#;
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "None"}}"#;
     VmConfig::from_json(unlimited).unwrap();
 }
 
@@ -159,11 +159,11 @@ fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
 fn values_out_of_range_are_refused_by_name() {
     let refused = [
         (
-            r#"{"machine-config": {"vcpu_count": 0, "mem_size_mib": 1}}"#,
+            r#"{"machine-config": {"vcpu_count": 0, "mem_size_mib": 64}}"#,
             "vcpu_count",
         ),
         (
-            r#"{"machine-config": {"vcpu_count": 33, "mem_size_mib": 1}}"#,
+            r#"{"machine-config": {"vcpu_count": 33, "mem_size_mib": 64}}"#,
             "vcpu_count",
         ),
         (
@@ -171,8 +171,20 @@ fn values_out_of_range_are_refused_by_name() {
             "mem_size_mib",
         ),
         (
-            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 1048577}}"#,
-            "mem_size_mib",
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 63}}"#,
+            "mem_size_mib: use 64 to 261120",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 261121}}"#,
+            "mem_size_mib: use 64 to 261120",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 500000}}"#,
+            "mem_size_mib: use 64 to 261120",
+        ),
+        (
+            r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 18446744073709551615}}"#,
+            "mem_size_mib: use 64 to 261120",
         ),
         (
             r#"{"boot-source": {"kernel_image_path": ""}}"#,

@@ -1,11 +1,14 @@
 //! A raw image: a regular file or a block device.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 use std::path::Path;
 
 use vm_memory::{ReadVolatile as _, VolatileSlice, WriteVolatile as _};
 use vmm_sys_util::write_zeroes::{PunchHole as _, WriteZeroesAt as _};
+
+use crate::host_file::{self, FileError};
 
 /// Bytes of a sector, the unit of addresses (virtio 1.2 §5.2.4).
 pub(super) const SECTOR: u64 = 512;
@@ -14,22 +17,29 @@ pub(super) const SECTOR: u64 = 512;
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// It cannot be opened for what is wanted of it.
-    #[error("cannot be opened {how}")]
-    Open {
-        /// For reading, or for reading and writing.
-        how: &'static str,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(FileError),
     /// Somebody writes to it.
     #[error("is in use: another machine or drive holds its lock")]
     InUse,
+    /// It is a block device that takes no writes.
+    #[error("is a read-only block device; add readonly=on (is_read_only)")]
+    ReadOnly,
     /// It is neither a file nor a block device, or shorter than a sector.
     #[error("is no disk image: {0}")]
     NoImage(&'static str),
     /// Its length or lock cannot be had.
     #[error("cannot be examined")]
     Examine(#[source] io::Error),
+}
+
+impl From<FileError> for ImageError {
+    fn from(error: FileError) -> Self {
+        match error {
+            FileError::Kind { .. } => Self::NoImage("neither a file nor a block device"),
+            other => Self::File(other),
+        }
+    }
 }
 
 /// An open image, locked: one writer, or any number of readers.
@@ -46,27 +56,38 @@ impl Image {
     /// # Errors
     /// See [`ImageError`].
     pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
-        let how = if read_only {
-            "for reading"
-        } else {
-            "for reading and writing (readonly=on needs less)"
-        };
-        let opened = OpenOptions::new().read(true).write(!read_only).open(path);
-        let mut file = opened.map_err(|source| ImageError::Open { how, source })?;
-        let kind = file.metadata().map_err(ImageError::Examine)?.file_type();
-        let block_device = std::os::unix::fs::FileTypeExt::is_block_device(&kind);
-        if !kind.is_file() && !block_device {
-            return Err(ImageError::NoImage("neither a file nor a block device"));
-        }
+        let image = Self::examine(path, read_only)?;
         let locked = if read_only {
-            file.try_lock_shared()
+            image.file.try_lock_shared()
         } else {
-            file.try_lock()
+            image.file.try_lock()
         };
         match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(ImageError::InUse),
-            Err(TryLockError::Error(error)) => return Err(ImageError::Examine(error)),
+            Ok(()) => Ok(image),
+            Err(TryLockError::WouldBlock) => Err(ImageError::InUse),
+            Err(TryLockError::Error(error)) => Err(ImageError::Examine(error)),
+        }
+    }
+
+    /// Whether [`open`](Self::open) would find an image here. Takes no lock: the
+    /// image may still be another machine's.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub fn check(path: &Path, read_only: bool) -> Result<(), ImageError> {
+        Self::examine(path, read_only).map(drop)
+    }
+
+    /// Opens an image without a lock.
+    fn examine(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+        let mut file = host_file::open_image(path, read_only)?;
+        let kind = file.metadata().map_err(ImageError::Examine)?.file_type();
+        if !read_only && kind.is_block_device() {
+            let refuses_writes =
+                host_file::block_device_is_read_only(&file).map_err(ImageError::Examine)?;
+            if refuses_writes {
+                return Err(ImageError::ReadOnly);
+            }
         }
         let len = file.seek(SeekFrom::End(0)).map_err(ImageError::Examine)?;
         let sectors = len / SECTOR;
@@ -78,6 +99,31 @@ impl Image {
             sectors,
             read_only,
         })
+    }
+
+    /// What the user may not have meant: for a warning each, without the
+    /// image's name. Empty when the image is whole sectors of raw data.
+    #[must_use]
+    pub fn doubts(&self) -> Vec<String> {
+        let mut doubts = Vec::new();
+        let mut start = [0; 32];
+        // A short image fills a part; one that cannot be read has no format.
+        let _ = self.file.read_at(&mut start, 0);
+        if let Some(format) = image_format(&start) {
+            doubts.push(format!(
+                "begins with the header of a {format} image and is used as raw data; \
+                 convert it (qemu-img convert -O raw)"
+            ));
+        }
+        let len = self.file.metadata().map_or(0, |metadata| metadata.len());
+        let rest = len % SECTOR;
+        if rest != 0 {
+            doubts.push(format!(
+                "is {len} bytes long, which is no multiple of 512; \
+                 the guest does not see the last {rest}"
+            ));
+        }
+        doubts
     }
 
     /// Its length in sectors; a last partial one does not count.
@@ -131,4 +177,20 @@ impl Image {
         let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
         self.file.write_all_zeroes_at(offset, bytes)
     }
+}
+
+/// What the first bytes of a disk image say of its format, when it is one that
+/// is not raw.
+fn image_format(start: &[u8]) -> Option<&'static str> {
+    let headers: [(&[u8], &str); 7] = [
+        (b"QFI\xfb", "qcow2"),
+        (b"KDMV", "VMDK"),
+        (b"COWD", "VMDK"),
+        (b"# Disk DescriptorFile", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"conectix", "VHD"),
+        (b"<<< ", "VDI"),
+    ];
+    let known = headers.iter().find(|(header, _)| start.starts_with(header));
+    known.map(|&(_, name)| name)
 }

@@ -11,6 +11,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
+use crate::host_file::FileError;
 use crate::rig::{self, NEXT, RAM, REQUESTER, Ring};
 
 mod pieces;
@@ -344,7 +345,57 @@ fn what_is_no_image_is_refused() {
         ));
     }
     let nowhere = Image::open(std::path::Path::new("/nowhere"), false);
-    assert!(matches!(nowhere, Err(ImageError::Open { .. })));
+    assert!(matches!(
+        nowhere,
+        Err(ImageError::File(FileError::Open { .. }))
+    ));
+}
+
+#[test]
+fn fifo_in_the_place_of_an_image_is_refused_without_waiting_for_its_writer() {
+    let fifo = rig::fifo();
+    for read_only in [true, false] {
+        let refused = Image::open(&fifo.0, read_only);
+        assert!(matches!(refused, Err(ImageError::NoImage(_))));
+        assert!(Image::check(&fifo.0, read_only).is_err());
+    }
+}
+
+#[test]
+fn image_can_be_checked_while_another_machine_has_it() {
+    let file = image();
+    let _writer = Image::open(file.as_path(), false).unwrap();
+    Image::check(file.as_path(), false).unwrap();
+    let nowhere = std::path::Path::new("/nowhere");
+    assert!(matches!(
+        Image::check(nowhere, true),
+        Err(ImageError::File(_))
+    ));
+}
+
+#[test]
+fn image_of_another_format_or_of_partial_sectors_is_doubted_once() {
+    let doubts = |start: &[u8], len| {
+        let file = TempFile::new().unwrap();
+        file.as_file().write_all(start).unwrap();
+        file.as_file().set_len(len).unwrap();
+        Image::open(file.as_path(), true).unwrap().doubts()
+    };
+    assert_eq!(doubts(b"\x33\xc0 boot sector", 1024), [""; 0]);
+    for (start, name) in [
+        (&b"QFI\xfb\0\0\0\x03"[..], "a qcow2 image"),
+        (b"KDMV\x01", "a VMDK image"),
+        (b"# Disk DescriptorFile\nversion=1", "a VMDK image"),
+        (b"vhdxfile", "a VHDX image"),
+    ] {
+        let [doubt] = doubts(start, 1024).try_into().unwrap();
+        assert!(
+            doubt.contains(name) && doubt.contains("convert it"),
+            "{doubt}"
+        );
+    }
+    let [doubt] = doubts(b"", 1025).try_into().unwrap();
+    assert!(doubt.contains("no multiple of 512"), "{doubt}");
 }
 
 #[test]

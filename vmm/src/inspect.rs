@@ -1,0 +1,191 @@
+//! Looks at the files and devices of the host that a configuration names.
+//!
+//! A file that is missing is refused when it is configured, as Firecracker does,
+//! and not only when the machine starts. [`machine`] looks closer, for
+//! `portcullis check`: it acquires what a start would and lets go of it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use devices::error::Chain;
+use devices::host_file;
+use devices::tap::{Tap, TapError};
+use devices::vhost::sys::{Kind, OpenError, VhostKernel};
+use devices::virtio::block::Image;
+use iommu::GuestRam;
+use vm_memory::GuestAddress;
+
+use crate::action::Configure;
+use crate::builder::BootFiles;
+use crate::config::{BootSource, ConfigError, Drive, Serial, VmConfig};
+use crate::pci::open_image;
+use crate::plan::{Console, DevicePlan, FunctionPlan, MachinePlan};
+
+const CONSOLE_FIELD: &str = "serial.serial_out_path";
+
+/// Refuses a change that names a file which cannot be used. Opens what exists,
+/// makes nothing, takes no lock.
+///
+/// # Errors
+/// The file, by its field.
+pub fn change(change: &Configure) -> Result<(), ConfigError> {
+    match change {
+        Configure::BootSource(source) => boot_source(source),
+        Configure::Drive(drive) => image(drive),
+        Configure::Serial(serial) => console(serial),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a configuration that names a file which cannot be used, as
+/// [`change`] does. Log and metrics are opened by whoever takes the
+/// configuration, at once.
+///
+/// # Errors
+/// The first such file, by its field.
+pub fn config(config: &VmConfig) -> Result<(), ConfigError> {
+    config.boot_source.iter().try_for_each(boot_source)?;
+    config.drives.iter().try_for_each(image)?;
+    config.serial.iter().try_for_each(console)
+}
+
+fn boot_source(source: &BootSource) -> Result<(), ConfigError> {
+    let initrd = source.initrd_path.as_deref().map(Path::new);
+    BootFiles::open(Path::new(&source.kernel_image_path), initrd).map(drop)
+}
+
+fn image(drive: &Drive) -> Result<(), ConfigError> {
+    let path = Path::new(&drive.path_on_host);
+    Image::check(path, drive.is_read_only).map_err(|error| {
+        let field = format!("drives[{}].path_on_host", drive.drive_id);
+        ConfigError::of_file(field, path, &error)
+    })
+}
+
+fn console(serial: &Serial) -> Result<(), ConfigError> {
+    match &serial.serial_out_path {
+        Some(path) => existing_output(CONSOLE_FIELD, Path::new(path)).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Whether an output exists; one that exists and cannot be appended to is
+/// refused.
+fn existing_output(field: &str, path: &Path) -> Result<bool, ConfigError> {
+    if !path.exists() {
+        return Ok(false);
+    }
+    let opened = host_file::open_output(path);
+    opened.map_err(|error| ConfigError::of_file(field, path, &error))?;
+    Ok(true)
+}
+
+/// What [`machine`] has to say of a machine that can be built.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// What the user may not have meant, one line each.
+    pub doubts: Vec<String>,
+    /// What only a start will show, one line each.
+    pub not_examined: Vec<String>,
+}
+
+/// Acquires what the machine needs of the host and may have without being
+/// started, all at once, and releases it: kernel, initial ramdisk, images with
+/// their locks, taps, vhost devices. Nothing is made but taps that do not exist,
+/// which go away again.
+///
+/// # Errors
+/// The first that cannot be used, by its field.
+pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, ConfigError> {
+    let mut findings = Findings::default();
+    BootFiles::open(&plan.boot.kernel, plan.boot.initrd.as_deref())?;
+    let held = plan.functions.iter().map(|f| acquire(f, &mut findings));
+    let held = held.collect::<Result<Vec<_>, _>>()?;
+    drop(held);
+    let console = match &plan.console {
+        Console::File(path) => Some((CONSOLE_FIELD, path.as_path())),
+        Console::Stdio => None,
+    };
+    let log = config.logger.as_ref().and_then(|it| it.log_path.as_ref());
+    let metrics = config.metrics.as_ref().map(|it| &it.metrics_path);
+    let log = log.map(|path| ("logger.log_path", Path::new(path)));
+    let metrics = metrics.map(|path| ("metrics.metrics_path", Path::new(path)));
+    for (field, path) in [console, log, metrics].into_iter().flatten() {
+        if !existing_output(field, path)? {
+            let line = format!("{field}: {} does not exist and is not made", path.display());
+            findings.not_examined.push(line);
+        }
+    }
+    let rest = "KVM, guest memory and what the kernel file contains";
+    findings.not_examined.push(rest.to_owned());
+    Ok(findings)
+}
+
+/// What a function holds of the host.
+#[allow(dead_code, reason = "held until all of the machine is")]
+enum Held {
+    Image(Image),
+    Tap(Tap, Option<VhostKernel>),
+    Vsock(Option<VhostKernel>),
+    Nothing,
+}
+
+fn acquire(plan: &FunctionPlan, findings: &mut Findings) -> Result<Held, ConfigError> {
+    let held = match &plan.device {
+        DevicePlan::Block {
+            path, read_only, ..
+        } => {
+            let image = open_image(&plan.id, path, *read_only)?;
+            let doubts = image.doubts().into_iter();
+            let name = |doubt| format!("drives[{}]: {} {doubt}", plan.id, path.display());
+            findings.doubts.extend(doubts.map(name));
+            Held::Image(image)
+        }
+        DevicePlan::Net {
+            tap, mtu, pairs, ..
+        } => {
+            let field = format!("network-interfaces[{}].host_dev_name", plan.id);
+            let vhost = vhost(Kind::Net, &field, findings)?;
+            match Tap::open(tap, usize::from(*pairs), *mtu) {
+                Ok(tap) => Held::Tap(tap, vhost),
+                Err(
+                    error @ (TapError::NoTun
+                    | TapError::TunDenied
+                    | TapError::Missing { .. }
+                    | TapError::Denied(_)),
+                ) => {
+                    let line = format!("{field}: {}", Chain(&error));
+                    findings.not_examined.push(line);
+                    Held::Nothing
+                }
+                Err(error) => return Err(ConfigError::new(field, Chain(&error).to_string())),
+            }
+        }
+        DevicePlan::Vsock { .. } => Held::Vsock(vhost(Kind::Vsock, "vsock.guest_cid", findings)?),
+        DevicePlan::VirtioIommu | DevicePlan::Entropy => Held::Nothing,
+    };
+    Ok(held)
+}
+
+/// Opens a vhost device, where the host has it and the user may.
+fn vhost(
+    kind: Kind,
+    field: &str,
+    findings: &mut Findings,
+) -> Result<Option<VhostKernel>, ConfigError> {
+    let fault = |error: &OpenError| ConfigError::new(field, Chain(error).to_string());
+    // The device wants memory to talk about; a page will do.
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]);
+    let ram = ram.map_err(|error| ConfigError::new(field, Chain(&error).to_string()))?;
+    match VhostKernel::open(kind, Arc::new(ram)) {
+        Ok(device) => Ok(Some(device)),
+        Err(error @ (OpenError::Missing(_) | OpenError::Denied(_))) => {
+            findings.not_examined.push(fault(&error).to_string());
+            Ok(None)
+        }
+        Err(error) => Err(fault(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;
