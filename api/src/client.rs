@@ -1,6 +1,8 @@
 //! The other end: one request on a connection of its own.
 
+use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -10,12 +12,23 @@ use std::time::{Duration, Instant};
 /// Longest answer that is read. A page of mappings is a tenth of it.
 const MAX_ANSWER: usize = 4 << 20;
 
+/// Longest path of a socket: `sun_path` of unix(7) less the NUL.
+pub(crate) const MAX_PATH: usize = 107;
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nothing is at the path.
     #[error("no machine is at {0}: there is no such socket; is its monitor running?")]
     NoSocket(PathBuf),
+    /// A file or a directory, which nothing can serve.
+    #[error("{0} is not a socket; give the path of the machine's --api-socket")]
+    NotASocket(PathBuf),
+    /// Longer than the kernel's address of a socket.
+    #[error(
+        "the path of a socket has 1 to {MAX_PATH} bytes and this one has {0}; use a shorter one"
+    )]
+    PathLength(usize),
     /// The socket's server is gone.
     #[error("no machine is at {0} any more: its monitor ended and left the socket behind")]
     Refused(PathBuf),
@@ -58,6 +71,9 @@ pub fn request(
     body: Option<&str>,
     patience: Duration,
 ) -> Result<Answer, ClientError> {
+    if let Err(length) = check_length(path) {
+        return Err(ClientError::PathLength(length));
+    }
     let give_up = Instant::now() + patience;
     let explain = |source| explain(path, source);
     let mut stream = connect(path, patience)
@@ -142,10 +158,28 @@ fn explain(path: &Path, source: io::Error) -> ClientError {
     let path = path.to_owned();
     match source.kind() {
         ErrorKind::NotFound => ClientError::NoSocket(path),
+        ErrorKind::ConnectionRefused | ErrorKind::PermissionDenied if is_other_file(&path) => {
+            ClientError::NotASocket(path)
+        }
         ErrorKind::ConnectionRefused => ClientError::Refused(path),
         ErrorKind::PermissionDenied => ClientError::NotPermitted(path),
         ErrorKind::WouldBlock | ErrorKind::TimedOut => ClientError::Silent(path),
         _ => ClientError::Host { path, source },
+    }
+}
+
+/// Whether `path` leads to something that is no socket.
+fn is_other_file(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| !metadata.file_type().is_socket())
+}
+
+/// Checks that the path of a socket fits an address, and returns its length otherwise.
+pub(crate) fn check_length(path: &Path) -> Result<(), usize> {
+    let length = path.as_os_str().len();
+    if (1..=MAX_PATH).contains(&length) {
+        Ok(())
+    } else {
+        Err(length)
     }
 }
 
@@ -202,6 +236,16 @@ mod tests {
         assert!(silent.contains("does not answer"), "{silent}");
         drop(listener);
         assert!(error(&path, PATIENCE).contains("left the socket behind"));
+        let file = directory.path().join("f");
+        fs::write(&file, "").unwrap();
+        for path in [&file, directory.path()] {
+            let said = error(path, PATIENCE);
+            assert!(said.contains("is not a socket"), "{said}");
+        }
+        for length in [0, 108, 5000] {
+            let said = error(Path::new(&"x".repeat(length)), PATIENCE);
+            assert!(said.contains(&format!("this one has {length};")), "{said}");
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The socket's place in the file system: owner-only from the first moment, never taken from a
 //! server that lives, taken over from one that died, gone when its server ends.
 
-use crate::client::connect;
-use std::fs::{self, DirBuilder, Permissions};
+use crate::client::{MAX_PATH, check_length, connect};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,11 @@ pub enum BindError {
     /// Something that is not a socket is there.
     #[error("{0} exists and is not a socket; remove it or choose another path")]
     NotASocket(PathBuf),
+    /// Longer than the kernel's address of a socket.
+    #[error(
+        "the path of a socket has 1 to {MAX_PATH} bytes and this one has {0}; use a shorter one"
+    )]
+    PathLength(usize),
     /// The host refused a step.
     #[error("cannot {step} {path}")]
     Host {
@@ -56,6 +62,7 @@ impl Socket {
     /// # Errors
     /// A server lives at `path`, something else is there, or the host refuses.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
+        check_length(path).map_err(BindError::PathLength)?;
         for _ in 0..ATTEMPTS {
             let listener = match bind_hidden(path) {
                 Ok(bound) => bound,
@@ -102,7 +109,7 @@ impl Drop for Socket {
 fn bind_hidden(path: &Path) -> Result<UnixListener, BindError> {
     let directory = hidden_directory(path)?;
     let inner = directory.join("s");
-    let bound = UnixListener::bind(&inner)
+    let bound = bind_within(&directory, &inner)
         .map_err(|source| host("make a socket for", path, source))
         .and_then(|listener| {
             fs::set_permissions(&inner, Permissions::from_mode(0o600))
@@ -117,6 +124,18 @@ fn bind_hidden(path: &Path) -> Result<UnixListener, BindError> {
     let _ = fs::remove_file(&inner);
     let _ = fs::remove_dir(&directory);
     bound
+}
+
+/// Binds to `inner` in `directory`, by a shorter path where its own fits no address: the name of
+/// the directory may be longer than the name that the socket gets.
+fn bind_within(directory: &Path, inner: &Path) -> io::Result<UnixListener> {
+    if check_length(inner).is_ok() {
+        return UnixListener::bind(inner);
+    }
+    let opened = File::open(directory)?;
+    let name = inner.file_name().unwrap_or_default();
+    let through = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
+    UnixListener::bind(through.join(name))
 }
 
 fn hidden_directory(path: &Path) -> Result<PathBuf, BindError> {
@@ -232,6 +251,25 @@ mod tests {
         let _new = Socket::bind(&path).unwrap();
         drop(old);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn paths_of_every_length_an_address_has_are_bound_and_longer_ones_are_refused() {
+        let directory = Directory::new();
+        let base = directory.path().as_os_str().len() + 1;
+        for length in [base + 1, 90, 95, 96, 97, 98, 99, 100, 105, 106, 107] {
+            let path = directory.path().join("n".repeat(length - base));
+            assert_eq!(path.as_os_str().len(), length);
+            let socket = Socket::bind(&path).unwrap();
+            UnixStream::connect(&path).unwrap();
+            drop(socket);
+            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        }
+        for length in [0, 108, 200, 5000] {
+            let error = Socket::bind(Path::new(&"n".repeat(length))).err().unwrap();
+            let said = error.to_string();
+            assert!(said.contains(&format!("this one has {length};")), "{said}");
+        }
     }
 
     #[test]
