@@ -88,10 +88,16 @@ struct IommuArgs {
     #[arg(long)]
     watch: bool,
     /// Seconds between two refreshes
-    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
     interval: u32,
     #[command(subcommand)]
     view: Option<IommuView>,
+}
+
+fn interval(text: &str) -> Result<u32, &'static str> {
+    let seconds = text.parse().ok();
+    let seconds = seconds.filter(|seconds| (1..=3600).contains(seconds));
+    seconds.ok_or("use 1 to 3600")
 }
 
 #[derive(Debug, Subcommand)]

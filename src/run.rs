@@ -39,24 +39,25 @@ pub struct RunArgs {
     #[arg(long, value_name = "STRING")]
     cmdline: Option<String>,
     /// Virtual processors, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     cpus: Option<CpuCount>,
     /// Guest memory: 512M, 2G, or a number of MiB [default: 512M]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     memory: Option<MemorySize>,
-    #[arg(long, value_name = "MODEL[,KEY=VALUE]...", help = keyed::<Iommu>(
-        "IOMMU in front of the PCI devices: none, virtio-iommu, or smmuv3 (aarch64) [default: none]"
+    #[arg(long, value_name = "MODEL", help = keyed::<Iommu>(
+        "IOMMU in front of the PCI devices: none, virtio-iommu, or smmuv3 (aarch64), \
+         then its keys [default: none]"
     ))]
     iommu: Option<Iommu>,
-    #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", help = keyed::<Drive>(
-        "Disk; give it once for each"
+    #[arg(long, value_name = "DISK", help = keyed::<Drive>(
+        "Disk, as pairs of key and value; give it once for each"
     ))]
     disk: Vec<Drive>,
-    #[arg(long, value_name = "tap=NAME[,KEY=VALUE]...", help = keyed::<NetworkInterface>(
-        "Network interface; give it once for each"
+    #[arg(long, value_name = "NET", help = keyed::<NetworkInterface>(
+        "Network interface, as pairs of key and value; give it once for each"
     ))]
     net: Vec<NetworkInterface>,
-    #[arg(long, value_name = "cid=N[,KEY=VALUE]...", help = keyed::<Vsock>("Socket device"))]
+    #[arg(long, value_name = "VSOCK", help = keyed::<Vsock>("Socket device, as pairs of key and value"))]
     vsock: Option<Vsock>,
     /// Source of entropy
     #[arg(long)]
@@ -73,7 +74,8 @@ pub struct RunArgs {
 
 /// What follows the options in the help of `run`.
 const RUN_STATUS: &str = "\
-Pairs of KEY=VALUE are separated by commas; a comma in a value is written twice.
+Pairs of key and value are separated by commas: path=disk.img,readonly=on. A comma that
+belongs to a value is written twice.
 
 Exit status:
   0  the guest powered off, or was stopped

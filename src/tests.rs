@@ -11,7 +11,7 @@ fn help(command: &str) -> String {
 /// The one line that a command line is refused with.
 fn refusal(line: &str) -> String {
     let words = std::iter::once("portcullis").chain(line.split(' '));
-    usage::one_line(&Cli::try_parse_from(words).unwrap_err().render().to_string())
+    usage::refusal(&Cli::try_parse_from(words).unwrap_err())
 }
 
 #[test]
@@ -54,6 +54,17 @@ fn command_lines_are_refused_in_one_line_with_the_fix() {
         ("chek", vec!["'chek'", "'check'"]),
         ("run --kernl k", vec!["'--kernl'", "'--kernel'"]),
         ("run --cpus 300", vec!["--cpus", "300", "use 1 to 32"]),
+        ("run --cpus -1", vec!["--cpus", "use 1 to 32"]),
+        ("frob", vec!["'frob'", "see --help"]),
+        ("run --rng yes", vec!["'yes'", "see --help"]),
+        (
+            "ctl --api-socket s iommu --interval 0",
+            vec!["--interval", "use 1 to 3600"],
+        ),
+        (
+            "run --net tap=waytoolongtapname",
+            vec!["--net", "1 to 15 bytes"],
+        ),
         ("run --cpus 0", vec!["--cpus", "use 1 to 32"]),
         ("run --memory 1.5G", vec!["--memory", "1.5G", "such as 2G"]),
         ("run --memory 500000", vec!["--memory", "use 64 to", "MiB"]),

@@ -1,5 +1,6 @@
 //! Command lines that cannot be used, in one line.
 
+use clap::error::ErrorKind;
 use std::process::ExitCode;
 
 /// The exit status of a command line or configuration that cannot be used.
@@ -8,7 +9,7 @@ pub const USAGE_STATUS: u8 = 2;
 /// Prints what the parser says: the help as it is, an error as one line.
 pub fn answer(error: &clap::Error) -> ExitCode {
     if error.use_stderr() && error.kind() != HELP_INSTEAD {
-        let line = one_line(&error.render().to_string());
+        let line = refusal(error);
         eprintln!("portcullis: {line}");
         return ExitCode::from(USAGE_STATUS);
     }
@@ -18,11 +19,21 @@ pub fn answer(error: &clap::Error) -> ExitCode {
 }
 
 /// The help is shown in place of an error: nothing was given.
-const HELP_INSTEAD: clap::error::ErrorKind =
-    clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+const HELP_INSTEAD: ErrorKind = ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+
+/// What is wrong with the command line, and the fix.
+pub fn refusal(error: &clap::Error) -> String {
+    let line = one_line(&error.render().to_string());
+    match error.kind() {
+        ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand if !line.contains("tip: ") => {
+            format!("{line}; see --help")
+        }
+        _ => line,
+    }
+}
 
 /// The error and the tips of the parser's text, without the usage below them.
-pub(crate) fn one_line(text: &str) -> String {
+fn one_line(text: &str) -> String {
     let text = text.strip_prefix("error: ").unwrap_or(text);
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let mut joined = String::new();

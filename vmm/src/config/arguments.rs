@@ -1,5 +1,6 @@
 //! The command line's spelling of the same types: `--disk path=FILE,readonly=on` and the like.
 
+use super::devices::check_tap;
 use super::keys::{self, Key, Omitted, Value};
 use super::suggest::{closest, either};
 use super::{
@@ -123,6 +124,7 @@ impl Argument for NetworkInterface {
         Key {
             name: "tap",
             value: Value::Text("NAME", |interface, tap| {
+                check_tap("tap", &tap)?;
                 interface.host_dev_name = tap;
                 Ok(())
             }),

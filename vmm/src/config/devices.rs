@@ -179,6 +179,19 @@ impl fmt::Debug for MacAddress {
     }
 }
 
+/// Checks the name of a tap device.
+pub(super) fn check_tap(field: &str, name: &str) -> Result<(), ConfigError> {
+    require(
+        !name.is_empty()
+            && name.len() <= MAX_IFNAME
+            && !name
+                .bytes()
+                .any(|byte| byte == b'/' || byte == 0 || byte.is_ascii_whitespace()),
+        field,
+        "give the name of a tap device, 1 to 15 bytes without '/' or spaces",
+    )
+}
+
 /// A network device whose data path is the host kernel's vhost-net over a tap device
 /// (`/network-interfaces/{iface_id}`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -242,16 +255,7 @@ impl NetworkInterface {
     /// Checks the values; touches no host device.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check_id("iface_id", &self.iface_id)?;
-        let name = &self.host_dev_name;
-        require(
-            !name.is_empty()
-                && name.len() <= MAX_IFNAME
-                && !name
-                    .bytes()
-                    .any(|byte| byte == b'/' || byte == 0 || byte.is_ascii_whitespace()),
-            "host_dev_name",
-            "give the name of a tap device, 1 to 15 bytes without '/' or spaces",
-        )?;
+        check_tap("host_dev_name", &self.host_dev_name)?;
         self.mac()?;
         RateLimiter::refuse_limits(self.rx_rate_limiter.as_ref(), "rx_rate_limiter")?;
         RateLimiter::refuse_limits(self.tx_rate_limiter.as_ref(), "tx_rate_limiter")?;

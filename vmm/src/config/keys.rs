@@ -128,6 +128,10 @@ fn no_pair<T>(item: &str, first: bool, keys: &[Key<T>]) -> Problem {
             let main = keys.first().map_or("key", |key| key.name);
             format!("use {main}={item}")
         }
+        None if first => match keys.first() {
+            Some(key) => format!("use {}={}", key.name, key.form()),
+            None => "leave it out".to_owned(),
+        },
         None if item.is_empty() => "remove the comma or write a pair".to_owned(),
         None => "write a comma that belongs to a value twice".to_owned(),
     };

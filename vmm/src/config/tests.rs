@@ -403,6 +403,7 @@ fn mistyped_arguments_are_answered_with_what_to_write() {
     }
     let drive = error::<Drive>;
     for (text, fix) in [
+        ("", "use path=FILE"),
         ("disk.img", "use path=disk.img"),
         ("path=a,readonly", "use readonly=on|off"),
         (
