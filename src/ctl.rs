@@ -32,6 +32,10 @@ const PAGE: u32 = 1000;
 /// Most mappings that `iommu map` fetches; a drawing of more shows nothing.
 const MAX_MAPPINGS: usize = 100_000;
 
+/// Most pages that `iommu map` fetches: a guest can lay out its tables so that
+/// many are empty.
+const MAX_PAGES: usize = 1000;
+
 /// What follows the words and options in the help.
 const REQUESTS_AND_STATUS: &str = "\
 Any other request:
@@ -260,24 +264,27 @@ impl<'a> Session<'a> {
         let path = format!("/iommu/endpoints/{}", encode_segment(name));
         let endpoint = self.get(&path)?;
         let mut mappings: Vec<Mapping> = Vec::new();
-        let mut after = String::new();
-        let mut more = true;
-        while more && mappings.len() < MAX_MAPPINGS {
+        let mut rest = None;
+        for _ in 0..MAX_PAGES {
+            let after = rest.map_or(String::new(), |rest| format!("&after={rest}"));
             let page = self.get(&format!("{path}/mappings?limit={PAGE}{after}"))?;
             let page: MappingsPage = decode(&page)?;
             mappings.extend(page.mappings);
-            more = page.next.is_some();
-            after = page
-                .next
-                .map_or(String::new(), |next| format!("&after={next}"));
+            rest = page.next;
+            if rest.is_none() || mappings.len() >= MAX_MAPPINGS {
+                break;
+            }
         }
         if self.json {
+            if let Some(rest) = rest {
+                eprintln!("portcullis ctl: mappings above {rest} are left out");
+            }
             let text = serde_json::to_vec(&mappings)
                 .map_err(|error| Failure::Other(format!("cannot write JSON: {error}")))?;
             return print_json(&text, out);
         }
         let endpoint: EndpointInfo = decode(&endpoint)?;
-        Ok(out.write_all(map::draw(&endpoint, &mappings, more).as_bytes())?)
+        Ok(out.write_all(map::draw(&endpoint, &mappings, rest).as_bytes())?)
     }
 
     fn request(&self, out: &mut impl Write) -> Result<(), Failure> {

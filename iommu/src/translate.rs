@@ -202,8 +202,10 @@ pub trait Iommu: Send + Sync {
     /// The [`Fault`]; its event has been recorded.
     fn translate(&self, request: &Request) -> Result<Mapping, Fault>;
 
-    /// As [`translate`](Self::translate), leaving no trace: no event, no
-    /// access flag. For prefetching and for looking.
+    /// As [`translate`](Self::translate), but records no event, updates no flag
+    /// in a descriptor, fills no cache of the model and counts nothing. The
+    /// consumers of the stream may keep the answer: its invalidation reaches
+    /// them. For prefetching and for inspection.
     ///
     /// # Errors
     /// The [`Fault`], recorded nowhere.

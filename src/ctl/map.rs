@@ -35,14 +35,22 @@ impl Run {
     }
 }
 
-/// Draws `mappings`, which rise in IOVA; `more` says that there are others above.
-pub fn draw(endpoint: &EndpointInfo, mappings: &[Mapping], more: bool) -> String {
+/// Draws `mappings`, which rise in IOVA. With `rest` there may be others above
+/// that address.
+pub fn draw(endpoint: &EndpointInfo, mappings: &[Mapping], rest: Option<Hex>) -> String {
     let mut text = format!(
         "{}  {} {}  stream {:#x}  {}\n",
         endpoint.id, endpoint.device, endpoint.pci_address, endpoint.stream_id, endpoint.state
     );
     let runs = runs(mappings);
+    let not_listed = rest.map_or(String::new(), |rest| {
+        format!("mappings above {rest} are not listed\n")
+    });
     let Some(last) = runs.last() else {
+        if let Some(rest) = rest {
+            let _ = write!(text, "nothing is mapped up to {rest}\n{not_listed}");
+            return text;
+        }
         text.push_str(match endpoint.state {
             EndpointState::Translated => "nothing is mapped: every access faults\n",
             EndpointState::Blocked => "every access faults\n",
@@ -55,7 +63,7 @@ pub fn draw(endpoint: &EndpointInfo, mappings: &[Mapping], more: bool) -> String
     let mapped = runs
         .iter()
         .fold(0u64, |sum, run| sum.saturating_add(run.bytes()));
-    let at_least = if more { "at least " } else { "" };
+    let at_least = if rest.is_some() { "at least " } else { "" };
     let _ = writeln!(
         text,
         "{at_least}{} mappings, {at_least}{} mapped, {} runs\n",
@@ -77,6 +85,7 @@ pub fn draw(endpoint: &EndpointInfo, mappings: &[Mapping], more: bool) -> String
     if runs.len() > MAX_RUNS {
         let _ = writeln!(text, "  … and {} more runs", runs.len() - MAX_RUNS);
     }
+    text.push_str(&not_listed);
     text
 }
 

@@ -217,7 +217,7 @@ fn the_map_joins_neighbours_and_shows_holes() {
         mapping(0x3000, 0x3fff, 0x9000, false),
         mapping(0x8000_0000, 0x8000_0fff, 0x1000, false),
     ];
-    let text = map::draw(&endpoint("net0", 0), &mappings, false);
+    let text = map::draw(&endpoint("net0", 0), &mappings, None);
     assert!(text.contains("4 mappings, 16 KiB mapped, 3 runs"), "{text}");
     let line = |start: &str| text.lines().find(|line| line.contains(start)).unwrap();
     let first = line("0x0000000000001000");
@@ -229,7 +229,7 @@ fn the_map_joins_neighbours_and_shows_holes() {
 #[test]
 fn the_map_takes_any_range_a_machine_could_report() {
     let whole = [mapping(0, u64::MAX, 0, true)];
-    let text = map::draw(&endpoint("n", 0), &whole, true);
+    let text = map::draw(&endpoint("n", 0), &whole, Some(Hex(u64::MAX)));
     assert!(
         text.contains(&"█".repeat(64)) && text.contains("2^64"),
         "{text}"
@@ -239,15 +239,30 @@ fn the_map_takes_any_range_a_machine_could_report() {
         mapping(0, 0, 0, true),
         mapping(u64::MAX, u64::MAX, u64::MAX, true),
     ];
-    assert!(map::draw(&endpoint("n", 0), &odd, false).contains("2 runs"));
+    assert!(map::draw(&endpoint("n", 0), &odd, None).contains("2 runs"));
     let scattered: Vec<_> = (0..200)
         .map(|i| mapping(i << 40, i << 40 | 0xfff, 0, true))
         .collect();
-    let text = map::draw(&endpoint("n", 0), &scattered, false);
+    let text = map::draw(&endpoint("n", 0), &scattered, None);
     assert!(text.contains("and 152 more runs"));
     let mut bypassed = endpoint("n", 0);
     bypassed.state = EndpointState::Bypass;
-    assert!(map::draw(&bypassed, &[], false).contains("not translated"));
+    assert!(map::draw(&bypassed, &[], None).contains("not translated"));
+}
+
+#[test]
+fn the_map_says_where_the_listing_stopped() {
+    let mappings = [mapping(0x1000, 0x1fff, 0x5000, true)];
+    let text = map::draw(&endpoint("n", 0), &mappings, Some(Hex(0x1fff)));
+    assert!(text.contains("at least 1 mappings"), "{text}");
+    let end = "mappings above 0x1fff are not listed\n";
+    assert!(text.ends_with(end), "{text}");
+    // Pages without mappings do not show that there are none.
+    let text = map::draw(&endpoint("n", 0), &[], Some(Hex(0x3ff_ffff)));
+    assert!(!text.contains("every access faults"), "{text}");
+    assert!(text.contains("nothing is mapped up to 0x3ffffff"), "{text}");
+    let text = map::draw(&endpoint("n", 0), &mappings, None);
+    assert!(!text.contains("not listed"), "{text}");
 }
 
 #[test]

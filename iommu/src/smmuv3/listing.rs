@@ -69,7 +69,7 @@ impl State {
             });
         }
         let ste = self
-            .ste(&smmu.ram, stream)
+            .ste(&smmu.ram, stream, false)
             .map_err(|_| StreamMode::Invalid)?;
         if !ste.passes {
             Err(StreamMode::Abort)
@@ -137,8 +137,10 @@ impl Smmu {
         Some(answer)
     }
 
-    /// Up to `limit` mappings of a stream from `from` on, in order, and where
-    /// to go on if there may be more. A mapping is a run as
+    /// Up to `limit` mappings of a stream from `from` on, in order, and the
+    /// address to go on from if there may be more. One call takes a bounded
+    /// number of steps: where the tables have many gaps it may find fewer
+    /// mappings than `limit`, or none, with more to come. A mapping is a run as
     /// [`translate`](crate::Iommu::translate) would answer it for reading or,
     /// where that is not permitted, for writing.
     #[must_use]
@@ -151,9 +153,9 @@ impl Smmu {
         let view = self.lock().view(self, stream);
         let mut found = Vec::new();
         if let View::Bypass = view {
-            let blocks = ram_blocks(&self.ram).filter(|block| block.iova.last() >= from);
-            found.extend(blocks.take(limit));
-            return (found, None);
+            let mut blocks = ram_blocks(&self.ram).filter(|block| block.iova.last() >= from);
+            found.extend(blocks.by_ref().take(limit));
+            return (found, blocks.next().map(|block| block.iova.first()));
         }
         let mut next = Some(from);
         for _ in 0..MAX_STEPS {

@@ -364,7 +364,7 @@ impl Smmu {
             if !state.registers.enabled(cr0::ATSCHK) {
                 return None;
             }
-            match state.ste(&self.ram, request.stream) {
+            match state.ste(&self.ram, request.stream, true) {
                 Ok(ste) if ste.ats => None,
                 Ok(ste) if !ste.passes => Some(None),
                 Ok(_) => Some(Some(Event::configuration(EventKind::FTranslForbidden))),

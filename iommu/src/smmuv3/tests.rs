@@ -5,6 +5,7 @@ mod bringup;
 mod commands;
 mod configuration;
 mod invalidation;
+mod lookup;
 mod queues;
 mod rig;
 mod sizes;

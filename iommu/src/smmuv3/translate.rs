@@ -47,11 +47,13 @@ impl Failure {
     }
 }
 
-/// What is translated and how much of it may leave a trace.
+/// What is translated, and what may change by it.
 #[derive(Clone, Copy)]
 pub(super) struct Asked<'a> {
     pub(super) request: &'a Request,
-    /// Whether flags in descriptors may be updated.
+    /// Whether flags in descriptors, the caches and the statistics may be
+    /// updated. That the stream's consumers may hold the answer is remembered
+    /// in any case: they may have asked in advance.
     pub(super) update: bool,
 }
 
@@ -76,7 +78,7 @@ impl State {
         if !self.registers.enabled(cr0::SMMUEN) {
             return self.unmanaged(ram, asked);
         }
-        let ste = match self.ste(ram, request.stream) {
+        let ste = match self.ste(ram, request.stream, asked.update) {
             Ok(ste) => ste,
             Err(event) => return Err(self.gated(Failure::event(event), asked)),
         };
@@ -131,8 +133,13 @@ impl State {
         Ok(identity_around(ram, asked.request.iova))
     }
 
-    /// The STE of a stream (§3.3.1, §5.1), cached if it is valid.
-    pub(super) fn ste(&mut self, ram: &GuestRam, stream: StreamId) -> Result<Ste, Event> {
+    /// The STE of a stream (§3.3.1, §5.1). With `update` a valid one is cached.
+    pub(super) fn ste(
+        &mut self,
+        ram: &GuestRam,
+        stream: StreamId,
+        update: bool,
+    ) -> Result<Ste, Event> {
         if let Some(known) = self.stes.get(&stream) {
             return Ok(*known);
         }
@@ -141,7 +148,9 @@ impl State {
             .ok_or(Event::fetch(EventKind::FSteFetch, address))?;
         let parsed = Ste::parse(&words, &self.config, self.registers.get(reg::CR2))
             .map_err(|_| Event::configuration(EventKind::CBadSte))?;
-        self.cache_ste(stream, parsed);
+        if update {
+            self.cache_ste(stream, parsed);
+        }
         Ok(parsed)
     }
 
@@ -180,7 +189,8 @@ impl State {
         Ok(table + entry * 64)
     }
 
-    /// The CD at `index` of a stream (§5.3, §5.4), cached if it is valid.
+    /// The CD at `index` of a stream (§5.3, §5.4). A valid one is cached if
+    /// `asked` lets it.
     pub(super) fn cd(
         &mut self,
         ram: &GuestRam,
@@ -203,7 +213,9 @@ impl State {
         let words = fetch.words::<{ cd::WORDS }>(address)?;
         let parsed = Cd::parse(&words, &self.config, stage1, ste.world)
             .map_err(|_| Failure::event(Event::configuration(EventKind::CBadCd)))?;
-        self.cache_cd(key, parsed);
+        if asked.update {
+            self.cache_cd(key, parsed);
+        }
         Ok(parsed)
     }
 
@@ -223,7 +235,7 @@ impl State {
             return Ok(identity_around(ram, iova));
         };
         let tag = tag(ste, Stages::Two, 0);
-        if let Some(entry) = self.cached(&tag, iova.0, asked.request.access) {
+        if let Some(entry) = self.cached(&tag, iova.0, asked) {
             return self.answer(asked.request, tag, entry, Held::default(), 0);
         }
         let leaf = walk(ram, &stage2.table, None, iova.0, asked.want())
@@ -234,7 +246,7 @@ impl State {
             shift: leaf.shift,
             grouped: leaf.grouped,
         };
-        self.learn(asked.request, tag, entry_of(&leaf), held, 0)
+        self.learn(asked, tag, entry_of(&leaf), held, 0)
     }
 
     /// Stage 1 translates with the CD at `index`.
@@ -264,7 +276,7 @@ impl State {
             return Err(fault(event));
         };
         let alias = request.iova.0 ^ place.canonical();
-        if let Some(entry) = self.cached(&tag, place.canonical(), request.access) {
+        if let Some(entry) = self.cached(&tag, place.canonical(), asked) {
             let held = Held {
                 aliases: cd.has_aliases(),
                 ..Held::default()
@@ -291,12 +303,15 @@ impl State {
             last: place.base | leaf.last,
             ..entry_of(&leaf)
         };
-        self.learn(request, tag, entry, held, alias)
+        self.learn(asked, tag, entry, held, alias)
     }
 
-    fn cached(&mut self, tag: &Tag, address: u64, access: Access) -> Option<Entry> {
+    fn cached(&mut self, tag: &Tag, address: u64, asked: Asked) -> Option<Entry> {
         let entry = self.tlb.find(tag, address);
-        let entry = entry.filter(|entry| entry.perm.allows(access));
+        let entry = entry.filter(|entry| entry.perm.allows(asked.request.access));
+        if !asked.update {
+            return entry;
+        }
         let counter = if entry.is_some() {
             &mut self.stats.tlb_hits
         } else {
@@ -308,14 +323,16 @@ impl State {
 
     fn learn(
         &mut self,
-        request: &Request,
+        asked: Asked,
         tag: Tag,
         entry: Entry,
         held: Held,
         alias: u64,
     ) -> Result<Mapping, Failure> {
-        self.tlb.insert(tag, entry, held);
-        self.answer(request, tag, entry, held, alias)
+        if asked.update {
+            self.tlb.insert(tag, entry, held);
+        }
+        self.answer(asked.request, tag, entry, held, alias)
     }
 
     /// The answer, remembered as something that the stream's consumers hold.
@@ -354,7 +371,7 @@ impl State {
         } else if !self.registers.enabled(cr0::SMMUEN) {
             Err("the SMMU is not enabled")
         } else {
-            match self.ste(ram, stream) {
+            match self.ste(ram, stream, false) {
                 Ok(ste) if ste.ats => Ok(()),
                 Ok(_) => Err("STE.EATS does not allow ATS"),
                 Err(_) => Err("the stream has no valid STE"),

@@ -294,6 +294,7 @@ pub struct Mapping {
 pub struct MappingsPage {
     /// The mappings. Adjacent ones may be shown as one.
     pub mappings: Vec<Mapping>,
-    /// If there are more: the `after` that continues with the next page.
+    /// If there may be more: the `after` that continues with the next page. A
+    /// page can be empty and have one.
     pub next: Option<Hex>,
 }

@@ -175,25 +175,8 @@ impl PciBus {
     /// Up to `limit` mappings of an endpoint that start above `after`.
     #[must_use]
     pub fn mappings(&self, stream: u32, after: Option<u64>, limit: u32) -> MappingsPage {
-        let page = usize::try_from(limit).unwrap_or(usize::MAX);
-        let from = after.map_or(Some(0), |after| after.checked_add(1));
-        let (Some(iommu), Some(from)) = (&self.iommu, from) else {
-            return MappingsPage::default();
-        };
-        let (stream, first) = (StreamId(stream), Iova(from));
-        // One that starts below `from` and reaches over it was on the last page.
-        let wanted = page.saturating_add(2);
-        let all = match iommu {
-            IommuDevice::Virtio { model, .. } => model.mappings(stream, first, wanted),
-            IommuDevice::Smmuv3(model) => model.mappings(stream, first, wanted).0,
-        };
-        let mut fresh = all.into_iter().filter(|m| m.iova.first().0 >= from);
-        let mappings: Vec<_> = fresh.by_ref().take(page).map(shown).collect();
-        let last = mappings.last().map(|mapping| mapping.start);
-        MappingsPage {
-            next: fresh.next().and(last),
-            mappings,
-        }
+        let page = |iommu| mappings_page(iommu, StreamId(stream), after, limit);
+        self.iommu.as_ref().map(page).unwrap_or_default()
     }
 
     fn endpoint(&self, function: &Function) -> Option<EndpointInfo> {
@@ -237,6 +220,38 @@ impl PciBus {
         }
         vhost::add_counters(&mut info.counters, &iotlbs);
         Some(info)
+    }
+}
+
+/// Up to `limit` mappings of a stream that start above `after`. An SMMUv3 looks
+/// at a bounded part of the guest's tables, so a page may have fewer, or none,
+/// and still be followed by another.
+fn mappings_page(
+    iommu: &IommuDevice,
+    stream: StreamId,
+    after: Option<u64>,
+    limit: u32,
+) -> MappingsPage {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let Some(from) = after.map_or(Some(0), |after| after.checked_add(1)) else {
+        return MappingsPage::default();
+    };
+    // One that starts below `from` and reaches over it was on the last page.
+    let (all, more) = match iommu {
+        IommuDevice::Virtio { model, .. } => {
+            let wanted = limit.saturating_add(2);
+            (model.mappings(stream, Iova(from), wanted), None)
+        }
+        IommuDevice::Smmuv3(model) => model.mappings(stream, Iova(from), limit),
+    };
+    let mut fresh = all.into_iter().filter(|m| m.iova.first().0 >= from);
+    let mappings: Vec<_> = fresh.by_ref().take(limit).map(shown).collect();
+    let last = mappings.last().map(|mapping| mapping.start);
+    // The next page starts above `next`: one below where the model goes on.
+    let more = more.map(|more| Hex(more.0.saturating_sub(1)));
+    MappingsPage {
+        next: more.or(fresh.next().and(last)),
+        mappings,
     }
 }
 
@@ -345,3 +360,6 @@ fn shown(mapping: ::iommu::Mapping) -> Mapping {
         mmio: doorbells.contains(Iova(mapping.gpa.0)),
     }
 }
+
+#[cfg(test)]
+mod tests;

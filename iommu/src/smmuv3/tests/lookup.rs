@@ -1,0 +1,103 @@
+//! What a lookup and a listing may change, and what they show.
+
+use super::super::spec::{cmd, gbpa, reg};
+use super::super::walk::Granule;
+use super::super::*;
+use super::rig::*;
+use crate::{Access, Iova, Perm};
+
+/// Calls that a listing of the tests may take.
+const MAX_CALLS: usize = 64;
+
+fn lookup(rig: &Rig, iova: u64) -> Option<u64> {
+    let request = Request::untranslated(STREAM, Iova(iova), Access::Read);
+    let mapping = rig.smmu.lookup(&request).ok()?;
+    Some(mapping.gpa_of(Iova(iova)).unwrap().0)
+}
+
+#[test]
+fn lookup_fills_no_tlb_and_counts_nothing() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let root = rig.stage1(STREAM, 1);
+    rig.map(&root, 0x1000, RAM, 3, RW);
+    let before = rig.smmu.stats();
+    assert_eq!(lookup(&rig, 0x1000), Some(RAM));
+    assert_eq!(lookup(&rig, 0x9000), None);
+    assert_eq!(rig.smmu.stats(), before);
+    // Without a TLB entry the next walk sees the new descriptor.
+    rig.map(&root, 0x1000, RAM + 0x5000, 3, RW);
+    assert_eq!(rig.gpa(STREAM, 0x1000), Some(RAM + 0x5000));
+    // A lookup that the TLB answers is no hit either.
+    let before = rig.smmu.stats();
+    assert_eq!(lookup(&rig, 0x1000), Some(RAM + 0x5000));
+    assert_eq!(rig.smmu.stats(), before);
+}
+
+#[test]
+fn lookup_caches_no_configuration() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let (_space, _) = rig.listen(STREAM, &[]);
+    let old = rig.stage1(STREAM, 1);
+    rig.map(&old, 0x1000, RAM, 3, RW);
+    assert_eq!(lookup(&rig, 0x1000), Some(RAM));
+    assert!(rig.smmu.stream_state(STREAM).is_some());
+    assert_eq!(rig.smmu.mappings(STREAM, Iova(0), 10).0.len(), 1);
+    // Nothing was cached, so another STE and CD need no CFGI.
+    let new = rig.stage1(STREAM, 2);
+    rig.map(&new, 0x1000, RAM + 0x5000, 3, RW);
+    assert_eq!(rig.gpa(STREAM, 0x1000), Some(RAM + 0x5000));
+}
+
+#[test]
+fn invalidation_of_what_a_lookup_answered_reaches_the_stream() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let root = rig.stage1(STREAM, 1);
+    let (_space, sink) = rig.listen(STREAM, &[NotifierEvents::UNMAP]);
+    rig.map(&root, 0x1000, RAM, 3, RW);
+    assert_eq!(lookup(&rig, 0x1000), Some(RAM));
+    rig.unmap(&root, 0x1000, 3);
+    let tlbi = command(cmd::op::TLBI_NH_ALL, &[]);
+    rig.complete(&[tlbi]);
+    assert_eq!(sink.take(), [IovaRange::ALL]);
+}
+
+#[test]
+fn listing_goes_on_behind_tables_without_mappings() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let root = rig.stage1(STREAM, 1);
+    // The first GiB: 512 tables, all the same one and empty.
+    let place = rig.descriptor(&root, 0, 2) & !0xfff;
+    let empty = rig.alloc(1 << Granule::K4.bits());
+    for entry in 0..512 {
+        rig.put(place + 8 * entry, empty | 3);
+    }
+    rig.map(&root, 0x4000_0000, RAM, 1, RW);
+    let (mut found, mut next, mut calls) = (Vec::new(), Some(Iova(0)), 0);
+    while let Some(from) = next {
+        let (mappings, more) = rig.smmu.mappings(STREAM, from, 10);
+        assert!(more.is_none_or(|more| more > from), "it goes on");
+        found.extend(mappings);
+        next = more;
+        calls += 1;
+        assert!(calls <= MAX_CALLS);
+    }
+    assert!(calls > 1, "one call is bounded");
+    let shown: Vec<_> = found.iter().map(|m| (m.iova.first().0, m.perm)).collect();
+    assert_eq!(shown, [(0x4000_0000, Perm::READ_WRITE)]);
+}
+
+#[test]
+fn listing_of_a_bypassing_stream_goes_on_at_the_next_block() {
+    let blocks = [
+        (GuestAddress(RAM), 0x1000),
+        (GuestAddress(RAM << 1), 0x1000),
+    ];
+    let ram = Arc::new(GuestRam::from_ranges(&blocks).unwrap());
+    let smmu = Smmu::new(SmmuConfig::default(), ram, Arc::new(Wires::default()));
+    let (first, next) = smmu.mappings(STREAM, Iova(0), 1);
+    assert_eq!((first[0].gpa, next), (Gpa(RAM), Some(Iova(RAM << 1))));
+    let (second, next) = smmu.mappings(STREAM, Iova(RAM << 1), 1);
+    assert_eq!((second[0].gpa, next), (Gpa(RAM << 1), None));
+    smmu.write(reg::GBPA, gbpa::ABORT | gbpa::UPDATE);
+    assert_eq!(smmu.mappings(STREAM, Iova(0), 1), (Vec::new(), None));
+}

@@ -1,0 +1,69 @@
+use std::sync::Arc;
+
+use ::iommu::smmuv3::{SmmuLine, SmmuWires};
+use ::iommu::{Gpa, GuestRam};
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::*;
+
+const STREAM: StreamId = StreamId(1);
+const RAM_SIZE: usize = 1 << 20;
+/// Pages that a listing of the tests may take.
+const MAX_PAGES: usize = 64;
+
+struct Unconnected;
+
+impl SmmuWires for Unconnected {
+    fn pulse(&self, _: SmmuLine) {}
+
+    fn message(&self, _: Gpa, _: u32) -> bool {
+        false
+    }
+}
+
+/// An SMMUv3 whose guest maps one GiB at 0x4000_0000, behind 512 table
+/// entries that all point to an empty table.
+fn hiding() -> IommuDevice {
+    let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap());
+    let put = |at: u64, value: u64| ram.write_obj(value.to_le(), GuestAddress(at)).unwrap();
+    let (strtab, context, root, tables, empty) = (0x1000, 0x2000, 0x3000, 0x4000, 0x5000);
+    put(strtab + 64 * u64::from(STREAM.0), context | 0b101 << 1 | 1);
+    // CD: A, R, AA64, IPS of 48 bits, V, EPD1, T0SZ.
+    let cd = 1 << 46 | 1 << 45 | 1 << 41 | 5 << 32 | 1 << 31 | 1 << 30 | 25;
+    put(context, cd);
+    put(context + 8, root);
+    put(root, tables | 3);
+    for entry in 0..512 {
+        put(tables + 8 * entry, empty | 3);
+    }
+    // A block: not global, accessed, unprivileged, valid.
+    put(root + 8, 0xc41);
+    let model = Smmu::new(SmmuConfig::default(), ram, Arc::new(Unconnected));
+    // STRTAB_BASE, STRTAB_BASE_CFG, CR0.SMMUEN.
+    for (offset, value) in [(0x80, strtab), (0x88, 4), (0x20, 1)] {
+        model.write(offset, u32::try_from(value).unwrap());
+    }
+    IommuDevice::Smmuv3(Arc::new(model))
+}
+
+#[test]
+fn pages_lead_to_every_mapping_however_the_guest_lays_out_its_tables() {
+    let iommu = hiding();
+    let (mut found, mut after, mut pages) = (Vec::new(), None, 0);
+    loop {
+        let page = mappings_page(&iommu, STREAM, after, 1);
+        assert!(page.mappings.len() <= 1);
+        found.extend(page.mappings);
+        pages += 1;
+        assert!(pages <= MAX_PAGES);
+        let Some(Hex(next)) = page.next else { break };
+        assert!(after.is_none_or(|after| next > after));
+        after = Some(next);
+    }
+    assert!(pages > 2, "a page is bounded work");
+    let shown: Vec<_> = found.iter().map(|m| (m.start, m.end, m.target)).collect();
+    assert_eq!(shown, [(Hex(0x4000_0000), Hex(0x7fff_ffff), Hex(0))]);
+    // Nothing is above the last address.
+    let page = mappings_page(&iommu, STREAM, Some(u64::MAX), 1);
+    assert_eq!(page, MappingsPage::default());
+}
