@@ -3,6 +3,7 @@
 
 mod iommu;
 mod report;
+mod smmuv3;
 mod vhost;
 
 use std::io;

@@ -103,6 +103,23 @@ pub enum CommandKind {
     Sync,
 }
 
+impl CommandKind {
+    /// The specification's name, without what tells its variants apart.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prefetch => "CMD_PREFETCH",
+            Self::Cfgi => "CMD_CFGI",
+            Self::Tlbi => "CMD_TLBI",
+            Self::AtcInv => "CMD_ATC_INV",
+            Self::PriResp => "CMD_PRI_RESP",
+            Self::Resume => "CMD_RESUME",
+            Self::StallTerm => "CMD_STALL_TERM",
+            Self::Sync => "CMD_SYNC",
+        }
+    }
+}
+
 impl Command {
     /// Its kind.
     #[must_use]

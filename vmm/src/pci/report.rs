@@ -11,7 +11,7 @@ use devices::vhost::IotlbMonitor;
 use devices::virtio::block::BlockCounters;
 
 use super::iommu::IommuDevice;
-use super::{BackEnd, Function, PciBus, vhost};
+use super::{BackEnd, Function, PciBus, smmuv3, vhost};
 use crate::action::{
     Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,
     Mapping, MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
@@ -150,6 +150,9 @@ impl PciBus {
                 })
             });
             families.push(family(name, help, MetricKind::Counter, disks.collect()));
+        }
+        if let Some(IommuDevice::Smmuv3(model)) = &self.iommu {
+            families.extend(smmuv3::families(&model.stats()));
         }
         families.retain(|family| !family.samples.is_empty());
         families
