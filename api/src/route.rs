@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use vmm::action::{
     Action, ActionError, Configure, Hex, Lifecycle, MAX_MAPPINGS_PAGE, Outcome, Query, Reply,
 };
-use vmm::config::{Drive, NetworkInterface, VmConfig, parse_json};
+use vmm::config::{Drive, NetworkInterface, VmConfig, closest, parse_json};
 use vmm::error::Chain;
 
 /// Mappings on a page if the request does not say.
@@ -109,7 +109,7 @@ impl Resource {
                 404,
                 &format!("/{first} is not supported by this monitor"),
             )),
-            _ => Err(Response::fault(404, &format!("there is nothing at {path}"))),
+            _ => Err(nothing_at(path)),
         }
     }
 
@@ -130,6 +130,34 @@ impl Resource {
     }
 }
 
+/// The paths without a name in them.
+const PATHS: [&str; 15] = [
+    "/version",
+    "/actions",
+    "/vm",
+    "/vm/config",
+    "/metrics",
+    "/iommu",
+    "/machine-config",
+    "/boot-source",
+    "/drives",
+    "/network-interfaces",
+    "/vsock",
+    "/entropy",
+    "/serial",
+    "/logger",
+    "/iommu/endpoints",
+];
+
+fn nothing_at(path: &str) -> Response {
+    let fix = match closest(path, PATHS) {
+        Some("/iommu/endpoints") => "; name an endpoint: /iommu/endpoints/ENDPOINT".to_owned(),
+        Some(near) => format!("; did you mean {near}?"),
+        None => String::new(),
+    };
+    Response::fault(404, &format!("there is nothing at {path}{fix}"))
+}
+
 /// Turns a request into what to ask of the machine.
 ///
 /// # Errors
@@ -140,7 +168,12 @@ pub fn route(request: &Request) -> Result<Route, Response> {
     let methods = resource.methods();
     let method = request.method.as_str();
     if !methods.split(", ").any(|served| served == method) {
-        let message = format!("{method} is not served at {path}; use {methods}");
+        let one = match resource {
+            Resource::Section(Section::Drives) => ", or /drives/DRIVE_ID",
+            Resource::Section(Section::NetworkInterfaces) => ", or /network-interfaces/IFACE_ID",
+            _ => "",
+        };
+        let message = format!("{method} is not served at {path}; use {methods}{one}");
         return Err(Response::method_not_allowed(&message, methods));
     }
     if let Resource::Mappings(endpoint) = resource {
@@ -178,28 +211,32 @@ fn get(resource: Resource) -> Route {
 
 fn change(resource: Resource, patch: bool, body: &[u8]) -> Result<Action, Response> {
     let change = match resource {
-        Resource::Actions => return read::<ActionRequest>(body).map(ActionRequest::action),
-        Resource::Vm => return read::<StateRequest>(body).map(StateRequest::action),
-        Resource::Metrics => Configure::Metrics(read(body)?),
-        Resource::Iommu => Configure::Iommu(read(body)?),
+        Resource::Actions => {
+            return read::<ActionRequest>("actions", body).map(ActionRequest::action);
+        }
+        Resource::Vm => return read::<StateRequest>("vm", body).map(StateRequest::action),
+        Resource::Metrics => Configure::Metrics(read("metrics", body)?),
+        Resource::Iommu => Configure::Iommu(read("iommu", body)?),
         Resource::Section(section) => match section {
-            Section::MachineConfig if patch => Configure::MachineConfigUpdate(read(body)?),
-            Section::MachineConfig => Configure::MachineConfig(read(body)?),
-            Section::BootSource => Configure::BootSource(read(body)?),
+            Section::MachineConfig if patch => {
+                Configure::MachineConfigUpdate(read("machine-config", body)?)
+            }
+            Section::MachineConfig => Configure::MachineConfig(read("machine-config", body)?),
+            Section::BootSource => Configure::BootSource(read("boot-source", body)?),
             Section::Drive(id) => {
-                let drive: Drive = read(body)?;
-                same_id("drive_id", &id, &drive.drive_id)?;
+                let drive: Drive = read("drives", body)?;
+                same_id("drives.drive_id", &id, &drive.drive_id)?;
                 Configure::Drive(drive)
             }
             Section::NetworkInterface(id) => {
-                let interface: NetworkInterface = read(body)?;
-                same_id("iface_id", &id, &interface.iface_id)?;
+                let interface: NetworkInterface = read("network-interfaces", body)?;
+                same_id("network-interfaces.iface_id", &id, &interface.iface_id)?;
                 Configure::NetworkInterface(interface)
             }
-            Section::Vsock => Configure::Vsock(read(body)?),
-            Section::Entropy => Configure::Entropy(read(body)?),
-            Section::Serial => Configure::Serial(read(body)?),
-            Section::Logger => Configure::Logger(read(body)?),
+            Section::Vsock => Configure::Vsock(read("vsock", body)?),
+            Section::Entropy => Configure::Entropy(read("entropy", body)?),
+            Section::Serial => Configure::Serial(read("serial", body)?),
+            Section::Logger => Configure::Logger(read("logger", body)?),
             Section::Drives | Section::NetworkInterfaces => {
                 return Err(bad_request("name the device in the path".to_owned()));
             }
@@ -385,11 +422,12 @@ fn refuse_body(request: &Request) -> Result<(), Response> {
     Err(bad_request("GET takes no body".to_owned()))
 }
 
-fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
+/// Reads the body of a request that changes `section`.
+fn read<T: DeserializeOwned>(section: &str, body: &[u8]) -> Result<T, Response> {
     if body.is_empty() {
         return Err(bad_request("the request needs a JSON body".to_owned()));
     }
-    parse_json(body).map_err(|error| bad_request(Chain(&error).to_string()))
+    parse_json(body).map_err(|error| bad_request(Chain(&error.in_document(section)).to_string()))
 }
 
 fn same_id(field: &str, path: &str, body: &str) -> Result<(), Response> {

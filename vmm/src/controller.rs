@@ -228,7 +228,11 @@ impl Controller {
             }
             Err(error) => {
                 self.metrics.actions_failed.fetch_add(1, Ordering::Relaxed);
-                log::warn!("{name}: {}", Chain(error));
+                match error {
+                    // Its text has the name.
+                    ActionError::WrongState { .. } => log::warn!("{}", Chain(error)),
+                    _ => log::warn!("{name}: {}", Chain(error)),
+                }
             }
         }
         outcome

@@ -163,6 +163,18 @@ fn bodies_are_refused_by_the_field_at_fault() {
             r#"{"iface_id": "b", "host_dev_name": "x"}"#,
             "iface_id",
         ),
+        (
+            "/vsock",
+            r#"{"guest_sid": 3}"#,
+            "vsock.guest_sid: unknown field; did you mean `guest_cid`?",
+        ),
+        ("/vsock", "{}", "vsock.guest_cid: is missing"),
+        (
+            "/boot-source",
+            r#"{"kernel_image_path": 5}"#,
+            "boot-source.kernel_image_path: invalid type",
+        ),
+        ("/boot-source", "{", "JSON: EOF"),
         ("/entropy", "", "needs a JSON body"),
         ("/entropy", "{} x", "trailing"),
         ("/entropy", "\u{0}", "JSON"),
@@ -224,4 +236,31 @@ fn errors_become_firecrackers_faults() {
     assert_eq!(status(ActionError::Unanswered), 503);
     let response = respond(&View::Whole, Err(ActionError::Failed("no tap0".to_owned())));
     assert_eq!(response.body, br#"{"fault_message":"no tap0"}"#);
+}
+
+#[test]
+fn mistyped_paths_are_answered_with_the_one_that_was_meant() {
+    for (path, fix) in [
+        ("/boot_source", "did you mean /boot-source?"),
+        ("/machine-confg", "did you mean /machine-config?"),
+        ("/vm/confg", "did you mean /vm/config?"),
+        ("/drive", "did you mean /drives?"),
+        ("/iommu/endpoints", "name an endpoint"),
+    ] {
+        let (status, said) = refused("GET", path, "");
+        assert!(status == 404 && said.contains(fix), "{path}: {said}");
+    }
+    assert!(!refused("GET", "/nowhere", "").1.contains("did you mean"));
+    let (status, said) = refused("PUT", "/drives", "{}");
+    assert!(
+        status == 405 && said.contains("or /drives/DRIVE_ID"),
+        "{said}"
+    );
+}
+
+#[test]
+fn every_path_that_is_suggested_is_served() {
+    for path in PATHS.iter().filter(|path| **path != "/iommu/endpoints") {
+        assert!(Resource::find(path).is_ok(), "{path}");
+    }
 }

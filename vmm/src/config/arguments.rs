@@ -2,13 +2,13 @@
 
 use super::devices::check_tap;
 use super::keys::{self, Key, Omitted, Value};
+use super::machine::{MAX_VCPUS, MEMORY_MIB, memory_fix};
 use super::suggest::{closest, either};
 use super::{
     CacheType, ConfigError, Drive, Iommu, IommuModel, MAX_QUEUES, MacAddress, NetworkInterface,
     Stage, Vsock, check_id, check_path,
 };
 use ::devices::error::Chain;
-use arch::layout;
 use std::str::FromStr;
 
 /// Why an argument cannot be read: one line that names the key and the fix.
@@ -317,9 +317,9 @@ impl FromStr for CpuCount {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let count = text.parse().ok();
         count
-            .filter(|count| (1..=super::machine::MAX_VCPUS).contains(count))
+            .filter(|count| (1..=MAX_VCPUS).contains(count))
             .map(Self)
-            .ok_or_else(|| ArgumentError(format!("use 1 to {}", super::machine::MAX_VCPUS)))
+            .ok_or_else(|| ArgumentError(format!("use 1 to {}", MAX_VCPUS)))
     }
 }
 
@@ -342,7 +342,6 @@ impl FromStr for MemorySize {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let range = (layout::MIN_RAM >> 20, layout::MAX_RAM >> 20);
         let form =
             || ArgumentError("use a number of MiB, or one with M, G or T, such as 2G".into());
         let unit_at = text
@@ -362,9 +361,8 @@ impl FromStr for MemorySize {
         // More digits than 64 bits hold are too much memory, too.
         let mib = number.parse().unwrap_or(u64::MAX);
         let mib = mib.saturating_mul(mib_per_unit);
-        if !(range.0..=range.1).contains(&mib) {
-            let problem = format!("use {} to {} MiB", range.0, range.1);
-            return Err(ArgumentError(problem));
+        if !MEMORY_MIB.contains(&mib) {
+            return Err(ArgumentError(memory_fix()));
         }
         Ok(Self { mib })
     }

@@ -15,58 +15,85 @@ use std::marker::PhantomData;
 /// The bytes are not JSON, or not of the shape of `T`. A list in the place of an object is not,
 /// although serde would take its elements for the fields in their order.
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        let (field, problem) = (field(error.path()), reworded(error.inner()));
-        let name = field.rsplit('.').next().unwrap_or_default();
-        let twice = format!("unknown field `{name}`");
-        let problem = problem.replacen(&twice, "unknown field", 1);
-        ConfigError::new(field, problem)
-    })?;
-    let whole = |error: &serde_json::Error| ConfigError::new(DOCUMENT, reworded(error));
-    reader.end().map_err(|error| whole(&error))?;
-    let shape = serde_json::from_slice(bytes).map_err(|error| whole(&error))?;
+    let shape = serde_json::from_slice(bytes)
+        .map_err(|error| ConfigError::new(DOCUMENT, Chain(&error).to_string()))?;
     refuse_lists(&shape, "")?;
-    Ok(value)
+    // From the bytes again: a field that is given twice is there once in `shape`.
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut reader)
+        .map_err(|error| explain(path_of(error.path()), error.inner()))
 }
 
 /// The name of the document as a whole.
 const DOCUMENT: &str = "JSON";
 
-/// The path as the documents write it. What the reader did not get to know is left out.
-fn field(path: &Path) -> String {
-    let mut text = String::new();
-    for segment in path {
-        match segment {
-            Segment::Seq { index } => text.push_str(&format!("[{index}]")),
-            Segment::Map { key } | Segment::Enum { variant: key } => {
-                if !text.is_empty() {
-                    text.push('.');
-                }
-                text.push_str(key);
-            }
-            Segment::Unknown => {}
+impl ConfigError {
+    /// As [`within`](Self::within), for an error of [`parse_json`] in a document that is a part
+    /// of the configuration. What is wrong with the document as a whole stays so.
+    #[must_use]
+    pub fn in_document(self, section: &str) -> Self {
+        if self.field == DOCUMENT {
+            return self;
         }
-    }
-    if text.is_empty() {
-        DOCUMENT.to_owned()
-    } else {
-        text
+        self.within(section)
     }
 }
 
-/// The reader's text, in the words of the configuration and with the fix.
-fn reworded(error: &serde_json::Error) -> String {
+/// The path as the documents write it. What the reader did not get to know is left out.
+fn path_of(path: &Path) -> String {
+    path.iter()
+        .fold(String::new(), |text, segment| match segment {
+            Segment::Seq { index } => format!("{text}[{index}]"),
+            Segment::Map { key } | Segment::Enum { variant: key } => joined(&text, key),
+            Segment::Unknown => text,
+        })
+}
+
+fn joined(path: &str, name: &str) -> String {
+    let dot = if path.is_empty() { "" } else { "." };
+    format!("{path}{dot}{name}")
+}
+
+/// The reader's error about a value of a well-formed document, in the words of the configuration and with the fix.
+fn explain(path: String, error: &serde_json::Error) -> ConfigError {
     let text = Chain(error).to_string();
-    // Only the place of a syntax error is not named by its field already.
     let place = format!(" at line {} column {}", error.line(), error.column());
-    let (text, place) = match text.strip_suffix(&place) {
-        Some(text) if error.is_data() => (text, ""),
-        Some(text) => (text, place.as_str()),
-        None => (text.as_str(), ""),
+    // The field says where it is.
+    let text = text.strip_suffix(&place).unwrap_or(&text);
+    let mut names = text.split('`').skip(1).step_by(2);
+    let name = names.next().unwrap_or_default();
+    let known: Vec<&str> = names.collect();
+    let (of_name, problem) = match text.split('`').next().unwrap_or_default() {
+        "missing field " => (true, "is missing".to_owned()),
+        "duplicate field " => (true, "is given twice; remove one".to_owned()),
+        "unknown field " => (true, format!("unknown field; {}", instead(name, &known))),
+        "unknown variant " => {
+            let fix = instead(name, &known);
+            (false, format!("unknown value `{name}`; {fix}"))
+        }
+        // What the reader says of `null`, a number or a list where a word is needed.
+        "expected value" => (false, "invalid type, expected a string".to_owned()),
+        _ => (false, other_type(text)),
     };
-    let text = not_among(text).unwrap_or_else(|| other_type(text));
-    format!("{text}{place}")
+    // The reader counts some names as a part of the path and others not.
+    let is_last = path == name || path.ends_with(&format!(".{name}"));
+    let field = match path.as_str() {
+        path if of_name && !is_last => joined(path, name),
+        "" => DOCUMENT.to_owned(),
+        path => path.to_owned(),
+    };
+    ConfigError::new(field, problem)
+}
+
+/// The name that was meant, or all there are.
+fn instead(name: &str, known: &[&str]) -> String {
+    match closest(name, known.iter().copied()) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => {
+            let quoted: Vec<_> = known.iter().map(|name| format!("`{name}`")).collect();
+            format!("use {}", either(&quoted))
+        }
+    }
 }
 
 /// Rewrites the name of the type at the end of "invalid type: …, expected TYPE".
@@ -91,29 +118,6 @@ const TYPES: [(&str, &str); 5] = [
     ("a map", "an object"),
     ("option", "a value or null"),
 ];
-
-/// Rewrites "unknown field `a`, expected one of `b`, `c`", and the same for a value: the name
-/// that was meant, or all there are.
-fn not_among(text: &str) -> Option<String> {
-    let mut names = text.split('`').skip(1).step_by(2);
-    let (name, kind) = match text {
-        _ if text.starts_with("unknown field `") => (names.next()?, "field"),
-        _ if text.starts_with("unknown variant `") => (names.next()?, "value"),
-        _ => return None,
-    };
-    let known: Vec<&str> = names.collect();
-    if known.is_empty() {
-        return None;
-    }
-    let fix = match closest(name, known.iter().copied()) {
-        Some(near) => format!("did you mean `{near}`?"),
-        None => {
-            let quoted: Vec<_> = known.iter().map(|name| format!("`{name}`")).collect();
-            format!("use {}", either(&quoted))
-        }
-    };
-    Some(format!("unknown {kind} `{name}`; {fix}"))
-}
 
 /// The sections that are lists of objects. Nothing else in a configuration is a list.
 const LISTS: [&str; 3] = ["drives", "network-interfaces", "pmem"];

@@ -11,7 +11,13 @@ use std::ops::RangeInclusive;
 pub const MAX_VCPUS: u8 = 32;
 
 /// Least and most guest memory, in MiB: what the memory layout has room for.
-const MEMORY_MIB: RangeInclusive<u64> = (layout::MIN_RAM >> 20)..=(layout::MAX_RAM >> 20);
+pub(super) const MEMORY_MIB: RangeInclusive<u64> =
+    (layout::MIN_RAM >> 20)..=(layout::MAX_RAM >> 20);
+
+/// What to write instead of an amount of memory outside [`MEMORY_MIB`].
+pub(super) fn memory_fix() -> String {
+    format!("use {} to {} MiB", MEMORY_MIB.start(), MEMORY_MIB.end())
+}
 
 /// Longest kernel command line, in bytes without the final NUL (arm64's `COMMAND_LINE_SIZE` and
 /// x86's are both 2048). The monitor itself adds `root=` and the like to what the user gave.
@@ -93,7 +99,7 @@ impl MachineConfig {
         require(
             MEMORY_MIB.contains(&self.mem_size_mib),
             "mem_size_mib",
-            &format!("use {} to {}", MEMORY_MIB.start(), MEMORY_MIB.end()),
+            &memory_fix(),
         )?;
         require(
             !self.smt,

@@ -172,19 +172,19 @@ fn values_out_of_range_are_refused_by_name() {
         ),
         (
             r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 63}}"#,
-            "mem_size_mib: use 64 to 261120",
+            "mem_size_mib: use 64 to 261120 MiB",
         ),
         (
             r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 261121}}"#,
-            "mem_size_mib: use 64 to 261120",
+            "mem_size_mib: use 64 to 261120 MiB",
         ),
         (
             r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 500000}}"#,
-            "mem_size_mib: use 64 to 261120",
+            "mem_size_mib: use 64 to 261120 MiB",
         ),
         (
             r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 18446744073709551615}}"#,
-            "mem_size_mib: use 64 to 261120",
+            "mem_size_mib: use 64 to 261120 MiB",
         ),
         (
             r#"{"boot-source": {"kernel_image_path": ""}}"#,
@@ -514,6 +514,28 @@ fn json_errors_name_the_field_once_and_the_fix() {
         (
             refusal(r#"{"vsock": {"guest_cid": 5000000000}}"#),
             "vsock.guest_cid: use 3 to 4294967294; 0 to 2 and the last are reserved",
+        ),
+        (
+            refusal(r#"{"iommu": {"model": null}}"#),
+            "iommu.model: invalid type, expected a string",
+        ),
+        (refusal(r#"{"vsock": {}}"#), "vsock.guest_cid: is missing"),
+        (
+            refusal(r#"{"vsock": {"guest_cid": 3, "guest_cid": 4}}"#),
+            "vsock.guest_cid: is given twice; remove one",
+        ),
+        (
+            refusal(r#"{"drives": [{"drive_id": "a"}]}"#),
+            "drives[0].path_on_host: is missing",
+        ),
+        (
+            refusal(r#"{"drives": [{"drive_id": "a", "path_on_host": "b", "read_only": true}]}"#),
+            "drives[0].read_only: unknown field; did you mean `is_read_only`?",
+        ),
+        (refusal("[]"), "JSON: is a list; give an object"),
+        (
+            refusal("{} x"),
+            "JSON: trailing characters at line 1 column 4",
         ),
         (
             refusal("{"),
