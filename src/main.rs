@@ -18,7 +18,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Serve(run::ServeArgs),
     Check(run::CheckArgs),
     /// Ask a running machine, or tell it what to do
@@ -26,12 +26,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    vmm::signals::survive_file_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage::answer(&error),
     };
     match cli.command {
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(*args),
         Command::Serve(args) => run::serve(args),
         Command::Check(args) => run::check(&args),
         Command::Ctl(args) => ctl::main(&args),

@@ -11,7 +11,7 @@ use clap::Args;
 use vmm::builder::BuildError;
 use vmm::config::{
     Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
-    MemorySize, NetworkInterface, VmConfig, Vsock,
+    MemorySize, NetworkInterface, Serial, VmConfig, Vsock,
 };
 use vmm::controller::Controller;
 use vmm::error::Chain;
@@ -59,6 +59,10 @@ pub struct RunArgs {
     net: Vec<NetworkInterface>,
     #[arg(long, value_name = "VSOCK", help = keyed::<Vsock>("Socket device, as pairs of key and value"))]
     vsock: Option<Vsock>,
+    #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", help = keyed::<Serial>(
+        "File for the serial console's output, in place of standard output; no keyboard then"
+    ))]
+    serial: Option<Serial>,
     /// Source of entropy
     #[arg(long)]
     rng: bool,
@@ -230,6 +234,7 @@ impl RunArgs {
         config.drives.extend(self.disk);
         config.network_interfaces.extend(self.net);
         config.vsock = self.vsock.or(config.vsock);
+        config.serial = self.serial.or(config.serial);
         config.name_devices();
         if self.rng {
             config.entropy.get_or_insert_with(Entropy::default);
@@ -296,6 +301,7 @@ fn caused_in(path: &Path) -> impl Fn(ConfigError) -> Failure {
 
 fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
     console::restore_terminal();
+    logger::finish();
     match outcome {
         Ok(status) => status,
         Err(Failure::Usage(message)) => {
@@ -310,5 +316,5 @@ fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
 }
 
 fn complain(message: &dyn Display) {
-    eprintln!("portcullis: {message}");
+    logger::write_last_line(&format!("portcullis: {message}"));
 }

@@ -1,6 +1,6 @@
 use super::*;
 use clap::CommandFactory;
-use vmm::config::{Argument, Drive, Iommu, NetworkInterface, Vsock};
+use vmm::config::{Argument, Drive, Iommu, NetworkInterface, Serial, Vsock};
 
 fn help(command: &str) -> String {
     let mut cli = Cli::command();
@@ -27,6 +27,7 @@ fn the_help_of_run_shows_every_key() {
         Drive::help(),
         NetworkInterface::help(),
         Vsock::help(),
+        Serial::help(),
         Iommu::help(),
     ] {
         for key in keys.lines().map(str::trim).filter(|key| !key.is_empty()) {

@@ -192,6 +192,39 @@ fn a_full_host_disk_is_an_error_in_the_guest_and_nothing_else() {
 }
 
 #[test]
+fn a_file_size_limit_is_an_error_in_the_guest_and_nothing_else() {
+    let scratch = TempDir::new("limit");
+    let image = scratch.path("disk");
+    host::sparse(&image, 16);
+    let machine = Machine::new()
+        .tools()
+        .with("--disk", format!("path={image},id=data"));
+    let mut guest = machine.boot_by(|| {
+        let mut command = Command::new("bash");
+        command.args(["-c", "ulimit -f 8192; exec \"$@\"", "bash"]);
+        command.arg(portcullis()).args(machine.arguments());
+        Guest::launch_piped(command)
+    });
+    checks::hush(&mut guest);
+
+    let write = "dd if=/tmp/noise of=/dev/vda bs=1M conv=fsync";
+    let sum = checks::guest_noise(&mut guest, "/tmp/noise", 12);
+    let (status, text) = guest.try_run(write);
+    assert!(status != 0, "12 MiB were written where 8 may be: {text}");
+    let errors = guest.run("dmesg | grep -c 'I/O error, dev vda'");
+    assert_ne!(errors, "0", "the guest's kernel was told");
+    // The machine goes on, and so does the device, within the limit.
+    guest.run("dd if=/tmp/noise of=/dev/vda bs=1M count=4 conv=fsync 2>/dev/null");
+    guest.run("echo 3 > /proc/sys/vm/drop_caches");
+    let read = guest.run("dd if=/dev/vda bs=1M count=4 2>/dev/null | cmp -n 4194304 - /tmp/noise");
+    assert_eq!(read, "", "noise {sum}");
+    let log = guest.log();
+    let told = log.lines().filter(|line| line.contains("File too large"));
+    assert_eq!(told.count(), 1, "the log says it once:\n{log}");
+    checks::power_off(guest);
+}
+
+#[test]
 fn devices_that_cannot_be_had_are_refused_in_one_line() {
     let scratch = TempDir::new("refused");
     let disk = scratch.path("disk");

@@ -257,9 +257,15 @@ pub struct Guest {
 impl Guest {
     /// Runs `portcullis` with pipes for its console.
     pub fn launch<S: AsRef<OsStr>>(arguments: &[S]) -> Self {
-        let (stdin, keyboard) = io::pipe().expect("a pipe");
         let mut command = Command::new(portcullis());
-        command.args(arguments).stdin(stdin);
+        command.args(arguments);
+        Self::launch_piped(command)
+    }
+
+    /// Runs `command`, which becomes `portcullis`, with pipes for its console.
+    pub fn launch_piped(mut command: Command) -> Self {
+        let (stdin, keyboard) = io::pipe().expect("a pipe");
+        command.stdin(stdin);
         Self::start(command, Keyboard::Pipe(Some(keyboard)))
     }
 

@@ -117,7 +117,8 @@ pub fn build(
         mmio: Arc::new(Bus::new()),
         pause: Arc::default(),
     };
-    let output = Output::start(open_output(&plan.console)?).map_err(BuildError::Console)?;
+    let (file, room) = open_output(&plan.console)?;
+    let output = Output::start(file, room).map_err(BuildError::Console)?;
     let input = add_serial(plan, &vm, &buses, &output, metrics, reporter)?;
     add_clock(&buses)?;
     add_power(&buses, reporter)?;
@@ -179,17 +180,25 @@ fn ram_ranges(plan: &MachinePlan) -> Vec<arch::Range> {
         .collect()
 }
 
-fn open_output(console: &Console) -> Result<File, BuildError> {
+/// Opens the console's output, and says how many bytes it may take.
+fn open_output(console: &Console) -> Result<(File, Option<u64>), BuildError> {
     match console {
-        Console::Stdio => io::stdout()
-            .as_fd()
-            .try_clone_to_owned()
-            .map(File::from)
-            .map_err(BuildError::Console),
-        Console::File(path) => {
+        Console::Stdio => {
+            let copy = io::stdout().as_fd().try_clone_to_owned();
+            let file = copy.map(File::from).map_err(BuildError::Console)?;
+            Ok((file, None))
+        }
+        Console::File { path, max_bytes } => {
             let field = "serial.serial_out_path";
             let opened = host_file::open_output(path);
-            Ok(opened.map_err(|error| ConfigError::of_file(field, path, &error))?)
+            let file = opened.map_err(|error| ConfigError::of_file(field, path, &error))?;
+            let metadata = file.metadata().map_err(BuildError::Console)?;
+            if max_bytes.is_some() && !metadata.is_file() {
+                let problem = format!("{} is no regular file; leave it out", path.display());
+                return Err(ConfigError::new("serial.serial_out_max_mib", problem).into());
+            }
+            let room = max_bytes.map(|max| max.saturating_sub(metadata.len()));
+            Ok((file, room))
         }
     }
 }

@@ -10,6 +10,7 @@ mod keys;
 mod output;
 pub(crate) mod terminal;
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::AsFd;
@@ -22,6 +23,8 @@ use keys::Keys;
 pub use output::Output;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
+
+use crate::logger;
 
 /// Bytes read at a time.
 const CHUNK: usize = 4096;
@@ -38,10 +41,16 @@ pub fn restore_terminal() {
 /// restored and the panic reported: a machine that lost a thread is worth
 /// nothing, and one that hangs is worse.
 pub fn end_process_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
+    std::panic::set_hook(Box::new(|panic| {
         terminal::restore();
-        report(panic);
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("without a name").to_owned();
+        // Not by the standard hook, which waits for the reader of standard error.
+        logger::write_last_line(&format!("thread '{name}' {panic}"));
+        let backtrace = Backtrace::capture();
+        if backtrace.status() == BacktraceStatus::Captured {
+            logger::write_last_line(&backtrace.to_string());
+        }
         std::process::exit(1);
     }));
 }

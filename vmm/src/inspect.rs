@@ -103,7 +103,7 @@ pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, Config
     let held = held.collect::<Result<Vec<_>, _>>()?;
     drop(held);
     let console = match &plan.console {
-        Console::File(path) => Some((CONSOLE_FIELD, path.as_path())),
+        Console::File { path, .. } => Some((CONSOLE_FIELD, path.as_path())),
         Console::Stdio => None,
     };
     let log = config.logger.as_ref().and_then(|it| it.log_path.as_ref());

@@ -1,18 +1,29 @@
 //! The log: lines on standard error, or appended to a file.
 //!
-//! A line is `[seconds since start] level module: text`. The file is opened
-//! non-blocking, so that a FIFO nobody reads costs lines and never time.
+//! A line is `[seconds since start] level module: text`, at most [`MAX_LINE`]
+//! bytes. Nothing here waits for a reader: where standard error or a FIFO is
+//! full, lines are lost, and their number is written with the next one that is
+//! not. What one place of the program says often is left out, and counted too.
+
+mod rate;
+mod stream;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::host_file;
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use self::rate::{CallSite, Limiter};
+use self::stream::Stream;
 use crate::config::{self, ConfigError};
+
+/// Most bytes of a line. Linux writes as many to a pipe at once or not at all
+/// (`PIPE_BUF`), so that lines of several writers do not mix.
+const MAX_LINE: usize = 4096;
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
@@ -23,24 +34,38 @@ struct Logger {
 }
 
 struct State {
-    /// Standard error when `None`.
+    /// Takes the place of standard error.
     file: Option<File>,
+    /// `None` when the process has none.
+    standard_error: Option<Stream>,
     show_level: bool,
     show_origin: bool,
     /// Only modules whose path starts with this.
     module: String,
+    limiter: Limiter,
+    /// Lines that could not be written since one was.
+    lost: u64,
+}
+
+impl State {
+    fn new(standard_error: Option<Stream>) -> Self {
+        Self {
+            file: None,
+            standard_error,
+            show_level: true,
+            show_origin: true,
+            module: String::new(),
+            limiter: Limiter::default(),
+            lost: 0,
+        }
+    }
 }
 
 /// Starts logging to standard error, at level `info`. Later calls do nothing.
 pub fn start() {
     let logger = LOGGER.get_or_init(|| Logger {
         start: Instant::now(),
-        state: Mutex::new(State {
-            file: None,
-            show_level: true,
-            show_origin: true,
-            module: String::new(),
-        }),
+        state: Mutex::new(State::new(stream::standard_error())),
     });
     if log::set_logger(logger).is_ok() {
         log::set_max_level(LevelFilter::Info);
@@ -94,34 +119,97 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) || !origin.starts_with(&state.module) {
             return;
         }
-        let line = line(&state, self.start.elapsed().as_secs_f64(), record);
-        // There is nowhere left to say that the log cannot be written.
-        let _ = match &mut state.file {
-            Some(file) => file.write_all(line.as_bytes()),
-            None => io::stderr().write_all(line.as_bytes()),
+        let site: CallSite = (
+            record.file_static().unwrap_or_default(),
+            record.line().unwrap_or(0),
+        );
+        let now = self.start.elapsed();
+        let Some(left_out) = state.limiter.admit(site, now) else {
+            return;
         };
+        if left_out != 0 {
+            let text = format!("{left_out} lines like the next were left out");
+            state.write(now, record.level(), origin, &text);
+        }
+        state.write(now, record.level(), origin, &record.args().to_string());
     }
 
-    fn flush(&self) {}
+    /// Says what was left out and has no later line to say so.
+    fn flush(&self) {
+        let mut state = self.lock();
+        let now = self.start.elapsed();
+        for (site, count) in state.limiter.take_left_out() {
+            let (file, line) = site;
+            let text = format!("{count} lines of {file}:{line} were left out");
+            state.write(now, Level::Warn, module_path!(), &text);
+        }
+    }
 }
 
-/// One line, in one write: two processes may append to one file.
-fn line(state: &State, seconds: f64, record: &Record) -> String {
-    use std::fmt::Write as _;
-    let mut line = format!("[{seconds:11.6}] ");
-    // Writing to a string does not fail.
-    if state.show_level {
-        let level = record.level().as_str().to_ascii_lowercase();
-        let _ = write!(line, "{level} ");
+impl State {
+    /// Writes a line, behind one that tells of those that were lost.
+    fn write(&mut self, now: Duration, level: Level, origin: &str, text: &str) {
+        if self.lost != 0 {
+            let told = format!("{} lines of the log were lost", self.lost);
+            let told = self.line(now, Level::Warn, module_path!(), &told);
+            if self.put(&told).is_ok() {
+                self.lost = 0;
+            }
+        }
+        let line = self.line(now, level, origin, text);
+        if self.put(&line).is_err() {
+            self.lost = self.lost.saturating_add(1);
+        }
     }
-    if state.show_origin {
-        let _ = write!(line, "{}: ", record.module_path().unwrap_or("?"));
+
+    fn put(&mut self, line: &str) -> io::Result<()> {
+        match (&mut self.file, &mut self.standard_error) {
+            (Some(file), _) => file.write_all(line.as_bytes()),
+            (None, Some(stream)) => stream.write(line.as_bytes()),
+            (None, None) => Ok(()),
+        }
     }
-    let text = record.args().to_string();
-    // A file name or a guest's string makes no lines and moves no cursor.
-    line.extend(text.chars().map(|c| if c.is_control() { ' ' } else { c }));
-    line.push('\n');
-    line
+
+    /// One line, for one write: two processes may append to one file.
+    fn line(&self, now: Duration, level: Level, origin: &str, text: &str) -> String {
+        use std::fmt::Write as _;
+        let mut line = format!("[{:11.6}] ", now.as_secs_f64());
+        // Writing to a string does not fail.
+        if self.show_level {
+            let _ = write!(line, "{} ", level.as_str().to_ascii_lowercase());
+        }
+        if self.show_origin {
+            let _ = write!(line, "{origin}: ");
+        }
+        // A file name or a guest's string makes no lines and moves no cursor.
+        for character in text.chars() {
+            if line.len() + character.len_utf8() >= MAX_LINE {
+                break;
+            }
+            line.push(if character.is_control() {
+                ' '
+            } else {
+                character
+            });
+        }
+        line.push('\n');
+        line
+    }
+}
+
+/// Says what was left out of the log and has no later line to say so. Called
+/// when the process ends.
+pub fn finish() {
+    log::logger().flush();
+}
+
+/// Writes a line to standard error, before the logger is started too, without
+/// waiting for its reader. For what ends the process.
+pub fn write_last_line(line: &str) {
+    if let Some(mut stream) = stream::standard_error() {
+        // There is nowhere left to say that it cannot be written.
+        let _ = stream.write(format!("{line}\n").as_bytes());
+    }
 }
 
 #[cfg(test)]
@@ -130,14 +218,12 @@ mod tests {
 
     fn formatted(show_level: bool, show_origin: bool, text: &str) -> String {
         let state = State {
-            file: None,
             show_level,
             show_origin,
-            module: String::new(),
+            ..State::new(None)
         };
-        let mut record = Record::builder();
-        record.level(log::Level::Warn).module_path(Some("vmm::x"));
-        line(&state, 1.5, &record.args(format_args!("{text}")).build())
+        let now = Duration::from_millis(1500);
+        state.line(now, Level::Warn, "vmm::x", text)
     }
 
     #[test]
@@ -147,6 +233,41 @@ mod tests {
             "[   1.500000] warn vmm::x: a b\n"
         );
         assert_eq!(formatted(false, false, "a"), "[   1.500000] a\n");
+    }
+
+    #[test]
+    fn line_is_never_longer_than_a_pipe_takes_at_once() {
+        let line = formatted(true, true, &"\u{20ac}".repeat(3000));
+        assert!(
+            (MAX_LINE - 3..=MAX_LINE).contains(&line.len()),
+            "{}",
+            line.len()
+        );
+        assert!(line.ends_with("\u{20ac}\n"));
+    }
+
+    #[test]
+    fn lines_lost_at_a_full_pipe_are_counted_in_the_next_that_is_written() {
+        use std::io::Read as _;
+        use std::os::fd::AsFd as _;
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut state = State::new(Stream::of(writer.as_fd()).ok());
+        let text = "x".repeat(1000);
+        let mut written = 0;
+        while state.lost < 3 {
+            state.write(Duration::ZERO, Level::Info, "a", &text);
+            written += usize::from(state.lost == 0);
+        }
+        let mut bytes = vec![0; written * (text.len() + 23)];
+        reader.read_exact(&mut bytes).unwrap();
+        state.write(Duration::ZERO, Level::Info, "a", "again");
+        drop((state, writer));
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        let lines: Vec<_> = rest.lines().collect();
+        assert_eq!(lines.len(), 2, "{rest}");
+        assert!(lines[0].ends_with("3 lines of the log were lost"), "{rest}");
+        assert!(lines[1].ends_with("again"), "{rest}");
     }
 
     #[test]

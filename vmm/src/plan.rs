@@ -13,7 +13,8 @@ use serde::Serialize;
 
 use crate::action::Hex;
 use crate::config::{
-    CacheType, ConfigError, Drive, HugePages, Iommu, IommuModel, MacAddress, MemBacking, VmConfig,
+    CacheType, ConfigError, Drive, HugePages, Iommu, IommuModel, MacAddress, MemBacking, Serial,
+    VmConfig,
 };
 
 /// Console and behaviour of a guest whose command line was left out: log and
@@ -121,7 +122,12 @@ pub enum Console {
     /// Standard output, with the keyboard on standard input.
     Stdio,
     /// A file or FIFO, and no keyboard.
-    File(PathBuf),
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// Most bytes it may have.
+        max_bytes: Option<u64>,
+    },
 }
 
 impl MachinePlan {
@@ -136,10 +142,6 @@ impl MachinePlan {
             let problem = "use an even number with pages of 2 MiB";
             return Err(ConfigError::new("machine-config.mem_size_mib", problem));
         }
-        let serial_file = config
-            .serial
-            .as_ref()
-            .and_then(|s| s.serial_out_path.clone());
         Ok(Self {
             vcpus: machine.vcpu_count,
             memory: memory_ranges(machine.mem_size_mib)?,
@@ -152,8 +154,25 @@ impl MachinePlan {
             },
             iommu: config.iommu.clone(),
             functions: functions(config)?,
-            console: serial_file.map_or(Console::Stdio, |path| Console::File(path.into())),
+            console: console(config.serial.as_ref())?,
         })
+    }
+}
+
+fn console(serial: Option<&Serial>) -> Result<Console, ConfigError> {
+    let Some(serial) = serial else {
+        return Ok(Console::Stdio);
+    };
+    match (&serial.serial_out_path, serial.serial_out_max_mib) {
+        (Some(path), max_mib) => Ok(Console::File {
+            path: path.into(),
+            max_bytes: max_mib.map(|mib| u64::from(mib) << 20),
+        }),
+        (None, None) => Ok(Console::Stdio),
+        (None, Some(_)) => {
+            let problem = "limits a file; give serial_out_path, or leave it out";
+            Err(ConfigError::new("serial.serial_out_max_mib", problem))
+        }
     }
 }
 
@@ -284,6 +303,25 @@ mod tests {
         config.boot_source.as_mut().unwrap().boot_args = Some("quiet".into());
         let plan = MachinePlan::resolve(&config).unwrap();
         assert_eq!(plan.boot.cmdline, "quiet");
+    }
+
+    #[test]
+    fn limit_of_the_console_is_for_a_file() {
+        let mut config = config();
+        let serial = |path: Option<&str>| Serial {
+            serial_out_path: path.map(str::to_owned),
+            serial_out_max_mib: Some(3),
+            ..Serial::default()
+        };
+        config.serial = Some(serial(Some("c")));
+        let file = Console::File {
+            path: "c".into(),
+            max_bytes: Some(3 << 20),
+        };
+        assert_eq!(MachinePlan::resolve(&config).unwrap().console, file);
+        config.serial = Some(serial(None));
+        let error = MachinePlan::resolve(&config).unwrap_err();
+        assert_eq!(error.field, "serial.serial_out_max_mib");
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use libc::{
-    SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, c_int, c_void, siginfo_t,
+    SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGXFSZ, c_int, c_void,
+    siginfo_t,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{block_signal, register_signal_handler};
@@ -86,6 +87,15 @@ impl Signals {
         .into_iter()
         .filter_map(|(signal, arrived)| arrived.then_some(signal))
     }
+}
+
+/// Turns a write beyond the process's file size limit (`ulimit -f`) into an
+/// error, EFBIG, in this thread and those it starts: SIGXFSZ would end the
+/// process, and a guest can write to a disk as far as that. To be called before
+/// anything else.
+pub fn survive_file_size_limit() {
+    // The only failure is that it was blocked already.
+    let _ = block_signal(SIGXFSZ);
 }
 
 impl AsRawFd for Signals {

@@ -1,12 +1,12 @@
 //! The command line's spelling of the same types: `--disk path=FILE,readonly=on` and the like.
 
-use super::devices::check_tap;
+use super::devices::{MAX_SERIAL_MIB, check_tap};
 use super::keys::{self, Key, Omitted, Value};
 use super::machine::{MAX_VCPUS, MEMORY_MIB, memory_fix};
 use super::suggest::{closest, either};
 use super::{
     CacheType, ConfigError, Drive, Iommu, IommuModel, MAX_QUEUES, MacAddress, NetworkInterface,
-    Stage, Vsock, check_id, check_path,
+    Serial, Stage, Vsock, check_id, check_path,
 };
 use ::devices::error::Chain;
 use std::str::FromStr;
@@ -202,6 +202,40 @@ impl Argument for Vsock {
             meaning: IOMMU_SWITCH,
         },
     ];
+}
+
+impl Argument for Serial {
+    const KEYS: &'static [Key<Self>] = &[
+        Key {
+            name: "path",
+            value: Value::Text("FILE", |serial, path| {
+                check_path("path", &path)?;
+                serial.serial_out_path = Some(path);
+                Ok(())
+            }),
+            omitted: Omitted::Refused,
+            meaning: "file or FIFO to append the output to",
+        },
+        Key {
+            name: "max-mib",
+            value: Value::Number(1, MAX_SERIAL_MIB, |serial, mib| {
+                serial.serial_out_max_mib = Some(mib);
+            }),
+            omitted: Omitted::Means("no limit"),
+            meaning: "most MiB of the file; more output is dropped",
+        },
+    ];
+}
+
+impl FromStr for Serial {
+    type Err = ArgumentError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut serial = Self::default();
+        keys::parse(text, Self::KEYS, &mut serial).map_err(ArgumentError)?;
+        serial.validate()?;
+        Ok(serial)
+    }
 }
 
 impl FromStr for Vsock {

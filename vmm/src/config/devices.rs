@@ -12,6 +12,9 @@ use std::str::FromStr;
 /// Longest name of a host network device: `IFNAMSIZ` less the NUL.
 const MAX_IFNAME: usize = 15;
 
+/// Most MiB that can be given as a limit of the console's file: 1 TiB.
+pub(super) const MAX_SERIAL_MIB: u32 = 1 << 20;
+
 /// The MTU range of virtio 1.2 §5.1.4.1: the least an IPv4 host must take, to what 16 bits hold.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65535;
 
@@ -337,6 +340,10 @@ pub struct Serial {
     /// input is the guest's keyboard.
     #[serde(default)]
     pub serial_out_path: Option<String>,
+    /// Most MiB that the file may have, 1 to 1048576, what it had before the start included; the
+    /// rest of the output is dropped. Left out, there is no limit. Not in Firecracker's API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial_out_max_mib: Option<u32>,
     /// Accepted without limits only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<TokenBucket>,
@@ -347,6 +354,11 @@ impl Serial {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if let Some(path) = &self.serial_out_path {
             check_path("serial_out_path", path)?;
+        }
+        if let Some(mib) = self.serial_out_max_mib {
+            let form = format!("use 1 to {MAX_SERIAL_MIB}");
+            let valid = (1..=MAX_SERIAL_MIB).contains(&mib);
+            require(valid, "serial_out_max_mib", &form)?;
         }
         require(
             !self.rate_limiter.as_ref().is_some_and(TokenBucket::limits),

@@ -159,6 +159,14 @@ fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
 fn values_out_of_range_are_refused_by_name() {
     let refused = [
         (
+            r#"{"serial": {"serial_out_path": "c", "serial_out_max_mib": 0}}"#,
+            "serial.serial_out_max_mib: use 1 to",
+        ),
+        (
+            r#"{"serial": {"serial_out_path": "c", "serial_out_max_mib": 1048577}}"#,
+            "serial.serial_out_max_mib: use 1 to 1048576",
+        ),
+        (
             r#"{"machine-config": {"vcpu_count": 0, "mem_size_mib": 64}}"#,
             "vcpu_count",
         ),
@@ -457,6 +465,7 @@ fn the_help_has_every_key_with_the_default_that_holds() {
     check::<Drive>("path=a");
     check::<NetworkInterface>("tap=t");
     check::<Vsock>("cid=3");
+    check::<Serial>("path=console");
     check::<Iommu>("virtio-iommu");
     assert!(Drive::help().contains("queues=N") && Drive::help().contains("1 to 16 [default: 1]"));
 }
@@ -590,4 +599,16 @@ fn mac_addresses_print_as_they_are_read() {
     ] {
         assert!(text.parse::<MacAddress>().is_err(), "{text}");
     }
+}
+
+#[test]
+fn console_file_and_its_limit_are_one_argument() {
+    let serial: Serial = "path=/var/log/console,max-mib=8".parse().unwrap();
+    assert_eq!(serial.serial_out_path.as_deref(), Some("/var/log/console"));
+    assert_eq!(serial.serial_out_max_mib, Some(8));
+    for wrong in ["max-mib=8", "path=c,max-mib=0", "path="] {
+        assert!(wrong.parse::<Serial>().is_err(), "{wrong}");
+    }
+    let json = serde_json::to_string(&serial).unwrap();
+    assert_eq!(parse_json::<Serial>(json.as_bytes()).unwrap(), serial);
 }

@@ -49,11 +49,12 @@ struct Buffer {
 }
 
 impl Output {
-    /// Starts the thread that writes to `file`.
+    /// Starts the thread that writes to `file`, at most `room` bytes if there is
+    /// a limit.
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn start(file: File) -> io::Result<Arc<Self>> {
+    pub fn start(file: File, room: Option<u64>) -> io::Result<Arc<Self>> {
         let output = Arc::new(Self {
             buffer: Mutex::default(),
             filled: Condvar::new(),
@@ -64,7 +65,7 @@ impl Output {
         // Never joined: it may be blocked in a write until the process ends.
         thread::Builder::new()
             .name("console".into())
-            .spawn(move || writer.write_out(file))?;
+            .spawn(move || writer.write_out(Sink::new(file, room)))?;
         Ok(output)
     }
 
@@ -94,19 +95,14 @@ impl Output {
         left
     }
 
-    fn write_out(&self, mut file: File) {
+    fn write_out(&self, mut sink: Sink) {
         let mut chunk = Vec::with_capacity(CHUNK);
         loop {
             self.next_chunk(&mut chunk);
             // Written bytes leave the buffer afterwards, so that an empty buffer
             // means that all is written.
-            match write_all(&mut file, &chunk) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    self.lock().broken = true;
-                    log::info!("console: nobody reads the output any more; dropping it");
-                }
-                Err(error) => log::warn!("console: {} bytes are lost: {error}", chunk.len()),
+            if sink.write(&chunk) == Written::NeverAgain {
+                self.lock().broken = true;
             }
             self.forget(chunk.len());
         }
@@ -178,21 +174,79 @@ impl SerialSink for Output {
     }
 }
 
-/// `write_all` that also waits where the file was made non-blocking by someone
-/// who shares it.
-fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match file.write(bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => bytes = &bytes[written..],
+/// Whether there is a point in another write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    GoOn,
+    NeverAgain,
+}
+
+/// The file that takes the output. What it does not take is counted, and logged
+/// when that begins and when it ends: a guest decides how often it happens.
+struct Sink {
+    file: File,
+    /// Bytes that the file may still take.
+    room: Option<u64>,
+    lost: u64,
+}
+
+impl Sink {
+    fn new(file: File, room: Option<u64>) -> Self {
+        Self {
+            file,
+            room,
+            lost: 0,
+        }
+    }
+
+    /// Writes what of `chunk` there is room for.
+    fn write(&mut self, chunk: &[u8]) -> Written {
+        let room = self.room.unwrap_or(u64::MAX);
+        let len = chunk.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        let (taken, beyond) = chunk.split_at(len);
+        let (written, result) = write_all(&mut self.file, taken);
+        self.room = self.room.map(|room| room.saturating_sub(written as u64));
+        match result {
+            Ok(()) if self.lost != 0 => {
+                log::warn!("console: {} bytes are lost; going on", self.lost);
+                self.lost = 0;
+            }
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                log::info!("console: nobody reads the output any more; dropping it");
+                return Written::NeverAgain;
+            }
+            Err(error) => {
+                if self.lost == 0 {
+                    log::warn!("console: output is lost until it can be written again: {error}");
+                }
+                self.lost = self.lost.saturating_add((len - written) as u64);
+            }
+        }
+        if beyond.is_empty() {
+            return Written::GoOn;
+        }
+        log::warn!("console: the file has the size that it may have; dropping further output");
+        Written::NeverAgain
+    }
+}
+
+/// Writes all of `bytes`, waiting also where the file was made non-blocking by
+/// someone who shares it. Returns how many were written, and why not all.
+fn write_all(file: &mut File, bytes: &[u8]) -> (usize, io::Result<()>) {
+    let mut done = 0;
+    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+        match file.write(rest) {
+            Ok(0) => return (done, Err(io::ErrorKind::WriteZero.into())),
+            Ok(written) => done += written,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 thread::sleep(Duration::from_millis(10));
             }
-            Err(error) => return Err(error),
+            Err(error) => return (done, Err(error)),
         }
     }
-    Ok(())
+    (done, Ok(()))
 }
 
 #[cfg(test)]
@@ -205,7 +259,7 @@ mod tests {
 
     fn pipe() -> (io::PipeReader, Arc<Output>) {
         let (reader, writer) = io::pipe().unwrap();
-        let output = Output::start(File::from(OwnedFd::from(writer))).unwrap();
+        let output = Output::start(File::from(OwnedFd::from(writer)), None).unwrap();
         (reader, output)
     }
 
@@ -239,6 +293,39 @@ mod tests {
         reader.read_exact(&mut bytes).unwrap();
         has_room.recv().unwrap();
         assert!(output.ready());
+    }
+
+    #[test]
+    fn file_takes_as_much_as_its_limit_and_the_guest_goes_on() {
+        let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        let output = Output::start(file.try_clone().unwrap(), Some(10_000)).unwrap();
+        for _ in 0..3 * LIMIT {
+            if !output.ready() {
+                output.flush(Duration::from_secs(60));
+            }
+            assert!(output.put(b'x'));
+        }
+        assert_eq!(output.flush(Duration::from_secs(60)), 0);
+        assert_eq!(file.metadata().unwrap().len(), 10_000);
+        io::Seek::rewind(&mut file).unwrap();
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, [b'x'; 10_000]);
+    }
+
+    #[test]
+    fn output_that_cannot_be_written_is_counted_until_it_can_be() {
+        let full = || std::fs::OpenOptions::new().write(true).open("/dev/full");
+        let mut sink = Sink::new(full().unwrap(), Some(100));
+        for lost in [30, 60, 90] {
+            assert_eq!(sink.write(&[0; 30]), Written::GoOn);
+            assert_eq!((sink.lost, sink.room), (lost, Some(100)));
+        }
+        sink.file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        assert_eq!(sink.write(&[0; 30]), Written::GoOn);
+        assert_eq!((sink.lost, sink.room), (0, Some(70)));
+        assert_eq!(sink.write(&[0; 71]), Written::NeverAgain);
+        assert_eq!(sink.file.metadata().unwrap().len(), 100);
     }
 
     #[test]

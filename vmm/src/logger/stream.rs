@@ -1,0 +1,136 @@
+//! Writes to standard error that never wait for its reader.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// A stream that other processes may share, so that its flags are not ours to
+/// change: `O_NONBLOCK` belongs to all who hold the open file.
+#[derive(Debug)]
+pub(super) struct Stream {
+    file: File,
+    /// Tells whether a write would wait; `None` where none does.
+    ready: Option<Epoll>,
+}
+
+impl Stream {
+    /// The stream behind `fd`.
+    ///
+    /// A pipe and a terminal are opened once more, through `/proc`: that open
+    /// file is ours alone and non-blocking. Where it cannot be opened (no
+    /// `/proc`, another user's terminal, a socket) each write is preceded by a
+    /// look at the stream. That is as good as long as a line fits into what the
+    /// kernel calls writable, and no other process fills it in between.
+    ///
+    /// # Errors
+    /// `fd` is closed, or no file descriptor is left.
+    pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let file = File::from(fd.try_clone_to_owned()?);
+        let kind = file.metadata()?.file_type();
+        if kind.is_fifo() || kind.is_char_device() {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let own = OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+                .open(path);
+            if let Ok(file) = own {
+                return Ok(Self { file, ready: None });
+            }
+        }
+        let ready = Epoll::new()?;
+        let writable = EpollEvent::new(EventSet::OUT, 0);
+        // A regular file cannot be watched, and does not wait for a reader.
+        let watched = ready.ctl(ControlOperation::Add, file.as_raw_fd(), writable);
+        Ok(Self {
+            file,
+            ready: watched.is_ok().then_some(ready),
+        })
+    }
+
+    /// Writes all of `line`, in one write where the stream takes it.
+    ///
+    /// # Errors
+    /// It is not written: `WouldBlock` when nothing is read, and those of
+    /// write(2).
+    pub(super) fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        if let Some(ready) = &self.ready
+            && ready.wait(0, &mut [EpollEvent::default()])? == 0
+        {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.file.write_all(line)
+    }
+}
+
+/// Standard error; `None` when the process has none.
+pub(super) fn standard_error() -> Option<Stream> {
+    Stream::of(io::stderr().as_fd()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// Writes until nothing more is taken. Returns how much was.
+    fn fill(stream: &mut Stream) -> usize {
+        let mut taken = 0;
+        loop {
+            match stream.write(&[b'x'; 1024]) {
+                Ok(()) => taken += 1024,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    return taken;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pipe_that_nobody_reads_takes_what_it_holds_and_stays_blocking_for_others() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut stream = Stream::of(writer.as_fd()).unwrap();
+        assert!(stream.ready.is_none(), "it was not opened again");
+        let taken = fill(&mut stream);
+        assert!(taken > 0);
+        let path = format!("/proc/self/fdinfo/{}", writer.as_raw_fd());
+        let info = std::fs::read_to_string(path).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = i32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
+        let mut bytes = vec![0; taken];
+        reader.read_exact(&mut bytes).unwrap();
+        stream.write(b"again").unwrap();
+    }
+
+    #[test]
+    fn socket_that_nobody_reads_is_looked_at_before_each_write() {
+        let (mut reader, writer) = UnixStream::pair().unwrap();
+        let mut stream = Stream::of(writer.as_fd()).unwrap();
+        let taken = fill(&mut stream);
+        assert!(taken > 0);
+        let mut bytes = vec![0; taken];
+        reader.read_exact(&mut bytes).unwrap();
+        stream.write(b"again").unwrap();
+        drop(reader);
+        assert!(stream.write(b"x").is_err());
+    }
+
+    #[test]
+    fn regular_file_is_written_where_others_write() {
+        let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        let mut stream = Stream::of(file.as_fd()).unwrap();
+        file.write_all(b"one").unwrap();
+        stream.write(b"two").unwrap();
+        file.write_all(b"six").unwrap();
+        let mut text = String::new();
+        io::Seek::rewind(&mut file).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "onetwosix");
+    }
+}
