@@ -268,6 +268,7 @@ impl Rig {
             input_range: IovaRange::new(Iova(INPUT.0), Iova(INPUT.1)).unwrap(),
             msi_window: IovaRange::new(Iova(MSI.0), Iova(MSI.1)).ok(),
             boot_bypass: true,
+            max_mappings: 1 << 16,
         };
         let events = Arc::new(EventQueue::default());
         let sink = Arc::clone(&events) as Arc<dyn FaultSink>;

@@ -13,8 +13,9 @@
 //! 1. a model's command lock: commands of one IOMMU are carried out in order;
 //! 2. the [`Gate`](gate::Gate) of a stream: shared by {translate, use or
 //!    publish}, exclusive for {invalidate, notify};
-//! 3. a model's state (tables, TLB), never held while a gate is taken;
-//! 4. a consumer's own lock, taken inside its [`NotifierSink`].
+//! 3. a consumer's own lock, taken inside its [`NotifierSink`];
+//! 4. a model's state (tables, TLB), never held while a gate is taken or a
+//!    sink is called: a sink may look up.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     test,

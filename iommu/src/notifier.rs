@@ -109,6 +109,13 @@ pub trait NotifierSink: Send + Sync {
     /// A mapping appeared (`MAP`), or is shown by a replay.
     fn map(&self, mapping: &Mapping);
 
+    /// Whether a replay goes on: asked for each mapping. A consumer that has a
+    /// use for some of the mappings only, such as a cache of limited size, says
+    /// `false` where it is full.
+    fn wants_more(&self) -> bool {
+        true
+    }
+
     /// What lies in the ranges is no longer translated as it was (`UNMAP`,
     /// `DEVIOTLB_UNMAP`). When this returns the consumer uses nothing of it.
     fn unmap(&self, ranges: &[IovaRange]);

@@ -1,5 +1,6 @@
 //! The part of a requester's address space that an IOMMU translates.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -186,6 +187,21 @@ impl IommuRegion {
         self.invalidate_for(&[IovaRange::ALL], both);
     }
 
+    /// The stream has another view of memory: as
+    /// [`invalidate_all`](Self::invalidate_all), and shows the notifiers that
+    /// asked for `MAP` the new view. The model has changed its own state before
+    /// and holds no lock on it but its command lock.
+    pub fn reload(&self) {
+        let _closed = self.gate.close();
+        let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
+        self.notify_unmap(&[IovaRange::ALL], both);
+        for known in &self.notifiers().list {
+            if known.events.contains(NotifierEvents::MAP) {
+                self.replay(&known.notifier);
+            }
+        }
+    }
+
     /// A mapping appeared: tells the notifiers that asked for `MAP`. The
     /// caller holds the model's command lock, so that no removal of the same
     /// mapping can overtake it.
@@ -212,6 +228,11 @@ impl IommuRegion {
             return;
         }
         let _closed = self.gate.close();
+        self.notify_unmap(ranges, kinds);
+    }
+
+    /// Needs the closed gate.
+    fn notify_unmap(&self, ranges: &[IovaRange], kinds: NotifierEvents) {
         self.generation.fetch_add(1, Ordering::Release);
         self.counters.invalidations.fetch_add(1, Ordering::Relaxed);
         for known in &self.notifiers().list {
@@ -252,13 +273,24 @@ impl IommuRegion {
     fn admit(&self, notifier: &IommuNotifier, outcome: &Registration) {
         notifier.sink.registered(outcome);
         if outcome.events.contains(NotifierEvents::MAP) {
-            self.iommu
-                .replay(self.stream, notifier.range, &mut |mapping| {
-                    if let Some(part) = mapping.clipped(notifier.range) {
-                        notifier.sink.map(&part);
-                    }
-                });
+            self.replay(notifier);
         }
+    }
+
+    /// Shows a notifier what is mapped, as much as it wants. Needs the closed
+    /// gate.
+    fn replay(&self, notifier: &IommuNotifier) {
+        let mut visit = |mapping: &Mapping| {
+            if !notifier.sink.wants_more() {
+                return ControlFlow::Break(());
+            }
+            if let Some(part) = mapping.clipped(notifier.range) {
+                self.counters.maps.fetch_add(1, Ordering::Relaxed);
+                notifier.sink.map(&part);
+            }
+            ControlFlow::Continue(())
+        };
+        self.iommu.replay(self.stream, notifier.range, &mut visit);
     }
 
     fn notifiers(&self) -> MutexGuard<'_, Notifiers> {

@@ -1,7 +1,7 @@
 //! What a translation asks and answers, and the trait that every model has.
 
 use std::fmt;
-use std::ops::BitOr;
+use std::ops::{BitOr, ControlFlow};
 use std::sync::Weak;
 
 use serde::{Deserialize, Serialize};
@@ -224,10 +224,16 @@ pub trait Iommu: Send + Sync {
         new: NotifierEvents,
     ) -> Result<(), Refused>;
 
-    /// Shows `visit` every mapping of the stream that overlaps `range`, as far
-    /// as the model can know them without a request. Called with the stream's
-    /// gate held exclusively.
-    fn replay(&self, stream: StreamId, range: IovaRange, visit: &mut dyn FnMut(&Mapping));
+    /// Shows `visit` the mappings of the stream that overlap `range`, in order
+    /// and as far as the model can know them without a request, until it
+    /// breaks. Called with the stream's gate held exclusively; `visit` is
+    /// called without the model's state lock.
+    fn replay(
+        &self,
+        stream: StreamId,
+        range: IovaRange,
+        visit: &mut dyn FnMut(&Mapping) -> ControlFlow<()>,
+    );
 
     /// Takes note of the region through which a stream is reached, so that
     /// invalidations find their way. Called once a region, at its creation.

@@ -88,7 +88,7 @@ impl PciBus {
             return Ok(None);
         }
         let retranslator = MsiRetranslator::new()?;
-        let iommu = IommuDevice::build(&plan.iommu, vm, buses, ram)?;
+        let iommu = IommuDevice::build(plan, vm, buses, ram)?;
         let msis = iommu.is_some().then(|| retranslator.start()).transpose()?;
         let makings = Makings {
             vm,

@@ -24,6 +24,10 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 panic=-1";
 #[cfg(target_arch = "aarch64")]
 const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 
+/// Bounds of [`MachinePlan::max_mappings`].
+const MIN_MAPPINGS: usize = 1 << 16;
+const MAX_MAPPINGS: usize = 1 << 21;
+
 /// A machine as it will be built.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MachinePlan {
@@ -156,6 +160,18 @@ impl MachinePlan {
             functions: functions(config)?,
             console: console(config.serial.as_ref())?,
         })
+    }
+
+    /// Upper bound on the mappings of a virtio-iommu: two for each 4 KiB of
+    /// RAM, since a driver maps halves of a page separately, and a page for
+    /// several devices. Small machines may have what the queues and buffers of
+    /// all devices need, large ones what costs 174 MiB at most.
+    #[must_use]
+    pub fn max_mappings(&self) -> usize {
+        let ram = self.memory.iter().map(|range| range.size.0);
+        let pages = ram.sum::<u64>() >> 12;
+        let bound = usize::try_from(pages.saturating_mul(2)).unwrap_or(usize::MAX);
+        bound.clamp(MIN_MAPPINGS, MAX_MAPPINGS)
     }
 }
 
@@ -341,6 +357,21 @@ mod tests {
         let plan = MachinePlan::resolve(&config).unwrap();
         let total: u64 = plan.memory.iter().map(|range| range.size.0).sum();
         assert_eq!(total, 6 << 30);
+    }
+
+    #[test]
+    fn mappings_are_bounded_by_ram() {
+        for (mib, bound) in [
+            (64, 1 << 16),
+            (512, 1 << 18),
+            (4096, 1 << 21),
+            (8192, 1 << 21),
+        ] {
+            let mut config = config();
+            config.machine_config.mem_size_mib = mib;
+            let plan = MachinePlan::resolve(&config).unwrap();
+            assert_eq!(plan.max_mappings(), bound, "{mib} MiB");
+        }
     }
 
     #[test]

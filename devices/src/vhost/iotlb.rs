@@ -695,6 +695,11 @@ impl VhostIotlb {
         }
     }
 
+    /// Whether a mapping is sent when it is made.
+    fn prefills(&self, table: &Table) -> bool {
+        self.options.prefill && table.shadow.len() < self.prefill_limit()
+    }
+
     /// Entries up to which mappings are sent when they are made: what is left
     /// is for answers. Beyond it the kernel would drop what was posted first
     /// and is used next.
@@ -759,6 +764,12 @@ fn no_invalidations() -> DeviceError {
 }
 
 impl NotifierSink for VhostIotlb {
+    // A queue that waits for a mapping is tried again without being shown it:
+    // `unmap` and `registered` wake the worker.
+    fn wants_more(&self) -> bool {
+        self.prefills(&self.table())
+    }
+
     fn map(&self, mapping: &Mapping) {
         let mut table = self.table();
         let Some(ram) = table.ram.clone() else {
@@ -766,7 +777,7 @@ impl NotifierSink for VhostIotlb {
         };
         for entry in pieces(&ram, mapping) {
             let wake = table.waiting_for(&entry);
-            let room = self.options.prefill && table.shadow.len() < self.prefill_limit();
+            let room = self.prefills(&table);
             if wake.is_none() && (!room || table.waits_in(&entry)) {
                 continue;
             }

@@ -79,15 +79,19 @@ impl Iommu for Table {
         })
     }
 
-    fn replay(&self, _stream: StreamId, range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+    fn replay(
+        &self,
+        _stream: StreamId,
+        range: IovaRange,
+        visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
+    ) {
         for (&iova, &(gpa, perm)) in self.pages.lock().unwrap().iter() {
             let iova = IovaRange::from_len(Iova(iova), PAGE).unwrap();
             if iova.overlaps(range) {
-                visit(&Mapping {
-                    iova,
-                    gpa: Gpa(gpa),
-                    perm,
-                });
+                let gpa = Gpa(gpa);
+                if visit(&Mapping { iova, gpa, perm }).is_break() {
+                    break;
+                }
             }
         }
     }

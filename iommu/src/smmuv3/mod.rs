@@ -670,7 +670,13 @@ impl Iommu for Smmu {
     }
 
     /// Nobody can ask for it: `MAP` is always refused.
-    fn replay(&self, _stream: StreamId, _range: IovaRange, _visit: &mut dyn FnMut(&Mapping)) {}
+    fn replay(
+        &self,
+        _stream: StreamId,
+        _range: IovaRange,
+        _visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
+    ) {
+    }
 
     fn connect(&self, region: Weak<IommuRegion>) {
         let Some(stream) = region.upgrade().map(|region| region.stream()) else {

@@ -2,35 +2,34 @@
 //! endpoints. Its queues and registers are the transport's business.
 
 mod domain;
+mod fault;
+mod mappings;
 mod request;
 pub mod spec;
+mod state;
 
-use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
 
 use serde::Serialize;
 
-use self::domain::Domain;
+pub use self::fault::{FaultReport, FaultSink};
 pub use self::request::Request;
 use self::request::{needed_feature, reply_size};
 use self::spec::{Status, feature, property};
+use self::state::{Endpoint, Moved, PAGE_SHIFT, State, View, perm_of};
 use crate::space::{identity_around, ram_blocks};
 use crate::{
-    Access, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
+    Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
     NotifierEvents, Perm, Refused, StreamId,
 };
 
-/// Most mappings of a domain, and of all domains together. A mapping costs
-/// about 50 bytes, so a guest cannot make us hold more than some 100 MB.
-pub const MAX_DOMAIN_MAPPINGS: usize = 1 << 20;
-/// See [`MAX_DOMAIN_MAPPINGS`].
-pub const MAX_MAPPINGS: usize = 1 << 21;
 /// Unmapped ranges that wait for one invalidation, at most.
 const MAX_PENDING: usize = 64;
-/// The smallest page, as a shift.
-const PAGE_SHIFT: u32 = 12;
+/// Mappings of a replay that are copied under one hold of the state's lock.
+const REPLAY_PIECE: usize = 256;
 
 /// What does not change while the machine runs.
 #[derive(Clone, Copy, Debug)]
@@ -42,65 +41,9 @@ pub struct VirtioIommuConfig {
     pub msi_window: Option<IovaRange>,
     /// `bypass` of the configuration at start.
     pub boot_bypass: bool,
-}
-
-/// A fault report as the event queue carries it (§5.13.6.9).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FaultReport {
-    /// [`spec::fault::REASON_DOMAIN`] or [`spec::fault::REASON_MAPPING`].
-    pub reason: u8,
-    /// Who did it.
-    pub endpoint: StreamId,
-    /// What it wanted to do.
-    pub access: Access,
-    /// Where.
-    pub address: Iova,
-}
-
-impl FaultReport {
-    /// The bytes of the report.
-    #[must_use]
-    pub fn to_bytes(&self) -> [u8; spec::fault::SIZE] {
-        let access = match self.access {
-            Access::Read => spec::fault::READ,
-            Access::Write => spec::fault::WRITE,
-        };
-        let mut bytes = [0; spec::fault::SIZE];
-        let fields = u32::from(self.reason)
-            .to_le_bytes()
-            .into_iter()
-            .chain((access | spec::fault::ADDRESS).to_le_bytes())
-            .chain(self.endpoint.0.to_le_bytes())
-            .chain([0; 4])
-            .chain(self.address.0.to_le_bytes());
-        for (byte, value) in bytes.iter_mut().zip(fields) {
-            *byte = value;
-        }
-        bytes
-    }
-}
-
-/// Takes fault reports to the event queue. Called with the stream's gate held
-/// and no lock of the model: it must not translate.
-pub trait FaultSink: Send + Sync {
-    /// Reports, or drops the report when the driver left no buffer for it.
-    fn report(&self, report: &FaultReport);
-}
-
-#[derive(Debug, Default)]
-struct Endpoint {
-    domain: Option<u32>,
-    region: Weak<IommuRegion>,
-}
-
-/// What the driver has set up.
-#[derive(Debug)]
-struct State {
-    features: u64,
-    bypass: bool,
-    endpoints: BTreeMap<StreamId, Endpoint>,
-    domains: BTreeMap<u32, Domain>,
-    mapped: usize,
+    /// Upper bound on the mappings of all domains together. A mapping costs 32
+    /// to 87 bytes.
+    pub max_mappings: usize,
 }
 
 /// Ranges of one domain that are unmapped and not yet invalidated. Also the
@@ -142,11 +85,8 @@ impl VirtioIommu {
             faults,
             commands: Mutex::default(),
             state: RwLock::new(State {
-                features: 0,
                 bypass: config.boot_bypass,
-                endpoints: BTreeMap::new(),
-                domains: BTreeMap::new(),
-                mapped: 0,
+                ..State::default()
             }),
         }
     }
@@ -216,7 +156,7 @@ impl VirtioIommu {
             .filter_map(|endpoint| endpoint.region.upgrade())
             .collect();
         for region in detached {
-            self.reload(&region);
+            region.reload();
         }
     }
 
@@ -225,20 +165,21 @@ impl VirtioIommu {
     pub fn reset(&self) {
         let mut pending = self.command();
         pending.ranges.clear();
-        let attached: Vec<_> = {
+        let (attached, gone) = {
             let mut state = self.write();
             state.features = 0;
-            state.domains.clear();
             state.mapped = 0;
-            state
-                .endpoints
-                .values_mut()
+            let gone = std::mem::take(&mut state.domains);
+            let endpoints = state.endpoints.values_mut();
+            let attached: Vec<_> = endpoints
                 .filter_map(|endpoint| endpoint.domain.take().and(endpoint.region.upgrade()))
-                .collect()
+                .collect();
+            (attached, gone)
         };
         for region in attached {
-            self.reload(&region);
+            region.reload();
         }
+        drop(gone);
     }
 
     /// Carries out one request and writes the properties and the tail to the
@@ -301,13 +242,16 @@ impl VirtioIommu {
     /// Up to `limit` mappings of an endpoint from `from` on, in order.
     #[must_use]
     pub fn mappings(&self, stream: StreamId, from: Iova, limit: usize) -> Vec<Mapping> {
+        let range = IovaRange::new(from, Iova(u64::MAX));
+        range.map_or(Vec::new(), |range| self.mappings_in(stream, range, limit))
+    }
+
+    /// Up to `limit` mappings of an endpoint that overlap `range`, in order.
+    fn mappings_in(&self, stream: StreamId, range: IovaRange, limit: usize) -> Vec<Mapping> {
         let state = self.read();
-        let Some(range) = IovaRange::new(from, Iova(u64::MAX)).ok() else {
-            return Vec::new();
-        };
         match state.view(stream) {
             View::Bypass => ram_blocks(&self.ram)
-                .filter(|m| m.iova.last() >= from)
+                .filter(|block| block.iova.overlaps(range))
                 .take(limit)
                 .collect(),
             View::Domain(domain) => domain.mappings.iter(range).take(limit).collect(),
@@ -330,11 +274,15 @@ impl VirtioIommu {
                 flags,
             } => {
                 self.flush_pending(&mut pending);
-                self.attach(domain, endpoint, flags)
+                let moved = self.write().attach(domain, endpoint, flags)?;
+                self.moved(moved.unwrap_or_default());
+                Ok(())
             }
             Request::Detach { domain, endpoint } => {
                 self.flush_pending(&mut pending);
-                self.detach(domain, endpoint)
+                let moved = self.write().detach(domain, endpoint)?;
+                self.moved(moved);
+                Ok(())
             }
             Request::Map {
                 domain,
@@ -343,12 +291,13 @@ impl VirtioIommu {
                 gpa,
                 flags,
             } => {
-                let range = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
+                let iova = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
                 // What is mapped anew must not be dropped with what was there.
-                if pending.ranges.iter().any(|gone| gone.overlaps(range)) {
+                if pending.ranges.iter().any(|gone| gone.overlaps(iova)) {
                     self.flush_pending(&mut pending);
                 }
-                self.map(domain, range, gpa, flags)
+                let perm = perm_of(flags);
+                self.map(domain, Mapping { iova, gpa, perm }, flags)
             }
             Request::Unmap {
                 domain,
@@ -356,139 +305,32 @@ impl VirtioIommu {
                 last,
             } => {
                 let range = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
-                self.unmap(&mut pending, domain, range)
+                if self.write().unmap(domain, range)? {
+                    self.postpone(&mut pending, domain, range);
+                }
+                Ok(())
             }
             Request::Probe { endpoint } => self.probe(endpoint, properties),
         }
     }
 
-    /// §5.13.6.3.2
-    fn attach(&self, id: u32, stream: StreamId, flags: u32) -> Result<(), Status> {
-        let region = {
-            let mut state = self.write();
-            let bypass_domains = state.features & feature::BYPASS_CONFIG != 0;
-            let known = if bypass_domains {
-                spec::request::ATTACH_BYPASS
-            } else {
-                0
-            };
-            if flags & !known != 0 {
-                return Err(Status::Inval);
-            }
-            let bypass = flags & spec::request::ATTACH_BYPASS != 0;
-            let endpoint = state.endpoints.get(&stream).ok_or(Status::Noent)?;
-            let (region, old) = (endpoint.region.upgrade(), endpoint.domain);
-            if state
-                .domains
-                .get(&id)
-                .is_some_and(|domain| domain.bypass != bypass)
-            {
-                return Err(Status::Inval);
-            }
-            if old == Some(id) {
-                return Ok(());
-            }
-            state.leave(stream);
-            let domain = state.domains.entry(id).or_default();
-            domain.bypass = bypass;
-            domain.endpoints.insert(stream);
-            if let Some(endpoint) = state.endpoints.get_mut(&stream) {
-                endpoint.domain = Some(id);
-            }
-            region
-        };
-        if let Some(region) = region {
-            self.reload(&region);
+    /// Drops the old view of an endpoint everywhere and shows the new one.
+    /// Mappings of a domain that is gone are freed here, without the lock.
+    fn moved(&self, moved: Moved) {
+        if let Some(region) = moved.region {
+            region.reload();
         }
-        Ok(())
+        drop(moved.gone);
     }
 
-    /// §5.13.6.4.2
-    fn detach(&self, id: u32, stream: StreamId) -> Result<(), Status> {
-        let region = {
-            let mut state = self.write();
-            let endpoint = state.endpoints.get(&stream).ok_or(Status::Noent)?;
-            if endpoint.domain != Some(id) {
-                return Err(Status::Inval);
-            }
-            let region = endpoint.region.upgrade();
-            state.leave(stream);
-            region
-        };
-        if let Some(region) = region {
-            self.reload(&region);
-        }
-        Ok(())
-    }
-
-    /// §5.13.6.5.2
-    fn map(&self, id: u32, iova: IovaRange, gpa: Gpa, flags: u32) -> Result<(), Status> {
-        use spec::request::{MAP_MMIO, MAP_READ, MAP_WRITE};
+    fn map(&self, id: u32, mapping: Mapping, flags: u32) -> Result<(), Status> {
         let regions = {
             let mut state = self.write();
-            let mmio = if state.features & feature::MMIO != 0 {
-                MAP_MMIO
-            } else {
-                0
-            };
-            let State {
-                domains,
-                endpoints,
-                mapped,
-                ..
-            } = &mut *state;
-            let domain = domains.get_mut(&id).ok_or(Status::Noent)?;
-            if flags & !(MAP_READ | MAP_WRITE | mmio) != 0 || domain.bypass {
-                return Err(Status::Inval);
-            }
-            self.check_range(iova)?;
-            let fits = gpa.0 & ((1 << PAGE_SHIFT) - 1) == 0;
-            if !fits || gpa.checked_add(iova.extent()).is_none() {
-                return Err(Status::Range);
-            }
-            if self
-                .config
-                .msi_window
-                .is_some_and(|window| window.overlaps(iova))
-            {
-                return Err(Status::Inval);
-            }
-            if domain.mappings.len() >= MAX_DOMAIN_MAPPINGS || *mapped >= MAX_MAPPINGS {
-                return Err(Status::Nomem);
-            }
-            let mapping = Mapping {
-                iova,
-                gpa,
-                perm: perm_of(flags),
-            };
-            domain.mappings.insert(mapping)?;
-            *mapped += 1;
-            let regions = domain
-                .endpoints
-                .iter()
-                .filter_map(|stream| endpoints.get(stream)?.region.upgrade());
-            regions.map(|region| (region, mapping)).collect::<Vec<_>>()
+            state.map(&self.config, id, mapping, flags)?;
+            state.attached(id)
         };
-        for (region, mapping) in regions {
+        for region in regions {
             region.map(&mapping);
-        }
-        Ok(())
-    }
-
-    /// §5.13.6.6.2
-    fn unmap(&self, pending: &mut Pending, id: u32, iova: IovaRange) -> Result<(), Status> {
-        let removed = {
-            let mut state = self.write();
-            let domain = state.domains.get_mut(&id).ok_or(Status::Noent)?;
-            if domain.bypass {
-                return Err(Status::Inval);
-            }
-            let removed = domain.mappings.remove(iova)?;
-            state.mapped -= removed;
-            removed
-        };
-        if removed != 0 {
-            self.postpone(pending, id, iova);
         }
         Ok(())
     }
@@ -517,17 +359,6 @@ impl VirtioIommu {
         Ok(())
     }
 
-    /// Alignment and input range of MAP. UNMAP has neither rule.
-    fn check_range(&self, iova: IovaRange) -> Result<(), Status> {
-        let mask = (1_u64 << PAGE_SHIFT) - 1;
-        let aligned = iova.first().0 & mask == 0 && iova.last().0 & mask == mask;
-        if aligned && self.config.input_range.covers(iova) {
-            Ok(())
-        } else {
-            Err(Status::Range)
-        }
-    }
-
     /// Keeps an unmapped range for one invalidation with its neighbours.
     fn postpone(&self, pending: &mut Pending, domain: u32, range: IovaRange) {
         if pending.domain != domain || pending.ranges.len() >= MAX_PENDING {
@@ -546,31 +377,11 @@ impl VirtioIommu {
         if pending.ranges.is_empty() {
             return;
         }
-        let regions: Vec<_> = {
-            let state = self.read();
-            let domain = state.domains.get(&pending.domain);
-            let streams = domain.into_iter().flat_map(|domain| &domain.endpoints);
-            streams
-                .filter_map(|stream| state.endpoints.get(stream)?.region.upgrade())
-                .collect()
-        };
+        let regions = self.read().attached(pending.domain);
         for region in regions {
             region.invalidate(&pending.ranges);
         }
         pending.ranges.clear();
-    }
-
-    /// The stream has another view of memory than before: drops the old one
-    /// everywhere and shows the new one.
-    fn reload(&self, region: &IommuRegion) {
-        region.invalidate_all();
-        let mut mappings = Vec::new();
-        self.replay(region.stream(), IovaRange::ALL, &mut |mapping| {
-            mappings.push(*mapping)
-        });
-        for mapping in &mappings {
-            region.map(mapping);
-        }
     }
 
     fn resolve(&self, request: &crate::Request) -> Result<Mapping, (Fault, u8)> {
@@ -629,57 +440,6 @@ impl VirtioIommu {
     }
 }
 
-fn perm_of(flags: u32) -> Perm {
-    let read = if flags & spec::request::MAP_READ != 0 {
-        Perm::READ
-    } else {
-        Perm::NONE
-    };
-    let write = if flags & spec::request::MAP_WRITE != 0 {
-        Perm::WRITE
-    } else {
-        Perm::NONE
-    };
-    read | write
-}
-
-/// What an endpoint sees.
-enum View<'a> {
-    Blocked,
-    Bypass,
-    Domain(&'a Domain),
-}
-
-impl State {
-    fn view(&self, stream: StreamId) -> View<'_> {
-        let Some(endpoint) = self.endpoints.get(&stream) else {
-            return View::Blocked;
-        };
-        match endpoint.domain.and_then(|id| self.domains.get(&id)) {
-            Some(domain) if domain.bypass => View::Bypass,
-            Some(domain) => View::Domain(domain),
-            None if self.bypass => View::Bypass,
-            None => View::Blocked,
-        }
-    }
-
-    /// Takes an endpoint out of its domain. A domain without endpoints is gone,
-    /// its mappings with it.
-    fn leave(&mut self, stream: StreamId) {
-        let endpoint = self.endpoints.get_mut(&stream);
-        let Some(id) = endpoint.and_then(|endpoint| endpoint.domain.take()) else {
-            return;
-        };
-        if let Some(domain) = self.domains.get_mut(&id) {
-            domain.endpoints.remove(&stream);
-            if domain.endpoints.is_empty() {
-                self.mapped -= domain.mappings.len();
-                self.domains.remove(&id);
-            }
-        }
-    }
-}
-
 impl Iommu for VirtioIommu {
     fn translate(&self, request: &crate::Request) -> Result<Mapping, Fault> {
         self.resolve(request).map_err(|(fault, reason)| {
@@ -713,15 +473,23 @@ impl Iommu for VirtioIommu {
         })
     }
 
-    fn replay(&self, stream: StreamId, range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
-        let state = self.read();
-        match state.view(stream) {
-            View::Blocked => {}
-            View::Bypass => ram_blocks(&self.ram).for_each(|block| visit(&block)),
-            View::Domain(domain) => domain
-                .mappings
-                .iter(range)
-                .for_each(|mapping| visit(&mapping)),
+    fn replay(
+        &self,
+        stream: StreamId,
+        range: IovaRange,
+        visit: &mut dyn FnMut(&Mapping) -> ControlFlow<()>,
+    ) {
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            let piece = self.mappings_in(stream, range, REPLAY_PIECE);
+            let next = piece.last().and_then(|m| m.iova.last().checked_add(1));
+            let next = next.filter(|_| piece.len() == REPLAY_PIECE);
+            rest = next.and_then(|next| IovaRange::new(next, range.last()).ok());
+            for mapping in &piece {
+                if visit(mapping).is_break() {
+                    return;
+                }
+            }
         }
     }
 

@@ -6,9 +6,11 @@ use vm_memory::GuestAddress;
 
 use super::spec::{feature, request};
 use super::*;
-use crate::{IommuNotifier, NotifierSink, Registration};
+use crate::{Access, IommuNotifier, NotifierSink, Registration};
 
 const NIC: StreamId = StreamId(0x08);
+/// The bound of the world's model.
+const MAX_MAPPINGS: usize = 1000;
 const DISK: StreamId = StreamId(0x10);
 const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::MMIO | feature::BYPASS_CONFIG;
 
@@ -19,6 +21,28 @@ impl FaultSink for Reports {
     fn report(&self, report: &FaultReport) {
         self.0.lock().unwrap().push(*report);
     }
+}
+
+/// Keeps a number of mappings.
+struct Cache {
+    room: usize,
+    held: Mutex<Vec<Iova>>,
+}
+
+impl NotifierSink for Cache {
+    fn map(&self, mapping: &Mapping) {
+        self.held.lock().unwrap().push(mapping.iova.first());
+    }
+
+    fn wants_more(&self) -> bool {
+        self.held.lock().unwrap().len() < self.room
+    }
+
+    fn unmap(&self, _ranges: &[IovaRange]) {
+        self.held.lock().unwrap().clear();
+    }
+
+    fn registered(&self, _outcome: &Registration) {}
 }
 
 /// What a listener was told, in order.
@@ -60,6 +84,7 @@ fn world() -> World {
         input_range: IovaRange::new(Iova(0), Iova((1 << 48) - 1)).unwrap(),
         msi_window: Some(IovaRange::new(Iova(0xfee0_0000), Iova(0xfeef_ffff)).unwrap()),
         boot_bypass: true,
+        max_mappings: MAX_MAPPINGS,
     };
     let sink = Arc::clone(&reports) as Arc<dyn FaultSink>;
     let iommu = Arc::new(VirtioIommu::new(config, Arc::new(ram), sink));
@@ -426,18 +451,62 @@ fn domain_dies_with_its_last_endpoint() {
 }
 
 #[test]
+fn notifier_is_shown_as_many_mappings_as_it_wants() {
+    let world = world();
+    world.send(&attach(1, NIC, 0));
+    let pages = 2 * REPLAY_PIECE as u64 + 5;
+    for page in 0..pages {
+        world.send(&map(1, page << 12, (page << 12) | 0xfff, 0, 3));
+    }
+    let cache = |room, range| {
+        let held = Mutex::default();
+        let cache = Arc::new(Cache { room, held });
+        world.disk.register(IommuNotifier {
+            wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+            range,
+            sink: Arc::clone(&cache) as Arc<dyn NotifierSink>,
+        });
+        cache
+    };
+    let page = IovaRange::new(Iova(0x10_0000), Iova(0x10_0fff)).unwrap();
+    let caches = [
+        cache(usize::MAX, IovaRange::ALL),
+        cache(300, IovaRange::ALL),
+        cache(0, IovaRange::ALL),
+        cache(usize::MAX, page),
+    ];
+    let before = world.disk.stats().maps;
+    world.send(&attach(1, DISK, 0));
+    let held: Vec<Vec<Iova>> = caches
+        .iter()
+        .map(|cache| cache.held.lock().unwrap().clone())
+        .collect();
+    let all: Vec<_> = (0..pages).map(|page| Iova(page << 12)).collect();
+    assert_eq!(held, [&all, &all[..300], &[], &[Iova(0x10_0000)]]);
+    assert_eq!(world.disk.stats().maps - before, pages + 300 + 1);
+}
+
+#[test]
 fn mappings_are_bounded() {
     let world = world();
     world.send(&attach(1, NIC, 0));
+    world.send(&attach(2, DISK, 0));
     let base = 1_u64 << 33;
-    let one = |page: u64| map(1, base + (page << 12), base + (page << 12) + 0xfff, 0, 3);
-    let full = MAX_DOMAIN_MAPPINGS as u64;
-    for page in 0..full {
-        assert_eq!(world.send(&one(page)), Status::Ok);
+    let one = |domain: u32, page: u64| {
+        let first = base + (page << 12);
+        map(domain, first, first + 0xfff, 0, 3)
+    };
+    let full = MAX_MAPPINGS as u64;
+    assert_eq!(world.send(&one(2, 0)), Status::Ok);
+    for page in 1..full {
+        assert_eq!(world.send(&one(1, page)), Status::Ok);
     }
-    assert_eq!(world.send(&one(full)), Status::Nomem);
+    for domain in [1, 2] {
+        assert_eq!(world.send(&one(domain, full)), Status::Nomem);
+    }
     assert_eq!(world.send(&unmap(1, base, (1 << 40) - 1)), Status::Ok);
-    assert_eq!(world.send(&one(full)), Status::Ok);
+    assert_eq!(world.iommu.mapped(), 1);
+    assert_eq!(world.send(&one(2, full)), Status::Ok);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use iommu::{GuestRam, Iommu, Iova, IovaRange, StreamId};
 use crate::builder::BuildError;
 use crate::config::{self, ConfigError, IommuModel, Stage};
 use crate::kvm::{Buses, Vm};
+use crate::plan::MachinePlan;
 
 /// Addresses that endpoints of a virtio-iommu may use: 48 bits, as much as page
 /// tables of the guest's CPUs usually translate.
@@ -32,25 +33,25 @@ pub enum IommuDevice {
 }
 
 impl IommuDevice {
-    /// The IOMMU that `config` asks for. An SMMUv3 is put on the memory bus; a
+    /// The IOMMU that the plan asks for. An SMMUv3 is put on the memory bus; a
     /// virtio-iommu is a function like others.
     ///
     /// # Errors
     /// This architecture has no SMMUv3, or its interrupts are not to be had.
     pub fn build(
-        config: &config::Iommu,
+        plan: &MachinePlan,
         vm: &Vm,
         buses: &Buses,
         ram: &Arc<GuestRam>,
     ) -> Result<Option<Self>, BuildError> {
-        Ok(match config.model {
+        Ok(match plan.iommu.model {
             IommuModel::None => None,
-            IommuModel::VirtioIommu => Some(Self::virtio(ram)),
-            IommuModel::Smmuv3 => Some(Self::smmuv3(config, vm, buses, ram)?),
+            IommuModel::VirtioIommu => Some(Self::virtio(plan.max_mappings(), ram)),
+            IommuModel::Smmuv3 => Some(Self::smmuv3(&plan.iommu, vm, buses, ram)?),
         })
     }
 
-    fn virtio(ram: &Arc<GuestRam>) -> Self {
+    fn virtio(max_mappings: usize, ram: &Arc<GuestRam>) -> Self {
         // On x86 interrupts are not translated, and their addresses are a part
         // of the local APICs' page. On Arm the guest maps the ITS's doorbell.
         let msi_window = cfg!(target_arch = "x86_64")
@@ -59,6 +60,7 @@ impl IommuDevice {
             input_range: IovaRange::block(Iova(0), INPUT_BITS),
             msi_window,
             boot_bypass: true,
+            max_mappings,
         };
         let events = Arc::new(EventQueue::default());
         let sink = Arc::clone(&events) as Arc<dyn FaultSink>;

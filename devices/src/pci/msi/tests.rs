@@ -75,9 +75,14 @@ impl Iommu for OnePage {
         Ok(())
     }
 
-    fn replay(&self, _: StreamId, range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+    fn replay(
+        &self,
+        _: StreamId,
+        range: IovaRange,
+        visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
+    ) {
         if let Some(mapping) = self.mapping().and_then(|mapping| mapping.clipped(range)) {
-            visit(&mapping);
+            let _ = visit(&mapping);
         }
     }
 
@@ -414,6 +419,7 @@ fn messages_follow_the_mappings_of_a_virtio_iommu() {
     let config = VirtioIommuConfig {
         input_range: IovaRange::block(Iova(0), 48),
         msi_window: Some(IovaRange::block(Iova(0xfee0_0000), 20)),
+        max_mappings: 1 << 16,
         boot_bypass: false,
     };
     let model = VirtioIommu::new(config, Arc::clone(&ram), Arc::new(NoFaults));

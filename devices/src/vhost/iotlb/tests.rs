@@ -446,6 +446,32 @@ fn prefill_leaves_room_and_a_miss_still_gets_in() {
 }
 
 #[test]
+fn new_view_of_memory_is_shown_as_far_as_it_is_sent() {
+    let world = World::attached(map_unmap(), 16);
+    let last = 39 * PAGE;
+    world.kernel.access(last, Access::Read);
+    world.iotlb.service();
+    assert_eq!(world.iotlb.stats().stalled, 1);
+    for n in 0..40 {
+        let to = (0x3000, Perm::READ);
+        world.pages.state().pages.insert(n * PAGE, to);
+    }
+    let _ = world.iotlb.wake().read();
+    let region = world.pages.region();
+    region.reload();
+    assert_eq!(region.stats().maps, 14);
+    assert_eq!(world.kernel.state().list.len(), 14);
+    assert_eq!(world.iotlb.wake().read().unwrap(), 1);
+    world.iotlb.revive();
+    assert!(
+        world.kernel.access(last, Access::Read),
+        "it waited for this"
+    );
+    assert_eq!(world.iotlb.stats().stalled, 0);
+    assert!(world.agrees());
+}
+
+#[test]
 fn one_miss_brings_every_buffer_that_is_posted() {
     let world = World::attached(UNMAP, 256);
     let ring = world.ring(64, 0x10_0000, 0x1_0000);

@@ -30,7 +30,13 @@ impl Iommu for Identity {
         Ok(())
     }
 
-    fn replay(&self, _stream: StreamId, _range: IovaRange, _visit: &mut dyn FnMut(&Mapping)) {}
+    fn replay(
+        &self,
+        _stream: StreamId,
+        _range: IovaRange,
+        _visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
+    ) {
+    }
 
     fn connect(&self, _region: Weak<IommuRegion>) {}
 }

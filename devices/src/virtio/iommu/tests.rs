@@ -52,6 +52,7 @@ fn driver() -> Driver {
     let config = VirtioIommuConfig {
         input_range: IovaRange::new(Iova(0), Iova((1 << 48) - 1)).unwrap(),
         msi_window: None,
+        max_mappings: 1 << 16,
         boot_bypass: false,
     };
     let events = Arc::new(EventQueue::default());

@@ -373,6 +373,7 @@ fn access_platform_is_offered_behind_an_iommu_and_must_be_taken() {
     let config = VirtioIommuConfig {
         input_range: IovaRange::new(Iova(0), Iova((1 << 48) - 1)).unwrap(),
         msi_window: None,
+        max_mappings: 1 << 16,
         boot_bypass: true,
     };
     let model = VirtioIommu::new(config, Arc::clone(&ram), Arc::new(NoFaults));

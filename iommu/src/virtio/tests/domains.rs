@@ -2,7 +2,7 @@
 //! listeners hold.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::sample::select;
 use proptest::test_runner::TestRunner;

@@ -119,10 +119,17 @@ impl Iommu for Pages {
         })
     }
 
-    fn replay(&self, _stream: StreamId, _range: IovaRange, visit: &mut dyn FnMut(&Mapping)) {
+    fn replay(
+        &self,
+        _stream: StreamId,
+        _range: IovaRange,
+        visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
+    ) {
         let pages = self.state().pages.clone();
         for (iova, to) in pages {
-            visit(&mapping(iova, to));
+            if visit(&mapping(iova, to)).is_break() {
+                break;
+            }
         }
     }
 

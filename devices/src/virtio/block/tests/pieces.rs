@@ -115,7 +115,13 @@ impl Iommu for OneToOne {
         Ok(())
     }
 
-    fn replay(&self, _: iommu::StreamId, _: IovaRange, _: &mut dyn FnMut(&Mapping)) {}
+    fn replay(
+        &self,
+        _: iommu::StreamId,
+        _: IovaRange,
+        _: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
+    ) {
+    }
 
     fn connect(&self, _region: Weak<IommuRegion>) {}
 }

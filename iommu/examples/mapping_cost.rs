@@ -1,0 +1,234 @@
+//! What requests to a virtio-iommu cost, by the number of mappings in the
+//! domain.
+//!
+//!     cargo run --release -p iommu --example mapping_cost
+//!
+//! The first table counts the instructions of a MAP and an UNMAP of one page
+//! by running this program in callgrind, so it needs valgrind. The others have
+//! the memory of a mapping, and the CPU time of requests that concern all
+//! mappings of a domain at once, as the kernel accounts them.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use iommu::virtio::spec::{feature, request};
+use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
+use iommu::{
+    GuestRam, Iommu, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
+    NotifierSink, Registration, StreamId,
+};
+use vm_memory::GuestAddress;
+
+const PAGE: u64 = 4096;
+/// Pairs of MAP and UNMAP that are counted.
+const PAIRS: u64 = 10_000;
+/// Mappings of a large domain.
+const ALL: u64 = 1 << 20;
+const FIRST: StreamId = StreamId(0x08);
+const SECOND: StreamId = StreamId(0x10);
+/// As many mappings as the kernel's IOTLB holds.
+const ROOM: usize = 2048;
+
+struct NoFaults;
+
+impl FaultSink for NoFaults {
+    fn report(&self, _report: &FaultReport) {}
+}
+
+/// Counts mappings, and keeps as many as a kernel IOTLB.
+#[derive(Default)]
+struct Consumer(AtomicUsize);
+
+impl NotifierSink for Consumer {
+    fn map(&self, _mapping: &Mapping) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn wants_more(&self) -> bool {
+        self.0.load(Ordering::Relaxed) < ROOM
+    }
+
+    fn unmap(&self, _ranges: &[IovaRange]) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    fn registered(&self, _outcome: &Registration) {}
+}
+
+struct Machine {
+    iommu: Arc<VirtioIommu>,
+    _regions: [Arc<IommuRegion>; 2],
+}
+
+impl Machine {
+    fn new() -> Self {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
+        let config = VirtioIommuConfig {
+            input_range: IovaRange::block(Iova(0), 48),
+            msi_window: None,
+            boot_bypass: false,
+            max_mappings: 1 << 21,
+        };
+        let iommu = Arc::new(VirtioIommu::new(config, Arc::new(ram), Arc::new(NoFaults)));
+        iommu.negotiated(feature::MAP_UNMAP);
+        let regions = [FIRST, SECOND].map(|stream| {
+            let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, stream);
+            region.register(IommuNotifier {
+                wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+                range: IovaRange::ALL,
+                sink: Arc::new(Consumer::default()),
+            });
+            region
+        });
+        Self {
+            iommu,
+            _regions: regions,
+        }
+    }
+
+    /// A domain 1 of the first endpoint with `count` mappings of a page.
+    fn with_mappings(count: u64, order: impl Fn(u64) -> u64) -> Self {
+        let machine = Self::new();
+        machine.attach(1, FIRST);
+        for at in 0..count {
+            machine.map(order(at));
+        }
+        machine
+    }
+
+    fn send(&self, kind: u8, words: &[u32]) {
+        let mut request = [0; 40];
+        request[0] = kind;
+        for (bytes, word) in request[4..].chunks_exact_mut(4).zip(words) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        let mut reply = [0xff; request::TAIL_SIZE];
+        let _ = self.iommu.handle(&request, &mut reply);
+        self.iommu.flush();
+        assert_eq!(reply, [0; request::TAIL_SIZE], "type {kind}");
+    }
+
+    fn attach(&self, domain: u32, endpoint: StreamId) {
+        self.send(request::ATTACH, &[domain, endpoint.0, 0, 0]);
+    }
+
+    fn detach(&self, domain: u32, endpoint: StreamId) {
+        self.send(request::DETACH, &[domain, endpoint.0, 0, 0]);
+    }
+
+    fn map(&self, page: u64) {
+        let [a, b] = halves(page * PAGE);
+        let [c, d] = halves(page * PAGE + (PAGE - 1));
+        self.send(request::MAP, &[1, a, b, c, d, a, b, 3]);
+    }
+
+    fn unmap(&self, first: u64, count: u64) {
+        let [a, b] = halves(first * PAGE);
+        let [c, d] = halves((first + count) * PAGE - 1);
+        self.send(request::UNMAP, &[1, a, b, c, d, 0]);
+    }
+}
+
+fn halves(value: u64) -> [u32; 2] {
+    let mask = u64::from(u32::MAX);
+    [value & mask, value >> 32].map(|half| u32::try_from(half).expect("32 bits"))
+}
+
+/// The numbers below 2^20 in an order that has none: each step is a bijection.
+fn shuffled(at: u64) -> u64 {
+    let mixed = at.wrapping_mul(0x9e37_79b1) % ALL;
+    (mixed ^ (mixed >> 10)).wrapping_mul(0x85eb_ca6b) % ALL
+}
+
+/// Maps `count` pages, then unmaps and maps `pairs` of them.
+fn churn(count: u64, pairs: u64) {
+    let machine = Machine::with_mappings(count, |at| at);
+    for at in 0..pairs {
+        let page = at.wrapping_mul(7919) % count;
+        machine.unmap(page, 1);
+        machine.map(page);
+    }
+}
+
+/// Instructions of this program with these arguments.
+fn instructions(count: u64, pairs: u64) -> Option<u64> {
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        .arg(std::env::current_exe().ok()?)
+        .args([count.to_string(), pairs.to_string()])
+        .output()
+        .ok()?;
+    let log = String::from_utf8_lossy(&output.stderr);
+    let line = log.lines().find(|line| line.contains("Collected :"))?;
+    line.split_whitespace().last()?.parse().ok()
+}
+
+/// Nanoseconds that this thread has run.
+fn cpu_time() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+    let first = text.split_whitespace().next().expect("a number");
+    first.parse().expect("a number")
+}
+
+/// Bytes of this process that are in memory.
+fn resident() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").expect("statm");
+    let pages = text.split_whitespace().nth(1).expect("a number");
+    pages.parse::<u64>().expect("a number") * PAGE
+}
+
+fn time(what: &str, machine: &Machine, request: impl FnOnce(&Machine)) {
+    let before = cpu_time();
+    request(machine);
+    let taken = cpu_time() - before;
+    println!(
+        "| {what} | {}.{:03} ms |",
+        taken / 1_000_000,
+        taken / 1000 % 1000
+    );
+}
+
+fn main() {
+    let arguments: Vec<u64> = std::env::args()
+        .skip(1)
+        .filter_map(|argument| argument.parse().ok())
+        .collect();
+    if let [count, pairs] = arguments[..] {
+        churn(count, pairs);
+        return;
+    }
+    println!("| mappings | instructions of a MAP and an UNMAP |\n|---|---|");
+    for count in [1_000, 10_000, 100_000, 1_000_000] {
+        let base = instructions(count, 0);
+        let more = instructions(count, PAIRS);
+        match base.zip(more) {
+            Some((base, more)) => println!("| {count} | {} |", (more - base) / PAIRS),
+            None => println!("| {count} | no valgrind |"),
+        }
+    }
+    for (order, shuffle) in [("in order", false), ("in no order", true)] {
+        println!("\n| 2^20 mappings, made {order} | |\n|---|---|");
+        let before = resident();
+        let build = || Machine::with_mappings(ALL, |at| if shuffle { shuffled(at) } else { at });
+        let machine = build();
+        let each = resident().saturating_sub(before) / ALL;
+        println!("| memory of a mapping | {each} bytes |");
+        time("UNMAP of all", &machine, |m| m.unmap(0, ALL));
+        time("UNMAP of the lower half", &build(), |m| m.unmap(0, ALL / 2));
+        let machine = build();
+        time("ATTACH of a second endpoint", &machine, |m| {
+            m.attach(1, SECOND)
+        });
+        time("DETACH of one of two endpoints", &machine, |m| {
+            m.detach(1, SECOND)
+        });
+        time("ATTACH to another domain, the last one", &machine, |m| {
+            m.attach(2, FIRST)
+        });
+        time("DETACH of the last endpoint", &build(), |m| {
+            m.detach(1, FIRST)
+        });
+        time("reset of the device", &build(), |m| m.iommu.reset());
+    }
+}

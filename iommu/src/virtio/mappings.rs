@@ -1,0 +1,216 @@
+//! The mappings of a domain, each as the driver made it.
+//!
+//! They lie in chunks of up to `CHUNK` mappings, in order, and the chunks in a
+//! tree by the address from which each is responsible. A mapping that comes or
+//! goes moves the mappings of one chunk; a range that goes takes whole chunks
+//! with it. A mapping costs 32 bytes in a full chunk, and chunks between the
+//! first and the last are at least 3/8 full, so that it costs 87 at most.
+
+use std::collections::BTreeMap;
+use std::ops::Bound::{Excluded, Included, Unbounded};
+
+use super::spec::Status;
+use crate::{Iova, IovaRange, Mapping};
+
+/// Mappings that do not overlap, in the order of their addresses.
+#[derive(Clone, Debug, Default)]
+pub struct Mappings<const CHUNK: usize = 128> {
+    /// By the lowest address that a mapping of the chunk may start at: the
+    /// chunk ends where the next one begins. The first key is 0, and only its
+    /// chunk may be empty.
+    chunks: BTreeMap<Iova, Vec<Mapping>>,
+    len: usize,
+}
+
+/// How many mappings of a chunk start at or below `iova`.
+fn count_up_to(chunk: &[Mapping], iova: Iova) -> usize {
+    chunk.partition_point(|mapping| mapping.iova.first() <= iova)
+}
+
+/// How many mappings of a chunk start below `iova`.
+fn count_below(chunk: &[Mapping], iova: Iova) -> usize {
+    chunk.partition_point(|mapping| mapping.iova.first() < iova)
+}
+
+/// Inserts into a chunk that is not full. The capacity doubles, as far as a
+/// full chunk.
+fn put<const CHUNK: usize>(chunk: &mut Vec<Mapping>, at: usize, mapping: Mapping) {
+    let len = chunk.len();
+    if len == chunk.capacity() {
+        chunk.reserve_exact(len.max(4).min(CHUNK.saturating_sub(len)));
+    }
+    chunk.insert(at, mapping);
+}
+
+impl<const CHUNK: usize> Mappings<CHUNK> {
+    /// Shorter chunks are joined with a neighbour.
+    const LEAST: usize = CHUNK * 3 / 8;
+    /// Longer chunks are not the result of joining two. Half of one more is not
+    /// shorter than `LEAST`.
+    const JOINED: usize = CHUNK * 3 / 4;
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The mapping that `iova` lies in.
+    pub fn find(&self, iova: Iova) -> Option<Mapping> {
+        self.last_up_to(iova)
+            .filter(|mapping| mapping.iova.contains(iova))
+            .copied()
+    }
+
+    /// Adds a mapping that must overlap none (§5.13.6.5.2).
+    ///
+    /// # Errors
+    /// `INVAL`: it overlaps one.
+    pub fn insert(&mut self, mapping: Mapping) -> Result<(), Status> {
+        let iova = mapping.iova;
+        let below = self.last_up_to(iova.last());
+        if below.is_some_and(|below| below.iova.last() >= iova.first()) {
+            return Err(Status::Inval);
+        }
+        match self.chunks.range_mut(..=iova.first()).next_back() {
+            Some((_, chunk)) if chunk.len() < CHUNK => {
+                put::<CHUNK>(chunk, count_below(chunk, iova.first()), mapping);
+            }
+            Some((&key, _)) => self.insert_into_full(key, mapping),
+            None => {
+                self.chunks.insert(Iova(0), vec![mapping]);
+            }
+        }
+        self.len += 1;
+        Ok(())
+    }
+
+    /// Removes every mapping in `range`, and none when one of them would have
+    /// to be split (§5.13.6.6.2). Returns how many there were.
+    ///
+    /// # Errors
+    /// `RANGE`: one of them would have to be split.
+    pub fn remove(&mut self, range: IovaRange) -> Result<usize, Status> {
+        let (first, last) = (range.first(), range.last());
+        let Some(highest) = self.last_up_to(last).map(|mapping| mapping.iova) else {
+            return Ok(0);
+        };
+        if highest.last() < first {
+            return Ok(0);
+        }
+        let reaches_in = |below: u64| self.find(Iova(below)).filter(|m| m.iova.last() >= first);
+        let below = first.0.checked_sub(1).filter(|_| highest.first() != first);
+        if highest.last() > last || below.and_then(reaches_in).is_some() {
+            return Err(Status::Range);
+        }
+        let before = self.len;
+        let Some((&lowest, chunk)) = self.chunks.range_mut(..=first).next_back() else {
+            return Ok(0);
+        };
+        let inside = count_below(chunk, first)..count_up_to(chunk, last);
+        let goes_on = inside.end == chunk.len();
+        self.len -= chunk.drain(inside).len();
+        let is_short = chunk.len() < Self::LEAST;
+        if goes_on {
+            self.remove_chunks(lowest, last);
+        }
+        if is_short {
+            self.refill(lowest);
+        }
+        Ok(before - self.len)
+    }
+
+    /// Those that overlap `range`, in order.
+    pub fn iter(&self, range: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
+        let reaching_in = self.find(range.first());
+        let first = reaching_in.map_or(range.first(), |mapping| mapping.iova.first());
+        let chunk = self.chunks.range(..=first).next_back();
+        let key = chunk.map_or(first, |(key, _)| *key);
+        let chunks = self.chunks.range(key..=range.last());
+        chunks.flat_map(move |(_, chunk)| {
+            let inside = count_below(chunk, first)..count_up_to(chunk, range.last());
+            chunk.get(inside).unwrap_or_default().iter().copied()
+        })
+    }
+
+    /// The mapping with the highest start that is not above `iova`.
+    fn last_up_to(&self, iova: Iova) -> Option<&Mapping> {
+        let mut chunks = self.chunks.range(..=iova).rev();
+        chunks.find_map(|(_, chunk)| chunk.get(..count_up_to(chunk, iova))?.last())
+    }
+
+    /// Inserts where the chunk of `key` is full: at either end of all mappings
+    /// a new chunk begins, so that a driver that maps in order fills its
+    /// chunks; elsewhere the chunk is split.
+    fn insert_into_full(&mut self, key: Iova, mapping: Mapping) {
+        let first = mapping.iova.first();
+        let is_last = self.chunks.range((Excluded(key), Unbounded)).next();
+        let is_last = is_last.is_none();
+        let Some(chunk) = self.chunks.get_mut(&key) else {
+            return;
+        };
+        let at = count_below(chunk, first);
+        if at == chunk.len() && is_last {
+            self.chunks.insert(first, vec![mapping]);
+        } else if at == 0 && key == Iova(0) {
+            let above = std::mem::replace(chunk, vec![mapping]);
+            self.insert_chunk(above);
+        } else {
+            let mut above = chunk.split_off(CHUNK / 2);
+            match at.checked_sub(CHUNK / 2) {
+                Some(at @ 1..) => put::<CHUNK>(&mut above, at, mapping),
+                _ => put::<CHUNK>(chunk, at, mapping),
+            }
+            self.insert_chunk(above);
+        }
+    }
+
+    /// Removes what starts above the chunk of `lowest`, up to `last`.
+    fn remove_chunks(&mut self, lowest: Iova, last: Iova) {
+        let reached = (Excluded(lowest), Included(last));
+        while let Some((&key, chunk)) = self.chunks.range_mut(reached).next() {
+            let inside = count_up_to(chunk, last);
+            self.len -= inside;
+            if inside < chunk.len() {
+                chunk.drain(..inside);
+                if chunk.len() < Self::LEAST {
+                    self.refill(key);
+                }
+                return;
+            }
+            self.chunks.remove(&key);
+        }
+    }
+
+    /// Joins the chunk of `key` with neighbours until it is long enough or the
+    /// only one.
+    fn refill(&mut self, key: Iova) {
+        let is_short = |chunk: &Vec<Mapping>| chunk.len() < Self::LEAST;
+        while self.chunks.get(&key).is_some_and(is_short) {
+            let above = self.chunks.range((Excluded(key), Unbounded)).next();
+            let above = above.map(|(above, _)| (key, *above));
+            let below = || self.chunks.range(..key).next_back();
+            let Some((low, high)) = above.or_else(|| below().map(|(below, _)| (*below, key)))
+            else {
+                return;
+            };
+            let mut above = self.chunks.remove(&high).unwrap_or_default();
+            let chunk = self.chunks.entry(low).or_default();
+            chunk.append(&mut above);
+            if chunk.len() > Self::JOINED {
+                above = chunk.split_off(chunk.len() / 2);
+            }
+            chunk.shrink_to(CHUNK);
+            self.insert_chunk(above);
+        }
+    }
+
+    /// Adds a chunk that is not the first one; an empty one is dropped.
+    fn insert_chunk(&mut self, chunk: Vec<Mapping>) {
+        if let Some(lowest) = chunk.first() {
+            self.chunks.insert(lowest.iova.first(), chunk);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! What the driver has set up, and how requests change it (§5.13.6). Nothing
+//! here notifies: the caller does, without the state's lock.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+use super::VirtioIommuConfig;
+use super::domain::Domain;
+use super::spec::{Status, feature, request};
+use crate::{Gpa, IommuRegion, IovaRange, Mapping, Perm, StreamId};
+
+/// The smallest page, as a shift.
+pub const PAGE_SHIFT: u32 = 12;
+
+/// An endpoint, and the domain that it is attached to.
+#[derive(Debug, Default)]
+pub struct Endpoint {
+    pub domain: Option<u32>,
+    pub region: Weak<IommuRegion>,
+}
+
+/// The state. Its owner keeps it under a lock.
+#[derive(Debug, Default)]
+pub struct State {
+    /// The negotiated features.
+    pub features: u64,
+    /// `bypass` of the configuration.
+    pub bypass: bool,
+    pub endpoints: BTreeMap<StreamId, Endpoint>,
+    pub domains: BTreeMap<u32, Domain>,
+    /// Mappings of all domains.
+    pub mapped: usize,
+}
+
+/// What an endpoint sees.
+pub enum View<'a> {
+    Blocked,
+    Bypass,
+    Domain(&'a Domain),
+}
+
+/// An endpoint that has another view of memory than before.
+#[derive(Default)]
+pub struct Moved {
+    pub region: Option<Arc<IommuRegion>>,
+    /// The domain that ceased to exist. To free a million mappings takes
+    /// milliseconds: drop it without the state's lock.
+    pub gone: Option<Domain>,
+}
+
+impl State {
+    /// What an endpoint sees.
+    pub fn view(&self, stream: StreamId) -> View<'_> {
+        let Some(endpoint) = self.endpoints.get(&stream) else {
+            return View::Blocked;
+        };
+        match endpoint.domain.and_then(|id| self.domains.get(&id)) {
+            Some(domain) if domain.bypass => View::Bypass,
+            Some(domain) => View::Domain(domain),
+            None if self.bypass => View::Bypass,
+            None => View::Blocked,
+        }
+    }
+
+    /// The regions of the endpoints that are attached to a domain.
+    pub fn attached(&self, domain: u32) -> Vec<Arc<IommuRegion>> {
+        let domain = self.domains.get(&domain);
+        let streams = domain.into_iter().flat_map(|domain| &domain.endpoints);
+        streams
+            .filter_map(|stream| self.endpoints.get(stream)?.region.upgrade())
+            .collect()
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    /// §5.13.6.3.2. `None`: it is attached to that domain already.
+    pub fn attach(
+        &mut self,
+        id: u32,
+        stream: StreamId,
+        flags: u32,
+    ) -> Result<Option<Moved>, Status> {
+        let has_bypass = self.has(feature::BYPASS_CONFIG);
+        let known = if has_bypass {
+            request::ATTACH_BYPASS
+        } else {
+            0
+        };
+        if flags & !known != 0 {
+            return Err(Status::Inval);
+        }
+        let bypass = flags & request::ATTACH_BYPASS != 0;
+        let endpoint = self.endpoints.get(&stream).ok_or(Status::Noent)?;
+        let is_other = |domain: &Domain| domain.bypass != bypass;
+        if self.domains.get(&id).is_some_and(is_other) {
+            return Err(Status::Inval);
+        }
+        if endpoint.domain == Some(id) {
+            return Ok(None);
+        }
+        let moved = self.leave(stream);
+        let domain = self.domains.entry(id).or_default();
+        domain.bypass = bypass;
+        domain.endpoints.insert(stream);
+        if let Some(endpoint) = self.endpoints.get_mut(&stream) {
+            endpoint.domain = Some(id);
+        }
+        Ok(Some(moved))
+    }
+
+    /// §5.13.6.4.2
+    pub fn detach(&mut self, id: u32, stream: StreamId) -> Result<Moved, Status> {
+        let endpoint = self.endpoints.get(&stream).ok_or(Status::Noent)?;
+        if endpoint.domain != Some(id) {
+            return Err(Status::Inval);
+        }
+        Ok(self.leave(stream))
+    }
+
+    /// §5.13.6.5.2
+    pub fn map(
+        &mut self,
+        config: &VirtioIommuConfig,
+        id: u32,
+        mapping: Mapping,
+        flags: u32,
+    ) -> Result<(), Status> {
+        let mmio = if self.has(feature::MMIO) {
+            request::MAP_MMIO
+        } else {
+            0
+        };
+        let domain = self.domains.get_mut(&id).ok_or(Status::Noent)?;
+        let known = request::MAP_READ | request::MAP_WRITE | mmio;
+        if flags & !known != 0 || domain.bypass {
+            return Err(Status::Inval);
+        }
+        let Mapping { iova, gpa, .. } = mapping;
+        if !is_aligned(iova, gpa) || !config.input_range.covers(iova) {
+            return Err(Status::Range);
+        }
+        if gpa.checked_add(iova.extent()).is_none() {
+            return Err(Status::Range);
+        }
+        let reserved = config.msi_window;
+        if reserved.is_some_and(|window| window.overlaps(iova)) {
+            return Err(Status::Inval);
+        }
+        if self.mapped >= config.max_mappings {
+            return Err(Status::Nomem);
+        }
+        domain.mappings.insert(mapping)?;
+        self.mapped += 1;
+        Ok(())
+    }
+
+    /// §5.13.6.6.2. Returns whether there was a mapping. The ends of the range
+    /// need no alignment, and it may reach beyond the input range.
+    pub fn unmap(&mut self, id: u32, iova: IovaRange) -> Result<bool, Status> {
+        let domain = self.domains.get_mut(&id).ok_or(Status::Noent)?;
+        if domain.bypass {
+            return Err(Status::Inval);
+        }
+        let removed = domain.mappings.remove(iova)?;
+        self.mapped -= removed;
+        Ok(removed != 0)
+    }
+
+    /// Takes an endpoint out of its domain. A domain without endpoints is gone,
+    /// its mappings with it.
+    fn leave(&mut self, stream: StreamId) -> Moved {
+        let Some(endpoint) = self.endpoints.get_mut(&stream) else {
+            return Moved::default();
+        };
+        let (region, id) = (endpoint.region.upgrade(), endpoint.domain.take());
+        let left = id.and_then(|id| Some((id, self.domains.get_mut(&id)?)));
+        let gone = left.and_then(|(id, domain)| {
+            domain.endpoints.remove(&stream);
+            let empty = domain.endpoints.is_empty();
+            empty.then_some(id)
+        });
+        let gone = gone.and_then(|id| self.domains.remove(&id));
+        self.mapped -= gone.as_ref().map_or(0, |domain| domain.mappings.len());
+        Moved { region, gone }
+    }
+}
+
+/// Whether both ends and the target of a mapping are aligned to pages.
+fn is_aligned(iova: IovaRange, gpa: Gpa) -> bool {
+    let mask = (1_u64 << PAGE_SHIFT) - 1;
+    (iova.first().0 | gpa.0) & mask == 0 && iova.last().0 & mask == mask
+}
+
+/// The permissions that the flags of a MAP request name.
+pub fn perm_of(flags: u32) -> Perm {
+    let perm = |flag, perm| {
+        if flags & flag != 0 { perm } else { Perm::NONE }
+    };
+    perm(request::MAP_READ, Perm::READ) | perm(request::MAP_WRITE, Perm::WRITE)
+}
