@@ -4,6 +4,7 @@
 //! [`build`] is their order. Whatever fails, nothing is left behind: what was
 //! made is dropped.
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -74,19 +75,28 @@ pub struct Machine {
     /// The processors' threads, held until resumed.
     pub vcpus: Vcpus,
     /// The PCI bus and what is on it.
-    pub pci: Option<PciBus>,
+    pub pci: Option<Arc<PciBus>>,
     output: Arc<Output>,
     /// Owns guest memory.
-    _vm: Arc<Vm>,
+    _vm: Arc<dyn Any + Send + Sync>,
 }
 
 impl Machine {
-    /// Ends the guest. Returns its serial output, which may still be on its
-    /// way.
-    pub fn stop(self) -> Arc<Output> {
-        let output = Arc::clone(&self.output);
-        drop(self);
-        output
+    /// The guest's serial output, which outlives the machine.
+    #[must_use]
+    pub fn output(&self) -> Arc<Output> {
+        Arc::clone(&self.output)
+    }
+
+    /// A machine of these parts, without a VM.
+    #[cfg(test)]
+    pub(crate) fn of(vcpus: Vcpus, pci: Option<PciBus>, output: Arc<Output>) -> Self {
+        Self {
+            vcpus,
+            pci: pci.map(Arc::new),
+            output,
+            _vm: Arc::new(()),
+        }
     }
 }
 
@@ -128,7 +138,7 @@ pub fn build(
     let machine = Machine {
         vcpus,
         output,
-        pci,
+        pci: pci.map(Arc::new),
         _vm: vm,
     };
     Ok(Built { machine, input })
@@ -331,9 +341,9 @@ fn start_processors(
     buses: &Buses,
     reporter: &Reporter,
 ) -> Result<Vcpus, BuildError> {
-    let reporter = reporter.try_clone()?;
+    let ended = reporter.try_clone()?;
     let on_end = move |end| {
-        reporter.ended(match end {
+        ended.ended(match end {
             End::PowerOff => Ending::PoweredOff,
             End::Reset => Ending::Reset,
             End::Crash {
@@ -351,7 +361,10 @@ fn start_processors(
             }
         });
     };
-    Ok(Vcpus::spawn(processors, buses, on_end)?)
+    let waker = reporter.try_clone()?;
+    Ok(Vcpus::spawn(processors, buses, on_end, move || {
+        waker.wake()
+    })?)
 }
 
 #[cfg(test)]

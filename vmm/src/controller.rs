@@ -5,30 +5,41 @@
 //! whoever asks: the command line, the API, a signal. After each round of
 //! device events the loop looks at signals, endings and actions, so a guest
 //! that floods a device delays them by one round at most.
+//!
+//! The loop never waits for a vCPU, nor for a lock that a vCPU holds inside a
+//! device. A pause and the end of the machine are requests to the vCPU threads,
+//! and the action is answered when the last of them has followed. What reads
+//! the devices' state is the [inspector](crate::inspector)'s.
+
+mod life;
+mod recorder;
+#[cfg(test)]
+mod tests;
+mod waiting;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use devices::error::Chain;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::timerfd::TimerFd;
 
+use self::life::{Departure, Life, Running};
+use self::recorder::Recorder;
+use self::waiting::{Event, Pending, WaitingActions};
 use crate::action::{
-    self, Action, ActionError, Client, Configure, Inbox, InstanceInfo, IommuInfo, Lifecycle,
-    MachineState, Outcome, Query, Reply,
+    self, Action, ActionError, Call, Client, Configure, Inbox, InstanceInfo, Lifecycle,
+    MetricFamily, Outcome, Query, Reply,
 };
 use crate::builder::{self, BuildError, Built, Machine};
 use crate::config::{ConfigError, VmConfig};
-use crate::console::terminal;
+use crate::console::{Input, terminal};
 use crate::ending::Ending;
+use crate::error::Chain;
 use crate::inspect;
+use crate::inspector::{self, Inspected, Inspector};
 use crate::logger;
-use crate::metrics::{Metrics, MetricsFile};
-use crate::pci::PciBus;
+use crate::metrics::Metrics;
 use crate::plan::MachinePlan;
 use crate::reports::{self, Reporter, Reports};
 use crate::signals::{Signal, Signals};
@@ -38,8 +49,11 @@ pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
 /// Actions answered before device events get their turn again.
 const ACTIONS_A_ROUND: usize = 16;
-/// How often metrics are written to their file.
-const METRICS_PERIOD: Duration = Duration::from_secs(60);
+/// How long vCPUs and devices may take to end when the user stops the machine.
+/// One that is inside the host's kernel may take for ever.
+const STOP_PATIENCE: Duration = Duration::from_millis(1500);
+/// The same when the guest ended the machine.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the end of the console output may stand still before it is given
 /// up on, when the machine has ended.
 const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
@@ -61,8 +75,7 @@ pub enum ControllerError {
 /// Owns the machine. See the module documentation.
 pub struct Controller {
     config: VmConfig,
-    state: MachineState,
-    machine: Option<Machine>,
+    life: Life,
     events: EventManager<Subscriber>,
     signals: Signals,
     reports: Reports,
@@ -70,12 +83,23 @@ pub struct Controller {
     client: Client,
     inbox: Inbox,
     metrics: Metrics,
-    metrics_file: Option<MetricsFile>,
-    metrics_timer: TimerFd,
+    recorder: Recorder,
+    waiting: WaitingActions,
+    /// Questions asked of the inspector so far.
+    questions: u64,
+    /// The question whose answer is the minute's line of the metrics file.
+    minute: Option<u64>,
     /// Tells the console that the process was continued.
     attention: Option<EventFd>,
     /// There may be more actions than were answered in the last round.
     more_actions: bool,
+}
+
+/// How far an action is.
+enum Progress {
+    Done(Reply),
+    /// It is answered when this happens.
+    Until(Event),
 }
 
 impl Controller {
@@ -87,19 +111,18 @@ impl Controller {
         let signals = Signals::install().map_err(ControllerError::Signals)?;
         let (reporter, reports) = reports::channel().map_err(ControllerError::Events)?;
         let (client, inbox) = action::channel().map_err(ControllerError::Events)?;
-        let metrics_timer = TimerFd::new().map_err(|e| ControllerError::Events(e.into()))?;
+        let recorder = Recorder::new().map_err(ControllerError::Events)?;
         let mut events: EventManager<Subscriber> =
             EventManager::new().map_err(ControllerError::Manager)?;
         events.add_subscriber(Box::new(Wakes(vec![
             signals.as_raw_fd(),
             reports.as_raw_fd(),
             inbox.as_raw_fd(),
-            metrics_timer.as_raw_fd(),
+            recorder.as_raw_fd(),
         ])));
         Ok(Self {
             config: VmConfig::default(),
-            state: MachineState::NotStarted,
-            machine: None,
+            life: Life::default(),
             events,
             signals,
             reports,
@@ -107,8 +130,10 @@ impl Controller {
             client,
             inbox,
             metrics: Metrics::default(),
-            metrics_file: None,
-            metrics_timer,
+            recorder,
+            waiting: WaitingActions::default(),
+            questions: 0,
+            minute: None,
             attention: None,
             more_actions: false,
         })
@@ -130,8 +155,8 @@ impl Controller {
             logger::configure(settings).map_err(|error| error.within("logger"))?;
         }
         if let Some(settings) = &config.metrics {
-            self.open_metrics(&settings.metrics_path)
-                .map_err(|error| error.within("metrics"))?;
+            let opened = self.recorder.open(&settings.metrics_path);
+            opened.map_err(|error| error.within("metrics"))?;
         }
         self.config = config;
         Ok(())
@@ -144,39 +169,55 @@ impl Controller {
     pub fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
         let Built { machine, input } = builder::build(&plan, &self.metrics, &self.reporter)?;
+        let attention = input.as_ref().map(Input::attention).transpose()?;
+        self.run_machine(machine)?;
+        self.attention = attention;
         if let Some(input) = input {
-            self.attention = Some(input.attention()?);
             self.events.add_subscriber(Box::new(input));
         }
-        machine.vcpus.resume();
-        self.machine = Some(machine);
-        self.state = MachineState::Running;
         log::info!("the guest runs");
+        Ok(())
+    }
+
+    fn run_machine(&mut self, machine: Machine) -> io::Result<()> {
+        let reporter = self.reporter.try_clone()?;
+        let inspector = Inspector::start(machine.pci.as_ref(), reporter)?;
+        self.life.start(machine, inspector);
         Ok(())
     }
 
     /// Serves the machine until it ends, then takes it apart.
     pub fn run(mut self) -> Ending {
-        let ending = loop {
-            let patience = if self.more_actions { 0 } else { -1 };
-            if let Err(error) = self.events.run_with_timeout(patience) {
-                break Ending::Failed(format!("waiting for events: {}", Chain(&error)));
+        let departure = loop {
+            if let Err(error) = self.events.run_with_timeout(self.patience()) {
+                let failed = Ending::Failed(format!("waiting for events: {}", Chain(&error)));
+                break Departure::new(failed, END_PATIENCE);
             }
-            if let Some(ending) = self.look_round() {
-                break ending;
+            self.poll_control();
+            if let Some(departure) = self.life.take_departure() {
+                break departure;
             }
         };
-        log::info!("{ending}");
-        self.take_apart();
-        ending
+        log::info!("{}", departure.ending);
+        self.finish_all(Event::Ended, &Ok(Reply::Done));
+        self.shut_down(departure.deadline);
+        departure.ending
     }
 
-    /// What came in besides device events. Returns how the machine ended, if
-    /// it did.
-    fn look_round(&mut self) -> Option<Ending> {
+    /// Milliseconds to wait for events; -1 without a limit.
+    fn patience(&self) -> i32 {
+        match self.life.patience() {
+            _ if self.more_actions => 0,
+            Some(left) => i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX),
+            None => -1,
+        }
+    }
+
+    /// Handles what came in besides device events.
+    fn poll_control(&mut self) {
         for signal in self.signals.take() {
             match signal {
-                Signal::Terminate => return Some(Ending::Stopped),
+                Signal::Terminate => self.end(Ending::Stopped, STOP_PATIENCE),
                 Signal::Suspend => terminal::restore_and_stop(),
                 Signal::Continue => {}
             }
@@ -186,65 +227,75 @@ impl Controller {
             }
         }
         if let Some(ending) = self.reports.take() {
-            return Some(ending);
+            let patience = match ending {
+                Ending::Stopped => STOP_PATIENCE,
+                _ => END_PATIENCE,
+            };
+            self.end(ending, patience);
         }
-        if self.metrics_file.is_some() && self.metrics_timer_expired() {
-            let _ = self.flush_metrics();
+        self.complete_pause();
+        while let Some(inspected) = self.life.inspector().and_then(Inspector::next_answer) {
+            self.deliver(inspected);
         }
-        self.answer_actions()
+        if self.recorder.is_due() && self.minute.is_none() {
+            self.minute = self.record_metrics();
+        }
+        self.answer_actions();
     }
 
-    fn answer_actions(&mut self) -> Option<Ending> {
+    fn answer_actions(&mut self) {
         self.more_actions = false;
         self.inbox.acknowledge();
         for _ in 0..ACTIONS_A_ROUND {
-            let call = self.inbox.next_call()?;
-            let (action, answer) = call.split();
-            let stops = action == Action::Lifecycle(Lifecycle::Stop);
-            let outcome = self.handle(action);
-            let stopped = stops && outcome.is_ok();
-            answer(outcome);
-            if stopped {
-                return Some(Ending::Stopped);
-            }
+            let Some(call) = self.inbox.next_call() else {
+                return;
+            };
+            self.handle(call);
         }
         self.more_actions = true;
-        None
     }
 
-    /// Does what is asked. The one place where actions are logged and counted.
-    pub fn handle(&mut self, action: Action) -> Outcome {
-        let name = action.name();
-        let asks = matches!(action, Action::Query(_));
-        let outcome = action
-            .check_state(self.state)
+    /// Does what is asked, and answers now or when it is done. All actions are
+    /// logged and counted by [`Pending::finish`].
+    pub fn handle(&mut self, call: Call) {
+        let (action, answer) = call.split();
+        let pending = Pending {
+            name: action.name(),
+            is_query: matches!(action, Action::Query(_)),
+            answer: Box::new(answer),
+        };
+        let progress = action
+            .check_state(self.life.state())
+            .and_then(|()| self.check_departure(&action))
             .and_then(|()| self.perform(action));
-        match &outcome {
-            Ok(_) => {
-                self.metrics.actions_done.fetch_add(1, Ordering::Relaxed);
-                if !asks {
-                    log::info!("{name}: done");
-                }
-            }
-            Err(error) => {
-                self.metrics.actions_failed.fetch_add(1, Ordering::Relaxed);
-                match error {
-                    // Its text has the name.
-                    ActionError::WrongState { .. } => log::warn!("{}", Chain(error)),
-                    _ => log::warn!("{name}: {}", Chain(error)),
-                }
-            }
+        match progress {
+            Ok(Progress::Done(reply)) => pending.finish(Ok(reply), &self.metrics),
+            Ok(Progress::Until(event)) => self.waiting.add(event, pending),
+            Err(error) => pending.finish(Err(error), &self.metrics),
         }
-        outcome
     }
 
-    fn perform(&mut self, action: Action) -> Outcome {
+    /// Refuses changes to a machine that ends.
+    fn check_departure(&self, action: &Action) -> Result<(), ActionError> {
         match action {
-            Action::Configure(change) => self.change(*change)?,
-            Action::Lifecycle(step) => self.step(step)?,
-            Action::Query(query) => return self.answer(&query),
+            Action::Query(_) | Action::Lifecycle(Lifecycle::Stop) => Ok(()),
+            _ if !self.life.is_ending() => Ok(()),
+            _ => Err(ActionError::Failed(format!(
+                "{} is not possible: the machine is being stopped",
+                action.name()
+            ))),
         }
-        Ok(Reply::Done)
+    }
+
+    fn perform(&mut self, action: Action) -> Result<Progress, ActionError> {
+        match action {
+            Action::Configure(change) => {
+                self.change(*change)?;
+                Ok(Progress::Done(Reply::Done))
+            }
+            Action::Lifecycle(step) => self.step(step),
+            Action::Query(query) => self.answer(query),
+        }
     }
 
     fn change(&mut self, change: Configure) -> Result<(), ActionError> {
@@ -252,141 +303,206 @@ impl Controller {
         change.clone().apply_to(&mut config)?;
         match &change {
             Configure::Logger(settings) => logger::configure(settings)?,
-            Configure::Metrics(settings) => self.open_metrics(&settings.metrics_path)?,
+            Configure::Metrics(settings) => self.recorder.open(&settings.metrics_path)?,
             other => inspect::change(other)?,
         }
         self.config = config;
         Ok(())
     }
 
-    fn step(&mut self, step: Lifecycle) -> Result<(), ActionError> {
-        match (step, &self.machine) {
-            (Lifecycle::Start, _) => self.start().map_err(|error| match error {
+    fn step(&mut self, step: Lifecycle) -> Result<Progress, ActionError> {
+        match step {
+            Lifecycle::Start => self.start().map_err(|error| match error {
                 BuildError::Config(error) => ActionError::Invalid(error),
                 other => ActionError::Failed(Chain(&other).to_string()),
             })?,
-            (Lifecycle::Pause, Some(machine)) => {
-                machine.vcpus.pause();
-                self.state = MachineState::Paused;
+            Lifecycle::Pause => return self.pause(),
+            Lifecycle::Resume => self.resume(),
+            Lifecycle::Stop => {
+                self.end(Ending::Stopped, STOP_PATIENCE);
+                self.waiting.check_room(Event::Ended)?;
+                return Ok(Progress::Until(Event::Ended));
             }
-            (Lifecycle::Resume, Some(machine)) => {
-                machine.vcpus.resume();
-                self.state = MachineState::Running;
-            }
-            (Lifecycle::SendCtrlAltDel, _) => {
+            Lifecycle::SendCtrlAltDel => {
                 return Err(ActionError::Failed(
                     "the machine has neither keyboard nor power button; \
                      shut it down from inside or stop it"
                         .into(),
                 ));
             }
-            (Lifecycle::FlushMetrics, _) => self.flush_metrics()?,
-            // Stopping is the event loop's; without a machine, the action's
-            // own check has refused the rest.
-            (Lifecycle::Stop | Lifecycle::Pause | Lifecycle::Resume, _) => {}
+            Lifecycle::FlushMetrics => return self.flush_metrics(),
         }
-        Ok(())
+        Ok(Progress::Done(Reply::Done))
     }
 
-    fn answer(&self, query: &Query) -> Outcome {
-        Ok(match query {
-            Query::InstanceInfo => Reply::InstanceInfo(InstanceInfo {
-                app_name: "portcullis".into(),
-                id: "portcullis".into(),
-                state: self.state,
-                vmm_version: env!("CARGO_PKG_VERSION").into(),
-            }),
-            Query::Version => Reply::Version(env!("CARGO_PKG_VERSION").into()),
-            Query::VmConfig => Reply::VmConfig(Box::new(self.config.clone())),
-            Query::Metrics => Reply::Metrics(self.families()),
-            Query::Iommu => Reply::Iommu(self.iommu_info()),
-            Query::Endpoint(name) => {
-                Reply::Endpoint(Box::new(self.iommu_info().find(name)?.clone()))
-            }
-            Query::Mappings {
-                endpoint,
-                after,
-                limit,
-            } => {
-                let info = self.iommu_info();
-                let stream = info.find(endpoint)?.stream_id;
-                let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
-                let page = pci.map(|pci| pci.mappings(stream, *after, *limit));
-                Reply::Mappings(page.unwrap_or_default())
-            }
+    fn pause(&mut self) -> Result<Progress, ActionError> {
+        self.waiting.check_room(Event::Paused)?;
+        if self.life.pause() {
+            return Ok(Progress::Done(Reply::Done));
+        }
+        // No vCPU wakes the loop when none executed.
+        Ok(match self.complete_pause() {
+            true => Progress::Done(Reply::Done),
+            false => Progress::Until(Event::Paused),
         })
     }
 
-    fn families(&self) -> Vec<action::MetricFamily> {
-        let mut families = self.metrics.families(self.state);
-        let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
-        families.extend(pci.into_iter().flat_map(PciBus::families));
+    /// Withdraws a pause that is not complete.
+    fn resume(&mut self) {
+        self.life.resume();
+        self.fail_pauses("the machine was resumed while it was being paused");
+    }
+
+    /// Completes a pause whose last vCPU is parked.
+    fn complete_pause(&mut self) -> bool {
+        let complete = self.life.complete_pause();
+        if complete {
+            self.finish_all(Event::Paused, &Ok(Reply::Done));
+        }
+        complete
+    }
+
+    /// Begins to end the machine. The first ending counts.
+    fn end(&mut self, ending: Ending, patience: Duration) {
+        self.life.end(ending, patience);
+        self.fail_pauses("the machine ended while it was being paused");
+    }
+
+    fn fail_pauses(&mut self, why: &str) {
+        let error = ActionError::Failed(why.into());
+        self.finish_all(Event::Paused, &Err(error));
+    }
+
+    fn answer(&mut self, query: Query) -> Result<Progress, ActionError> {
+        if inspector::concerns_devices(&query) {
+            return self.inspect(query);
+        }
+        Ok(Progress::Done(match query {
+            Query::Version => Reply::Version(env!("CARGO_PKG_VERSION").into()),
+            Query::VmConfig => Reply::VmConfig(Box::new(self.config.clone())),
+            _ => Reply::InstanceInfo(InstanceInfo {
+                app_name: "portcullis".into(),
+                id: "portcullis".into(),
+                state: self.life.state(),
+                vmm_version: env!("CARGO_PKG_VERSION").into(),
+            }),
+        }))
+    }
+
+    fn inspect(&mut self, query: Query) -> Result<Progress, ActionError> {
+        if self.life.inspector().is_none() {
+            let reply = inspector::answer(None, self.config.iommu.model, &query)?;
+            return Ok(Progress::Done(self.complete(reply)));
+        }
+        self.waiting.check_room(Event::Answer(0))?;
+        let number = self.ask(query);
+        Ok(Progress::Until(Event::Answer(number)))
+    }
+
+    fn flush_metrics(&mut self) -> Result<Progress, ActionError> {
+        self.recorder.check()?;
+        self.waiting.check_room(Event::Metrics(0))?;
+        match self.record_metrics() {
+            Some(number) => Ok(Progress::Until(Event::Metrics(number))),
+            None => Ok(Progress::Done(Reply::Done)),
+        }
+    }
+
+    /// Writes a line of metrics; the number of the question, if the line waits
+    /// for its answer.
+    fn record_metrics(&mut self) -> Option<u64> {
+        if self.life.inspector().is_some() {
+            return Some(self.ask(Query::Metrics));
+        }
+        let families = self.with_own_metrics(Vec::new());
+        if let Err(error) = self.recorder.append(&families) {
+            log::warn!("{}", Chain(&error));
+        }
+        None
+    }
+
+    fn ask(&mut self, query: Query) -> u64 {
+        self.questions += 1;
+        if let Some(inspector) = self.life.inspector() {
+            inspector.ask(self.questions, query, self.config.iommu.model);
+        }
+        self.questions
+    }
+
+    /// Passes the inspector's answer to who waits for it.
+    fn deliver(&mut self, inspected: Inspected) {
+        let number = inspected.number;
+        let outcome = inspected.outcome.map(|reply| self.complete(reply));
+        let flushes = self.waiting.take(Event::Metrics(number));
+        let is_minute = self.minute.take_if(|minute| *minute == number).is_some();
+        if let (true, Ok(Reply::Metrics(families))) = (is_minute || !flushes.is_empty(), &outcome) {
+            let written = self.recorder.append(families).map(|()| Reply::Done);
+            for flush in flushes {
+                flush.finish(written.clone(), &self.metrics);
+            }
+        }
+        self.finish_all(Event::Answer(number), &outcome);
+    }
+
+    /// Adds to a reply what the controller itself knows.
+    fn complete(&self, reply: Reply) -> Reply {
+        match reply {
+            Reply::Metrics(devices) => Reply::Metrics(self.with_own_metrics(devices)),
+            other => other,
+        }
+    }
+
+    fn with_own_metrics(&self, devices: Vec<MetricFamily>) -> Vec<MetricFamily> {
+        let mut families = self.metrics.families(self.life.state());
+        families.extend(devices);
         families
     }
 
-    fn iommu_info(&self) -> IommuInfo {
-        let pci = self.machine.as_ref().and_then(|m| m.pci.as_ref());
-        let model = self.config.iommu.model;
-        let unborn = || IommuInfo {
-            model,
-            ..IommuInfo::default()
-        };
-        pci.map_or_else(unborn, |pci| pci.iommu_info(model))
-    }
-
-    fn open_metrics(&mut self, path: &str) -> Result<(), ConfigError> {
-        let path = Path::new(path);
-        let file = MetricsFile::open(path)
-            .map_err(|error| ConfigError::of_file("metrics_path", path, &error))?;
-        self.metrics_file = Some(file);
-        self.rearm_metrics_timer();
-        Ok(())
-    }
-
-    fn flush_metrics(&mut self) -> Result<(), ActionError> {
-        let families = self.families();
-        match &mut self.metrics_file {
-            Some(file) => file
-                .append(&families)
-                .map_err(|error| ActionError::Failed(format!("writing metrics: {error}"))),
-            None => Err(ActionError::Failed(
-                "there is no file for metrics; PUT /metrics first".into(),
-            )),
+    fn finish_all(&mut self, event: Event, outcome: &Outcome) {
+        for action in self.waiting.take(event) {
+            action.finish(outcome.clone(), &self.metrics);
         }
     }
 
-    /// Whether it is time to write metrics. The timer is one-shot and read only
-    /// when it says so: reading it before would wait for it.
-    fn metrics_timer_expired(&mut self) -> bool {
-        if self.metrics_timer.is_armed().unwrap_or(true) {
-            return false;
-        }
-        self.rearm_metrics_timer();
-        true
-    }
-
-    fn rearm_metrics_timer(&mut self) {
-        if let Err(error) = self.metrics_timer.reset(METRICS_PERIOD, None) {
-            log::warn!("metrics are written on request only: {error}");
-        }
-    }
-
-    /// Ends the guest, and lets its last words out.
-    fn take_apart(&mut self) {
-        if self.metrics_file.is_some()
-            && let Err(error) = self.flush_metrics()
-        {
-            log::warn!("{}", Chain(&error));
-        }
-        let Some(machine) = self.machine.take() else {
+    /// Ends the guest, and lets its last output out.
+    fn shut_down(mut self, deadline: Instant) {
+        let Some(Running { machine, inspector }) = self.life.take() else {
+            if self.recorder.check().is_ok() {
+                self.record_metrics();
+            }
             return;
         };
-        let output = machine.stop();
+        if self.recorder.check().is_ok() {
+            self.record_last_metrics(&inspector, deadline);
+        }
+        let output = machine.output();
+        let is_idle = machine.vcpus.is_idle();
+        if !inspector.tear_down(machine, deadline) {
+            let who = if is_idle { "a device" } else { "a vCPU" };
+            log::warn!("{who} does not stop, and is left to the end of the process");
+        }
         let left = output.flush(OUTPUT_PATIENCE);
         if left != 0 {
             log::warn!("console: nobody reads the last {left} bytes");
         }
         terminal::restore();
+    }
+
+    fn record_last_metrics(&mut self, inspector: &Inspector, deadline: Instant) {
+        self.questions += 1;
+        let number = self.questions;
+        inspector.ask(number, Query::Metrics, self.config.iommu.model);
+        while let Some(inspected) = inspector.answer_until(deadline) {
+            if let (true, Ok(Reply::Metrics(devices))) =
+                (inspected.number == number, inspected.outcome)
+            {
+                let families = self.with_own_metrics(devices);
+                if let Err(error) = self.recorder.append(&families) {
+                    log::warn!("{}", Chain(&error));
+                }
+                return;
+            }
+        }
     }
 }
 

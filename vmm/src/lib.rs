@@ -13,6 +13,7 @@ pub mod ending;
 #[cfg(any(test, target_arch = "aarch64"))]
 mod host_caches;
 pub mod inspect;
+mod inspector;
 pub mod kvm;
 pub mod logger;
 pub mod metrics;

@@ -22,7 +22,7 @@ use devices::virtio::net::NetConfig;
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
 
-use self::iommu::IommuDevice;
+pub(crate) use self::iommu::IommuDevice;
 use self::vhost::Bell;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, IommuModel};
@@ -113,6 +113,16 @@ impl PciBus {
             iommu,
             _msis: msis,
         }))
+    }
+
+    /// A bus with an IOMMU and no functions.
+    #[cfg(test)]
+    pub(crate) fn of(iommu: IommuDevice) -> Self {
+        Self {
+            functions: Vec::new(),
+            iommu: Some(iommu),
+            _msis: None,
+        }
     }
 
     /// The host bridge as the firmware tables describe it.

@@ -53,11 +53,17 @@ impl Reporter {
         })
     }
 
+    /// Makes the event loop look at what changed.
+    pub fn wake(&self) {
+        // A full counter is readable.
+        let _ = self.wake.write(1);
+    }
+
     /// Says how the machine ended.
     pub fn ended(&self, ending: Ending) {
         // A loop that has left has heard of an earlier ending.
         let _ = self.reports.send(ending);
-        let _ = self.wake.write(1);
+        self.wake();
     }
 }
 

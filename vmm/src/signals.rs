@@ -126,12 +126,22 @@ extern "C" fn handle(number: c_int, _: *mut siginfo_t, _: *mut c_void) {
     }
 }
 
+/// Held by a test while it takes the process's signals.
+#[cfg(test)]
+pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_signal_becomes_an_event_once() {
+        let _alone = alone();
         let signals = Signals::install().unwrap();
         // As the kernel would call it; the arguments are not looked at.
         handle(SIGCONT, std::ptr::null_mut(), std::ptr::null_mut());

@@ -5,6 +5,8 @@
 //! interrupt routes' lock is a leaf, nothing else is taken under it.
 #![allow(unsafe_code)] // Takes over the file descriptor of /dev/kvm.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod memory;
 mod routes;
 mod vcpu;

@@ -116,6 +116,12 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(0);
     }
 
+    /// Tells the guest that it did not run for a while, so that its watchdogs
+    /// start afresh. Called after a pause, ahead of the next [`Self::run`].
+    pub(super) fn report_pause(&self) {
+        native::report_pause(&self.fd);
+    }
+
     /// The registers as a block of text for a crash report.
     pub fn registers(&self) -> String {
         native::registers(&self.fd)

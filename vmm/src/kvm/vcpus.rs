@@ -1,4 +1,8 @@
 //! The vCPU threads: pause, resume, stop.
+//!
+//! A pause and a stop are requests. The last vCPU thread that follows one calls
+//! back, so the thread that makes the request never waits for a vCPU that is
+//! inside a device.
 #![allow(unsafe_code)] // The kick's signal handler writes to the kvm_run page.
 
 use std::cell::Cell;
@@ -22,6 +26,51 @@ pub struct Buses {
     pub mmio: Arc<Bus>,
     /// Interrupts the devices' work.
     pub pause: Arc<PauseRequest>,
+}
+
+/// A processor that a thread runs: a [`Vcpu`], or a test's.
+pub(crate) trait Processor: Send + 'static {
+    /// Which vCPU, from 0.
+    fn index(&self) -> u32;
+    /// Runs the guest until it needs something, or until `immediate_exit` is
+    /// set in [`Self::run_page`].
+    fn run(&mut self) -> Exit<'_>;
+    /// The page shared with the kernel. It stays where it is until the
+    /// processor is dropped.
+    fn run_page(&mut self) -> *mut kvm_run;
+    /// Makes the next [`Self::run`] wait for the guest again, after a kick.
+    fn clear_kick(&mut self);
+    /// The registers as a block of text for a crash report.
+    fn registers(&self) -> String;
+    /// Tells the guest's watchdogs that it did not run. Called after a pause,
+    /// ahead of the next [`Self::run`].
+    fn report_pause(&self);
+}
+
+impl Processor for Vcpu {
+    fn index(&self) -> u32 {
+        self.index()
+    }
+
+    fn run(&mut self) -> Exit<'_> {
+        self.run()
+    }
+
+    fn run_page(&mut self) -> *mut kvm_run {
+        self.run_page()
+    }
+
+    fn clear_kick(&mut self) {
+        self.clear_kick();
+    }
+
+    fn registers(&self) -> String {
+        self.registers()
+    }
+
+    fn report_pause(&self) {
+        self.report_pause();
+    }
 }
 
 /// How the guest ended, told by a vCPU.
@@ -56,11 +105,17 @@ struct State {
     parked: usize,
 }
 
-#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    pause: Arc<PauseRequest>,
+    /// vCPU threads.
+    total: usize,
+    on_idle: OnIdle,
 }
+
+/// Called when no vCPU executes any more, on the last vCPU thread.
+type OnIdle = Box<dyn Fn() + Send + Sync>;
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
@@ -73,24 +128,55 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits while paused; false when the thread must end.
-    fn may_run(&self) -> bool {
-        let mut state = self.state();
-        if state.wanted == Wanted::Paused {
-            state.parked += 1;
-            self.changed.notify_all();
-            state = self
-                .changed
-                .wait_while(state, |state| state.wanted == Wanted::Paused)
-                .unwrap_or_else(PoisonError::into_inner);
-            state.parked -= 1;
+    /// Counts the calling thread as parked.
+    fn park(&self, mut state: MutexGuard<'_, State>) {
+        state.parked += 1;
+        let last = state.parked == self.total;
+        drop(state);
+        if last {
+            (self.on_idle)();
         }
-        state.wanted == Wanted::Running
+    }
+
+    /// Waits while paused.
+    fn wait(&self) -> Turn {
+        let state = self.state();
+        if state.wanted != Wanted::Paused {
+            return Turn::from(state.wanted, false);
+        }
+        self.park(state);
+        let waited = self
+            .changed
+            .wait_while(self.state(), |state| state.wanted == Wanted::Paused);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        state.parked -= 1;
+        Turn::from(state.wanted, true)
     }
 }
 
-/// All vCPU threads of a VM. Dropping it stops and joins them.
-#[derive(Debug)]
+/// What a vCPU thread does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Run the guest.
+    Run {
+        /// The thread was parked since it last ran.
+        was_paused: bool,
+    },
+    /// End the thread.
+    End,
+}
+
+impl Turn {
+    fn from(wanted: Wanted, was_paused: bool) -> Self {
+        match wanted {
+            Wanted::Stopped => Self::End,
+            Wanted::Running | Wanted::Paused => Self::Run { was_paused },
+        }
+    }
+}
+
+/// All vCPU threads of a VM. Dropping it stops and joins them, which waits for
+/// a vCPU that is inside a device: see [`Self::request_stop`].
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -100,15 +186,18 @@ impl Vcpus {
     /// Starts a thread for each vCPU, paused: [`Self::resume`] starts the guest.
     ///
     /// `on_end` is called on the thread of the vCPU that ended the guest, which
-    /// then runs no more; the others still do, until [`Self::stop`]. It must
-    /// not block, nor call back into this object.
+    /// then runs no more; the others still do, until
+    /// [`Self::request_stop`]. `on_idle` is called on the thread that is the
+    /// last to follow a request, when [`Self::is_idle`] is true. Neither may
+    /// block, nor call back into this object.
     ///
     /// # Errors
     /// The system has no thread to give.
-    pub fn spawn(
-        vcpus: Vec<Vcpu>,
+    pub(crate) fn spawn<P: Processor>(
+        vcpus: Vec<P>,
         buses: &Buses,
         on_end: impl Fn(End) + Send + Sync + 'static,
+        on_idle: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         install_kick();
         let on_end: Arc<dyn Fn(End) + Send + Sync> = Arc::new(on_end);
@@ -119,6 +208,9 @@ impl Vcpus {
         let shared = Arc::new(Shared {
             state,
             changed: Condvar::new(),
+            pause: Arc::clone(&buses.pause),
+            total: vcpus.len(),
+            on_idle: Box::new(on_idle),
         });
         // From here on an error drops, and so joins, those that started.
         let mut this = Self {
@@ -138,26 +230,35 @@ impl Vcpus {
         Ok(this)
     }
 
-    /// Lets the guest run.
+    /// Lets the guest run. Withdraws a request to pause.
     pub fn resume(&self) {
+        self.shared.pause.clear();
         self.shared.want(Wanted::Running);
     }
 
-    /// Stops the guest where it is. When it returns no vCPU executes, and none
-    /// is inside a device.
-    pub fn pause(&self) {
-        self.shared.want(Wanted::Paused);
-        self.kick();
-        let state = self.shared.state();
-        let all = self.threads.len();
-        drop(self.shared.changed.wait_while(state, |state| {
-            state.wanted == Wanted::Paused && state.parked < all
-        }));
+    /// Asks every vCPU to stop where it is. Returns at once; [`Self::is_idle`]
+    /// tells whether it is done.
+    pub fn request_pause(&self) {
+        self.request(Wanted::Paused);
     }
 
-    /// Ends the threads and waits for them.
-    pub fn stop(self) {
-        drop(self);
+    /// Asks every thread to end. Returns at once; when [`Self::is_idle`] is
+    /// true, dropping this object does not wait.
+    pub fn request_stop(&self) {
+        self.request(Wanted::Stopped);
+    }
+
+    /// Whether no vCPU executes, and none is inside a device. It stays true
+    /// until [`Self::resume`].
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.shared.state().parked == self.shared.total
+    }
+
+    fn request(&self, wanted: Wanted) {
+        self.shared.pause.set();
+        self.shared.want(wanted);
+        self.kick();
     }
 
     fn kick(&self) {
@@ -170,8 +271,7 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.shared.want(Wanted::Stopped);
-        self.kick();
+        self.request_stop();
         for thread in self.threads.drain(..) {
             let name = thread.thread().name().unwrap_or("vcpu").to_owned();
             if thread.join().is_err() {
@@ -223,23 +323,28 @@ fn install_kick() {
     });
 }
 
-fn run(mut vcpu: Vcpu, shared: &Shared, buses: &Buses, on_end: &dyn Fn(End)) {
+fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn(End)) {
     let end = {
         let page = vcpu.run_page();
         // Dropped before `vcpu`, whose page it publishes.
         let _kickable = Kickable::new(page);
         run_until_end(&mut vcpu, shared, buses)
     };
-    shared.state().parked += 1;
-    shared.changed.notify_all();
+    shared.park(shared.state());
     if let Some(end) = end {
         on_end(end);
     }
 }
 
 /// Runs the guest; `None` when the thread was told to end.
-fn run_until_end(vcpu: &mut Vcpu, shared: &Shared, buses: &Buses) -> Option<End> {
-    while shared.may_run() {
+fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> Option<End> {
+    let mut has_run = false;
+    while let Turn::Run { was_paused } = shared.wait() {
+        if was_paused && has_run {
+            vcpu.report_pause();
+        }
+        has_run = true;
+        shared.pause.resume_deferred();
         loop {
             match vcpu.run() {
                 Exit::MmioRead { address, data } => {
@@ -275,7 +380,11 @@ fn run_until_end(vcpu: &mut Vcpu, shared: &Shared, buses: &Buses) -> Option<End>
                     });
                 }
             }
+            shared.pause.resume_deferred();
         }
     }
     None
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,6 +43,17 @@ impl Host {
     }
 }
 
+/// Sets the "guest was stopped" flag of kvmclock, which Linux's soft-lockup and
+/// RCU-stall detectors look at (KVM_KVMCLOCK_CTRL). EINVAL: the guest does not
+/// use kvmclock.
+pub(super) fn report_pause(fd: &VcpuFd) {
+    if let Err(error) = fd.kvmclock_ctrl()
+        && error.errno() != libc::EINVAL
+    {
+        log::warn!("KVM_KVMCLOCK_CTRL: {error}");
+    }
+}
+
 pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)

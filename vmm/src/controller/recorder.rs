@@ -1,0 +1,93 @@
+//! Writes metrics to their file, on request and every minute.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+use std::time::Duration;
+
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::action::{ActionError, MetricFamily};
+use crate::config::ConfigError;
+use crate::metrics::MetricsFile;
+
+/// Time between two lines.
+const PERIOD: Duration = Duration::from_secs(60);
+
+/// The file, if there is one, and its timer, which is readable when a line is
+/// due.
+pub struct Recorder {
+    file: Option<MetricsFile>,
+    timer: TimerFd,
+}
+
+impl Recorder {
+    /// A recorder without a file.
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn new() -> io::Result<Self> {
+        let timer = TimerFd::new()?;
+        Ok(Self { file: None, timer })
+    }
+
+    /// Writes to `path` from now on.
+    ///
+    /// # Errors
+    /// The file cannot be opened; nothing has changed then.
+    pub fn open(&mut self, path: &str) -> Result<(), ConfigError> {
+        let path = Path::new(path);
+        let file = MetricsFile::open(path)
+            .map_err(|error| ConfigError::of_file("metrics_path", path, &error))?;
+        self.file = Some(file);
+        self.rearm();
+        Ok(())
+    }
+
+    /// Whether there is a file.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn check(&self) -> Result<(), ActionError> {
+        match self.file {
+            Some(_) => Ok(()),
+            None => Err(ActionError::Failed(
+                "there is no file for metrics; PUT /metrics first".into(),
+            )),
+        }
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// There is no file, or it cannot be written.
+    pub fn append(&mut self, families: &[MetricFamily]) -> Result<(), ActionError> {
+        self.check()?;
+        let appended = self.file.as_mut().map(|file| file.append(families));
+        appended
+            .unwrap_or(Ok(()))
+            .map_err(|error| ActionError::Failed(format!("writing metrics: {error}")))
+    }
+
+    /// Whether a line is due; each is due once. The timer is one-shot and is
+    /// not read, which could block.
+    pub fn is_due(&mut self) -> bool {
+        if self.file.is_none() || self.timer.is_armed().unwrap_or(true) {
+            return false;
+        }
+        self.rearm();
+        true
+    }
+
+    fn rearm(&mut self) {
+        if let Err(error) = self.timer.reset(PERIOD, None) {
+            log::warn!("metrics are written on request only: {error}");
+        }
+    }
+}
+
+impl AsRawFd for Recorder {
+    fn as_raw_fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+}

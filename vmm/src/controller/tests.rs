@@ -1,0 +1,275 @@
+use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use ::iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
+use ::iommu::{GuestRam, Iommu as _, IommuRegion, IovaRange, StreamId};
+use devices::virtio::iommu::EventQueue;
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::action::{MachineState, Outcome};
+use crate::console::Output;
+use crate::kvm::Vcpus;
+use crate::kvm::fake::{FakeVcpu, PATIENCE, Sleeper, sleeping_buses};
+use crate::pci::{IommuDevice, PciBus};
+use crate::signals;
+
+/// A controller on a thread of its own, with a machine whose one vCPU is inside
+/// a device that sleeps.
+struct Served {
+    client: Client,
+    sleeper: Sleeper,
+    thread: JoinHandle<Ending>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Served {
+    fn new() -> Self {
+        Self::with_bus(None)
+    }
+
+    fn with_bus(pci: Option<PciBus>) -> Self {
+        // Signals are the process's.
+        let alone = signals::alone();
+        let mut controller = Controller::new().unwrap();
+        let client = controller.client();
+        let (buses, sleeper) = sleeping_buses();
+        let thread = thread::spawn(move || {
+            let waker = controller.reporter.try_clone().unwrap();
+            let guests = vec![FakeVcpu::that_writes_once(0)];
+            let vcpus = Vcpus::spawn(guests, &buses, |_| {}, move || waker.wake());
+            let (_, output) = io::pipe().unwrap();
+            let output = std::fs::File::from(std::os::fd::OwnedFd::from(output));
+            let output = Output::start(output).unwrap();
+            let machine = Machine::of(vcpus.unwrap(), pci, output);
+            controller.run_machine(machine).unwrap();
+            controller.run()
+        });
+        let served = Self {
+            client,
+            sleeper,
+            thread,
+            _alone: alone,
+        };
+        served.sleeper.wait_until_entered();
+        served
+    }
+
+    /// Asks, and does not wait for the outcome.
+    fn ask(&self, action: Action) -> Receiver<Outcome> {
+        let (deliver, outcome) = channel();
+        let sent = self.client.send(action, move |outcome| {
+            let _ = deliver.send(outcome);
+        });
+        sent.unwrap();
+        outcome
+    }
+
+    fn step(&self, step: Lifecycle) -> Receiver<Outcome> {
+        self.ask(Action::Lifecycle(step))
+    }
+
+    /// `GET /`, which must be answered whatever a vCPU does.
+    #[track_caller]
+    fn state(&self) -> MachineState {
+        match wait(&self.ask(Action::Query(Query::InstanceInfo))) {
+            Ok(Reply::InstanceInfo(info)) => info.state,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Stops it. The device may sleep.
+    fn stop(self) {
+        let stopped = self.step(Lifecycle::Stop);
+        assert_eq!(wait(&stopped), Ok(Reply::Done));
+        assert_eq!(self.thread.join().unwrap(), Ending::Stopped);
+        self.sleeper.release();
+    }
+}
+
+#[track_caller]
+fn wait(outcome: &Receiver<Outcome>) -> Outcome {
+    outcome.recv_timeout(PATIENCE).expect("no outcome came")
+}
+
+/// Actions are taken in order, so one that was asked ahead of an answered query
+/// is still open.
+#[track_caller]
+fn assert_open(outcome: &Receiver<Outcome>) {
+    let none = outcome.recv_timeout(Duration::ZERO);
+    assert_eq!(none, Err(RecvTimeoutError::Timeout));
+}
+
+#[track_caller]
+fn assert_fails(outcome: &Receiver<Outcome>, word: &str) {
+    match wait(outcome) {
+        Err(ActionError::Failed(text)) => assert!(text.contains(word), "{text}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn queries_are_answered_while_a_pause_waits_for_a_device() {
+    let served = Served::new();
+    let pause = served.step(Lifecycle::Pause);
+    assert_eq!(served.state(), MachineState::Running);
+    // A client that is gone takes nothing with it.
+    drop(served.step(Lifecycle::Pause));
+    let second = served.step(Lifecycle::Pause);
+    let config = wait(&served.ask(Action::Query(Query::VmConfig)));
+    assert!(matches!(config, Ok(Reply::VmConfig(_))));
+    let metrics = wait(&served.ask(Action::Query(Query::Metrics)));
+    assert!(matches!(metrics, Ok(Reply::Metrics(_))));
+    for pause in [&pause, &second] {
+        assert_open(pause);
+    }
+    served.sleeper.release();
+    for pause in [&pause, &second] {
+        assert_eq!(wait(pause), Ok(Reply::Done));
+    }
+    assert_eq!(served.state(), MachineState::Paused);
+    assert_eq!(wait(&served.step(Lifecycle::Pause)), Ok(Reply::Done));
+    assert_eq!(wait(&served.step(Lifecycle::Resume)), Ok(Reply::Done));
+    assert_eq!(served.state(), MachineState::Running);
+    served.stop();
+}
+
+#[test]
+fn a_resume_withdraws_a_pause_that_waits() {
+    let served = Served::new();
+    let pause = served.step(Lifecycle::Pause);
+    assert_eq!(wait(&served.step(Lifecycle::Resume)), Ok(Reply::Done));
+    assert_fails(&pause, "resumed while it was being paused");
+    served.sleeper.release();
+    assert_eq!(served.state(), MachineState::Running);
+    assert_eq!(wait(&served.step(Lifecycle::Pause)), Ok(Reply::Done));
+    served.stop();
+}
+
+#[test]
+fn a_stop_waits_for_a_stuck_vcpu_for_a_while_only() {
+    let served = Served::new();
+    let pause = served.step(Lifecycle::Pause);
+    let stops = [served.step(Lifecycle::Stop), served.step(Lifecycle::Stop)];
+    // Until then the machine is there, and takes no change.
+    assert_fails(&pause, "ended while it was being paused");
+    for step in [Lifecycle::Pause, Lifecycle::Resume] {
+        assert_fails(&served.step(step), "is being stopped");
+    }
+    assert_eq!(served.state(), MachineState::Running);
+    for stop in &stops {
+        assert_eq!(wait(stop), Ok(Reply::Done));
+    }
+    // The device sleeps, and the process can end.
+    assert_eq!(served.thread.join().unwrap(), Ending::Stopped);
+    served.sleeper.release();
+}
+
+#[test]
+fn a_stop_of_a_machine_that_can_stop_is_complete_when_it_is_answered() {
+    let served = Served::new();
+    served.sleeper.release();
+    assert_eq!(wait(&served.step(Lifecycle::Pause)), Ok(Reply::Done));
+    served.stop();
+}
+
+#[test]
+fn actions_that_wait_are_bounded() {
+    let served = Served::new();
+    let pauses: Vec<_> = (0..40).map(|_| served.step(Lifecycle::Pause)).collect();
+    assert_eq!(served.state(), MachineState::Running);
+    let refused = pauses.iter().filter(|pause| {
+        matches!(pause.try_recv(), Ok(Err(ActionError::Failed(text))) if text.contains("too many"))
+    });
+    assert_eq!(refused.count(), 8);
+    served.sleeper.release();
+    served.stop();
+}
+
+struct NoFaults;
+
+impl FaultSink for NoFaults {
+    fn report(&self, _: &FaultReport) {}
+}
+
+/// A virtio-iommu with one endpoint.
+fn virtio_iommu() -> (Arc<VirtioIommu>, Arc<IommuRegion>) {
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let config = VirtioIommuConfig {
+        input_range: IovaRange::ALL,
+        msi_window: None,
+        boot_bypass: true,
+    };
+    let model = VirtioIommu::new(config, Arc::new(ram), Arc::new(NoFaults));
+    let model = Arc::new(model);
+    let dynamic = Arc::clone(&model) as Arc<dyn ::iommu::Iommu>;
+    (Arc::clone(&model), IommuRegion::new(dynamic, StreamId(8)))
+}
+
+#[test]
+fn a_query_that_waits_for_a_model_delays_no_other_action() {
+    let (model, region) = virtio_iommu();
+    let events = Arc::<EventQueue>::default();
+    let device = IommuDevice::Virtio {
+        model: Arc::clone(&model),
+        events,
+    };
+    let served = Served::with_bus(Some(PciBus::of(device)));
+    // A reader inside the model, and a writer that waits for it: no reader gets
+    // in behind them.
+    let (inside, is_inside) = channel();
+    let (leave, left) = channel::<()>();
+    let left = Mutex::new(left);
+    let reader = {
+        let model = Arc::clone(&model);
+        thread::spawn(move || {
+            model.replay(region.stream(), IovaRange::ALL, &mut |_| {
+                inside.send(()).unwrap();
+                let left = left.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = left.recv();
+            });
+        })
+    };
+    is_inside.recv_timeout(PATIENCE).unwrap();
+    let writer = thread::spawn(move || model.negotiated(0));
+    let query = served.ask(Action::Query(Query::Iommu));
+    assert_eq!(served.state(), MachineState::Running);
+    let pause = served.step(Lifecycle::Pause);
+    served.sleeper.release();
+    assert_eq!(wait(&pause), Ok(Reply::Done));
+    leave.send(()).unwrap();
+    assert!(matches!(wait(&query), Ok(Reply::Iommu(_))));
+    reader.join().unwrap();
+    writer.join().unwrap();
+    let metrics = wait(&served.ask(Action::Query(Query::Metrics)));
+    assert!(matches!(metrics, Ok(Reply::Metrics(_))));
+    served.stop();
+}
+
+#[test]
+fn metrics_are_flushed_with_what_devices_count() {
+    let path = std::env::temp_dir().join(format!("portcullis-metrics-{}", std::process::id()));
+    let (model, _region) = virtio_iommu();
+    let events = Arc::<EventQueue>::default();
+    let served = Served::with_bus(Some(PciBus::of(IommuDevice::Virtio { model, events })));
+    assert_fails(&served.step(Lifecycle::FlushMetrics), "no file for metrics");
+    let settings = format!(r#"{{"metrics_path": {path:?}}}"#);
+    let settings = crate::config::parse_json(settings.as_bytes()).unwrap();
+    let change = Action::configure(Configure::Metrics(settings));
+    assert_eq!(wait(&served.ask(change)), Ok(Reply::Done));
+    assert_eq!(wait(&served.step(Lifecycle::FlushMetrics)), Ok(Reply::Done));
+    served.sleeper.release();
+    served.stop();
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    // The flush's, and the last one.
+    assert_eq!(text.lines().count(), 2, "{text}");
+    for line in text.lines() {
+        assert!(
+            line.contains(r#""portcullis_actions_done_total":"#),
+            "{line}"
+        );
+    }
+}
