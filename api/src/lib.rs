@@ -14,5 +14,7 @@ mod socket;
 #[cfg(test)]
 mod testing;
 
+#[doc(hidden)]
+pub use server::connection;
 pub use server::{Limits, Server, ServerError};
 pub use socket::{BindError, Socket};

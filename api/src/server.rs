@@ -1,6 +1,6 @@
 //! The poll loop and its thread.
 
-mod connection;
+pub mod connection;
 
 use crate::http::{Request, Response};
 use crate::route::{self, View};
@@ -33,10 +33,14 @@ const FIRST_CONNECTION: u64 = 2;
 /// How much a client may ask of the server.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections served at a time; more are answered 503.
+    /// Connections served at a time. For one more, the connection that has waited longest for a
+    /// request is closed; if none waits, the new one is answered 503.
     pub connections: usize,
     /// How long a connection may stay without a request.
     pub idle: Duration,
+    /// How long a client that was answered before keeps its connection without sending a byte
+    /// while another client needs the place.
+    pub keep: Duration,
     /// How long a request may take to arrive, from its first byte.
     pub request: Duration,
     /// How long the machine may take to answer before the client is told 503.
@@ -55,6 +59,7 @@ impl Default for Limits {
         Self {
             connections: 32,
             idle: Duration::from_secs(120),
+            keep: Duration::from_secs(5),
             request: Duration::from_secs(10),
             answer: Duration::from_secs(60),
             response: Duration::from_secs(10),
@@ -219,7 +224,7 @@ impl Loop {
                 return;
             }
         };
-        let full = self.connections.len() >= self.limits.connections;
+        let full = self.connections.len() >= self.limits.connections && !self.make_room();
         let token = self.next_token;
         self.next_token += 1;
         let fd = stream.as_raw_fd();
@@ -239,6 +244,21 @@ impl Loop {
         }
         self.connections.insert(token, connection);
         self.advance(token);
+    }
+
+    /// Closes the connection that has waited longest for a request, one that was never answered
+    /// first; false if none may be closed.
+    fn make_room(&mut self) -> bool {
+        let now = Instant::now();
+        let waiting = self.connections.iter().filter_map(|(token, connection)| {
+            let rank = connection.waits_since(now)?;
+            Some((rank, *token))
+        });
+        let Some((_, token)) = waiting.min() else {
+            return false;
+        };
+        self.connections.remove(&token);
+        true
     }
 
     fn wake_up(&mut self) {
@@ -379,14 +399,18 @@ impl Loop {
         }
     }
 
-    /// Watches the listener while there is room for another connection, and only then.
+    /// Watches the listener while there is or can be made room for another connection, and only
+    /// then.
     fn listen_or_rest(&mut self) {
         if self.rest_until.is_some_and(|until| until <= Instant::now()) {
             self.rest_until = None;
         }
         let room = self.limits.connections + REFUSED_AT_A_TIME;
-        let listen =
-            self.connections.len() < room && self.rest_until.is_none() && self.end_at.is_none();
+        let now = Instant::now();
+        let mut connections = self.connections.values();
+        let has_room = self.connections.len() < room
+            || connections.any(|connection| connection.waits_since(now).is_some());
+        let listen = has_room && self.rest_until.is_none() && self.end_at.is_none();
         if listen == self.listening {
             return;
         }

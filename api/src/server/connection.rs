@@ -38,11 +38,17 @@ enum Phase {
     Draining,
 }
 
+/// A client's connection. The poll loop tells it of events, and does what [`Connection::step`]
+/// says until that is [`Step::Wait`].
 pub struct Connection {
     stream: UnixStream,
     limits: Limits,
     phase: Phase,
     deadline: Instant,
+    /// When the client last sent a byte, or connected.
+    heard: Instant,
+    /// A request of the client was answered.
+    served: bool,
     input: Vec<u8>,
     output: Vec<u8>,
     /// How much of `output` has left.
@@ -62,13 +68,17 @@ pub struct Connection {
 
 impl Connection {
     /// A connection whose descriptor is watched for [`EventSet::IN`] already.
+    #[must_use]
     pub fn new(stream: UnixStream, limits: Limits) -> Self {
-        let deadline = Instant::now() + limits.idle;
+        let now = Instant::now();
+        let deadline = now + limits.idle;
         Self {
             stream,
             limits,
             phase: Phase::Reading,
             deadline,
+            heard: now,
+            served: false,
             input: Vec::new(),
             output: Vec::new(),
             sent: 0,
@@ -87,6 +97,16 @@ impl Connection {
         self.deadline
     }
 
+    /// For a connection that may be closed when another client needs its place: whether it was
+    /// served before, and since when it has sent nothing. `None` for one that is being answered,
+    /// or that was served and sent something within [`Limits::keep`].
+    #[must_use]
+    pub fn waits_since(&self, now: Instant) -> Option<(bool, Instant)> {
+        let quiet = now.saturating_duration_since(self.heard) >= self.limits.keep;
+        let waits = matches!(self.phase, Phase::Reading) && (quiet || !self.served);
+        waits.then_some((self.served, self.heard))
+    }
+
     fn enter(&mut self, phase: Phase, patience: Duration) {
         self.phase = phase;
         self.deadline = Instant::now() + patience;
@@ -103,8 +123,9 @@ impl Connection {
             Ok(0) => self.ended = true,
             Ok(_) if matches!(self.phase, Phase::Draining) => {}
             Ok(count) => {
+                self.heard = Instant::now();
                 if self.input.is_empty() {
-                    self.deadline = Instant::now() + self.limits.request;
+                    self.deadline = self.heard + self.limits.request;
                 }
                 self.input.extend(chunk.iter().take(count));
             }
@@ -206,6 +227,7 @@ impl Connection {
     pub fn respond(&mut self, response: &Response) {
         let bytes = response.to_bytes(self.keep_alive, self.head_only);
         self.output.extend_from_slice(&bytes);
+        self.served = true;
         self.enter(Phase::Writing, self.limits.response);
     }
 

@@ -158,6 +158,7 @@ fn a_body_of_the_greatest_size_is_read_whole() {
 fn connections_beyond_the_limit_are_told_so_and_room_comes_back() {
     let limits = Limits {
         connections: 2,
+        keep: Duration::from_secs(3600),
         drain: Duration::from_millis(10),
         ..Limits::default()
     };
@@ -185,6 +186,81 @@ fn connections_beyond_the_limit_are_told_so_and_room_comes_back() {
         assert!(attempts < 1000, "no room came back");
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+#[test]
+fn half_open_connections_make_room_for_new_ones_the_oldest_first() {
+    let machine = Machine::new(Limits::default());
+    let mut served = machine.connect();
+    served.send_request("GET", "/version", "");
+    assert_eq!(served.response().0, 200);
+    let mut half_open: Vec<_> = (0..40)
+        .map(|number| {
+            let mut connection = machine.connect();
+            if number % 2 == 0 {
+                connection.send(b"GET /ver");
+            }
+            connection
+        })
+        .collect();
+    for _ in 0..3 {
+        assert_eq!(machine.request("GET", "/version", "").0, 200);
+    }
+    // The oldest are closed, without an answer that nobody asked for.
+    for connection in &mut half_open[..6] {
+        assert!(connection.rest().is_empty());
+    }
+    // The newest can still complete its request, and one that was served stays.
+    let newest = half_open.last_mut().unwrap();
+    newest.send(b"GET /version HTTP/1.1\r\n\r\n");
+    assert_eq!(newest.response().0, 200);
+    served.send_request("GET", "/version", "");
+    assert_eq!(served.response().0, 200);
+}
+
+#[test]
+fn served_connections_without_a_request_make_room_too() {
+    let limits = Limits {
+        connections: 2,
+        keep: Duration::ZERO,
+        ..Limits::default()
+    };
+    let machine = Machine::new(limits);
+    let mut kept: Vec<_> = (0..2)
+        .map(|_| {
+            let mut connection = machine.connect();
+            connection.send_request("GET", "/version", "");
+            assert_eq!(connection.response().0, 200);
+            connection
+        })
+        .collect();
+    assert_eq!(machine.request("GET", "/version", "").0, 200);
+    assert!(kept[0].rest().is_empty());
+}
+
+#[test]
+fn a_connection_that_waits_for_the_machine_is_not_closed_for_another() {
+    let (release, released) = mpsc::channel::<()>();
+    let (asked, is_asked) = mpsc::channel();
+    let limits = Limits {
+        connections: 1,
+        keep: Duration::ZERO,
+        ..Limits::default()
+    };
+    let machine = Machine::with_controller(limits, move |inbox| {
+        let call = inbox.wait().unwrap();
+        asked.send(()).unwrap();
+        let _ = released.recv();
+        call.answer(Ok(Reply::Done));
+        Vec::new()
+    });
+    let mut waiting = machine.connect();
+    waiting.send_request("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    is_asked.recv().unwrap();
+    let mut refused = machine.connect();
+    assert_eq!(refused.response().0, 503);
+    release.send(()).unwrap();
+    assert_eq!(waiting.response().0, 204);
 }
 
 #[test]
