@@ -6,6 +6,7 @@
 mod map;
 mod show;
 
+use crate::streams;
 use api::client::{self, Answer, ClientError};
 use clap::{Args, Subcommand};
 use serde_json::Value;
@@ -121,13 +122,15 @@ enum Failure {
     Usage(String),
     /// There is no answer.
     Unreachable(ClientError),
-    /// The answer cannot be read, or written.
+    /// The answer cannot be read.
     Other(String),
+    /// The answer cannot be written.
+    Unprinted(io::Error),
 }
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        Self::Other(format!("cannot print: {error}"))
+        Self::Unprinted(error)
     }
 }
 
@@ -144,8 +147,12 @@ pub fn main(args: &CtlArgs) -> ExitCode {
         Err(Failure::Usage(message)) => (message, 2),
         Err(Failure::Unreachable(error)) => (Chain(&error).to_string(), 3),
         Err(Failure::Other(message)) => (message, 1),
+        Err(Failure::Unprinted(error)) => {
+            streams::explain(&error);
+            return ExitCode::SUCCESS;
+        }
     };
-    eprintln!("portcullis ctl: {message}");
+    streams::complain_of_ctl(message);
     ExitCode::from(status)
 }
 
@@ -277,7 +284,7 @@ impl<'a> Session<'a> {
         }
         if self.json {
             if let Some(rest) = rest {
-                eprintln!("portcullis ctl: mappings above {rest} are left out");
+                streams::complain_of_ctl(format_args!("mappings above {rest} are left out"));
             }
             let text = serde_json::to_vec(&mappings)
                 .map_err(|error| Failure::Other(format!("cannot write JSON: {error}")))?;

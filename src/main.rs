@@ -1,7 +1,9 @@
 //! The command line.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 mod ctl;
 mod run;
+mod streams;
 mod usage;
 
 use clap::{Parser, Subcommand};

@@ -1,7 +1,6 @@
 //! `portcullis run`, `serve` and `check`.
 
 use std::error::Error;
-use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -17,6 +16,8 @@ use vmm::controller::Controller;
 use vmm::error::Chain;
 use vmm::plan::MachinePlan;
 use vmm::{console, host_file, inspect, logger};
+
+use crate::streams::{self, complain};
 
 use crate::usage::USAGE_STATUS;
 
@@ -135,12 +136,15 @@ fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     let config = args.into_config()?;
     let mut controller = new_controller()?;
     controller.configure(config).map_err(caused)?;
+    // Ahead of the guest's first instruction: a client that finds no socket knows
+    // that no guest has run, and no guest runs whose socket cannot be made.
+    let server = socket.map(|path| start_server(&path, &controller));
+    let server = server.transpose()?;
     controller.start().map_err(|error| match error {
         BuildError::Config(error) => caused(error),
         other => Failure::Other(other.into()),
     })?;
-    let server = socket.map(|path| start_server(&path, &controller));
-    serve_until_end(controller, server.transpose()?)
+    serve_until_end(controller, server)
 }
 
 /// Serves the API until the machine it configures ends.
@@ -171,7 +175,7 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let plan = MachinePlan::resolve(&config).map_err(&name)?;
     let findings = inspect::machine(&plan, &config).map_err(&name)?;
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
-    println!("{json}");
+    streams::print_line(&json);
     for doubt in &findings.doubts {
         complain(&format!("warning: {doubt}"));
     }
@@ -313,8 +317,4 @@ fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn complain(message: &dyn Display) {
-    logger::write_last_line(&format!("portcullis: {message}"));
 }

@@ -1,5 +1,6 @@
 //! Command lines that cannot be used, in one line.
 
+use crate::streams;
 use clap::error::ErrorKind;
 use std::process::ExitCode;
 
@@ -10,7 +11,7 @@ pub const USAGE_STATUS: u8 = 2;
 pub fn answer(error: &clap::Error) -> ExitCode {
     if error.use_stderr() && error.kind() != HELP_INSTEAD {
         let line = refusal(error);
-        eprintln!("portcullis: {line}");
+        streams::complain(line);
         return ExitCode::from(USAGE_STATUS);
     }
     // A reader that went away needs no help.

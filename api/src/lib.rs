@@ -4,6 +4,7 @@
 //! each into an action of the machine ([`route`]), hands that to the controller and goes on
 //! serving: it never waits for the machine. Every size and time is bounded ([`Limits`]), so that
 //! no client can make it grow or stand still.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 pub mod client;
 pub mod http;

@@ -3,6 +3,7 @@
 //! They reach guest memory only through the [`iommu::AddressSpace`] of their
 //! requester, and never see KVM: interrupts and doorbells come as the traits
 //! of [`interrupt`].
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 pub mod bus;
 pub mod error;

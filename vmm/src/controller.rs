@@ -9,7 +9,7 @@
 //! The loop never waits for a vCPU, nor for a lock that a vCPU holds inside a
 //! device. A pause and the end of the machine are requests to the vCPU threads,
 //! and the action is answered when the last of them has followed. What reads
-//! the devices' state is the [inspector](crate::inspector)'s.
+//! the devices' state is for the [query thread](crate::queries).
 
 mod life;
 mod recorder;
@@ -37,10 +37,10 @@ use crate::console::{Input, terminal};
 use crate::ending::Ending;
 use crate::error::Chain;
 use crate::inspect;
-use crate::inspector::{self, Inspected, Inspector};
 use crate::logger;
 use crate::metrics::Metrics;
 use crate::plan::MachinePlan;
+use crate::queries::{self, Answered, QueryThread};
 use crate::reports::{self, Reporter, Reports};
 use crate::signals::{Signal, Signals};
 
@@ -85,9 +85,9 @@ pub struct Controller {
     metrics: Metrics,
     recorder: Recorder,
     waiting: WaitingActions,
-    /// Questions asked of the inspector so far.
-    questions: u64,
-    /// The question whose answer is the minute's line of the metrics file.
+    /// Queries passed to the query thread so far.
+    asked: u64,
+    /// The query whose answer is the minute's line of the metrics file.
     minute: Option<u64>,
     /// Tells the console that the process was continued.
     attention: Option<EventFd>,
@@ -132,7 +132,7 @@ impl Controller {
             metrics: Metrics::default(),
             recorder,
             waiting: WaitingActions::default(),
-            questions: 0,
+            asked: 0,
             minute: None,
             attention: None,
             more_actions: false,
@@ -181,8 +181,8 @@ impl Controller {
 
     fn run_machine(&mut self, machine: Machine) -> io::Result<()> {
         let reporter = self.reporter.try_clone()?;
-        let inspector = Inspector::start(machine.pci.as_ref(), reporter)?;
-        self.life.start(machine, inspector);
+        let queries = QueryThread::start(machine.pci.as_ref(), reporter)?;
+        self.life.start(machine, queries);
         Ok(())
     }
 
@@ -234,8 +234,8 @@ impl Controller {
             self.end(ending, patience);
         }
         self.complete_pause();
-        while let Some(inspected) = self.life.inspector().and_then(Inspector::next_answer) {
-            self.deliver(inspected);
+        while let Some(answered) = self.life.queries().and_then(QueryThread::next_answer) {
+            self.deliver(answered);
         }
         if self.recorder.is_due() && self.minute.is_none() {
             self.minute = self.record_metrics();
@@ -374,7 +374,7 @@ impl Controller {
     }
 
     fn answer(&mut self, query: Query) -> Result<Progress, ActionError> {
-        if inspector::concerns_devices(&query) {
+        if queries::concerns_devices(&query) {
             return self.inspect(query);
         }
         Ok(Progress::Done(match query {
@@ -390,8 +390,8 @@ impl Controller {
     }
 
     fn inspect(&mut self, query: Query) -> Result<Progress, ActionError> {
-        if self.life.inspector().is_none() {
-            let reply = inspector::answer(None, self.config.iommu.model, &query)?;
+        if self.life.queries().is_none() {
+            let reply = queries::answer(None, self.config.iommu.model, &query)?;
             return Ok(Progress::Done(self.complete(reply)));
         }
         self.waiting.check_room(Event::Answer(0))?;
@@ -408,10 +408,10 @@ impl Controller {
         }
     }
 
-    /// Writes a line of metrics; the number of the question, if the line waits
-    /// for its answer.
+    /// Writes a line of metrics. Returns the number of the query, if the line
+    /// waits for its answer.
     fn record_metrics(&mut self) -> Option<u64> {
-        if self.life.inspector().is_some() {
+        if self.life.queries().is_some() {
             return Some(self.ask(Query::Metrics));
         }
         let families = self.with_own_metrics(Vec::new());
@@ -422,17 +422,17 @@ impl Controller {
     }
 
     fn ask(&mut self, query: Query) -> u64 {
-        self.questions += 1;
-        if let Some(inspector) = self.life.inspector() {
-            inspector.ask(self.questions, query, self.config.iommu.model);
+        self.asked += 1;
+        if let Some(queries) = self.life.queries() {
+            queries.ask(self.asked, query, self.config.iommu.model);
         }
-        self.questions
+        self.asked
     }
 
-    /// Passes the inspector's answer to who waits for it.
-    fn deliver(&mut self, inspected: Inspected) {
-        let number = inspected.number;
-        let outcome = inspected.outcome.map(|reply| self.complete(reply));
+    /// Passes an answer of the query thread to the actions that wait for it.
+    fn deliver(&mut self, answered: Answered) {
+        let number = answered.number;
+        let outcome = answered.outcome.map(|reply| self.complete(reply));
         let flushes = self.waiting.take(Event::Metrics(number));
         let is_minute = self.minute.take_if(|minute| *minute == number).is_some();
         if let (true, Ok(Reply::Metrics(families))) = (is_minute || !flushes.is_empty(), &outcome) {
@@ -466,18 +466,18 @@ impl Controller {
 
     /// Ends the guest, and lets its last output out.
     fn shut_down(mut self, deadline: Instant) {
-        let Some(Running { machine, inspector }) = self.life.take() else {
+        let Some(Running { machine, queries }) = self.life.take() else {
             if self.recorder.check().is_ok() {
                 self.record_metrics();
             }
             return;
         };
         if self.recorder.check().is_ok() {
-            self.record_last_metrics(&inspector, deadline);
+            self.record_last_metrics(&queries, deadline);
         }
         let output = machine.output();
         let is_idle = machine.vcpus.is_idle();
-        if !inspector.tear_down(machine, deadline) {
+        if !queries.tear_down(machine, deadline) {
             let who = if is_idle { "a device" } else { "a vCPU" };
             log::warn!("{who} does not stop, and is left to the end of the process");
         }
@@ -488,13 +488,13 @@ impl Controller {
         terminal::restore();
     }
 
-    fn record_last_metrics(&mut self, inspector: &Inspector, deadline: Instant) {
-        self.questions += 1;
-        let number = self.questions;
-        inspector.ask(number, Query::Metrics, self.config.iommu.model);
-        while let Some(inspected) = inspector.answer_until(deadline) {
+    fn record_last_metrics(&mut self, queries: &QueryThread, deadline: Instant) {
+        self.asked += 1;
+        let number = self.asked;
+        queries.ask(number, Query::Metrics, self.config.iommu.model);
+        while let Some(answered) = queries.answer_until(deadline) {
             if let (true, Ok(Reply::Metrics(devices))) =
-                (inspected.number == number, inspected.outcome)
+                (answered.number == number, answered.outcome)
             {
                 let families = self.with_own_metrics(devices);
                 if let Err(error) = self.recorder.append(&families) {

@@ -1,6 +1,8 @@
 //! Signals from the host, as events of the loop.
+#![allow(unsafe_code)] // Asks the kernel for the disposition of a signal.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -48,6 +50,9 @@ impl Signals {
     /// the event loop not get to it, one a second later ends the process at
     /// once.
     ///
+    /// A signal that is ignored stays so: `nohup` and a shell without job control
+    /// start a process that way.
+    ///
     /// SIGTTIN and SIGTTOU are blocked here and in every thread started later:
     /// a job in the background then reads EIO from its terminal, and writes to
     /// it, instead of being stopped.
@@ -67,6 +72,9 @@ impl Signals {
             let _ = block_signal(number);
         }
         for number in [SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGTSTP, SIGCONT] {
+            if is_ignored(number) {
+                continue;
+            }
             register_signal_handler(number, handle)
                 .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         }
@@ -102,6 +110,16 @@ impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.wake.as_raw_fd()
     }
+}
+
+/// Whether the process ignores a signal. Inherited over `execve`.
+fn is_ignored(number: c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: a null pointer changes nothing, and the other is valid for writes
+    // of a sigaction.
+    let asked = unsafe { libc::sigaction(number, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: sigaction returned 0 and so has filled it.
+    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 fn bit(number: c_int) -> u64 {

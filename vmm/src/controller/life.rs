@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 use crate::action::MachineState;
 use crate::builder::Machine;
 use crate::ending::Ending;
-use crate::inspector::Inspector;
+use crate::queries::QueryThread;
 
 /// A machine that was started.
 pub struct Running {
     /// The machine.
     pub machine: Machine,
     /// Answers what its devices know.
-    pub inspector: Inspector,
+    pub queries: QueryThread,
 }
 
 /// How the machine ends, and when it is waited for no longer.
@@ -51,8 +51,8 @@ impl Life {
 
     /// Answers what the devices know, once the machine was started.
     #[must_use]
-    pub fn inspector(&self) -> Option<&Inspector> {
-        self.running.as_ref().map(|running| &running.inspector)
+    pub fn queries(&self) -> Option<&QueryThread> {
+        self.running.as_ref().map(|running| &running.queries)
     }
 
     /// Whether an end has begun.
@@ -62,9 +62,9 @@ impl Life {
     }
 
     /// Runs a machine that was built.
-    pub fn start(&mut self, machine: Machine, inspector: Inspector) {
+    pub fn start(&mut self, machine: Machine, queries: QueryThread) {
         machine.vcpus.resume();
-        self.running = Some(Running { machine, inspector });
+        self.running = Some(Running { machine, queries });
         self.state = MachineState::Running;
     }
 

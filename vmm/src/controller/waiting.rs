@@ -16,9 +16,9 @@ pub enum Event {
     Paused,
     /// The machine has ended.
     Ended,
-    /// The inspector's answer of this number is the reply.
+    /// The query thread's answer of this number is the reply.
     Answer(u64),
-    /// The inspector's answer of this number is written to the metrics file.
+    /// The query thread's answer of this number is written to the metrics file.
     Metrics(u64),
 }
 

@@ -1,4 +1,4 @@
-//! The thread `inspector`, which may wait for devices.
+//! The thread `queries`, which may wait for devices.
 //!
 //! A vCPU inside a device holds locks of that device and of its IOMMU for as
 //! long as the host's kernel takes. The event loop takes none of them: queries
@@ -19,9 +19,9 @@ use crate::reports::Reporter;
 
 /// The thread. It is never joined: it ends after its last job, when this is
 /// dropped.
-pub struct Inspector {
+pub struct QueryThread {
     jobs: Sender<Job>,
-    results: Receiver<Inspected>,
+    results: Receiver<Answered>,
 }
 
 enum Job {
@@ -37,14 +37,14 @@ enum Job {
 }
 
 /// The answer to a query.
-pub struct Inspected {
+pub struct Answered {
     /// The number it was asked with.
     pub number: u64,
     /// The answer. [`Reply::Metrics`] has the devices' metrics only.
     pub outcome: Outcome,
 }
 
-impl Inspector {
+impl QueryThread {
     /// Starts the thread for a machine with this bus. `reporter` wakes the
     /// event loop for each answer.
     ///
@@ -55,7 +55,7 @@ impl Inspector {
         let (sender, results) = mpsc::channel();
         // Weak: the machine decides when its devices end.
         let pci = pci.map(Arc::downgrade);
-        let thread = thread::Builder::new().name("inspector".into());
+        let thread = thread::Builder::new().name("queries".into());
         thread.spawn(move || {
             for job in received {
                 match job {
@@ -67,7 +67,7 @@ impl Inspector {
                         let pci = pci.as_ref().and_then(Weak::upgrade);
                         let outcome = answer(pci.as_deref(), model, &query);
                         // A loop that has left waits for no answer.
-                        let _ = sender.send(Inspected { number, outcome });
+                        let _ = sender.send(Answered { number, outcome });
                         reporter.wake();
                     }
                     Job::TearDown { machine, done } => {
@@ -92,12 +92,12 @@ impl Inspector {
     }
 
     /// The next answer; never waits.
-    pub fn next_answer(&self) -> Option<Inspected> {
+    pub fn next_answer(&self) -> Option<Answered> {
         self.results.try_recv().ok()
     }
 
     /// The next answer that comes until `deadline`.
-    pub fn answer_until(&self, deadline: Instant) -> Option<Inspected> {
+    pub fn answer_until(&self, deadline: Instant) -> Option<Answered> {
         let left = deadline.saturating_duration_since(Instant::now());
         self.results.recv_timeout(left).ok()
     }
