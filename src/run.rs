@@ -177,10 +177,10 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     streams::print_line(&json);
     for doubt in &findings.doubts {
-        complain(&format!("warning: {doubt}"));
+        complain(format!("warning: {doubt}"));
     }
     for line in &findings.not_examined {
-        complain(&format!("not examined: {line}"));
+        complain(format!("not examined: {line}"));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -313,7 +313,7 @@ fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
             ExitCode::from(USAGE_STATUS)
         }
         Err(Failure::Other(error)) => {
-            complain(&Chain(error.as_ref()));
+            complain(Chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
