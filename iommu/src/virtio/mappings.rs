@@ -5,6 +5,7 @@
 //! goes moves the mappings of one chunk; a range that goes takes whole chunks
 //! with it. A mapping costs 32 bytes in a full chunk, and chunks between the
 //! first and the last are at least 3/8 full, so that it costs 87 at most.
+//! Chunks of which all mappings are removed are freed later, some at a time.
 
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Included, Unbounded};
@@ -20,6 +21,37 @@ pub struct Mappings<const CHUNK: usize = 128> {
     /// chunk may be empty.
     chunks: BTreeMap<Iova, Vec<Mapping>>,
     len: usize,
+}
+
+/// Chunks whose mappings are removed and whose memory is not yet freed. To free
+/// that of 2^20 mappings takes longer than a request may.
+#[derive(Debug, Default)]
+pub struct Removed {
+    chunks: Vec<Vec<Mapping>>,
+    len: usize,
+}
+
+impl Removed {
+    /// Mappings whose memory is not yet freed.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Frees up to `count` chunks.
+    pub fn free(&mut self, count: usize) {
+        let kept = self.chunks.len().saturating_sub(count);
+        for chunk in self.chunks.drain(kept..) {
+            self.len -= chunk.len();
+        }
+        if kept == 0 {
+            self.chunks = Vec::new();
+        }
+    }
+
+    fn push(&mut self, chunk: Vec<Mapping>) {
+        self.len += chunk.len();
+        self.chunks.push(chunk);
+    }
 }
 
 /// How many mappings of a chunk start at or below `iova`.
@@ -85,11 +117,12 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
     }
 
     /// Removes every mapping in `range`, and none when one of them would have
-    /// to be split (§5.13.6.6.2). Returns how many there were.
+    /// to be split (§5.13.6.6.2). Returns how many there were; the memory of
+    /// whole chunks of them goes to `removed`.
     ///
     /// # Errors
     /// `RANGE`: one of them would have to be split.
-    pub fn remove(&mut self, range: IovaRange) -> Result<usize, Status> {
+    pub fn remove(&mut self, range: IovaRange, removed: &mut Removed) -> Result<usize, Status> {
         let (first, last) = (range.first(), range.last());
         let Some(highest) = self.last_up_to(last).map(|mapping| mapping.iova) else {
             return Ok(0);
@@ -111,12 +144,19 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         self.len -= chunk.drain(inside).len();
         let is_short = chunk.len() < Self::LEAST;
         if goes_on {
-            self.remove_chunks(lowest, last);
+            self.remove_chunks(lowest, last, removed);
         }
         if is_short {
             self.refill(lowest);
         }
         Ok(before - self.len)
+    }
+
+    /// Gives the memory of all mappings to `removed`.
+    pub fn discard(self, removed: &mut Removed) {
+        self.chunks
+            .into_values()
+            .for_each(|chunk| removed.push(chunk));
     }
 
     /// Those that overlap `range`, in order.
@@ -164,20 +204,31 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         }
     }
 
-    /// Removes what starts above the chunk of `lowest`, up to `last`.
-    fn remove_chunks(&mut self, lowest: Iova, last: Iova) {
-        let reached = (Excluded(lowest), Included(last));
-        while let Some((&key, chunk)) = self.chunks.range_mut(reached).next() {
-            let inside = count_up_to(chunk, last);
-            self.len -= inside;
-            if inside < chunk.len() {
-                chunk.drain(..inside);
-                if chunk.len() < Self::LEAST {
-                    self.refill(key);
-                }
-                return;
-            }
-            self.chunks.remove(&key);
+    /// Removes what starts above the chunk of `lowest`, up to `last`. Only the
+    /// highest of these chunks may have more: the others are not looked into.
+    fn remove_chunks(&mut self, lowest: Iova, last: Iova, removed: &mut Removed) {
+        let reached = self.chunks.range((Excluded(lowest), Included(last)));
+        let mut keys: Vec<Iova> = reached.map(|(key, _)| *key).collect();
+        let Some(highest) = keys.pop() else {
+            return;
+        };
+        for key in keys {
+            let chunk = self.chunks.remove(&key).unwrap_or_default();
+            self.len -= chunk.len();
+            removed.push(chunk);
+        }
+        let mut rest = self.chunks.remove(&highest).unwrap_or_default();
+        let inside = count_up_to(&rest, last);
+        self.len -= inside;
+        if inside == rest.len() {
+            removed.push(rest);
+            return;
+        }
+        rest.drain(..inside);
+        let is_short = rest.len() < Self::LEAST;
+        self.chunks.insert(highest, rest);
+        if is_short {
+            self.refill(highest);
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 
 use super::VirtioIommuConfig;
 use super::domain::Domain;
+use super::mappings::Removed;
 use super::spec::{Status, feature, request};
 use crate::{Gpa, IommuRegion, IovaRange, Mapping, Perm, StreamId};
 
@@ -43,8 +44,7 @@ pub enum View<'a> {
 #[derive(Default)]
 pub struct Moved {
     pub region: Option<Arc<IommuRegion>>,
-    /// The domain that ceased to exist. To free a million mappings takes
-    /// milliseconds: drop it without the state's lock.
+    /// The domain that ceased to exist.
     pub gone: Option<Domain>,
 }
 
@@ -119,10 +119,11 @@ impl State {
         Ok(self.leave(stream))
     }
 
-    /// §5.13.6.5.2
+    /// §5.13.6.5.2. `unfreed` mappings are removed, and count.
     pub fn map(
         &mut self,
         config: &VirtioIommuConfig,
+        unfreed: usize,
         id: u32,
         mapping: Mapping,
         flags: u32,
@@ -148,7 +149,7 @@ impl State {
         if reserved.is_some_and(|window| window.overlaps(iova)) {
             return Err(Status::Inval);
         }
-        if self.mapped >= config.max_mappings {
+        if self.mapped.saturating_add(unfreed) >= config.max_mappings {
             return Err(Status::Nomem);
         }
         domain.mappings.insert(mapping)?;
@@ -158,14 +159,19 @@ impl State {
 
     /// §5.13.6.6.2. Returns whether there was a mapping. The ends of the range
     /// need no alignment, and it may reach beyond the input range.
-    pub fn unmap(&mut self, id: u32, iova: IovaRange) -> Result<bool, Status> {
+    pub fn unmap(
+        &mut self,
+        id: u32,
+        iova: IovaRange,
+        removed: &mut Removed,
+    ) -> Result<bool, Status> {
         let domain = self.domains.get_mut(&id).ok_or(Status::Noent)?;
         if domain.bypass {
             return Err(Status::Inval);
         }
-        let removed = domain.mappings.remove(iova)?;
-        self.mapped -= removed;
-        Ok(removed != 0)
+        let count = domain.mappings.remove(iova, removed)?;
+        self.mapped -= count;
+        Ok(count != 0)
     }
 
     /// Takes an endpoint out of its domain. A domain without endpoints is gone,

@@ -17,16 +17,49 @@ fn mapping(first: u64, last: u64) -> Mapping {
     }
 }
 
+/// Removes and frees.
+fn remove<const CHUNK: usize>(
+    mappings: &mut Mappings<CHUNK>,
+    range: IovaRange,
+) -> Result<usize, Status> {
+    let mut removed = Removed::default();
+    let outcome = mappings.remove(range, &mut removed);
+    assert!(removed.len() <= outcome.unwrap_or(0));
+    while removed.len() != 0 {
+        let before = removed.len();
+        removed.free(1);
+        assert!(removed.len() < before, "an empty chunk");
+    }
+    outcome
+}
+
+#[test]
+fn removed_chunks_are_freed_in_pieces() {
+    let mut mappings = Mappings::<8>::default();
+    for at in 0..80 {
+        mappings.insert(mapping(at, at)).unwrap();
+    }
+    let mut removed = Removed::default();
+    assert_eq!(mappings.remove(range(4, 75), &mut removed), Ok(72));
+    assert_eq!((mappings.len(), removed.len()), (8, 64), "8 whole chunks");
+    removed.free(3);
+    assert_eq!(removed.len(), 40);
+    mappings.discard(&mut removed);
+    assert_eq!(removed.len(), 48);
+    removed.free(usize::MAX);
+    assert_eq!(removed.len(), 0);
+}
+
 #[test]
 fn unmap_that_splits_a_mapping_is_refused() {
     let mut mappings = Mappings::<8>::default();
     mappings.insert(mapping(10, 19)).unwrap();
     mappings.insert(mapping(20, 29)).unwrap();
     for part in [range(10, 18), range(11, 19), range(15, 29), range(0, 25)] {
-        assert_eq!(mappings.remove(part), Err(Status::Range), "{part}");
+        assert_eq!(remove(&mut mappings, part), Err(Status::Range), "{part}");
     }
     assert_eq!(mappings.len(), 2);
-    assert_eq!(mappings.remove(range(0, 50)), Ok(2));
+    assert_eq!(remove(&mut mappings, range(0, 50)), Ok(2));
 }
 
 #[test]
@@ -39,7 +72,7 @@ fn last_byte_of_the_address_space_can_be_mapped() {
     };
     mappings.insert(top).unwrap();
     assert_eq!(mappings.find(Iova(u64::MAX)), Some(top));
-    assert_eq!(mappings.remove(IovaRange::ALL), Ok(1));
+    assert_eq!(remove(&mut mappings, IovaRange::ALL), Ok(1));
 }
 
 /// What must hold between operations, whatever they are.
@@ -102,7 +135,7 @@ fn unmap<const CHUNK: usize>(mappings: &mut Mappings<CHUNK>, table: &mut Table, 
     let cells = ends.0 as usize..=ends.1 as usize;
     let inside: BTreeSet<_> = table[cells.clone()].iter().flatten().copied().collect();
     let whole = inside.iter().all(|(a, b)| *a >= ends.0 && *b <= ends.1);
-    let outcome = mappings.remove(range(ends.0, ends.1));
+    let outcome = remove(mappings, range(ends.0, ends.1));
     if whole {
         assert_eq!(outcome, Ok(inside.len()));
         table[cells].fill(None);
