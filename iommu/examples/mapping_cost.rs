@@ -196,9 +196,10 @@ fn main() {
         .skip(1)
         .filter_map(|argument| argument.parse().ok())
         .collect();
-    if let [count, pairs] = arguments[..] {
-        churn(count, pairs);
-        return;
+    match arguments[..] {
+        [which] => return bulk_case(which),
+        [count, pairs] => return churn(count, pairs),
+        _ => {}
     }
     println!("| mappings | instructions of a MAP and an UNMAP |\n|---|---|");
     for count in [1_000, 10_000, 100_000, 1_000_000] {
@@ -209,18 +210,29 @@ fn main() {
             None => println!("| {count} | no valgrind |"),
         }
     }
-    bulk("in order", || Machine::with_mappings(0..ALL));
-    bulk("in no order", || {
-        Machine::with_mappings((0..ALL).map(shuffled))
-    });
-    bulk("so that chunks are as empty as they get", || {
-        let machine = Machine::with_mappings(0..0);
-        for first in (0..SPREAD).step_by(128) {
-            (first..first + 128).for_each(|page| machine.map(page));
-            (first..first + 80).for_each(|page| machine.unmap(page, 1));
-        }
-        machine
-    });
+    // Each in a process of its own, whose memory is fresh.
+    let program = std::env::current_exe().expect("this program");
+    for which in 0..3 {
+        let status = Command::new(&program).arg(which.to_string()).status();
+        assert!(status.is_ok_and(|status| status.success()));
+    }
+}
+
+fn bulk_case(which: u64) {
+    match which {
+        0 => bulk("in order", || Machine::with_mappings(0..ALL)),
+        1 => bulk("in no order", || {
+            Machine::with_mappings((0..ALL).map(shuffled))
+        }),
+        _ => bulk("so that chunks are as empty as they get", || {
+            let machine = Machine::with_mappings(0..0);
+            for first in (0..SPREAD).step_by(128) {
+                (first..first + 128).for_each(|page| machine.map(page));
+                (first..first + 80).for_each(|page| machine.unmap(page, 1));
+            }
+            machine
+        }),
+    }
 }
 
 /// Requests that concern all mappings of a domain, which `build` makes.
