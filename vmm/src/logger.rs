@@ -206,10 +206,15 @@ pub fn finish() {
 /// Writes a line to standard error, before the logger is started too, without
 /// waiting for its reader. For what ends the process.
 pub fn write_last_line(line: &str) {
-    if let Some(mut stream) = stream::standard_error() {
-        // There is nowhere left to say that it cannot be written.
-        let _ = stream.write(format!("{line}\n").as_bytes());
-    }
+    let line = format!("{line}\n");
+    // A thread that panics inside the logger holds its lock.
+    let mut state = LOGGER.get().and_then(|it| it.state.try_lock().ok());
+    let open = state.as_mut().and_then(|it| it.standard_error.as_mut());
+    // There is nowhere left to say that it cannot be written.
+    let _ = match open {
+        Some(stream) => stream.write(line.as_bytes()),
+        None => stream::standard_error().map_or(Ok(()), |mut it| it.write(line.as_bytes())),
+    };
 }
 
 #[cfg(test)]
