@@ -60,8 +60,9 @@ pub struct RunArgs {
     net: Vec<NetworkInterface>,
     #[arg(long, value_name = "VSOCK", help = keyed::<Vsock>("Socket device, as pairs of key and value"))]
     vsock: Option<Vsock>,
-    #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", help = keyed::<Serial>(
-        "File for the serial console's output, in place of standard output; no keyboard then"
+    #[arg(long, value_name = "SERIAL", help = keyed::<Serial>(
+        "File for the output of the serial console, as pairs of key and value, in place of \
+         standard output; no keyboard then"
     ))]
     serial: Option<Serial>,
     /// Source of entropy

@@ -1,7 +1,7 @@
 //! The network device (virtio 1.2 §5.1): packets go between the guest and a
 //! tap in the host's kernel, by vhost-net.
 
-mod control;
+pub mod control;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};

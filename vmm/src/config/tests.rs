@@ -465,6 +465,7 @@ fn the_help_has_every_key_with_the_default_that_holds() {
     check::<Drive>("path=a");
     check::<NetworkInterface>("tap=t");
     check::<Vsock>("cid=3");
+    check::<Serial>("path=c");
     check::<Serial>("path=console");
     check::<Iommu>("virtio-iommu");
     assert!(Drive::help().contains("queues=N") && Drive::help().contains("1 to 16 [default: 1]"));
