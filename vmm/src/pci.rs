@@ -5,6 +5,7 @@ mod iommu;
 mod report;
 mod smmuv3;
 mod vhost;
+mod virtio_iommu;
 
 use std::io;
 use std::path::Path;
@@ -60,6 +61,9 @@ pub struct PciBus {
     functions: Vec<Function>,
     iommu: Option<IommuDevice>,
     _msis: Option<MsiThread>,
+    /// Stands for the lock of a model that is busy: a test holds it.
+    #[cfg(test)]
+    pub(crate) busy: Arc<std::sync::Mutex<()>>,
 }
 
 /// What every function is made with.
@@ -112,6 +116,8 @@ impl PciBus {
             functions,
             iommu,
             _msis: msis,
+            #[cfg(test)]
+            busy: Arc::default(),
         }))
     }
 
@@ -122,6 +128,7 @@ impl PciBus {
             functions: Vec::new(),
             iommu: Some(iommu),
             _msis: None,
+            busy: Arc::default(),
         }
     }
 

@@ -1,10 +1,10 @@
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use ::iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
-use ::iommu::{GuestRam, Iommu as _, IommuRegion, IovaRange, StreamId};
+use ::iommu::{GuestRam, IommuRegion, IovaRange, StreamId};
 use devices::virtio::iommu::EventQueue;
 use vm_memory::GuestAddress;
 
@@ -42,7 +42,7 @@ impl Served {
             let vcpus = Vcpus::spawn(guests, &buses, |_| {}, move || waker.wake());
             let (_, output) = io::pipe().unwrap();
             let output = std::fs::File::from(std::os::fd::OwnedFd::from(output));
-            let output = Output::start(output).unwrap();
+            let output = Output::start(output, None).unwrap();
             let machine = Machine::of(vcpus.unwrap(), pci, output);
             controller.run_machine(machine).unwrap();
             controller.run()
@@ -201,6 +201,7 @@ fn virtio_iommu() -> (Arc<VirtioIommu>, Arc<IommuRegion>) {
         input_range: IovaRange::ALL,
         msi_window: None,
         boot_bypass: true,
+        max_mappings: 16,
     };
     let model = VirtioIommu::new(config, Arc::new(ram), Arc::new(NoFaults));
     let model = Arc::new(model);
@@ -210,39 +211,23 @@ fn virtio_iommu() -> (Arc<VirtioIommu>, Arc<IommuRegion>) {
 
 #[test]
 fn a_query_that_waits_for_a_model_delays_no_other_action() {
-    let (model, region) = virtio_iommu();
+    let (model, _region) = virtio_iommu();
     let events = Arc::<EventQueue>::default();
     let device = IommuDevice::Virtio {
         model: Arc::clone(&model),
         events,
     };
-    let served = Served::with_bus(Some(PciBus::of(device)));
-    // A reader inside the model, and a writer that waits for it: no reader gets
-    // in behind them.
-    let (inside, is_inside) = channel();
-    let (leave, left) = channel::<()>();
-    let left = Mutex::new(left);
-    let reader = {
-        let model = Arc::clone(&model);
-        thread::spawn(move || {
-            model.replay(region.stream(), IovaRange::ALL, &mut |_| {
-                inside.send(()).unwrap();
-                let left = left.lock().unwrap_or_else(PoisonError::into_inner);
-                let _ = left.recv();
-            });
-        })
-    };
-    is_inside.recv_timeout(PATIENCE).unwrap();
-    let writer = thread::spawn(move || model.negotiated(0));
+    let bus = PciBus::of(device);
+    let busy = Arc::clone(&bus.busy);
+    let served = Served::with_bus(Some(bus));
+    let held = busy.lock().unwrap();
     let query = served.ask(Action::Query(Query::Iommu));
     assert_eq!(served.state(), MachineState::Running);
     let pause = served.step(Lifecycle::Pause);
     served.sleeper.release();
     assert_eq!(wait(&pause), Ok(Reply::Done));
-    leave.send(()).unwrap();
+    drop(held);
     assert!(matches!(wait(&query), Ok(Reply::Iommu(_))));
-    reader.join().unwrap();
-    writer.join().unwrap();
     let metrics = wait(&served.ask(Action::Query(Query::Metrics)));
     assert!(matches!(metrics, Ok(Reply::Metrics(_))));
     served.stop();

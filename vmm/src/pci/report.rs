@@ -11,7 +11,7 @@ use devices::vhost::IotlbMonitor;
 use devices::virtio::block::BlockCounters;
 
 use super::iommu::IommuDevice;
-use super::{BackEnd, Function, PciBus, smmuv3, vhost};
+use super::{BackEnd, Function, PciBus, smmuv3, vhost, virtio_iommu};
 use crate::action::{
     Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,
     Mapping, MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
@@ -67,6 +67,23 @@ const ENDPOINT_METRICS: [EndpointMetric; 7] = [
         "portcullis_iotlb_invalidations_saved_total",
         "Invalidations not sent, because vhost held nothing there.",
         |counters| counters.invalidations_saved,
+    ),
+];
+
+/// A metric that every endpoint behind an IOMMU has.
+type StreamMetric = (&'static str, &'static str, fn(&StreamStats) -> u64);
+
+/// What [`StreamStats`] has beside the fields of [`EndpointCounters`].
+const STREAM_METRICS: [StreamMetric; 2] = [
+    (
+        "portcullis_iommu_invalidations_total",
+        "Invalidations that the IOMMU delivered for a device.",
+        |stats| stats.invalidations,
+    ),
+    (
+        "portcullis_iommu_maps_total",
+        "Mappings that the IOMMU announced for a device.",
+        |stats| stats.maps,
     ),
 ];
 
@@ -139,6 +156,17 @@ impl PciBus {
             MetricKind::Gauge,
             stalled.collect(),
         ));
+        for (name, help, value) in STREAM_METRICS {
+            let streams = self.functions.iter().filter_map(|function| {
+                let region = function.region.as_ref()?;
+                Some(Sample {
+                    labels: device(&function.id),
+                    value: value(&region.stats()),
+                })
+            });
+            families.push(family(name, help, MetricKind::Counter, streams.collect()));
+        }
+        families.push(self.iotlb_faults());
         for (name, help, counter) in BLOCK_METRICS {
             let disks = self.functions.iter().filter_map(|function| {
                 let BackEnd::Block(counters) = &function.back_end else {
@@ -151,16 +179,43 @@ impl PciBus {
             });
             families.push(family(name, help, MetricKind::Counter, disks.collect()));
         }
-        if let Some(IommuDevice::Smmuv3(model)) = &self.iommu {
-            families.extend(smmuv3::families(&model.stats()));
+        match &self.iommu {
+            Some(IommuDevice::Virtio { model, events }) => {
+                families.extend(virtio_iommu::families(model, events));
+            }
+            Some(IommuDevice::Smmuv3(model)) => families.extend(smmuv3::families(&model.stats())),
+            None => {}
         }
         families.retain(|family| !family.samples.is_empty());
         families
     }
 
+    /// Faults that the IOTLB of a vhost device counts. They are faults of the
+    /// IOMMU too, except those that the kernel finds in its own copy.
+    fn iotlb_faults(&self) -> MetricFamily {
+        let samples = self.functions.iter().filter_map(|function| {
+            let BackEnd::Vhost(monitors) = &function.back_end else {
+                return None;
+            };
+            let faults = monitors.iter().map(|monitor| monitor.stats().faults);
+            Some(Sample {
+                labels: vec![("device", function.id.clone())],
+                value: faults.sum(),
+            })
+        });
+        family(
+            "portcullis_iotlb_faults_total",
+            "Accesses of vhost that the IOMMU does not translate or permit.",
+            MetricKind::Counter,
+            samples.collect(),
+        )
+    }
+
     /// The IOMMU as a whole.
     #[must_use]
     pub fn iommu_info(&self, model: IommuModel) -> IommuInfo {
+        #[cfg(test)]
+        drop(self.busy.lock());
         let (enabled, features) = match &self.iommu {
             None => (false, Vec::new()),
             Some(IommuDevice::Virtio { model, .. }) => virtio_features(model),
