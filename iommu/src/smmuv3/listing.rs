@@ -8,12 +8,16 @@ use super::spec::{cr0, gbpa, reg};
 use super::state::State;
 use super::ste::{Stage2, Ste, World};
 use super::translate::{Asked, walk_both};
-use super::walk::{Want, walk};
+use super::walk::{Cause, Leaf, Stop, Want, walk};
 use crate::space::ram_blocks;
 use crate::{Access, Gpa, Iova, IovaRange, Mapping, Request, StreamId};
 
-/// Most steps of one listing. A step finds a mapping or the end of a gap.
-const MAX_STEPS: usize = 1 << 14;
+/// Descriptors after which a listing ends. A walk counts as [`WALK`], and the
+/// neighbours that a gap or a run extends over as one each.
+const MAX_DESCRIPTORS: u64 = 1 << 18;
+const WALK: u64 = 16;
+/// Neighbours that a walk looks at, at most.
+const NEIGHBOURS: u64 = 512;
 
 /// What becomes of a stream's accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,84 +161,110 @@ impl Smmu {
             found.extend(blocks.by_ref().take(limit));
             return (found, blocks.next().map(|block| block.iova.first()));
         }
-        let mut next = Some(from);
-        for _ in 0..MAX_STEPS {
-            let Some(at) = next.filter(|_| found.len() < limit) else {
-                break;
-            };
-            let (mapping, last) = self.look(&view, at.0);
+        let (mut next, mut read) = (Some(from), 0);
+        while let Some(at) = next
+            && found.len() < limit
+            && read < MAX_DESCRIPTORS
+        {
+            let step = self.look(&view, at.0);
+            read += WALK + step.neighbours;
             // A page that permits nothing is no mapping.
-            found.extend(mapping.filter(|mapping| mapping.perm != crate::Perm::NONE));
-            next = last.checked_add(1).map(Iova);
+            let permits = |mapping: &Mapping| mapping.perm != crate::Perm::NONE;
+            found.extend(step.mapping.filter(permits));
+            next = step.last.checked_add(1).map(Iova);
         }
         (found, next)
     }
 
-    /// What is at `address`, and the last address for which that is so.
-    fn look(&self, view: &View, address: u64) -> (Option<Mapping>, u64) {
-        let span = |input: u64, bits: u32| input | ((1_u64 << bits) - 1);
+    /// What is at `address`.
+    fn look(&self, view: &View, address: u64) -> Step {
         match view {
-            View::Bypass | View::Blocked => (None, u64::MAX),
+            View::Bypass | View::Blocked => Step::gap(u64::MAX),
             View::Stage2(stage2) => {
-                let mut result = Err(64);
-                for want in LOOKS {
-                    let walked = walk(&self.ram, &stage2.table, None, address, want);
-                    result = walked.map_err(|stop| stop.span);
-                    if result.is_ok() {
-                        break;
-                    }
-                }
-                match result {
-                    Ok(leaf) => (
-                        mapping(leaf.first, leaf.last, leaf.output, leaf.perm),
-                        leaf.last,
-                    ),
-                    Err(64) => (None, u64::MAX),
-                    Err(bits) => (None, span(address, bits)),
+                match look(|want| walk(&self.ram, &stage2.table, None, address, want)) {
+                    Ok(leaf) => Step::leaf(0, &leaf),
+                    Err(stop) => Step::stop(0, address, &stop),
                 }
             }
             View::Stage1(cd, stage2) => {
                 let Some(place) = cd.place(address) else {
-                    return (None, gap_end(cd, address));
+                    return Step::gap(gap_end(cd, address));
                 };
                 if place.canonical() != address {
                     // An alias of what is listed already.
-                    return (None, gap_end(cd, address));
+                    return Step::gap(gap_end(cd, address));
                 }
-                let mut result = Err(12);
-                for want in LOOKS {
-                    let walked = walk_both(&self.ram, &place, stage2.as_ref(), want);
+                match look(|want| walk_both(&self.ram, &place, stage2.as_ref(), want)) {
+                    Ok(leaf) => Step::leaf(place.base, &leaf),
                     // A gap of stage 2 says nothing of input addresses.
-                    let bits = |stop: super::walk::Stop| if stop.stage2 { 12 } else { stop.span };
-                    result = walked.map_err(bits);
-                    if result.is_ok() {
-                        break;
-                    }
-                }
-                match result {
-                    Ok(leaf) => {
-                        let (first, last) = (place.base | leaf.first, place.base | leaf.last);
-                        (mapping(first, last, leaf.output, leaf.perm), last)
-                    }
-                    Err(bits) => (None, place.base | span(place.input, bits)),
+                    Err(stop) if stop.stage2 => Step {
+                        neighbours: NEIGHBOURS,
+                        ..Step::gap(address | 0xfff)
+                    },
+                    Err(stop) => Step::stop(place.base, place.input, &stop),
                 }
             }
         }
     }
 }
 
-const LOOKS: [Want; 2] = [
-    Want {
-        access: Access::Read,
+/// A part of a listing.
+struct Step {
+    mapping: Option<Mapping>,
+    /// The last address for which that is so.
+    last: u64,
+    /// Neighbours of a descriptor that were looked at.
+    neighbours: u64,
+}
+
+impl Step {
+    const fn gap(last: u64) -> Self {
+        Self {
+            mapping: None,
+            last,
+            neighbours: 0,
+        }
+    }
+
+    fn leaf(base: u64, leaf: &Leaf) -> Self {
+        let (first, last) = (base | leaf.first, base | leaf.last);
+        Self {
+            mapping: mapping(first, last, leaf.output, leaf.perm),
+            last,
+            neighbours: (leaf.last - leaf.first) >> leaf.shift,
+        }
+    }
+
+    /// A walk of `input` that stops.
+    fn stop(base: u64, input: u64, stop: &Stop) -> Self {
+        Self {
+            neighbours: stop.beyond.checked_shr(stop.span).unwrap_or(0),
+            ..Self::gap(base | gap_of(stop, input))
+        }
+    }
+}
+
+/// Walks for a read or, where that is not permitted, for a write.
+fn look(walk: impl Fn(Want) -> Result<Leaf, Stop>) -> Result<Leaf, Stop> {
+    let want = |access| Want {
+        access,
         update: false,
         run: true,
-    },
-    Want {
-        access: Access::Write,
-        update: false,
-        run: true,
-    },
-];
+        gap: true,
+    };
+    match walk(want(Access::Read)) {
+        Err(stop) if stop.cause == Cause::Permission => walk(want(Access::Write)),
+        found => found,
+    }
+}
+
+/// The last input address for which a walk of `input` stops alike.
+fn gap_of(stop: &Stop, input: u64) -> u64 {
+    let span = 1_u64
+        .checked_shl(stop.span)
+        .map_or(u64::MAX, |size| size - 1);
+    (input | span).saturating_add(stop.beyond)
+}
 
 /// The last address of the gap that `address` lies in: between the halves, in
 /// one that is disabled, or in aliases of the lower one.

@@ -63,6 +63,7 @@ impl Asked<'_> {
             access: self.request.access,
             update: self.update,
             run: true,
+            gap: false,
         }
     }
 
@@ -498,6 +499,7 @@ impl CdFetch<'_> {
                     access: Access::Read,
                     update: self.update,
                     run: false,
+                    gap: false,
                 };
                 let under = (&stage2.table, stage2.protect_walks);
                 through_stage2(self.ram, under, address, Class::Cd, want)

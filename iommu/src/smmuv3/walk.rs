@@ -117,6 +117,8 @@ pub struct Want {
     pub update: bool,
     /// Whether to look for neighbours that continue the page or block.
     pub run: bool,
+    /// Whether to look for the end of a gap, for [`Stop::beyond`].
+    pub gap: bool,
 }
 
 /// Where a walk ended well: a run of input addresses with one translation.
@@ -194,6 +196,9 @@ pub struct Stop {
     /// Bits of the span around the input address that faults alike; 64 when
     /// the address lies outside of what the table covers.
     pub span: u32,
+    /// Input addresses behind the span that fault alike, as far as a 4 KiB
+    /// window of invalid descriptors shows; 0 without [`Want::gap`].
+    pub beyond: u64,
 }
 
 /// Reads a descriptor, or `None` outside of RAM.
@@ -408,7 +413,17 @@ pub fn through_stage2(
     want: Want,
 ) -> Result<u64, Stop> {
     let write = want.access == Access::Write;
-    let leaf = walk(ram, table, None, ipa, Want { run: false, ..want });
+    let leaf = walk(
+        ram,
+        table,
+        None,
+        ipa,
+        Want {
+            run: false,
+            gap: false,
+            ..want
+        },
+    );
     let stop = |stop: Stop| Stop {
         class,
         table_write: write,
@@ -424,6 +439,7 @@ pub fn through_stage2(
             fetch: 0,
             table_write: write,
             span: table.granule.bits(),
+            beyond: 0,
         }));
     }
     Ok(leaf.output_of(ipa))
@@ -445,6 +461,7 @@ impl Walk<'_> {
             fetch: 0,
             table_write: false,
             span,
+            beyond: 0,
         }
     }
 
@@ -477,7 +494,7 @@ impl Walk<'_> {
                 return Err(self.external(place, shift));
             };
             match table.kind(descriptor, level) {
-                Kind::Invalid => return Err(self.stop(Cause::Translation, shift)),
+                Kind::Invalid => return Err(self.invalid(place, level)),
                 Kind::Table => {
                     base = table.address(descriptor, table.granule.bits());
                     if !table.in_range(base) {
@@ -511,6 +528,40 @@ impl Walk<'_> {
                     return Ok(self.leaf(updated, place, level, above));
                 }
             }
+        }
+    }
+
+    /// How many descriptors of the same table are below and beyond the one at
+    /// `place`, in a window of 4 KiB: it never leaves the page that the table
+    /// lies in.
+    fn neighbours(&self, place: u64, level: u32) -> (u64, u64) {
+        let table = self.table;
+        let index = table.index(self.input, level);
+        let entries = if level == table.start_level {
+            1 << (table.input_bits - table.granule.shift(level))
+        } else {
+            1 << table.granule.stride()
+        };
+        let slot = place / 8 % WINDOW;
+        (slot.min(index), (WINDOW - slot).min(entries - index) - 1)
+    }
+
+    /// The fault of an invalid descriptor.
+    fn invalid(&self, place: u64, level: u32) -> Stop {
+        let shift = self.table.granule.shift(level);
+        let stop = self.stop(Cause::Translation, shift);
+        if !self.want.gap {
+            return stop;
+        }
+        let (_, beyond) = self.neighbours(place, level);
+        let is_invalid = |step: &u64| {
+            let next = read(self.ram, place + step * 8);
+            next.is_some_and(|next| matches!(self.table.kind(next, level), Kind::Invalid))
+        };
+        let further = (1..=beyond).take_while(is_invalid).count() as u64;
+        Stop {
+            beyond: further << shift,
+            ..stop
         }
     }
 
@@ -569,16 +620,7 @@ impl Walk<'_> {
         if !self.want.run {
             return leaf;
         }
-        // A 4 KiB window never leaves the page that the table lies in.
-        let index = table.index(self.input, level);
-        let entries = if level == table.start_level {
-            1 << (table.input_bits - shift)
-        } else {
-            1 << table.granule.stride()
-        };
-        let slot = place / 8 % WINDOW;
-        let below = slot.min(index);
-        let beyond = (WINDOW - slot).min(entries - index) - 1;
+        let (below, beyond) = self.neighbours(place, level);
         for step in 1..=below {
             let Some(output) = leaf.output.checked_sub(size) else {
                 break;

@@ -6,6 +6,8 @@ use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova, Perm};
 
+/// Where a mapping is behind tables without any.
+const HIDDEN: u64 = 3 << 30;
 /// Calls that a listing of the tests may take.
 const MAX_CALLS: usize = 64;
 
@@ -65,13 +67,16 @@ fn invalidation_of_what_a_lookup_answered_reaches_the_stream() {
 fn listing_goes_on_behind_tables_without_mappings() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
-    // The first GiB: 512 tables, all the same one and empty.
+    // Every entry of the tables in front of it points to one that is empty.
     let place = rig.descriptor(&root, 0, 2) & !0xfff;
     let empty = rig.alloc(1 << Granule::K4.bits());
     for entry in 0..512 {
         rig.put(place + 8 * entry, empty | 3);
     }
-    rig.map(&root, 0x4000_0000, RAM, 1, RW);
+    for entry in 0..HIDDEN >> 30 {
+        rig.put(root.base + 8 * entry, place | 3);
+    }
+    rig.map(&root, HIDDEN, RAM, 1, RW);
     let (mut found, mut next, mut calls) = (Vec::new(), Some(Iova(0)), 0);
     while let Some(from) = next {
         let (mappings, more) = rig.smmu.mappings(STREAM, from, 10);
@@ -83,7 +88,39 @@ fn listing_goes_on_behind_tables_without_mappings() {
     }
     assert!(calls > 1, "one call is bounded");
     let shown: Vec<_> = found.iter().map(|m| (m.iova.first().0, m.perm)).collect();
-    assert_eq!(shown, [(0x4000_0000, Perm::READ_WRITE)]);
+    assert_eq!(shown, [(HIDDEN, Perm::READ_WRITE)]);
+}
+
+#[test]
+fn listing_leaves_out_gaps_of_every_kind() {
+    let rig = Rig::enabled(SmmuConfig::default());
+    let root = rig.stage1(STREAM, 1);
+    // First and last of a table, behind and in front of gaps at each level.
+    let pages = [
+        0x1000,
+        0x5000,
+        0x1f_f000,
+        0x4000_0000,
+        0x7fff_f000,
+        (512 << 30) - 0x1000,
+    ];
+    for page in pages {
+        rig.map(
+            &root,
+            page,
+            RAM + 0x10_0000 + (page >> 12) % 7 * 0x2000,
+            3,
+            RW,
+        );
+    }
+    // Readable is not required, and neither is permitted.
+    rig.map(&root, 0x9000, RAM, 3, RW & !(1 << 6));
+    let (mappings, next) = rig.smmu.mappings(STREAM, Iova(0), 100);
+    let found: Vec<_> = mappings.iter().map(|m| m.iova.first().0).collect();
+    assert_eq!((found.as_slice(), next), (pages.as_slice(), None));
+    // From within a gap.
+    let (mappings, _) = rig.smmu.mappings(STREAM, Iova(0x3123), 1);
+    assert_eq!(mappings[0].iova.first(), Iova(0x5000));
 }
 
 #[test]

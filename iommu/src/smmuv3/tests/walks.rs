@@ -274,7 +274,7 @@ proptest! {
             }
             input &= (1 << bits) - 1;
             let access = if write { Access::Write } else { Access::Read };
-            let want = Want { access, update: false, run: true };
+            let want = Want { access, update: false, run: true, gap: false };
             let answer = walk(&rig.ram, &table, None, input, want);
             let simple = simple_walk(&rig, &table, input, write);
             prop_assert_eq!(answer.map(|leaf| leaf.output_of(input)).map_err(|stop| stop.cause), simple);

@@ -8,6 +8,7 @@ use super::*;
 
 const STREAM: StreamId = StreamId(1);
 const RAM_SIZE: usize = 1 << 20;
+const HIDDEN: u64 = 3 << 30;
 /// Pages that a listing of the tests may take.
 const MAX_PAGES: usize = 64;
 
@@ -21,8 +22,8 @@ impl SmmuWires for Unconnected {
     }
 }
 
-/// An SMMUv3 whose guest maps one GiB at 0x4000_0000, behind 512 table
-/// entries that all point to an empty table.
+/// An SMMUv3 whose guest maps 1 GiB at [`HIDDEN`], behind tables all of whose
+/// entries point to an empty table.
 fn hiding() -> IommuDevice {
     let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap());
     let put = |at: u64, value: u64| ram.write_obj(value.to_le(), GuestAddress(at)).unwrap();
@@ -32,12 +33,14 @@ fn hiding() -> IommuDevice {
     let cd = 1 << 46 | 1 << 45 | 1 << 41 | 5 << 32 | 1 << 31 | 1 << 30 | 25;
     put(context, cd);
     put(context + 8, root);
-    put(root, tables | 3);
     for entry in 0..512 {
         put(tables + 8 * entry, empty | 3);
     }
+    for entry in 0..HIDDEN >> 30 {
+        put(root + 8 * entry, tables | 3);
+    }
     // A block: not global, accessed, unprivileged, valid.
-    put(root + 8, 0xc41);
+    put(root + 8 * (HIDDEN >> 30), 0xc41);
     let model = Smmu::new(SmmuConfig::default(), ram, Arc::new(Unconnected));
     // STRTAB_BASE, STRTAB_BASE_CFG, CR0.SMMUEN.
     for (offset, value) in [(0x80, strtab), (0x88, 4), (0x20, 1)] {
@@ -62,7 +65,7 @@ fn pages_lead_to_every_mapping_however_the_guest_lays_out_its_tables() {
     }
     assert!(pages > 2, "a page is bounded work");
     let shown: Vec<_> = found.iter().map(|m| (m.start, m.end, m.target)).collect();
-    assert_eq!(shown, [(Hex(0x4000_0000), Hex(0x7fff_ffff), Hex(0))]);
+    assert_eq!(shown, [(Hex(HIDDEN), Hex(HIDDEN + (1 << 30) - 1), Hex(0))]);
     // Nothing is above the last address.
     let page = mappings_page(&iommu, STREAM, Some(u64::MAX), 1);
     assert_eq!(page, MappingsPage::default());
