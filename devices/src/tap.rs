@@ -1,18 +1,22 @@
 //! A tap device of the host: the other end of a network device's cable.
 #![allow(unsafe_code)] // The ioctls below; each says why it is sound.
 
+mod links;
+
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
 
 use libc::{
-    IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_UP, IFF_VNET_HDR,
+    IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR,
     TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6,
-    TUNGETVNETHDRSZ, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ, c_int, c_uint,
-    c_ulong, ifreq,
+    TUNGETIFF, TUNGETVNETHDRSZ, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ, c_int,
+    c_uint, c_ulong,
 };
+
+pub use self::links::Links;
+use self::links::{check, request, short};
 
 /// Bytes of `struct virtio_net_hdr` in a modern device (virtio 1.2 §5.1.6).
 const HEADER_SIZE: c_int = 12;
@@ -65,8 +69,13 @@ pub enum TapError {
     #[error("cannot open /dev/net/tun")]
     Tun(#[source] io::Error),
     /// The name cannot be one.
-    #[error("{0:?} is no name of a network device: it has 1 to 15 bytes")]
+    #[error(
+        "{0:?} is no name of a network device: it has 1 to 15 bytes and no '/', ':' or white space"
+    )]
     BadName(String),
+    /// The kernel would choose a name.
+    #[error("{0:?} is a template and no name: give the name of one tap device, without '%'")]
+    Template(String),
     /// Another kind of network device has the name.
     #[error("{0} is a network device and no tap: name a tap, or one that is to be made")]
     NotATap(String),
@@ -108,14 +117,40 @@ pub enum TapError {
     },
 }
 
+/// What the guest's end of the cable is to show (virtio 1.2 §5.1.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Packets pass.
+    Up,
+    /// The interface is up and has no carrier.
+    NoCarrier,
+    /// The interface is down.
+    Down,
+    /// The interface was deleted.
+    Gone,
+}
+
+/// The file of a queue pair.
+#[derive(Debug)]
+struct Queue {
+    file: File,
+    /// Whether it takes part in the distribution of packets.
+    attached: bool,
+}
+
 /// A tap with a file for each queue pair. It existed before and stays, or it
 /// is made and goes with this.
+///
+/// It may be deleted at any time. Offloads and queues that are set then are
+/// set when there is a tap of its name again.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
-    queues: Vec<File>,
+    links: Links,
+    queues: Vec<Queue>,
     multi_queue: bool,
     supported: Offloads,
+    offloads: Offloads,
     /// The size of the header before us.
     header: c_int,
 }
@@ -127,36 +162,133 @@ impl Tap {
     /// # Errors
     /// [`TapError`]
     pub fn open(name: &str, pairs: usize, mtu: Option<u16>) -> Result<Self, TapError> {
-        let old = Existing::find(name)?;
-        let multi_queue = match old {
-            Existing::Tap { multi_queue } => multi_queue,
-            Existing::None => pairs > 1,
-        };
-        if pairs > 1 && !multi_queue {
-            return Err(TapError::OneQueue {
-                name: name.to_owned(),
-                wanted: pairs,
-            });
-        }
-        let mut queues = Vec::new();
-        for _ in 0..pairs.max(1) {
-            let queue = open_tun()?;
-            attach(&queue, name, multi_queue).map_err(|error| refusal(name, &old, pairs, error))?;
-            queues.push(queue);
+        check_name(name)?;
+        let other = |what| other(name, what);
+        let links = Links::open().map_err(other("watching for changes"))?;
+        let exists = links.exists(name).map_err(other("looking for the link"))?;
+        if exists && !links.is_tap(name).map_err(other("looking at the driver"))? {
+            return Err(TapError::NotATap(name.to_owned()));
         }
         let mut tap = Self {
             name: name.to_owned(),
-            queues,
-            multi_queue,
+            links,
+            queues: Vec::new(),
+            multi_queue: pairs > 1,
             supported: Offloads::NONE,
+            offloads: Offloads::NONE,
             header: HEADER_SIZE,
         };
-        tap.set_up()?;
-        if old == Existing::None {
-            tap.bring_up(mtu)
-                .map_err(tap.failed("setting up the link of"))?;
+        for pair in 0..pairs.max(1) {
+            tap.queues.push(Queue {
+                file: open_tun()?,
+                attached: pair == 0,
+            });
+        }
+        tap.attach_all(exists)?;
+        tap.find_supported();
+        tap.configure()?;
+        if !exists {
+            let up = tap.links.bring_up(name, mtu);
+            up.map_err(tap.failed("setting up the link"))?;
         }
         Ok(tap)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Readable when an interface of the host has changed.
+    #[must_use]
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+
+    /// What the link is now. An interface that was moved to another network
+    /// namespace cannot be seen and counts as up.
+    #[must_use]
+    pub fn link(&self) -> Link {
+        let Ok(name) = self.current_name() else {
+            return Link::Gone;
+        };
+        match self.links.flags(&name) {
+            Ok(flags) if flags.up && flags.running => Link::Up,
+            // The kernel takes an interface down in the course of deleting it,
+            // and answers for the file when it is through.
+            _ if self.is_gone() => Link::Gone,
+            Ok(flags) if flags.up => Link::NoCarrier,
+            Ok(_) => Link::Down,
+            Err(_) => Link::Up,
+        }
+    }
+
+    /// Whether the interface was deleted.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.current_name().is_err()
+    }
+
+    /// Connects to the new tap of the name, with offloads and queues as they
+    /// were set last. Returns whether there is one. The interface was deleted.
+    ///
+    /// The process that makes the tap has it for a moment: one that is in use
+    /// and down is not there yet.
+    ///
+    /// # Errors
+    /// [`TapError`]; it stays disconnected.
+    pub fn reattach(&mut self) -> Result<bool, TapError> {
+        let exists = self.links.exists(&self.name);
+        if !exists.map_err(self.failed("looking for the link"))? {
+            return Ok(false);
+        }
+        match self.attach_all(true) {
+            Err(TapError::Busy(_)) if !self.is_up() => return Ok(false),
+            attached => attached?,
+        }
+        self.configure()?;
+        Ok(true)
+    }
+
+    fn is_up(&self) -> bool {
+        self.links.flags(&self.name).is_ok_and(|flags| flags.up)
+    }
+
+    /// Attaches every file to the interface, the first one last: while it is
+    /// not attached the tap is gone.
+    fn attach_all(&mut self, exists: bool) -> Result<(), TapError> {
+        let pairs = self.queues.len();
+        // An interface that exists has one queue or several, and takes files
+        // that say the same.
+        let kinds: &[bool] = match (exists, pairs > 1) {
+            (false, several) => &[several],
+            (true, false) => &[false, true],
+            (true, true) => &[true, false],
+        };
+        for queue in self.queues.iter().rev() {
+            let mut done = Ok(());
+            for &several in kinds {
+                done = attach(&queue.file, &self.name, several);
+                self.multi_queue = several;
+                let mismatch = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
+                if !done.as_ref().is_err_and(mismatch) {
+                    break;
+                }
+            }
+            if exists && pairs > 1 && !self.multi_queue {
+                return Err(TapError::OneQueue {
+                    name: self.name.clone(),
+                    wanted: pairs,
+                });
+            }
+            match done {
+                // An attempt before got as far as this file.
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+                done => done.map_err(|error| refusal(&self.name, exists, pairs, error))?,
+            }
+        }
+        Ok(())
     }
 
     /// What the host can leave unfinished for the guest.
@@ -168,19 +300,23 @@ impl Tap {
     /// The file of a queue pair.
     #[must_use]
     pub fn queue(&self, pair: usize) -> Option<BorrowedFd<'_>> {
-        self.queues.get(pair).map(|queue| queue.as_fd())
+        self.queues.get(pair).map(|queue| queue.file.as_fd())
     }
 
     /// Says what the guest takes unfinished.
     ///
     /// # Errors
     /// Of the ioctl.
-    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+    pub fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
+        self.offloads = offloads;
+        self.unless_gone(self.apply_offloads(offloads))
+    }
+
+    fn apply_offloads(&self, offloads: Offloads) -> io::Result<()> {
         let queue = self.queues.first().ok_or(io::ErrorKind::NotFound)?;
+        let (fd, offloads) = (queue.file.as_raw_fd(), c_ulong::from(offloads.0));
         // SAFETY: the argument of this ioctl is a number and no pointer.
-        let result =
-            unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETOFFLOAD, c_ulong::from(offloads.0)) };
-        check(result)
+        check(unsafe { libc::ioctl(fd, TUNSETOFFLOAD, offloads) })
     }
 
     /// Takes a queue pair into the distribution of packets, or out of it. A
@@ -188,7 +324,13 @@ impl Tap {
     ///
     /// # Errors
     /// Of the ioctl.
-    pub fn set_attached(&self, pair: usize, attached: bool) -> io::Result<()> {
+    pub fn set_attached(&mut self, pair: usize, attached: bool) -> io::Result<()> {
+        let queue = self.queues.get_mut(pair).ok_or(io::ErrorKind::NotFound)?;
+        queue.attached = attached;
+        self.unless_gone(self.apply_attached(pair, attached))
+    }
+
+    fn apply_attached(&self, pair: usize, attached: bool) -> io::Result<()> {
         let queue = self.queues.get(pair).ok_or(io::ErrorKind::NotFound)?;
         if !self.multi_queue {
             return Ok(());
@@ -201,21 +343,29 @@ impl Tap {
         };
         request.ifr_ifru.ifru_flags = short(flag);
         // SAFETY: the kernel reads the structure that the pointer is to.
-        check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETQUEUE, &raw const request) })
+        check(unsafe { libc::ioctl(queue.file.as_raw_fd(), TUNSETQUEUE, &raw const request) })
     }
 
-    fn set_up(&mut self) -> Result<(), TapError> {
-        let first = self.queues.first().map(AsRawFd::as_raw_fd);
-        let fd = first.ok_or(TapError::NoTun)?;
-        let mut header: c_int = 0;
-        // SAFETY: the kernel writes the int that the pointer is to.
-        let got = check(unsafe { libc::ioctl(fd, TUNGETVNETHDRSZ, &raw mut header) });
-        got.map_err(self.failed("reading the header size of"))?;
-        self.header = header;
-        let header = HEADER_SIZE;
-        // SAFETY: the kernel reads the int that the pointer is to.
-        let set = check(unsafe { libc::ioctl(fd, TUNSETVNETHDRSZ, &raw const header) });
-        set.map_err(self.failed("setting the header size of"))?;
+    /// What fails because the interface was deleted is done when there is one
+    /// again.
+    fn unless_gone(&self, result: io::Result<()>) -> io::Result<()> {
+        result.or_else(|error| if self.is_gone() { Ok(()) } else { Err(error) })
+    }
+
+    /// The name that the interface has now.
+    fn current_name(&self) -> io::Result<String> {
+        let queue = self.queues.first().ok_or(io::ErrorKind::NotFound)?;
+        let mut request = request("")?;
+        let fd = queue.file.as_raw_fd();
+        // SAFETY: the kernel writes the structure that the pointer is to.
+        check(unsafe { libc::ioctl(fd, TUNGETIFF, &raw mut request) })?;
+        let name = request.ifr_name.iter().take_while(|&&byte| byte != 0);
+        let name = name.map(|byte| byte.cast_unsigned()).collect();
+        String::from_utf8(name).map_err(io::Error::other)
+    }
+
+    /// Tries what the kernel knows to leave unfinished.
+    fn find_supported(&mut self) {
         let tcp = Offloads::CSUM
             .with(Offloads::TSO4)
             .with(Offloads::TSO6)
@@ -223,93 +373,74 @@ impl Tap {
         let uso = tcp.with(Offloads::USO4).with(Offloads::USO6);
         // Kernels differ in what they know of UDP.
         let known = [uso.with(Offloads::UFO), uso, tcp.with(Offloads::UFO), tcp];
-        let known = known.into_iter().find(|o| self.set_offloads(*o).is_ok());
+        let known = known.into_iter().find(|o| self.apply_offloads(*o).is_ok());
         self.supported = known.unwrap_or_default();
-        self.set_offloads(Offloads::NONE)
-            .map_err(self.failed("setting the offloads of"))?;
-        for pair in 1..self.queues.len() {
-            self.set_attached(pair, false)
-                .map_err(self.failed("detaching a queue of"))?;
+    }
+
+    /// Sets up an interface that the files have just been attached to.
+    fn configure(&mut self) -> Result<(), TapError> {
+        let first = self.queues.first().map(|queue| queue.file.as_raw_fd());
+        let fd = first.ok_or(TapError::NoTun)?;
+        let mut header: c_int = 0;
+        // SAFETY: the kernel writes the int that the pointer is to.
+        let got = check(unsafe { libc::ioctl(fd, TUNGETVNETHDRSZ, &raw mut header) });
+        got.map_err(self.failed("reading the header size"))?;
+        self.header = header;
+        let header = HEADER_SIZE;
+        // SAFETY: the kernel reads the int that the pointer is to.
+        let set = check(unsafe { libc::ioctl(fd, TUNSETVNETHDRSZ, &raw const header) });
+        set.map_err(self.failed("setting the header size"))?;
+        self.apply_offloads(self.offloads)
+            .map_err(self.failed("setting the offloads"))?;
+        for (pair, queue) in self.queues.iter().enumerate() {
+            if !queue.attached {
+                self.apply_attached(pair, false)
+                    .map_err(self.failed("detaching a queue"))?;
+            }
         }
         Ok(())
     }
 
-    /// Sets the link of a tap that we made up.
-    fn bring_up(&self, mtu: Option<u16>) -> io::Result<()> {
-        // SAFETY: a plain system call; the result is checked below.
-        let socket =
-            unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-        check(socket)?;
-        // SAFETY: it has just been opened and belongs to nobody else.
-        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-        let mut link = request(&self.name)?;
-        if let Some(mtu) = mtu {
-            link.ifr_ifru.ifru_mtu = c_int::from(mtu);
-            // SAFETY: the kernel reads the structure that the pointer is to.
-            let set = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw const link) };
-            check(set)?;
-        }
-        // SAFETY: the kernel reads the name and writes the flags of it.
-        let got = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut link) };
-        check(got)?;
-        // SAFETY: the kernel has just written this member of the union.
-        let flags = unsafe { link.ifr_ifru.ifru_flags };
-        link.ifr_ifru.ifru_flags = flags | short(IFF_UP);
-        // SAFETY: the kernel reads the structure that the pointer is to.
-        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const link) })
-    }
-
     fn failed(&self, what: &'static str) -> impl Fn(io::Error) -> TapError + use<> {
-        let name = self.name.clone();
-        move |source| TapError::Other {
-            name: name.clone(),
-            what,
-            source,
-        }
+        other(&self.name, what)
+    }
+}
+
+fn other(name: &str, what: &'static str) -> impl Fn(io::Error) -> TapError + use<> {
+    let name = name.to_owned();
+    move |source| TapError::Other {
+        name: name.clone(),
+        what,
+        source,
     }
 }
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        let _ = self.set_offloads(Offloads::NONE);
+        let _ = self.apply_offloads(Offloads::NONE);
         if let Some(queue) = self.queues.first() {
             let header = &raw const self.header;
             // SAFETY: the kernel reads the int that the pointer is to.
-            let _ = unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETVNETHDRSZ, header) };
+            let _ = unsafe { libc::ioctl(queue.file.as_raw_fd(), TUNSETVNETHDRSZ, header) };
         }
     }
 }
 
-/// What has the name already.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Existing {
-    None,
-    Tap { multi_queue: bool },
-}
-
-impl Existing {
-    fn find(name: &str) -> Result<Self, TapError> {
-        let bad = name.is_empty()
-            || name.len() >= libc::IFNAMSIZ
-            || name.contains(['/', '\0'])
-            || matches!(name, "." | "..");
-        if bad {
-            return Err(TapError::BadName(name.to_owned()));
-        }
-        let link = Path::new("/sys/class/net").join(name);
-        if !link.exists() {
-            return Ok(Self::None);
-        }
-        let flags = std::fs::read_to_string(link.join("tun_flags")).ok();
-        let flags = flags
-            .and_then(|text| c_int::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok());
-        match flags {
-            Some(flags) if flags & IFF_TAP != 0 => Ok(Self::Tap {
-                multi_queue: flags & IFF_MULTI_QUEUE != 0,
-            }),
-            _ => Err(TapError::NotATap(name.to_owned())),
-        }
+/// Whether a name can be that of one interface (`dev_valid_name`), and means no
+/// other.
+fn check_name(name: &str) -> Result<(), TapError> {
+    let separator = |byte: char| matches!(byte, '/' | ':' | '\0') || byte.is_ascii_whitespace();
+    if name.is_empty()
+        || name.len() >= libc::IFNAMSIZ
+        || name.contains(separator)
+        || matches!(name, "." | "..")
+    {
+        return Err(TapError::BadName(name.to_owned()));
     }
+    if name.contains('%') {
+        return Err(TapError::Template(name.to_owned()));
+    }
+    Ok(())
 }
 
 fn open_tun() -> Result<File, TapError> {
@@ -334,47 +465,21 @@ fn attach(queue: &File, name: &str, multi_queue: bool) -> io::Result<()> {
     check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETIFF, &raw mut request) })
 }
 
-fn refusal(name: &str, old: &Existing, pairs: usize, source: io::Error) -> TapError {
+fn refusal(name: &str, exists: bool, pairs: usize, source: io::Error) -> TapError {
     let name = name.to_owned();
-    match (source.raw_os_error(), old) {
-        (Some(libc::EPERM | libc::EACCES), Existing::None) => TapError::Missing {
+    match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) if exists => TapError::Denied(name),
+        Some(libc::EPERM | libc::EACCES) => TapError::Missing {
             name,
             flags: if pairs > 1 { " multi_queue" } else { "" },
         },
-        (Some(libc::EPERM | libc::EACCES), Existing::Tap { .. }) => TapError::Denied(name),
-        (Some(libc::EBUSY | libc::E2BIG), _) => TapError::Busy(name),
+        Some(libc::EBUSY | libc::E2BIG) => TapError::Busy(name),
         _ => TapError::Other {
             name,
-            what: "attaching a queue of",
+            what: "attaching a queue",
             source,
         },
     }
-}
-
-/// An interface request with a name and nothing else.
-fn request(name: &str) -> io::Result<ifreq> {
-    // SAFETY: all zeros is a value of the structure and of its union.
-    let mut request: ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= request.ifr_name.len() {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
-    }
-    for (to, &from) in request.ifr_name.iter_mut().zip(name.as_bytes()) {
-        *to = libc::c_char::from_ne_bytes([from]);
-    }
-    Ok(request)
-}
-
-/// Flags of a request are 16 bits, whatever type the constants have.
-fn short(flags: c_int) -> libc::c_short {
-    let [low, high, ..] = flags.to_le_bytes();
-    libc::c_short::from_le_bytes([low, high])
-}
-
-fn check(result: c_int) -> io::Result<()> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -383,11 +488,20 @@ mod tests {
 
     #[test]
     fn names_that_are_none_are_refused_before_anything_is_opened() {
-        for name in ["", "a/b", "..", "sixteen-bytes-xx"] {
+        for name in ["", "a/b", "..", "sixteen-bytes-xx", "a:b", "a b"] {
             assert!(matches!(
                 Tap::open(name, 1, None),
                 Err(TapError::BadName(_))
             ));
+        }
+    }
+
+    #[test]
+    fn template_of_a_name_is_refused() {
+        for name in ["tap%d", "%d"] {
+            let error = Tap::open(name, 1, None).unwrap_err();
+            assert!(matches!(error, TapError::Template(_)), "{error}");
+            assert!(error.to_string().contains("template"));
         }
     }
 
@@ -400,19 +514,13 @@ mod tests {
     #[test]
     fn refusals_say_what_to_do() {
         let error = |number| io::Error::from_raw_os_error(number);
-        let old = Existing::Tap { multi_queue: true };
-        let text = |old: &Existing, number| refusal("tap7", old, 4, error(number)).to_string();
-        let missing = text(&Existing::None, libc::EPERM);
+        let text = |exists, number| refusal("tap7", exists, 4, error(number)).to_string();
+        let missing = text(false, libc::EPERM);
         assert!(missing.contains("ip tuntap add tap7 mode tap user $USER multi_queue"));
-        assert!(text(&old, libc::EPERM).contains("no permission to use tap tap7"));
-        assert!(text(&old, libc::EBUSY).contains("tap7 is in use"));
-        for text in [missing, text(&old, libc::EPERM), text(&old, libc::EIO)] {
+        assert!(text(true, libc::EPERM).contains("no permission to use tap tap7"));
+        assert!(text(true, libc::EBUSY).contains("tap7 is in use"));
+        for text in [missing, text(true, libc::EPERM), text(true, libc::EIO)] {
             assert!(!text.contains('\n'));
         }
-    }
-
-    #[test]
-    fn flags_keep_their_bits_in_16() {
-        assert_eq!(short(IFF_VNET_HDR | IFF_TAP).cast_unsigned(), 0x4002);
     }
 }

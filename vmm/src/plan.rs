@@ -5,7 +5,10 @@
 //! every address assigned. [`MachinePlan::resolve`] is the one conversion, and
 //! the one place where it can fail. Printed as JSON by `portcullis check`.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 
 use arch::layout;
 use devices::pci::SLOTS;
@@ -250,7 +253,7 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
             tap: interface.host_dev_name.clone(),
             mac: match &interface.guest_mac {
                 Some(given) => given.clone(),
-                None => made_mac(&interface.host_dev_name).to_string(),
+                None => made_mac(&host_id(), &interface.host_dev_name).to_string(),
             },
             mtu: interface.mtu,
             pairs: interface.num_queues,
@@ -279,11 +282,43 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
     Ok(functions.collect())
 }
 
+/// Where a host keeps what tells it from others, in order of preference: two
+/// that last, and one that is another after each start of the host.
+const HOST_IDS: [&str; 3] = [
+    "/etc/machine-id",
+    "/var/lib/dbus/machine-id",
+    "/proc/sys/kernel/random/boot_id",
+];
+
+/// Bytes of a host's identifier that are read.
+const HOST_ID_BYTES: u64 = 128;
+
+/// What tells this host from others (machine-id(5)); empty where nothing does.
+fn host_id() -> String {
+    let ids = HOST_IDS.iter().map(|path| read_line(Path::new(path)));
+    ids.flatten()
+        .find(|id| !id.is_empty() && id != "uninitialized")
+        .unwrap_or_default()
+}
+
+fn read_line(path: &Path) -> Option<String> {
+    let mut text = String::new();
+    // Non-blocking: a FIFO must not hold up the control plane.
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let read = opened.and_then(|file| file.take(HOST_ID_BYTES).read_to_string(&mut text));
+    read.ok().map(|_| text.trim().to_owned())
+}
+
 /// A locally administered address for the guest's end of a tap: another for
-/// each tap of a host, and the same whenever the machine starts.
-fn made_mac(tap: &str) -> MacAddress {
-    // FNV-1a, so that neither the toolchain nor the machine has a say in it.
-    let hash = tap.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+/// each tap of a host and for each host, and the same whenever the machine
+/// starts.
+fn made_mac(host: &str, tap: &str) -> MacAddress {
+    // FNV-1a, so that the toolchain has no say in it. No text has a byte 0xff.
+    let bytes = host.bytes().chain([0xff]).chain(tap.bytes());
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     let [a, b, c, d, e, ..] = hash.to_le_bytes();
@@ -372,6 +407,18 @@ mod tests {
             let plan = MachinePlan::resolve(&config).unwrap();
             assert_eq!(plan.max_mappings(), bound, "{mib} MiB");
         }
+    }
+
+    #[test]
+    fn a_made_mac_is_the_hosts_and_the_taps() {
+        let made = |host: &str, tap: &str| made_mac(host, tap).octets();
+        assert_eq!(made("a", "tap0"), made("a", "tap0"));
+        assert_ne!(made("a", "tap0"), made("a", "tap1"));
+        assert_ne!(made("a", "tap0"), made("b", "tap0"));
+        assert_ne!(made("at", "ap0"), made("a", "tap0"));
+        assert_eq!(host_id(), host_id());
+        assert!(read_line(Path::new("/dev/zero")).is_some_and(|line| line.len() <= 128));
+        assert_eq!(read_line(Path::new("/nowhere")), None);
     }
 
     #[test]

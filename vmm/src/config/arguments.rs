@@ -149,7 +149,7 @@ impl Argument for NetworkInterface {
                 interface.guest_mac = Some(mac);
                 Ok(())
             }),
-            omitted: Omitted::Means("made from the tap's name"),
+            omitted: Omitted::Means("made from the host's machine-id and the tap's name"),
             meaning: "the guest's Ethernet address",
         },
         Key {

@@ -189,9 +189,14 @@ pub(super) fn check_tap(field: &str, name: &str) -> Result<(), ConfigError> {
             && name.len() <= MAX_IFNAME
             && !name
                 .bytes()
-                .any(|byte| byte == b'/' || byte == 0 || byte.is_ascii_whitespace()),
+                .any(|byte| b"/:\0".contains(&byte) || byte.is_ascii_whitespace()),
         field,
-        "give the name of a tap device, 1 to 15 bytes without '/' or spaces",
+        "give the name of a tap device, 1 to 15 bytes without '/', ':' or spaces",
+    )?;
+    require(
+        !name.contains('%'),
+        field,
+        "is a template, with '%': give the name of one tap device",
     )
 }
 
@@ -206,7 +211,7 @@ pub struct NetworkInterface {
     /// removed at the end.
     pub host_dev_name: String,
     /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. Left out, one is
-    /// made from the tap's name.
+    /// made from the tap's name and the host's machine-id.
     #[serde(default)]
     pub guest_mac: Option<String>,
     /// Accepted without limits only.

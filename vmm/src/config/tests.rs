@@ -219,6 +219,14 @@ fn values_out_of_range_are_refused_by_name() {
             "host_dev_name",
         ),
         (
+            r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "tap%d"}]}"#,
+            "host_dev_name: is a template",
+        ),
+        (
+            r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "a:b"}]}"#,
+            "host_dev_name",
+        ),
+        (
             r#"{"network-interfaces": [{"iface_id": "n", "host_dev_name": "t", "mtu": 67}]}"#,
             "mtu",
         ),
