@@ -7,6 +7,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use iommu::GuestRam;
 use vhost::vhost_kern::VhostKernBackend;
@@ -88,6 +89,9 @@ pub struct VhostKernel {
     kind: Kind,
     file: File,
     ram: Arc<GuestRam>,
+    /// The rings that may have a back end, a bit each. The kernel refuses to
+    /// take it from one that was never set up.
+    backends: AtomicU32,
 }
 
 impl VhostKernel {
@@ -106,7 +110,12 @@ impl VhostKernel {
             Some(libc::EACCES | libc::EPERM) => OpenError::Denied(kind),
             _ => OpenError::Other { kind, source },
         })?;
-        let kernel = Self { kind, file, ram };
+        let kernel = Self {
+            kind,
+            file,
+            ram,
+            backends: AtomicU32::new(0),
+        };
         let owned = kernel.set_owner().map_err(from_crate);
         owned.map_err(|source| OpenError::Other { kind, source })?;
         Ok(kernel)
@@ -224,21 +233,45 @@ impl VhostKernel {
             index: ring_number(index),
             fd: tap.map_or(-1, |tap| tap.as_raw_fd()),
         };
-        // SAFETY: the kernel reads the structure that the reference is to, and
-        // takes its own reference on the file, which is open while borrowed.
-        check(unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &backend) })
+        self.changed(ring_bit(index), tap.is_some(), || {
+            // SAFETY: the kernel reads the structure that the reference is to,
+            // and takes its own reference on the file, which is open while
+            // borrowed.
+            check(unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &backend) })
+        })
     }
 
-    /// Takes a ring's back end away, and with it that of the other ring of a
-    /// socket device.
+    /// Takes a ring's back end away, if it has one, and with it that of the
+    /// other ring of a socket device.
     ///
     /// # Errors
     /// Of the ioctl.
     pub fn detach(&self, index: usize) -> io::Result<()> {
+        if self.backends.load(Ordering::Acquire) & ring_bit(index) == 0 {
+            return Ok(());
+        }
         match self.kind {
             Kind::Net => self.set_tap(index, None),
             Kind::Vsock => self.set_running(false),
         }
+    }
+
+    /// Follows a change of back ends: a bit is set before the kernel may have
+    /// the back end, and cleared after it has not.
+    fn changed(
+        &self,
+        rings: u32,
+        attached: bool,
+        change: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        if attached {
+            self.backends.fetch_or(rings, Ordering::AcqRel);
+        }
+        change()?;
+        if !attached {
+            self.backends.fetch_and(!rings, Ordering::AcqRel);
+        }
+        Ok(())
     }
 
     /// Gives a socket device its context identifier.
@@ -256,9 +289,11 @@ impl VhostKernel {
     /// # Errors
     /// Of the ioctl; `EFAULT` when a used ring is not to be had.
     pub fn set_running(&self, running: bool) -> io::Result<()> {
-        let running = libc::c_int::from(running);
-        // SAFETY: the kernel reads the int that the reference is to.
-        check(unsafe { ioctl_with_ref(self, VHOST_VSOCK_SET_RUNNING(), &running) })
+        let value = libc::c_int::from(running);
+        self.changed(u32::MAX, running, || {
+            // SAFETY: the kernel reads the int that the reference is to.
+            check(unsafe { ioctl_with_ref(self, VHOST_VSOCK_SET_RUNNING(), &value) })
+        })
     }
 
     /// Sends a message to the IOTLB. When an invalidation has returned, the
@@ -323,6 +358,13 @@ pub fn iotlb_limit() -> usize {
 
 fn ring_number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
+}
+
+fn ring_bit(index: usize) -> u32 {
+    u32::try_from(index)
+        .ok()
+        .and_then(|shift| 1_u32.checked_shl(shift))
+        .unwrap_or(0)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
