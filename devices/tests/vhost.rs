@@ -104,6 +104,35 @@ fn ip(arguments: &str) {
     assert!(status.unwrap().success(), "ip {arguments}");
 }
 
+/// Makes a tap that is up.
+fn make_tap(tap: &str) {
+    // Without IPv6 before it is up, for the host reports its groups on it
+    // at once: a packet ahead of the first that a test sends.
+    ip(&format!("tuntap add {tap} mode tap"));
+    let v6 = format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
+    if std::fs::exists(&v6).unwrap() {
+        std::fs::write(&v6, "1").unwrap();
+    }
+    ip(&format!("link set {tap} up"));
+}
+
+/// Gives a tap the host's address of a test's network.
+fn address(tap: &str, number: u32) {
+    ip(&format!("addr add 10.77.{number}.1/24 dev {tap}"));
+    ip(&format!(
+        "neigh add 10.77.{number}.2 lladdr 06:00:00:00:00:77 dev {tap} nud permanent"
+    ));
+}
+
+fn mac_of(tap: &str) -> [u8; 6] {
+    let address = std::fs::read_to_string(format!("/sys/class/net/{tap}/address")).unwrap();
+    let mut mac = [0; 6];
+    for (to, from) in mac.iter_mut().zip(address.trim().split(':')) {
+        *to = u8::from_str_radix(from, 16).unwrap();
+    }
+    mac
+}
+
 impl World {
     fn identity() -> Self {
         Self::new(None, true)
@@ -141,28 +170,14 @@ impl World {
             mtu: None,
             pairs: 1,
         };
-        // Without IPv6 before it is up, for the host reports its groups on it
-        // at once: a packet ahead of the first that a test sends.
-        ip(&format!("tuntap add {tap} mode tap"));
-        let v6 = format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
-        if std::fs::exists(&v6).unwrap() {
-            std::fs::write(&v6, "1").unwrap();
-        }
-        ip(&format!("link set {tap} up"));
+        make_tap(&tap);
         let made = Tap::open(&tap, 1, None).unwrap();
         let net = Net::new(config, made, &context).expect("vhost-net is to be had");
-        ip(&format!("addr add 10.77.{number}.1/24 dev {tap}"));
-        ip(&format!(
-            "neigh add 10.77.{number}.2 lladdr 06:00:00:00:00:77 dev {tap} nud permanent"
-        ));
+        address(&tap, number);
         let host = UdpSocket::bind((format!("10.77.{number}.1"), 7777)).unwrap();
         host.connect((format!("10.77.{number}.2"), 7777)).unwrap();
         host.set_nonblocking(true).unwrap();
-        let address = std::fs::read_to_string(format!("/sys/class/net/{tap}/address")).unwrap();
-        let mut host_mac = [0; 6];
-        for (to, from) in host_mac.iter_mut().zip(address.trim().split(':')) {
-            *to = u8::from_str_radix(from, 16).unwrap();
-        }
+        let host_mac = mac_of(&tap);
         Self {
             ram,
             space,
@@ -254,6 +269,21 @@ impl World {
         self.net.reset();
         let stats = self.stats();
         assert_eq!((stats.entries, stats.stalled), (0, 0));
+    }
+
+    /// Stops both queues, whatever is posted on them, and forgets the rings.
+    fn stop_without_a_tap(&mut self) {
+        for index in [0, 1] {
+            self.net.stop_queue(index).unwrap();
+        }
+        self.net.reset();
+        if let Some(pages) = &self.pages {
+            for ring in [RX, TX] {
+                for page in 0..3 {
+                    pages.unmap(&[ring + page * PAGE + OFFSET]);
+                }
+            }
+        }
     }
 
     fn post(&mut self, transmit: bool, gpa: u64, len: usize) {
@@ -672,6 +702,91 @@ fn broken_ring_is_told_once_and_a_reset_mends_it() {
         }
         world.transmit(buffer(0), b"mended");
         assert_eq!(world.host_gets().as_deref(), Some(&b"mended"[..]));
+        world.stop();
+    }
+}
+
+impl World {
+    /// Waits until the device shows the driver a link, or none, and says so.
+    #[track_caller]
+    fn link_is(&mut self, up: bool) {
+        let net = &mut self.net;
+        let mut status = [0; 2];
+        let shown = eventually(|| {
+            net.read_config(6, &mut status);
+            status == [u8::from(up), 0]
+        });
+        assert!(shown, "its status is {status:?}");
+        assert!(eventually(|| net.take_config_change()), "it says so");
+    }
+
+    /// A packet goes out, and one comes in.
+    #[track_caller]
+    fn exchanges(&mut self, payload: &[u8]) {
+        self.offer(buffer(1));
+        self.transmit(buffer(0), payload);
+        assert_eq!(self.host_gets().as_deref(), Some(payload));
+        assert!(self.used(true));
+        self.host_sends(payload);
+        assert!(self.arrives(buffer(1), payload));
+    }
+}
+
+#[test]
+fn link_follows_the_tap_down_and_up() {
+    let mut world = World::identity();
+    eventually(|| world.net.take_config_change());
+    world.start();
+    world.exchanges(b"first");
+    for _ in 0..3 {
+        ip(&format!("link set {} down", world.tap));
+        world.link_is(false);
+        ip(&format!("link set {} up", world.tap));
+        world.link_is(true);
+    }
+    let number: u32 = world.tap.trim_start_matches("vtest").parse().unwrap();
+    ip(&format!(
+        "neigh replace 10.77.{number}.2 lladdr 06:00:00:00:00:77 dev {} nud permanent",
+        world.tap
+    ));
+    world.exchanges(b"again");
+    assert!(world.net.take_failure().is_none());
+    world.stop();
+}
+
+#[test]
+fn tap_that_is_deleted_takes_the_link_and_nothing_else() {
+    for translated in [false, true] {
+        let mut world = if translated {
+            World::translated(map_unmap())
+        } else {
+            World::identity()
+        };
+        if translated {
+            world.map(buffer(0), Perm::READ);
+            world.map(buffer(1), Perm::WRITE);
+        }
+        eventually(|| world.net.take_config_change());
+        world.start();
+        world.exchanges(b"first");
+        ip(&format!("link delete {}", world.tap));
+        world.link_is(false);
+        world.transmit(buffer(0), b"nowhere");
+        // A driver that lets go of the device, and takes it again.
+        world.stop_without_a_tap();
+        world.start();
+        world.offer(buffer(1));
+        assert!(world.net.take_failure().is_none());
+        make_tap(&world.tap);
+        let number = world.tap.trim_start_matches("vtest").parse().unwrap();
+        address(&world.tap, number);
+        world.host_mac = mac_of(&world.tap);
+        world.link_is(true);
+        world.transmit(buffer(0), b"there again");
+        assert_eq!(world.host_gets().as_deref(), Some(&b"there again"[..]));
+        world.host_sends(b"answer");
+        assert!(world.arrives(buffer(1), b"answer"));
+        assert!(world.net.take_failure().is_none());
         world.stop();
     }
 }

@@ -269,6 +269,16 @@ impl Guest {
         Self::start(command, Keyboard::Pipe(Some(keyboard)))
     }
 
+    /// The same by a program and its arguments, which becomes `portcullis`.
+    pub fn launch_by<S: AsRef<OsStr>>(by: &[&str], arguments: &[S]) -> Self {
+        let (stdin, keyboard) = io::pipe().expect("a pipe");
+        let (program, options) = by.split_first().expect("a program");
+        let mut command = Command::new(program);
+        command.args(options).arg(portcullis());
+        command.args(arguments).stdin(stdin);
+        Self::start(command, Keyboard::Pipe(Some(keyboard)))
+    }
+
     /// Runs `command`, which runs `portcullis`, with standard input as it is
     /// set and pipes for the output.
     pub fn launch_command(command: Command) -> Self {

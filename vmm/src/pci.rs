@@ -19,7 +19,7 @@ use devices::pci::{MsiRetranslator, MsiThread, PciRoot, Requester};
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockConfig, BlockCounters, Image};
-use devices::virtio::net::NetConfig;
+use devices::virtio::net::{NetConfig, NetCounters};
 use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
 use devices::virtio::rng::Rng;
 
@@ -52,8 +52,13 @@ pub enum BackEnd {
     None,
     /// A disk's requests.
     Block(Arc<BlockCounters>),
-    /// The IOTLB of each vhost file.
-    Vhost(Vec<IotlbMonitor>),
+    /// The IOTLB of each vhost file, and what a network device counts.
+    Vhost {
+        /// One for each file.
+        iotlbs: Vec<IotlbMonitor>,
+        /// `None` for a socket device.
+        net: Option<Arc<NetCounters>>,
+    },
 }
 
 /// The bus. Dropping it ends the devices' threads.
@@ -242,13 +247,19 @@ impl Makings<'_> {
                     pairs: *pairs,
                 };
                 let net = vhost::net(&plan.id, tap, config, self.vhost()?, bell)?;
-                let monitors = BackEnd::Vhost(net.monitors());
-                return Ok((Box::new(net), monitors));
+                let counters = BackEnd::Vhost {
+                    iotlbs: net.monitors(),
+                    net: Some(net.counters()),
+                };
+                return Ok((Box::new(net), counters));
             }
             DevicePlan::Vsock { cid } => {
                 let vsock = vhost::vsock(*cid, self.vhost()?, bell)?;
-                let monitors = BackEnd::Vhost(vec![vsock.monitor()]);
-                return Ok((Box::new(vsock), monitors));
+                let counters = BackEnd::Vhost {
+                    iotlbs: vec![vsock.monitor()],
+                    net: None,
+                };
+                return Ok((Box::new(vsock), counters));
             }
             DevicePlan::Entropy => Box::new(Rng::new()?),
         };

@@ -183,4 +183,10 @@ pub trait VirtioDevice: Send {
     fn take_failure(&mut self) -> Option<DeviceError> {
         None
     }
+
+    /// Whether the device configuration changed by itself since the last call,
+    /// for the transport to notify the driver (virtio 1.2 §2.5).
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
 }

@@ -53,8 +53,14 @@ impl Failure {
     /// Tells whoever wants to know of a failure that nobody was told of yet.
     /// The caller holds no lock.
     pub fn sound(&self) {
-        let news = std::mem::take(&mut self.state().silent);
-        if let (true, Some(alarm)) = (news, self.alarm.get()) {
+        if std::mem::take(&mut self.state().silent) {
+            self.notify();
+        }
+    }
+
+    /// Has the transport look at the device. The caller holds no lock.
+    pub fn notify(&self) {
+        if let Some(alarm) = self.alarm.get() {
             alarm();
         }
     }

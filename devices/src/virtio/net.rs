@@ -2,8 +2,11 @@
 //! tap in the host's kernel, by vhost-net.
 
 pub mod control;
+mod link;
+mod rings;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -20,9 +23,10 @@ use virtio_queue::QueueT as _;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::control::{CONTROL_SIZE, Command};
+use self::rings::{Pair, Ring, State, failed, ring_total, split};
 use super::failure::{Alarm, Failure};
 use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice, read_image};
-use crate::tap::{Offloads, Tap};
+use crate::tap::{Link, Offloads, Tap};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::thread::Served;
 use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
@@ -52,33 +56,28 @@ pub struct Net {
     context: VhostContext,
 }
 
-/// What the control queue, served on another thread, also changes.
+/// What a network device counts, and its link.
+#[derive(Debug, Default)]
+pub struct NetCounters {
+    /// Commands of the control queue.
+    pub control_commands: AtomicU64,
+    /// Of those, answered with `VIRTIO_NET_ERR`.
+    pub control_errors: AtomicU64,
+    /// `VIRTIO_NET_S_LINK_UP` (virtio 1.2 §5.1.4).
+    pub link_up: AtomicBool,
+}
+
+/// What the thread, which serves the control queue and the tap's link, also
+/// changes.
 struct Shared {
+    id: String,
     state: Mutex<State>,
+    counters: Arc<NetCounters>,
+    /// The link changed and the driver has not been told.
+    link_changed: AtomicBool,
     failure: Arc<Failure>,
     /// The kicks of the control queue, once it has run.
     kick: OnceLock<Arc<EventFd>>,
-}
-
-struct State {
-    tap: Tap,
-    pairs: Vec<Pair>,
-    /// Pairs that the driver wants to use; the rest has no back end.
-    active: usize,
-    control: Option<(u16, StartedQueue)>,
-    /// The control queue's number among those of the device, as negotiated.
-    control_number: u16,
-}
-
-/// A receive queue and a transmit queue.
-struct Pair {
-    vhost: Vhost,
-    rings: [Option<Ring>; RINGS],
-}
-
-struct Ring {
-    started: StartedQueue,
-    running: bool,
 }
 
 impl Net {
@@ -112,23 +111,41 @@ impl Net {
         if pairs.len() > 1 {
             queue_sizes.push(CONTROL_SIZE);
         }
+        let features = offered(&config, served, tap.supported());
+        let shared = Arc::new(Shared {
+            id: config.id.clone(),
+            state: Mutex::new(State {
+                link: Link::Up,
+                refused: false,
+                tap,
+                pairs,
+                active: 1,
+                control: None,
+                control_number: 0,
+            }),
+            counters: Arc::default(),
+            link_changed: AtomicBool::new(false),
+            failure,
+            kick: OnceLock::new(),
+        });
+        let watched = shared.watch_link(&context.thread);
+        watched.map_err(|source| OpenError::Other {
+            kind: Kind::Net,
+            source,
+        })?;
         Ok(Self {
-            features: offered(&config, served, tap.supported()),
+            features,
             config,
             queue_sizes,
-            shared: Arc::new(Shared {
-                state: Mutex::new(State {
-                    tap,
-                    pairs,
-                    active: 1,
-                    control: None,
-                    control_number: 0,
-                }),
-                failure,
-                kick: OnceLock::new(),
-            }),
+            shared,
             context: context.clone(),
         })
+    }
+
+    /// What it counts.
+    #[must_use]
+    pub fn counters(&self) -> Arc<NetCounters> {
+        Arc::clone(&self.shared.counters)
     }
 
     /// Shows how the IOTLB of each queue pair stands.
@@ -142,8 +159,9 @@ impl Net {
             .collect()
     }
 
-    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
-    /// something to give. Called without any lock.
+    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) or
+    /// [`take_config_change`](VirtioDevice::take_config_change) has something to
+    /// give. Called without any lock.
     pub fn on_failure(&self, alarm: Alarm) {
         self.shared.failure.on_failure(alarm);
     }
@@ -225,7 +243,9 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let [status, ..] = VIRTIO_NET_S_LINK_UP.to_le_bytes();
+        let [link_up, ..] = VIRTIO_NET_S_LINK_UP.to_le_bytes();
+        let up = self.shared.counters.link_up.load(Ordering::Relaxed);
+        let status = if up { link_up } else { 0 };
         let [a, b, c, d, e, f] = self.config.mac;
         let [pairs_low, pairs_high] = self.config.pairs.to_le_bytes();
         let [mtu_low, mtu_high] = self.config.mtu.unwrap_or(0).to_le_bytes();
@@ -316,6 +336,10 @@ impl VirtioDevice for Net {
     fn take_failure(&mut self) -> Option<DeviceError> {
         self.shared.failure.take()
     }
+
+    fn take_config_change(&mut self) -> bool {
+        self.shared.link_changed.swap(false, Ordering::AcqRel)
+    }
 }
 
 impl Net {
@@ -339,120 +363,43 @@ impl Shared {
 }
 
 impl Served for Shared {
-    /// The control queue was kicked.
+    /// The control queue was kicked, or a link of the host changed.
     fn ready(&self, _source: u32) -> bool {
-        if let Some(kick) = self.kick.get() {
-            let _ = kick.read();
+        let kicked = self.kick.get().is_some_and(|kick| kick.read().is_ok());
+        if kicked {
+            self.serve_control();
         }
-        let mut state = self.state();
-        // The queue is elsewhere while the state changes.
-        if let Some((number, mut started)) = state.control.take() {
-            let failure = &self.failure;
-            let served = control::serve(number, &mut started, &mut |command| match command {
-                Command::Pairs(pairs) => state
-                    .use_pairs(usize::from(pairs))
-                    .is_ok_and(|done| done.map_err(|error| failure.raise(error)).is_ok()),
-                Command::Unknown => false,
-            });
-            if let Err(error) = served {
-                failure.raise(error);
-            }
-            state.control = Some((number, started));
-        }
-        drop(state);
+        self.follow_link();
         self.failure.sound();
         true
     }
 }
 
-impl State {
-    /// Starts a ring that the driver has enabled and whose pair is in use.
-    fn start_ring(&mut self, pair: usize, index: usize) -> Result<(), DeviceError> {
-        let tap = self.tap.queue(pair);
-        let Some(known) = self.pairs.get_mut(pair) else {
-            return Ok(());
-        };
-        let Some(Some(ring)) = known.rings.get_mut(index) else {
-            return Ok(());
-        };
-        if ring.running {
-            return Ok(());
-        }
-        let number = u16::try_from(RINGS * pair + index).unwrap_or(u16::MAX);
-        known.vhost.set_up_ring(index, number, &ring.started)?;
-        ring.running = true;
-        known
-            .vhost
-            .kernel()
-            .set_tap(index, tap)
-            .map_err(failed("starting a queue of the host's vhost-net"))?;
-        // The kernel does not look at kicks from before it had the tap.
-        let _ = ring.started.kick.write(1);
-        Ok(())
-    }
-
-    /// Stops a ring, if it runs, and notes where it is.
-    fn stop_ring(&mut self, pair: usize, index: usize) {
-        let Some(known) = self.pairs.get_mut(pair) else {
+impl Shared {
+    fn serve_control(&self) {
+        let mut state = self.state();
+        // The queue is elsewhere while the state changes.
+        let Some((number, mut started)) = state.control.take() else {
             return;
         };
-        let Some(Some(ring)) = known.rings.get_mut(index) else {
-            return;
-        };
-        if !std::mem::take(&mut ring.running) {
-            return;
+        let (failure, counters) = (&self.failure, &self.counters);
+        let served = control::serve(number, &mut started, &mut |command| {
+            let done = match command {
+                Command::Pairs(pairs) => state
+                    .use_pairs(usize::from(pairs))
+                    .is_ok_and(|done| done.map_err(|error| failure.raise(error)).is_ok()),
+                Command::Unknown => false,
+            };
+            counters.control_commands.fetch_add(1, Ordering::Relaxed);
+            let errors = u64::from(!done);
+            counters.control_errors.fetch_add(errors, Ordering::Relaxed);
+            done
+        });
+        if let Err(error) = served {
+            failure.raise(error);
         }
-        if let Err(error) = known.vhost.kernel().set_tap(index, None) {
-            log::error!("stopping a queue of the host's vhost-net: {error}");
-        }
-        let position = known.vhost.ring_stopped(index);
-        ring.started.queue.set_next_avail(position.next_avail);
-        ring.started.queue.set_next_used(position.next_used);
+        state.control = Some((number, started));
     }
-
-    /// Uses the first `pairs` pairs from now on.
-    ///
-    /// # Errors
-    /// There are not so many, or the tap refused: outside. A queue cannot be
-    /// started: inside.
-    fn use_pairs(&mut self, pairs: usize) -> io::Result<Result<(), DeviceError>> {
-        if pairs == 0 || pairs > self.pairs.len() {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
-        }
-        for pair in pairs..self.active {
-            for ring in 0..RINGS {
-                self.stop_ring(pair, ring);
-            }
-            self.tap.set_attached(pair, false)?;
-            self.active = pair.min(self.active);
-        }
-        for pair in self.active..pairs {
-            self.tap.set_attached(pair, true)?;
-        }
-        let new = self.active..pairs;
-        self.active = pairs;
-        for pair in new {
-            for ring in 0..RINGS {
-                if let Err(error) = self.start_ring(pair, ring) {
-                    return Ok(Err(error));
-                }
-            }
-        }
-        Ok(Ok(()))
-    }
-}
-
-/// The pair of a data queue, and which of its rings it is.
-fn split(index: u16) -> (usize, usize) {
-    (usize::from(index) / RINGS, usize::from(index) % RINGS)
-}
-
-fn ring_total(pairs: usize) -> u16 {
-    u16::try_from(RINGS * pairs).unwrap_or(u16::MAX)
-}
-
-fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
-    move |source| DeviceError::Backend { what, source }
 }
 
 #[cfg(test)]

@@ -268,12 +268,16 @@ impl VirtioPci {
         self.lock().device.set_deferral(deferral);
     }
 
-    /// Shows the driver a failure that happened away from the vCPUs, if there
-    /// was one.
+    /// Shows the driver a failure, or a change of the device configuration, that
+    /// happened away from the vCPUs, if there was one.
     pub fn check(&self) {
         let mut state = self.lock();
         if let Some(failure) = state.device.take_failure() {
             self.fail(&mut state, &failure);
+        }
+        if state.device.take_config_change() {
+            state.generation = state.generation.wrapping_add(1);
+            state.config_interrupt.signal();
         }
     }
 

@@ -7,7 +7,6 @@ use ::iommu::virtio::VirtioIommu;
 use ::iommu::virtio::spec::feature;
 use ::iommu::{Access, FaultReason, Iova, IovaRange, StreamId, StreamStats};
 use arch::layout;
-use devices::vhost::IotlbMonitor;
 use devices::virtio::block::BlockCounters;
 
 use super::iommu::IommuDevice;
@@ -186,6 +185,7 @@ impl PciBus {
             Some(IommuDevice::Smmuv3(model)) => families.extend(smmuv3::families(&model.stats())),
             None => {}
         }
+        families.extend(vhost::families(&self.functions));
         families.retain(|family| !family.samples.is_empty());
         families
     }
@@ -245,10 +245,7 @@ impl PciBus {
             DevicePlan::Vsock { .. } => DeviceKind::Vsock,
             DevicePlan::Entropy => DeviceKind::Entropy,
         };
-        let iotlbs: Vec<_> = match &function.back_end {
-            BackEnd::Vhost(monitors) => monitors.iter().map(IotlbMonitor::stats).collect(),
-            BackEnd::None | BackEnd::Block(_) => Vec::new(),
-        };
+        let iotlbs = function.iotlbs();
         let mut info = EndpointInfo {
             id: function.id.clone(),
             device,
@@ -391,7 +388,7 @@ fn smmu_endpoint(smmu: &Smmu, stream: StreamId, info: &mut EndpointInfo) {
         .collect();
 }
 
-fn family(
+pub(super) fn family(
     name: &'static str,
     help: &'static str,
     kind: MetricKind,

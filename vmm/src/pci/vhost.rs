@@ -2,20 +2,25 @@
 //! their IOTLBs.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
 
 use devices::error::Chain;
 use devices::tap::Tap;
-use devices::vhost::VhostContext;
 use devices::vhost::iotlb::IotlbStats;
 use devices::vhost::thread::IotlbThread;
+use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::failure::Alarm;
-use devices::virtio::net::{Net, NetConfig};
+use devices::virtio::net::{Net, NetConfig, NetCounters};
 use devices::virtio::pci::VirtioPci;
 use devices::virtio::vsock::Vsock;
 use iommu::{GuestRam, NotifierEvents};
 
-use crate::action::{EndpointCounters, Registration, RegistrationKind};
+use super::report::family;
+use super::{BackEnd, Function};
+use crate::action::{
+    EndpointCounters, MetricFamily, MetricKind, Registration, RegistrationKind, Sample,
+};
 use crate::config::{ConfigError, MacAddress};
 use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
 
@@ -122,5 +127,106 @@ pub fn add_counters(counters: &mut EndpointCounters, all: &[IotlbStats]) {
         counters.invalidations_sent += stats.invalidations_sent;
         counters.invalidations_saved += stats.invalidations_saved;
         counters.stalled_queues += u32::try_from(stats.stalled).unwrap_or(u32::MAX);
+    }
+}
+
+/// A metric of the IOTLBs of a device, summed over them.
+type IotlbMetric = (
+    &'static str,
+    &'static str,
+    MetricKind,
+    fn(&IotlbStats) -> u64,
+);
+
+const IOTLB_METRICS: [IotlbMetric; 3] = [
+    (
+        "portcullis_iotlb_prefetches_total",
+        "Translations of posted buffers sent to vhost with the answer to a miss.",
+        MetricKind::Counter,
+        |stats| stats.prefetched,
+    ),
+    (
+        "portcullis_iotlb_faults_total",
+        "Misses without a translation, and accesses of vhost that are not permitted.",
+        MetricKind::Counter,
+        |stats| stats.faults,
+    ),
+    (
+        "portcullis_iotlb_entries",
+        "Translations that vhost holds.",
+        MetricKind::Gauge,
+        |stats| u64::try_from(stats.entries).unwrap_or(u64::MAX),
+    ),
+];
+
+/// A metric of a network device.
+type NetMetric = (
+    &'static str,
+    &'static str,
+    MetricKind,
+    fn(&NetCounters) -> u64,
+);
+
+const NET_METRICS: [NetMetric; 3] = [
+    (
+        "portcullis_net_control_commands_total",
+        "Commands of the guest on the control queue of a network device.",
+        MetricKind::Counter,
+        |counters| counters.control_commands.load(Ordering::Relaxed),
+    ),
+    (
+        "portcullis_net_control_errors_total",
+        "Of those, answered with an error.",
+        MetricKind::Counter,
+        |counters| counters.control_errors.load(Ordering::Relaxed),
+    ),
+    (
+        "portcullis_net_link_up",
+        "Whether the guest is shown a link: its tap is there, up and has a carrier.",
+        MetricKind::Gauge,
+        |counters| u64::from(counters.link_up.load(Ordering::Relaxed)),
+    ),
+];
+
+/// What the functions with a vhost back end count besides what every endpoint
+/// does.
+pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
+    let sample = |function: &Function, value| Sample {
+        labels: vec![("device", function.id.clone())],
+        value,
+    };
+    let iotlbs = IOTLB_METRICS.iter().map(|&(name, help, kind, value)| {
+        let behind = functions
+            .iter()
+            .filter(|function| function.region.is_some());
+        let samples = behind.filter_map(|function| {
+            let iotlbs = function.iotlbs();
+            (!iotlbs.is_empty()).then(|| sample(function, iotlbs.iter().map(value).sum()))
+        });
+        family(name, help, kind, samples.collect())
+    });
+    let nets = NET_METRICS.iter().map(|&(name, help, kind, value)| {
+        let samples = functions.iter().filter_map(|function| {
+            let BackEnd::Vhost {
+                net: Some(counters),
+                ..
+            } = &function.back_end
+            else {
+                return None;
+            };
+            Some(sample(function, value(counters)))
+        });
+        family(name, help, kind, samples.collect())
+    });
+    iotlbs.chain(nets).collect()
+}
+
+impl Function {
+    /// The statistics of the IOTLB of each of its vhost files.
+    pub(super) fn iotlbs(&self) -> Vec<IotlbStats> {
+        match &self.back_end {
+            BackEnd::Vhost { iotlbs, .. } => iotlbs.iter().map(IotlbMonitor::stats).collect(),
+            BackEnd::None | BackEnd::Block(_) => Vec::new(),
+        }
     }
 }

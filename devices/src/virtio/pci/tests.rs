@@ -34,6 +34,7 @@ struct Log {
     started: Vec<u16>,
     features: Option<u64>,
     failure: Option<DeviceError>,
+    config_changed: bool,
     config: [u8; 8],
     config_reads: usize,
 }
@@ -106,6 +107,10 @@ impl VirtioDevice for Noting {
 
     fn take_failure(&mut self) -> Option<DeviceError> {
         self.log().failure.take()
+    }
+
+    fn take_config_change(&mut self) -> bool {
+        std::mem::take(&mut self.log().config_changed)
     }
 }
 
@@ -781,6 +786,22 @@ fn failure_away_from_the_driver_is_shown() {
     assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
     driver.function.check();
     assert_eq!(driver.board.given(2).signals(), 0);
+}
+
+#[test]
+fn change_of_the_device_configuration_is_told_once() {
+    let (driver, device) = noting();
+    driver.open_entry(0, 4);
+    driver.write16(16, 0);
+    driver.run(VERSION_1);
+    let generation = || driver.read::<1>(21)[0];
+    let before = generation();
+    device.log().config_changed = true;
+    driver.function.check();
+    driver.function.check();
+    assert_eq!(driver.board.given(2).signals(), 1);
+    assert_eq!(generation(), before.wrapping_add(1));
+    assert_eq!(driver.status() & NEEDS_RESET, 0);
 }
 
 /// A running entropy device.

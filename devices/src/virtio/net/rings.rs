@@ -1,0 +1,131 @@
+//! The queue pairs of a network device: which run, and with what back end.
+
+use std::io;
+
+use virtio_queue::QueueT as _;
+
+use crate::tap::{Link, Tap};
+use crate::vhost::{RINGS, Vhost};
+use crate::virtio::{DeviceError, StartedQueue};
+
+pub(super) struct State {
+    pub(super) tap: Tap,
+    /// What the tap's link was when it was last looked at.
+    pub(super) link: Link,
+    /// The new tap of the name could not be used, and the log says why.
+    pub(super) refused: bool,
+    pub(super) pairs: Vec<Pair>,
+    /// Pairs that the driver wants to use; the rest has no back end.
+    pub(super) active: usize,
+    pub(super) control: Option<(u16, StartedQueue)>,
+    /// The control queue's number among those of the device, as negotiated.
+    pub(super) control_number: u16,
+}
+
+/// A receive queue and a transmit queue.
+pub(super) struct Pair {
+    pub(super) vhost: Vhost,
+    pub(super) rings: [Option<Ring>; RINGS],
+}
+
+pub(super) struct Ring {
+    pub(super) started: StartedQueue,
+    pub(super) running: bool,
+}
+
+impl State {
+    /// Starts a ring that the driver has enabled and whose pair is in use. A
+    /// tap that was deleted starts it when it is there again.
+    pub(super) fn start_ring(&mut self, pair: usize, index: usize) -> Result<(), DeviceError> {
+        if self.link == Link::Gone {
+            return Ok(());
+        }
+        let tap = self.tap.queue(pair);
+        let Some(known) = self.pairs.get_mut(pair) else {
+            return Ok(());
+        };
+        let Some(Some(ring)) = known.rings.get_mut(index) else {
+            return Ok(());
+        };
+        if ring.running {
+            return Ok(());
+        }
+        let number = u16::try_from(RINGS * pair + index).unwrap_or(u16::MAX);
+        known.vhost.set_up_ring(index, number, &ring.started)?;
+        ring.running = true;
+        if let Err(source) = known.vhost.kernel().set_tap(index, tap) {
+            if self.tap.is_gone() {
+                self.stop_ring(pair, index);
+                return Ok(());
+            }
+            let failed = failed("starting a queue of the host's vhost-net");
+            return Err(failed(source));
+        }
+        // The kernel does not look at kicks from before it had the tap.
+        let _ = ring.started.kick.write(1);
+        Ok(())
+    }
+
+    /// Stops a ring, if it runs, and notes where it is.
+    pub(super) fn stop_ring(&mut self, pair: usize, index: usize) {
+        let Some(known) = self.pairs.get_mut(pair) else {
+            return;
+        };
+        let Some(Some(ring)) = known.rings.get_mut(index) else {
+            return;
+        };
+        if !std::mem::take(&mut ring.running) {
+            return;
+        }
+        if let Err(error) = known.vhost.kernel().set_tap(index, None) {
+            log::error!("stopping a queue of the host's vhost-net: {error}");
+        }
+        let position = known.vhost.ring_stopped(index);
+        ring.started.queue.set_next_avail(position.next_avail);
+        ring.started.queue.set_next_used(position.next_used);
+    }
+
+    /// Uses the first `pairs` pairs from now on.
+    ///
+    /// # Errors
+    /// There are not so many, or the tap refused: outside. A queue cannot be
+    /// started: inside.
+    pub(super) fn use_pairs(&mut self, pairs: usize) -> io::Result<Result<(), DeviceError>> {
+        if pairs == 0 || pairs > self.pairs.len() {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        for pair in pairs..self.active {
+            for ring in 0..RINGS {
+                self.stop_ring(pair, ring);
+            }
+            self.tap.set_attached(pair, false)?;
+            self.active = pair.min(self.active);
+        }
+        for pair in self.active..pairs {
+            self.tap.set_attached(pair, true)?;
+        }
+        let new = self.active..pairs;
+        self.active = pairs;
+        for pair in new {
+            for ring in 0..RINGS {
+                if let Err(error) = self.start_ring(pair, ring) {
+                    return Ok(Err(error));
+                }
+            }
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// The pair of a data queue, and which of its rings it is.
+pub(super) fn split(index: u16) -> (usize, usize) {
+    (usize::from(index) / RINGS, usize::from(index) % RINGS)
+}
+
+pub(super) fn ring_total(pairs: usize) -> u16 {
+    u16::try_from(RINGS * pairs).unwrap_or(u16::MAX)
+}
+
+pub(super) fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
+    move |source| DeviceError::Backend { what, source }
+}
