@@ -1,0 +1,363 @@
+//! What a driver posts on the rings of a vhost file, read from the outside
+//! through the IOMMU while another processor goes on writing: a miss is
+//! answered or counted, the work for it is bounded, and the kernel holds what
+//! is mapped and nothing else.
+#![no_main]
+
+#[path = "../../devices/src/vhost/iotlb/tests/pages.rs"]
+mod pages;
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
+use devices::vhost::message::{Message, Miss, SIZE};
+use devices::vhost::posted::Layout;
+use devices::vhost::shadow::Entry;
+use devices::virtio::failure::Failure;
+use iommu::{
+    AddressSpace, Fault, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
+    Perm, Refused, Request, StreamId,
+};
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::fuzz_target;
+use pages::{PAGE, Pages, page};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Entries of the kernel's IOTLB.
+const LIMIT: usize = 64;
+/// Pages of RAM, and of I/O virtual addresses that may be mapped.
+const RAM_PAGES: u64 = 64;
+const IOVA_PAGES: u8 = 96;
+/// Operations of an input, and those that the other processor repeats.
+const MAX_OPS: usize = 100;
+const MAX_RACING: usize = 50;
+/// Questions to the IOMMU that one operation may cost: a step each, and those
+/// for misses, rings and places that wait.
+const MAX_QUESTIONS: usize = (16 << 10) + 4096;
+/// Offsets of the available and the used ring from the table's.
+const AVAIL: u64 = 8 * PAGE;
+const USED: u64 = 10 * PAGE;
+
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Op {
+    Desc {
+        ring: bool,
+        index: u16,
+        at: u16,
+        len: u32,
+        flags: u8,
+        next: u16,
+    },
+    Fill {
+        ring: bool,
+        from: u16,
+        count: u16,
+        stride: u16,
+        indirect: bool,
+    },
+    Avail {
+        ring: bool,
+        index: u16,
+        used: u16,
+    },
+    Head {
+        ring: bool,
+        at: u16,
+        head: u16,
+    },
+    Map {
+        page: u8,
+        to: u8,
+        perm: u8,
+    },
+    Unmap {
+        page: u8,
+    },
+    Flush,
+    Miss {
+        at: u16,
+        write: bool,
+    },
+    Start {
+        ring: bool,
+        size: u8,
+        skew: u8,
+    },
+    Stop {
+        ring: bool,
+    },
+    Revive,
+    Failed {
+        ring: bool,
+    },
+}
+
+/// Counts the questions that it passes on.
+struct Counting {
+    pages: Arc<Pages>,
+    questions: AtomicUsize,
+}
+
+impl Iommu for Counting {
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        self.questions.fetch_add(1, Ordering::Relaxed);
+        self.pages.translate(request)
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        self.questions.fetch_add(1, Ordering::Relaxed);
+        self.pages.lookup(request)
+    }
+
+    fn notifier_events_changed(
+        &self,
+        stream: StreamId,
+        old: NotifierEvents,
+        new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        self.pages.notifier_events_changed(stream, old, new)
+    }
+
+    fn replay(
+        &self,
+        stream: StreamId,
+        range: IovaRange,
+        visit: &mut dyn FnMut(&Mapping) -> ControlFlow<()>,
+    ) {
+        self.pages.replay(stream, range, visit);
+    }
+
+    fn connect(&self, region: Weak<IommuRegion>) {
+        self.pages.connect(region);
+    }
+}
+
+/// The kernel's end: its list, and the misses to be read.
+#[derive(Default)]
+struct Kernel {
+    list: Mutex<Vec<Entry>>,
+    misses: Mutex<VecDeque<Vec<u8>>>,
+}
+
+impl Channel for Kernel {
+    fn send(&self, message: &Message) -> io::Result<()> {
+        message.to_bytes().expect("every message has a form");
+        let mut list = self.list.lock().unwrap();
+        match message {
+            Message::Update(entry) => {
+                if list.len() == LIMIT {
+                    list.remove(0);
+                }
+                list.push(*entry);
+            }
+            Message::Invalidate(range) => list.retain(|entry| !entry.iova.overlaps(*range)),
+        }
+        Ok(())
+    }
+
+    fn receive(&self) -> io::Result<Option<Miss>> {
+        let bytes = self.misses.lock().unwrap().pop_front();
+        let miss = bytes.map(|bytes| Miss::parse(&bytes)).transpose();
+        miss.map_err(io::Error::other)
+    }
+
+    fn halt(&self) {
+        panic!("every invalidation was taken");
+    }
+}
+
+/// The table of a ring: 8 pages, in front of 2 of available and 4 of used
+/// entries.
+fn base(ring: bool) -> u64 {
+    if ring { 0x10 * PAGE } else { 0 }
+}
+
+fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
+    // What runs beyond the end of RAM is not written.
+    let _ = ram.write(bytes, GuestAddress(at % (RAM_PAGES * PAGE)));
+}
+
+fn descriptor(ram: &GuestRam, at: u64, (address, len, flags, next): (u64, u32, u16, u16)) {
+    let mut bytes = address.to_le_bytes().to_vec();
+    bytes.extend(len.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes.extend(next.to_le_bytes());
+    put(ram, at, &bytes);
+}
+
+/// The driver's part of an operation.
+fn write(ram: &GuestRam, op: Op) {
+    match op {
+        Op::Desc {
+            ring,
+            index,
+            at,
+            len,
+            flags,
+            next,
+        } => {
+            let entry = base(ring) + u64::from(index % 512) * 16;
+            let fields = (u64::from(at) << 4, len, u16::from(flags % 8), next % 520);
+            descriptor(ram, entry, fields);
+        }
+        Op::Fill {
+            ring,
+            from,
+            count,
+            stride,
+            indirect,
+        } => {
+            for i in 0..count % 300 {
+                let index = from.wrapping_add(i) % 512;
+                let address = u64::from(i) * u64::from(stride);
+                let flags = if indirect { 4 } else { 1 };
+                let entry = base(ring) + u64::from(index) * 16;
+                descriptor(ram, entry, (address, 4096, flags, (index + 1) % 512));
+            }
+        }
+        Op::Avail { ring, index, used } => {
+            put(ram, base(ring) + AVAIL + 2, &index.to_le_bytes());
+            put(ram, base(ring) + USED + 2, &used.to_le_bytes());
+        }
+        Op::Head { ring, at, head } => {
+            let entry = base(ring) + AVAIL + 4 + 2 * u64::from(at % 512);
+            put(ram, entry, &(head % 520).to_le_bytes());
+        }
+        _ => {}
+    }
+}
+
+struct World {
+    pages: Arc<Pages>,
+    counting: Arc<Counting>,
+    region: Arc<IommuRegion>,
+    ram: Arc<GuestRam>,
+    kernel: Arc<Kernel>,
+    iotlb: Arc<VhostIotlb>,
+}
+
+impl World {
+    fn new() -> Self {
+        let pages = Pages::new(NotifierEvents::MAP | NotifierEvents::UNMAP);
+        let counting = Arc::new(Counting {
+            pages: pages.clone(),
+            questions: AtomicUsize::new(0),
+        });
+        let region = IommuRegion::new(counting.clone(), StreamId(8));
+        let size = (RAM_PAGES * PAGE) as usize;
+        let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap());
+        let kernel = Arc::new(Kernel::default());
+        let options = IotlbOptions {
+            limit: LIMIT,
+            prefill: false,
+            prefetch: true,
+        };
+        let failure = Arc::new(Failure::default());
+        let iotlb = VhostIotlb::new("fuzz", kernel.clone(), options, failure).unwrap();
+        for number in 0..RAM_PAGES {
+            pages.map(number * PAGE, number * PAGE, Perm::READ_WRITE);
+        }
+        let space = AddressSpace::translated(region.clone(), ram.clone());
+        iotlb.attach(&space, &region).unwrap();
+        Self {
+            pages,
+            counting,
+            region,
+            ram,
+            kernel,
+            iotlb,
+        }
+    }
+
+    fn perform(&self, op: Op) {
+        match op {
+            Op::Map { page: at, to, perm } => {
+                let at = u64::from(at % IOVA_PAGES) * PAGE;
+                let perm = [Perm::READ, Perm::WRITE, Perm::READ_WRITE][usize::from(perm % 3)];
+                let gpa = u64::from(to % 72) * PAGE;
+                let old = self.pages.state().pages.insert(at, (gpa, perm));
+                if old.is_none() {
+                    self.pages.map(at, gpa, perm);
+                } else {
+                    self.region.invalidate(&[page(at)]);
+                }
+            }
+            Op::Unmap { page } => self.pages.unmap(&[u64::from(page % IOVA_PAGES) * PAGE]),
+            Op::Flush => self.region.invalidate(&[IovaRange::ALL]),
+            Op::Miss { at, write } => {
+                let mut bytes = vec![0; SIZE];
+                bytes[0] = 2;
+                bytes[8..16].copy_from_slice(&(u64::from(at) << 4).to_ne_bytes());
+                bytes[32..34].copy_from_slice(&[1 + u8::from(write), 1]);
+                self.kernel.misses.lock().unwrap().push_back(bytes);
+                assert!(self.iotlb.service());
+                let left = self.kernel.misses.lock().unwrap().len();
+                assert_eq!(left, 0, "a round answers more than one miss");
+            }
+            Op::Start { ring, size, skew } => {
+                let at = base(ring) + u64::from(skew & 0xf0);
+                let ring = u16::from(ring);
+                let layout = Layout {
+                    size: 1 << (size % 10),
+                    desc: Iova(at),
+                    avail: Iova(at + AVAIL),
+                    used: Iova(at + USED),
+                };
+                let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+                let started = Ring {
+                    number: ring,
+                    layout,
+                    kick,
+                };
+                // A ring that is not mapped is refused.
+                let _ = self.iotlb.start_ring(ring, started);
+            }
+            Op::Stop { ring } => self.iotlb.stop_ring(u16::from(ring)),
+            Op::Revive => self.iotlb.revive(),
+            Op::Failed { ring } => self.iotlb.ring_failed(u16::from(ring)),
+            other => write(&self.ram, other),
+        }
+    }
+
+    /// The kernel holds what is mapped, as it is mapped, and we know it.
+    fn check(&self) {
+        let held = self.kernel.list.lock().unwrap().clone();
+        assert_eq!(held.len(), self.iotlb.stats().entries);
+        for entry in &held {
+            let to = self.pages.state().pages.get(&entry.iova.first().0).copied();
+            assert_eq!(to.map(|(_, perm)| perm), Some(entry.perm));
+        }
+    }
+}
+
+fuzz_target!(|input: (Vec<Op>, Vec<Op>)| {
+    let (ops, racing) = input;
+    let world = World::new();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        if !racing.is_empty() {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for op in racing.iter().take(MAX_RACING) {
+                        write(&world.ram, *op);
+                    }
+                }
+            });
+        }
+        for op in ops.iter().take(MAX_OPS) {
+            world.counting.questions.store(0, Ordering::Relaxed);
+            world.perform(*op);
+            let questions = world.counting.questions.load(Ordering::Relaxed);
+            assert!(questions <= MAX_QUESTIONS, "{op:?} cost {questions}");
+            world.check();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    world.iotlb.detach();
+    assert!(world.kernel.list.lock().unwrap().is_empty());
+});
