@@ -165,7 +165,6 @@ impl PciBus {
             });
             families.push(family(name, help, MetricKind::Counter, streams.collect()));
         }
-        families.push(self.iotlb_faults());
         for (name, help, counter) in BLOCK_METRICS {
             let disks = self.functions.iter().filter_map(|function| {
                 let BackEnd::Block(counters) = &function.back_end else {
@@ -188,27 +187,6 @@ impl PciBus {
         families.extend(vhost::families(&self.functions));
         families.retain(|family| !family.samples.is_empty());
         families
-    }
-
-    /// Faults that the IOTLB of a vhost device counts. They are faults of the
-    /// IOMMU too, except those that the kernel finds in its own copy.
-    fn iotlb_faults(&self) -> MetricFamily {
-        let samples = self.functions.iter().filter_map(|function| {
-            let BackEnd::Vhost(monitors) = &function.back_end else {
-                return None;
-            };
-            let faults = monitors.iter().map(|monitor| monitor.stats().faults);
-            Some(Sample {
-                labels: vec![("device", function.id.clone())],
-                value: faults.sum(),
-            })
-        });
-        family(
-            "portcullis_iotlb_faults_total",
-            "Accesses of vhost that the IOMMU does not translate or permit.",
-            MetricKind::Counter,
-            samples.collect(),
-        )
     }
 
     /// The IOMMU as a whole.

@@ -147,7 +147,7 @@ const IOTLB_METRICS: [IotlbMetric; 3] = [
     ),
     (
         "portcullis_iotlb_faults_total",
-        "Misses without a translation, and accesses of vhost that are not permitted.",
+        "Accesses of vhost that the IOMMU does not translate or permit.",
         MetricKind::Counter,
         |stats| stats.faults,
     ),
