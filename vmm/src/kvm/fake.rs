@@ -94,7 +94,7 @@ impl Processor for FakeVcpu {
         self.page.immediate_exit = 0;
     }
 
-    fn registers(&self) -> String {
+    fn registers(&mut self) -> String {
         String::new()
     }
 

@@ -122,9 +122,11 @@ impl Vcpu {
         native::report_pause(&self.fd);
     }
 
-    /// The registers as a block of text for a crash report.
-    pub fn registers(&self) -> String {
-        native::registers(&self.fd)
+    /// The registers as a block of text for a crash report, behind what KVM says
+    /// of an internal error if the last run ended with one.
+    pub fn registers(&mut self) -> String {
+        let error = internal_error(self.run_page());
+        error.map_or_else(String::new, details) + &native::registers(&self.fd)
     }
 
     /// Runs the guest until it needs something.
@@ -145,22 +147,29 @@ impl Vcpu {
                 KVM_SYSTEM_EVENT_SHUTDOWN => Exit::PowerOff,
                 KVM_SYSTEM_EVENT_RESET => Exit::Reset,
                 KVM_SYSTEM_EVENT_CRASH => Exit::Crash("the guest reported a crash".into()),
-                other => Exit::Crash(format!("KVM system event {other}")),
+                other => Exit::Crash(format!("KVM reports an unknown system event, {other}")),
             },
-            Ok(VcpuExit::Shutdown) => Exit::Crash("triple fault".into()),
-            Ok(VcpuExit::InternalError) => Exit::Crash(internal_error(page)),
+            Ok(VcpuExit::Shutdown) => Exit::Crash("the guest had a triple fault".into()),
+            Ok(VcpuExit::InternalError) => {
+                let suberror = internal_error(page).map_or(0, |(suberror, _)| suberror);
+                Exit::Crash(sentence(suberror).into())
+            }
             Ok(VcpuExit::FailEntry(reason, cpu)) => Exit::Crash(format!(
-                "hardware refused the entry: {reason:#x} on host CPU {cpu}"
+                "the host's processor refused to run the guest: {reason:#x} on host CPU {cpu}"
             )),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Exit::Interrupted,
-            Ok(other) => Exit::Crash(format!("KVM exit {other:?}")),
+            Ok(other) => Exit::Crash(format!(
+                "KVM left the guest for an unknown reason, {other:?}"
+            )),
             Err(error) => match error.errno() {
                 // EAGAIN: a vCPU that waits for its start-up IPI was woken.
                 libc::EINTR | libc::EAGAIN => Exit::Interrupted,
                 libc::ENOSYS => Exit::Crash(
-                    "an access outside RAM by an instruction that KVM cannot decode".into(),
+                    "the guest accessed an address outside RAM by an instruction that KVM cannot \
+                     decode"
+                        .into(),
                 ),
-                _ => Exit::Crash(format!("KVM_RUN: {error}")),
+                _ => Exit::Crash(format!("KVM cannot run the guest: {error}")),
             },
         }
     }
@@ -175,28 +184,71 @@ fn pio_size(page: *const kvm_run, len: usize) -> usize {
     usize::from(size).clamp(1, len.max(1))
 }
 
-fn internal_error(page: *const kvm_run) -> String {
+/// `suberror` and data of the internal error that is in `page`, if it has one.
+fn internal_error(page: *const kvm_run) -> Option<(u32, Vec<u64>)> {
     // SAFETY: as in `pio_size`; the reason is checked before its variant is
     // read.
     let internal = unsafe {
         if (*page).exit_reason != KVM_EXIT_INTERNAL_ERROR {
-            return "KVM internal error".into();
+            return None;
         }
         (*page).__bindgen_anon_1.internal
     };
-    let what = match internal.suberror {
-        1 => "instruction emulation failed",
-        2 => "exception while delivering an event",
-        3 => "unexpected event while delivering another",
-        4 => "unexpected exit reason",
-        _ => "unknown",
-    };
-    let count = usize::try_from(internal.ndata)
-        .unwrap_or(0)
-        .min(internal.data.len());
-    let data = &internal.data[..count];
-    format!(
-        "KVM internal error, suberror {} ({what}), data {data:x?}",
-        internal.suberror
-    )
+    let data = internal.data.iter().copied();
+    let count = usize::try_from(internal.ndata).unwrap_or(usize::MAX);
+    Some((internal.suberror, data.take(count).collect()))
+}
+
+/// An internal error as a sentence (Linux `include/uapi/linux/kvm.h`,
+/// `KVM_INTERNAL_ERROR_*`).
+fn sentence(suberror: u32) -> &'static str {
+    match suberror {
+        1 => "KVM cannot emulate an instruction of the guest",
+        2 => "the guest caused an exception while KVM delivered another one to it",
+        3 => "the guest left the processor unexpectedly while KVM delivered an event to it",
+        4 => "the guest left the processor for a reason that KVM does not know",
+        _ => "KVM reports an internal error",
+    }
+}
+
+/// What KVM says of an internal error, as a line for a crash report.
+fn details((suberror, data): (u32, Vec<u64>)) -> String {
+    format!("KVM_EXIT_INTERNAL_ERROR suberror {suberror} data {data:x?}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(reason: u32, suberror: u32, ndata: u32) -> kvm_run {
+        let mut page = kvm_run {
+            exit_reason: reason,
+            ..kvm_run::default()
+        };
+        page.__bindgen_anon_1.internal.suberror = suberror;
+        page.__bindgen_anon_1.internal.ndata = ndata;
+        page.__bindgen_anon_1.internal.data = [0xAB; 16];
+        page
+    }
+
+    #[test]
+    fn internal_error_is_a_sentence_and_its_numbers_are_with_the_registers() {
+        for suberror in 0..6 {
+            let text = sentence(suberror);
+            assert!(
+                !text.contains(|c: char| c.is_ascii_digit() || c == '['),
+                "{text}"
+            );
+        }
+        let error = internal_error(&page(KVM_EXIT_INTERNAL_ERROR, 1, 2)).unwrap();
+        let line = "KVM_EXIT_INTERNAL_ERROR suberror 1 data [ab, ab]\n";
+        assert_eq!(details(error), line);
+    }
+
+    #[test]
+    fn internal_error_with_more_data_than_there_is_room_for_is_cut() {
+        let (_, data) = internal_error(&page(KVM_EXIT_INTERNAL_ERROR, 4, u32::MAX)).unwrap();
+        assert_eq!(data, [0xAB; 16]);
+        assert_eq!(internal_error(&page(0, 1, 2)), None);
+    }
 }

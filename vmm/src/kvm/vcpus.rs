@@ -41,7 +41,7 @@ pub(crate) trait Processor: Send + 'static {
     /// Makes the next [`Self::run`] wait for the guest again, after a kick.
     fn clear_kick(&mut self);
     /// The registers as a block of text for a crash report.
-    fn registers(&self) -> String;
+    fn registers(&mut self) -> String;
     /// Tells the guest's watchdogs that it did not run. Called after a pause,
     /// ahead of the next [`Self::run`].
     fn report_pause(&self);
@@ -64,7 +64,7 @@ impl Processor for Vcpu {
         self.clear_kick();
     }
 
-    fn registers(&self) -> String {
+    fn registers(&mut self) -> String {
         self.registers()
     }
 
