@@ -131,7 +131,7 @@ const READ_ONLY_IMAGE: Use = Use {
     needed: "a regular file or a block device",
 };
 const IMAGE: Use = Use {
-    how: "for reading and writing (readonly=on needs less)",
+    how: "for reading and writing",
     ..READ_ONLY_IMAGE
 };
 const OUTPUT: Use = Use {

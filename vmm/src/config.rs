@@ -326,7 +326,7 @@ impl VmConfig {
         self.boot_source.as_ref().ok_or_else(|| {
             ConfigError::new(
                 "boot-source",
-                "no kernel is configured; give --kernel FILE or PUT /boot-source first",
+                "no kernel is configured; give --kernel FILE, a section boot-source or PUT /boot-source",
             )
         })
     }

@@ -302,8 +302,13 @@ impl Controller {
         let mut config = self.config.clone();
         change.clone().apply_to(&mut config)?;
         match &change {
-            Configure::Logger(settings) => logger::configure(settings)?,
-            Configure::Metrics(settings) => self.recorder.open(&settings.metrics_path)?,
+            Configure::Logger(settings) => {
+                logger::configure(settings).map_err(|error| error.within("logger"))?;
+            }
+            Configure::Metrics(settings) => self
+                .recorder
+                .open(&settings.metrics_path)
+                .map_err(|error| error.within("metrics"))?,
             other => inspect::change(other)?,
         }
         self.config = config;

@@ -19,6 +19,9 @@ pub enum ImageError {
     /// It cannot be opened for what is wanted of it.
     #[error(transparent)]
     File(FileError),
+    /// It may be read at most.
+    #[error("cannot be opened for writing; add readonly=on (is_read_only) or allow it")]
+    NotWritable(#[source] io::Error),
     /// Somebody writes to it.
     #[error("is in use: another machine or drive holds its lock")]
     InUse,
@@ -39,6 +42,22 @@ impl From<FileError> for ImageError {
             FileError::Kind { .. } => Self::NoImage("neither a file nor a block device"),
             other => Self::File(other),
         }
+    }
+}
+
+/// Why an image was not opened. Only where reading may be allowed, that is the fix.
+fn refusal(error: FileError, read_only: bool) -> ImageError {
+    match error {
+        FileError::Open { source, .. }
+            if !read_only
+                && matches!(
+                    source.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+        {
+            ImageError::NotWritable(source)
+        }
+        other => other.into(),
     }
 }
 
@@ -80,7 +99,8 @@ impl Image {
 
     /// Opens an image without a lock.
     fn examine(path: &Path, read_only: bool) -> Result<Self, ImageError> {
-        let mut file = host_file::open_image(path, read_only)?;
+        let mut file =
+            host_file::open_image(path, read_only).map_err(|error| refusal(error, read_only))?;
         let kind = file.metadata().map_err(ImageError::Examine)?.file_type();
         if !read_only && kind.is_block_device() {
             let refuses_writes =
@@ -193,4 +213,26 @@ fn image_format(start: &[u8]) -> Option<&'static str> {
     ];
     let known = headers.iter().find(|(header, _)| start.starts_with(header));
     known.map(|&(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Chain;
+
+    #[test]
+    fn readonly_is_the_fix_only_where_writing_is_refused() {
+        let text = |errno, read_only| {
+            let source = io::Error::from_raw_os_error(errno);
+            let how = "for reading and writing";
+            Chain(&refusal(FileError::Open { how, source }, read_only)).to_string()
+        };
+        for errno in [libc::EACCES, libc::EROFS] {
+            assert!(text(errno, false).contains("add readonly=on"));
+            assert!(!text(errno, true).contains("readonly=on"));
+        }
+        let missing = text(libc::ENOENT, false);
+        assert!(!missing.contains("readonly=on"), "{missing}");
+        assert_eq!(missing.matches("No such file").count(), 1, "{missing}");
+    }
 }
