@@ -47,6 +47,10 @@ struct Driver {
 fn driver_of(read_only: bool) -> Driver {
     let file = image();
     let image = Image::open(file.as_path(), read_only).unwrap();
+    driver_over(image, file)
+}
+
+fn driver_over(image: Image, file: TempFile) -> Driver {
     let ring = Ring::new(&rig::ram(), 0x1000, 16);
     Driver {
         disk: Disk::new("data", image),
@@ -316,6 +320,41 @@ fn image_that_shrank_fails_requests_and_nothing_else() {
     assert_eq!(beyond, VIRTIO_BLK_S_IOERR);
     let within = driver.status(VIRTIO_BLK_T_IN, 0, &[(DATA, 512, true)]);
     assert_eq!(within, VIRTIO_BLK_S_OK);
+}
+
+/// Names the image to the process that has a file size limit.
+const LIMITED: &str = "PORTCULLIS_TEST_LIMITED_IMAGE";
+
+#[test]
+fn write_beyond_the_file_size_limit_is_an_error_of_the_request() {
+    let Some(path) = std::env::var_os(LIMITED) else {
+        let file = image();
+        let this =
+            "virtio::block::tests::write_beyond_the_file_size_limit_is_an_error_of_the_request";
+        // 4 KiB, and no SIGXFSZ: as the monitor has it.
+        let limited = std::process::Command::new("bash")
+            .args(["-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "bash"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", this])
+            .env(LIMITED, file.as_path())
+            .output()
+            .unwrap();
+        let printed = String::from_utf8_lossy(&limited.stdout);
+        assert!(limited.status.success(), "{printed}");
+        assert!(printed.contains("1 passed"), "{printed}");
+        return;
+    };
+    let image = Image::open(path.as_ref(), false).unwrap();
+    let mut driver = driver_over(image, TempFile::new().unwrap());
+    let data = [(DATA, 2048, false)];
+    let crossing = driver.status(VIRTIO_BLK_T_OUT, 6, &data);
+    assert_eq!(crossing, VIRTIO_BLK_S_IOERR);
+    assert_eq!(driver.status(VIRTIO_BLK_T_OUT, 4, &data), VIRTIO_BLK_S_OK);
+    let zeroed = driver.clear(VIRTIO_BLK_T_WRITE_ZEROES, 0, 8, 0);
+    assert_eq!(zeroed, VIRTIO_BLK_S_OK);
+    let read = driver.status(VIRTIO_BLK_T_IN, 8, &[(DATA, 2048, true)]);
+    assert_eq!(read, VIRTIO_BLK_S_OK);
+    assert_eq!(driver.memory(DATA, 512), [8; 512]);
 }
 
 #[test]
