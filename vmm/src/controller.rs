@@ -19,6 +19,7 @@ mod waiting;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -54,6 +55,8 @@ const ACTIONS_A_ROUND: usize = 16;
 const STOP_PATIENCE: Duration = Duration::from_millis(1500);
 /// The same when the guest ended the machine.
 const END_PATIENCE: Duration = Duration::from_secs(10);
+/// How often signals are looked at while the devices end.
+const SIGNAL_LOOK: Duration = Duration::from_millis(100);
 /// How long the end of the console output may stand still before it is given
 /// up on, when the machine has ended.
 const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
@@ -482,7 +485,7 @@ impl Controller {
         }
         let output = machine.output();
         let is_idle = machine.vcpus.is_idle();
-        if !queries.tear_down(machine, deadline) {
+        if !self.wait_until(deadline, &queries.tear_down(machine)) {
             let who = if is_idle { "a device" } else { "a vCPU" };
             log::warn!("{who} does not stop, and is left to the end of the process");
         }
@@ -493,7 +496,28 @@ impl Controller {
         terminal::restore();
     }
 
+    /// Waits for a message until `deadline`, or for less when a signal comes.
+    fn wait_until(&self, mut deadline: Instant, message: &Receiver<()>) -> bool {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match message.recv_timeout(left.min(SIGNAL_LOOK)) {
+                Ok(()) => return true,
+                Err(RecvTimeoutError::Timeout) if !left.is_zero() => {}
+                Err(_) => return false,
+            }
+            if self
+                .signals
+                .take()
+                .any(|signal| signal == Signal::Terminate)
+            {
+                deadline = deadline.min(Instant::now() + STOP_PATIENCE);
+            }
+        }
+    }
+
     fn record_last_metrics(&mut self, queries: &QueryThread, deadline: Instant) {
+        // No signal is looked at meanwhile.
+        let deadline = deadline.min(Instant::now() + STOP_PATIENCE);
         self.asked += 1;
         let number = self.asked;
         queries.ask(number, Query::Metrics, self.config.iommu.model);

@@ -102,14 +102,13 @@ impl QueryThread {
         self.results.recv_timeout(left).ok()
     }
 
-    /// Drops the machine, and waits for that until `deadline`. Whether it was
-    /// dropped: a vCPU or a device's thread may be inside the host's kernel.
-    pub fn tear_down(self, machine: Machine, deadline: Instant) -> bool {
+    /// Drops the machine. A message comes when it is dropped, which may be
+    /// never: a vCPU or a device's thread may be inside the host's kernel.
+    pub fn tear_down(self, machine: Machine) -> Receiver<()> {
         let (done, is_done) = mpsc::channel();
         let machine = Box::new(machine);
         let _ = self.jobs.send(Job::TearDown { machine, done });
-        let left = deadline.saturating_duration_since(Instant::now());
-        is_done.recv_timeout(left).is_ok()
+        is_done
     }
 }
 

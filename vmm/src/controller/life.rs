@@ -100,9 +100,11 @@ impl Life {
         }
     }
 
-    /// Begins to end the machine. The first ending counts.
+    /// Begins to end the machine. Of several endings the first counts, and the
+    /// least patience.
     pub fn end(&mut self, ending: Ending, patience: Duration) {
-        if self.departure.is_some() {
+        if let Some(departure) = &mut self.departure {
+            departure.deadline = departure.deadline.min(Instant::now() + patience);
             return;
         }
         self.pausing = false;
