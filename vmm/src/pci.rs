@@ -68,7 +68,7 @@ pub struct PciBus {
     _msis: Option<MsiThread>,
     /// Stands for the lock of a model that is busy: a test holds it.
     #[cfg(test)]
-    pub(crate) busy: Arc<std::sync::Mutex<()>>,
+    pub(crate) busy: crate::kvm::fake::Busy,
 }
 
 /// What every function is made with.

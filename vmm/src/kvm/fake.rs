@@ -21,6 +21,9 @@ pub const DEVICE: u64 = 0x1000;
 /// Longest wait of a test for anything.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Stands for the lock of a model that is busy.
+pub type Busy = Arc<Mutex<()>>;
+
 /// What a guest does next.
 pub enum Step {
     /// Writes to the device at [`DEVICE`].
