@@ -42,6 +42,36 @@ mod formats {
 #[cfg(target_arch = "aarch64")]
 mod formats {
     use super::boots;
+    use super::support::{TempDir, image};
+
+    /// `bytes` as a zstd frame (RFC 8878 §3.1.1) of uncompressed blocks, with a window
+    /// as large as the highest compression level's.
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        const WINDOW_2_TO_27: u8 = (27 - 10) << 3;
+        let mut frame = vec![0x28, 0xB5, 0x2F, 0xFD, 0, WINDOW_2_TO_27];
+        let header = |last: u32, len: usize| last | u32::try_from(len << 3).unwrap();
+        for block in bytes.chunks(128 << 10) {
+            frame.extend(&header(0, block.len()).to_le_bytes()[..3]);
+            frame.extend(block);
+        }
+        frame.extend(&header(1, 0).to_le_bytes()[..3]);
+        frame
+    }
+
+    #[test]
+    fn an_efi_zboot_image_with_a_zstd_payload_boots() {
+        let payload = zstd(&std::fs::read(image("Image-6.12")).unwrap());
+        let mut file = vec![0; 64];
+        file[..8].copy_from_slice(b"MZ\0\0zimg");
+        file[8..12].copy_from_slice(&64u32.to_le_bytes());
+        file[12..16].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
+        file[24..30].copy_from_slice(b"zstd22");
+        file.extend(payload);
+        let files = TempDir::new("zboot");
+        let kernel = files.file("vmlinuz", &file);
+        // An absolute path is no name among the images.
+        boots(&kernel, "6.12.");
+    }
 
     #[test]
     fn a_bare_image_boots() {
@@ -85,6 +115,32 @@ fn two_processors_are_online() {
 #[test]
 fn four_processors_are_online() {
     has_all_processors(4);
+}
+
+/// The device tree describes a cache for each level that CLIDR_EL1 has.
+#[cfg(target_arch = "aarch64")]
+#[track_caller]
+fn finds_its_caches(image: &str) {
+    let mut guest = Machine::new().kernel(image).with("--cpus", 2).boot();
+    let log = guest.run("dmesg -r");
+    assert!(!log.contains("Unable to detect cache hierarchy"), "{log}");
+    for cpu in 0..2 {
+        let caches = format!("/sys/devices/system/cpu/cpu{cpu}/cache");
+        guest.run(&format!("grep . {caches}/index0/*"));
+    }
+    guest.type_line("poweroff -f").expect_exit(0);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn the_6_12_kernel_finds_its_caches_in_the_device_tree() {
+    finds_its_caches("vmlinuz-6.12");
+}
+
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn the_6_1_kernel_finds_its_caches_in_the_device_tree() {
+    finds_its_caches("vmlinuz-6.1");
 }
 
 /// A line's number, as in `MemTotal:  123 kB`.

@@ -18,19 +18,29 @@ const LEVELS: u8 = 7;
 /// Phandles of cache nodes are from here on, [`layout::MAX_CPUS`] for a level.
 const PHANDLES: u32 = 0x100;
 
-/// The `host`'s caches, by ascending level, and one of unknown size for each
-/// that only `clidr` has, up to the first level that neither has.
+/// The caches that `clidr` names, and on further levels those of the `host`, by
+/// ascending level up to the first that neither has. What a level of `clidr` holds
+/// is as it says: Linux 6.1 counts caches in the device tree and fills them in from
+/// CLIDR_EL1. The host has the sizes; a unified cache has those of a data cache.
 pub fn merge(clidr: u64, host: &[Cache]) -> Vec<Cache> {
     use CacheKind::{Data, Instruction, Unified};
     let mut merged = Vec::new();
     for level in 1..=LEVELS {
-        let unknown = |&kind: &CacheKind| Cache {
-            level,
-            kind,
-            size: 0,
-            line_size: 0,
-            sets: 0,
-            shared_by: 1,
+        let of_host = |kind| {
+            let mut caches = host.iter().filter(|cache| cache.level == level);
+            caches.find(|cache| cache.kind == kind).copied()
+        };
+        let sized = |&kind: &CacheKind| {
+            let known = of_host(kind).or_else(|| of_host(Data).filter(|_| kind == Unified));
+            let unknown = Cache {
+                level,
+                kind,
+                size: 0,
+                line_size: 0,
+                sets: 0,
+                shared_by: 1,
+            };
+            known.map_or(unknown, |cache| Cache { kind, ..cache })
         };
         let ctype = (clidr >> (3 * (level - 1))) & 7;
         let of_guest: &[CacheKind] = match ctype {
@@ -41,9 +51,9 @@ pub fn merge(clidr: u64, host: &[Cache]) -> Vec<Cache> {
             _ => &[],
         };
         let known = merged.len();
-        merged.extend(host.iter().filter(|cache| cache.level == level));
-        if merged.len() == known {
-            merged.extend(of_guest.iter().map(unknown));
+        merged.extend(of_guest.iter().map(sized));
+        if of_guest.is_empty() {
+            merged.extend(host.iter().filter(|cache| cache.level == level));
         }
         if merged.len() == known {
             break;
@@ -145,9 +155,12 @@ mod tests {
             let levels = levels.iter().enumerate();
             levels.fold(0, |clidr, (at, ctype)| clidr | ctype << (3 * at))
         };
-        let merged = merge(clidr(&[4]), &host);
         let of_host = [(1, Data, 1), (1, Instruction, 2), (2, Unified, 3)];
-        assert_eq!(summary(&merged), of_host);
+        assert_eq!(summary(&merge(clidr(&[3]), &host)), of_host);
+        assert_eq!(summary(&merge(0, &host)), of_host);
+        // KVM's CLIDR_EL1 where the host has IDC and DIC.
+        let merged = merge(clidr(&[4]), &host);
+        assert_eq!(summary(&merged), [(1, Unified, 1), (2, Unified, 3)]);
         let merged = merge(clidr(&[3, 4, 4]), &host);
         assert_eq!(summary(&merged)[..3], of_host);
         assert_eq!(summary(&merged)[3..], [(3, Unified, 0)]);
