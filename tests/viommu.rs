@@ -515,6 +515,23 @@ fn storm(model: Model) {
     checks::power_off(guest);
 }
 
+/// The distribution's newest kernel translates for every device, and complains of nothing.
+fn newest_kernel(model: Model) {
+    let bench = Bench::new();
+    let mut guest = bench.machine(model, "").newest().boot();
+    checks::hush(&mut guest);
+    let release = guest.run("uname -r");
+    part(&release);
+    assert!(!release.starts_with("6.12."), "{release} is the usual one");
+    for id in ENDPOINTS {
+        let state = bench.api.endpoint(id).state;
+        assert_eq!(state, EndpointState::Translated, "{id}");
+    }
+    bench.devices_work(&mut guest, SMALLER);
+    checks::kernel_log_is_clean(&mut guest);
+    checks::power_off(guest);
+}
+
 mod virtio_iommu {
     use super::*;
 
@@ -531,6 +548,12 @@ mod virtio_iommu {
     #[test]
     fn devices_work_in_passthrough_mode() {
         passthrough(VIRTIO_IOMMU);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn devices_work_with_the_newest_kernel() {
+        newest_kernel(VIRTIO_IOMMU);
     }
 
     #[test]
@@ -579,6 +602,11 @@ mod smmuv3 {
     #[ignore = "long: cargo xtask test --long"]
     fn devices_work_in_passthrough_mode_with_ats() {
         passthrough(SMMUV3_ATS);
+    }
+
+    #[test]
+    fn devices_work_with_the_newest_kernel() {
+        newest_kernel(SMMUV3_ATS);
     }
 
     #[test]

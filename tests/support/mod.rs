@@ -142,6 +142,13 @@ impl Machine {
         self
     }
 
+    /// Boots the distribution's newest kernel instead, with tools.
+    pub fn newest(mut self) -> Self {
+        self.kernel = image("vmlinuz-newest");
+        self.initramfs = image("initramfs-newest.cpio");
+        self
+    }
+
     /// Has the initramfs with more tools in it.
     pub fn tools(mut self) -> Self {
         self.initramfs = image("initramfs-tools.cpio");

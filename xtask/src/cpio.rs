@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+#[derive(Clone)]
 enum Entry {
     Directory,
     File { data: Vec<u8>, mode: u32 },
@@ -16,7 +17,7 @@ enum Entry {
 }
 
 /// The files of an initramfs by their path, which has no leading slash.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Archive {
     entries: BTreeMap<String, Entry>,
 }

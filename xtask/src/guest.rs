@@ -20,6 +20,9 @@ const SERIES: [(&str, &str); 2] = [
     ("6.1", "linux-image-cloud"),
 ];
 
+/// The package that stands for the newest kernel.
+const NEWEST: &str = "linux-image-cloud";
+
 /// Modules a guest can load; those in the first list are loaded at boot, in this order.
 const BOOT_MODULES: [&str; 7] = [
     "virtio_iommu",
@@ -65,9 +68,11 @@ pub struct Images {
 
 /// Makes the guest images of `arch` unless they are there.
 pub fn prepare(arch: Arch) -> Result<Images> {
-    let base = paths::cache()?.join(format!("guest-{arch}"));
+    let base = paths::cache()?.join(format!("images-{arch}"));
+    let newest = newest(arch);
     let recipe = format!(
-        "4 {SERIES:?} {BOOT_MODULES:?} {MORE_MODULES:?} {TOOLS:?}\n{INIT}{INTRODUCE}{}",
+        "5 {SERIES:?} {:?} {BOOT_MODULES:?} {MORE_MODULES:?} {TOOLS:?}\n{INIT}{INTRODUCE}{}",
+        newest.as_ref().map(Kernel::release),
         debian::recipe()
     );
     paths::made_once(&base, &recipe, |base| {
@@ -81,15 +86,23 @@ pub fn prepare(arch: Arch) -> Result<Images> {
         archive.file("init", 0o755, INIT.into());
         archive.file("etc/guest/introduce", 0o755, INTRODUCE.into());
         archive.file("etc/guest/modules", 0o644, BOOT_MODULES.join("\n").into());
+        let modules = [&BOOT_MODULES[..], &MORE_MODULES].concat();
+        if let Some(kernel) = &newest {
+            // Of its own: every guest with another kernel would unpack these modules too.
+            let mut archive = archive.clone();
+            kernel.add_modules(&mut archive, &modules)?;
+            add_tools(&mut archive, &programs)?;
+            archive.write(&dir.join("initramfs-newest.cpio"))?;
+            fs::copy(&kernel.image, dir.join("vmlinuz-newest"))?;
+        }
         for (series, meta) in SERIES {
-            let kernel = Kernel::fetch(&format!("{meta}-{}", arch.debian()), arch)?;
-            kernel.add_modules(&mut archive, &[&BOOT_MODULES[..], &MORE_MODULES].concat())?;
+            let meta = format!("{meta}-{}", arch.debian());
+            let kernel = Kernel::fetch(packages::STABLE, &meta, arch)?;
+            kernel.add_modules(&mut archive, &modules)?;
             kernel_forms(&kernel, arch, series, &dir, &tools)?;
         }
         archive.write(&dir.join("initramfs.cpio"))?;
-        // Busybox's shell would run its own ip and lspci, whatever PATH says.
-        archive.link("bin/sh", "/usr/bin/dash");
-        programs.install(&mut archive, &TOOLS)?;
+        add_tools(&mut archive, &programs)?;
         archive.write(&dir.join("initramfs-tools.cpio"))?;
         let debian = debian::root_file_system(arch)?;
         fs::hard_link(debian, dir.join("debian.ext4"))?;
@@ -99,6 +112,22 @@ pub fn prepare(arch: Arch) -> Result<Images> {
         dir: base.join("images"),
         disk: base.join("images.ext4"),
     })
+}
+
+/// The newest kernel of the distribution, if the package sources have its backports.
+fn newest(arch: Arch) -> Option<Kernel> {
+    let meta = format!("{NEWEST}-{}", arch.debian());
+    let kernel = Kernel::fetch(packages::BACKPORTS, &meta, arch);
+    kernel
+        .inspect_err(|error| eprintln!("guest: no newest kernel for {arch}: {error:#}"))
+        .ok()
+}
+
+/// Adds the programs that only the bigger archives have.
+fn add_tools(archive: &mut Archive, programs: &Sysroot) -> Result<()> {
+    // Busybox's shell would run its own ip and lspci, whatever PATH says.
+    archive.link("bin/sh", "/usr/bin/dash");
+    programs.install(archive, &TOOLS)
 }
 
 /// The frame of every initramfs here: busybox under all its names, and a console.

@@ -21,21 +21,39 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Downloads and unpacks the kernel that the meta package `meta` stands for.
-    pub fn fetch(meta: &str, arch: Arch) -> Result<Kernel> {
-        let suite = Suite::open(packages::STABLE, arch)?;
+    /// Downloads and unpacks the kernel that the meta package `meta` stands for in `suite`, the
+    /// name of a Debian release.
+    pub fn fetch(suite: &str, meta: &str, arch: Arch) -> Result<Kernel> {
+        let suite = Suite::open(suite, arch)?;
         let package = suite.newest(meta)?;
         let release = package.trim_start_matches("linux-image-").to_owned();
+        // Newer releases have an empty package in place of the image, and the image in parts.
+        let parts = ["binary", "base", "modules"].map(|part| format!("linux-{part}-{release}"));
+        let mut names = vec![package.as_str()];
+        if suite.has(&parts[0]) {
+            names.extend(parts.iter().map(String::as_str));
+        }
         let root = paths::cache()?.join(format!("kernel-{release}"));
-        paths::made_once(&root, &package, |root| {
+        paths::made_once(&root, &names.join(" "), |root| {
             eprintln!("packages: fetching kernel {release}");
-            packages::unpack(&suite.download(&[&package])?, root)
+            packages::unpack(&suite.download(&names)?, root)
         })?;
+        let modules = root.join(format!("lib/modules/{release}"));
+        let places = [
+            root.join(format!("boot/vmlinuz-{release}")),
+            modules.join("vmlinuz"),
+        ];
+        let image = places.into_iter().find(|path| path.exists());
         Ok(Kernel {
-            image: root.join(format!("boot/vmlinuz-{release}")),
-            modules: root.join(format!("lib/modules/{release}")),
+            image: image.with_context(|| format!("no kernel image in {}", names.join(", ")))?,
+            modules,
             release,
         })
+    }
+
+    /// Its release, as `uname -r` says it.
+    pub fn release(&self) -> &str {
+        &self.release
     }
 
     /// Adds the modules `names` that are not built in, and those they need, to an initramfs, where

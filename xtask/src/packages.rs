@@ -18,6 +18,9 @@ pub const STABLE: &str = "bookworm";
 /// Release that QEMU comes from: the older one emulates Arm at half the speed.
 pub const TOOLS: &str = "trixie";
 
+/// Where the newest kernel comes from.
+pub const BACKPORTS: &str = "trixie-backports";
+
 /// One release for one architecture, with apt's state for it.
 pub struct Suite {
     dir: PathBuf,
@@ -65,6 +68,12 @@ impl Suite {
         found.map(str::to_owned).with_context(|| {
             format!("package {meta} names no kernel: is it in the package sources?")
         })
+    }
+
+    /// Whether the release has a package of this name.
+    pub fn has(&self, package: &str) -> bool {
+        let mut cache = self.apt("apt-cache");
+        output(cache.args(["show", "--no-all-versions", package])).is_ok()
     }
 
     /// Downloads `names` without what they depend on.
@@ -282,13 +291,15 @@ fn own_release() -> Result<String> {
         .context("/etc/os-release names no release (VERSION_CODENAME)")
 }
 
-/// `bookworm-updates` becomes `trixie-updates`; a suite of something else is dropped.
+/// `bookworm-updates` becomes `trixie-updates`; a suite of something else is dropped. Backports have
+/// no updates of their own.
 fn translated(suite: &str, own: &str, release: &str) -> Option<String> {
     let rest = suite
         .strip_prefix(own)
         .or_else(|| suite.strip_prefix("stable"))?;
-    (rest.is_empty() || rest == "-updates" || rest == "-security")
-        .then(|| format!("{release}{rest}"))
+    let known = rest.is_empty()
+        || !release.ends_with("-backports") && (rest == "-updates" || rest == "-security");
+    known.then(|| format!("{release}{rest}"))
 }
 
 /// Rewrites one entry in the one-line format as a stanza.

@@ -113,7 +113,11 @@ pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
 }
 
 fn prepare_host(arch: Arch) -> Result<Host> {
-    let kernel = Kernel::fetch(&format!("{KERNEL}-{}", arch.debian()), arch)?;
+    let kernel = Kernel::fetch(
+        packages::STABLE,
+        &format!("{KERNEL}-{}", arch.debian()),
+        arch,
+    )?;
     let base = paths::cache()?.join(format!("host-{arch}"));
     let mut modules = MODULES.to_vec();
     modules.push(match arch {
