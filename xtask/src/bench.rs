@@ -41,7 +41,9 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let binary = product::build(args.arch, Profile::Release)?;
     let mut cargo = Toolchain::find(args.arch)?.cargo("test");
     cargo.args(["--no-run", "--package", "portcullis", "--features", "bench"]);
-    let mut programs = product::built(cargo.args(["--test", "bench"]), "test")?;
+    let built = product::built(cargo.args(["--test", "bench"]))?;
+    let tests = built.into_iter().filter(|program| program.kind == "test");
+    let mut programs: Vec<_> = tests.map(|program| (program.name, program.path)).collect();
     programs.push(("portcullis".to_owned(), binary));
     let limit = Duration::from_secs(args.minutes * 60);
     let mut report = Report::default();

@@ -10,10 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::arch::Arch;
 use crate::packages::checked;
 use crate::paths;
-use crate::product::{self, Profile};
 
 /// A user who may write nowhere, if we may choose: requests name files, and the server writes
 /// its log and its metrics there.
@@ -40,10 +38,10 @@ pub fn environment() -> Result<PathBuf> {
 }
 
 /// Whether a server that has started no machine answers what its own document can dream up.
-pub fn agree_with_document(environment: &Path) -> Result<bool> {
+pub fn agree_with_document(environment: &Path, portcullis: &Path) -> Result<bool> {
     let scratch = Scratch::new()?;
     let binary = scratch.dir.join("portcullis");
-    fs::copy(product::build(Arch::native(), Profile::Dev)?, &binary)?;
+    fs::copy(portcullis, &binary)?;
     let socket = scratch.dir.join("api.sock");
     let mut server = Command::new(&binary);
     server

@@ -58,8 +58,20 @@ pub fn build(arch: Arch, profile: Profile) -> Result<PathBuf> {
         .join("portcullis"))
 }
 
-/// Runs a cargo command that builds, and returns the programs of `kind` that it made.
-pub fn built(cargo: &mut Command, kind: &str) -> Result<Vec<(String, PathBuf)>> {
+/// A program that cargo has built.
+pub struct Program {
+    /// Name of the target.
+    pub name: String,
+    /// Kind of the target: `bin`, `test`, `lib`, …
+    pub kind: String,
+    /// It runs tests: also those of a `bin` or a `lib`.
+    pub is_test: bool,
+    /// The file.
+    pub path: PathBuf,
+}
+
+/// Runs a cargo command that builds, and returns the programs that it made, by their names.
+pub fn built(cargo: &mut Command) -> Result<Vec<Program>> {
     cargo
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
@@ -71,12 +83,16 @@ pub fn built(cargo: &mut Command, kind: &str) -> Result<Vec<(String, PathBuf)>> 
         };
         let target = &message["target"];
         if let (Some(path), Some(name)) = (message["executable"].as_str(), target["name"].as_str())
-            && target["kind"][0] == kind
         {
-            programs.push((name.to_owned(), PathBuf::from(path)));
+            programs.push(Program {
+                name: name.to_owned(),
+                kind: target["kind"][0].as_str().unwrap_or_default().to_owned(),
+                is_test: message["profile"]["test"] == true,
+                path: PathBuf::from(path),
+            });
         }
     }
-    programs.sort();
+    programs.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(programs)
 }
 

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 
 use super::tally::{Listener, Tally};
 use crate::arch::Arch;
@@ -14,15 +14,20 @@ use crate::lab;
 use crate::machine::Place;
 use crate::native;
 use crate::paths;
-use crate::product::{self, Profile, Toolchain};
+use crate::product::{self, Toolchain};
 
 /// The feature that boot tests need, so that `cargo test` leaves them out.
 const FEATURE: &str = "boot-tests";
 /// Unit tests that are also run where the boot tests are: of the code that differs between
 /// architectures or talks to KVM.
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
-/// Seconds that one test program may take.
+/// Seconds that one test program may take on a quiet machine.
 const PROGRAM_LIMIT_S: u32 = 2400;
+/// Sets `slowness`, a whole number from 1 to 6, by the start of the emulated host.
+const SLOWNESS: &str = "slowness=${PORTCULLIS_HOST_START_SECONDS:-0}\n\
+                        slowness=$((${slowness%.*} / 6))\n\
+                        [ $slowness -ge 1 ] || slowness=1\n\
+                        [ $slowness -le 6 ] || slowness=6\n";
 /// Longest silence of a test program on a quiet machine. The boot tests say once a minute that they
 /// go on, so silence means a hung host.
 const SILENCE: Duration = Duration::from_secs(240);
@@ -67,8 +72,8 @@ impl Request {
     /// Builds everything that the tests need.
     pub fn build(&self) -> Result<Programs> {
         let toolchain = Toolchain::find(self.arch)?;
-        let binary = product::build(self.arch, Profile::Dev)?;
-        let mut tests = test_programs(&toolchain, self.only.is_none())?;
+        let units = self.only.is_none();
+        let (mut tests, binary) = test_programs(&toolchain, self.arch, units)?;
         if let Some(chosen) = &self.chosen {
             tests.retain(|(name, _)| chosen.contains(name));
         }
@@ -173,11 +178,11 @@ impl Request {
 
 /// Runs the programs one after the other; what it prints besides, [`Listener`] understands.
 fn script(arch: Arch, programs: &[(String, PathBuf)], filter: &str) -> String {
-    let mut script = String::from("worst=0; : > \"$PORTCULLIS_RETRIES\"\n");
+    let mut script = SLOWNESS.to_owned() + "worst=0; : > \"$PORTCULLIS_RETRIES\"\n";
     for (name, _) in programs {
         script += &format!(
             "echo '== {name} on {arch}'\n\
-             timeout -s KILL {PROGRAM_LIMIT_S} {name} --test-threads=1 {filter}\n\
+             timeout -s KILL $(({PROGRAM_LIMIT_S} * slowness)) {name} --test-threads=1 {filter}\n\
              status=$?; echo \"== status $status\"; [ $status = 0 ] || worst=1\n"
         );
     }
@@ -186,53 +191,111 @@ fn script(arch: Arch, programs: &[(String, PathBuf)], filter: &str) -> String {
               exit $worst\n"
 }
 
-/// The test programs that need [`FEATURE`], by their packages.
-fn boot_test_names() -> Result<Vec<(String, Vec<String>)>> {
-    let needs_feature = |target: &&Value| {
-        let features = target["required-features"].as_array();
-        features.is_some_and(|names| names.iter().any(|name| name == FEATURE))
-    };
-    let mut packages = Vec::new();
-    for package in product::metadata()? {
-        let name = package["name"].as_str().context("package without a name")?;
-        let targets = package["targets"].as_array().into_iter().flatten();
-        let targets = targets.filter(needs_feature);
-        let tests: Vec<_> = targets
-            .filter_map(|target| target["name"].as_str().map(str::to_owned))
-            .collect();
-        if !tests.is_empty() {
-            packages.push((name.to_owned(), tests));
-        }
-    }
-    Ok(packages)
+/// The packages with test programs that need [`FEATURE`], those programs, and the test programs
+/// that need no feature.
+struct TestNames {
+    packages: Vec<String>,
+    boot: Vec<String>,
+    others: Vec<String>,
 }
 
-/// Builds the boot tests, and some unit tests if asked, and returns the programs by name.
-fn test_programs(toolchain: &Toolchain, units: bool) -> Result<Vec<(String, PathBuf)>> {
-    let mut programs = Vec::new();
-    for (package, tests) in boot_test_names()? {
-        let mut cargo = toolchain.cargo("test");
-        cargo.args(["--no-run", "--package", &package, "--features", FEATURE]);
-        for name in tests {
-            cargo.args(["--test", &name]);
+impl TestNames {
+    fn read() -> Result<Self> {
+        let (mut packages, mut boot, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        for package in product::metadata()? {
+            let before = boot.len();
+            for target in package["targets"].as_array().into_iter().flatten() {
+                let name = target["name"].as_str().context("target without a name")?;
+                let needs = target["required-features"].as_array();
+                if needs.is_some_and(|needs| needs.iter().any(|name| name == FEATURE)) {
+                    boot.push(name.to_owned());
+                } else if target["kind"][0] == "test" && needs.is_none() {
+                    others.push(name.to_owned());
+                }
+            }
+            if boot.len() > before {
+                let name = package["name"].as_str().context("package without a name")?;
+                packages.push(name.to_owned());
+            }
         }
-        programs.extend(product::built(&mut cargo, "test")?);
+        Ok(Self {
+            packages,
+            boot,
+            others,
+        })
     }
+}
+
+/// The names of all boot test programs, the unit tests that run beside them included.
+pub fn names() -> Result<Vec<String>> {
+    let mut names = TestNames::read()?.boot;
+    names.extend(UNIT_TESTS.map(|name| format!("unit-{name}")));
+    Ok(names)
+}
+
+/// A cargo command that builds or runs tests with the packages and features that all tests of the
+/// architecture are built with: with others the same crates would be compiled once more.
+pub fn cargo_test(toolchain: &Toolchain, arch: Arch) -> Result<Command> {
+    let mut cargo = toolchain.cargo("test");
+    if arch == Arch::native() {
+        // Unit tests of all packages run here.
+        cargo.arg("--workspace");
+    } else {
+        let packages = TestNames::read()?.packages;
+        let units = UNIT_TESTS.map(str::to_owned);
+        for name in packages.iter().chain(&units) {
+            cargo.args(["--package", name]);
+        }
+    }
+    cargo.args(["--features", FEATURE]);
+    Ok(cargo)
+}
+
+/// A cargo command for all tests of this machine's architecture that need no guest.
+pub fn cargo_unit_tests() -> Result<Command> {
+    let arch = Arch::native();
+    let mut cargo = cargo_test(&Toolchain::find(arch)?, arch)?;
+    cargo.args(["--lib", "--bins"]);
+    let others = TestNames::read()?.others;
+    cargo.args(others.iter().flat_map(|name| ["--test", name]));
+    Ok(cargo)
+}
+
+/// Builds the boot tests, and some unit tests if asked. Returns the programs by name, and the
+/// `portcullis` that they test.
+fn test_programs(
+    toolchain: &Toolchain,
+    arch: Arch,
+    units: bool,
+) -> Result<(Vec<(String, PathBuf)>, PathBuf)> {
+    let mut cargo = cargo_test(toolchain, arch)?;
+    cargo.arg("--no-run");
+    cargo.args(
+        TestNames::read()?
+            .boot
+            .iter()
+            .flat_map(|name| ["--test", name]),
+    );
     if units {
-        let mut cargo = toolchain.cargo("test");
-        cargo.args(["--no-run", "--lib"]);
-        for package in UNIT_TESTS {
-            cargo.args(["--package", package]);
-        }
-        let built = product::built(&mut cargo, "lib")?;
-        programs.splice(
-            0..0,
-            built
-                .into_iter()
-                .map(|(name, path)| (format!("unit-{name}"), path)),
-        );
+        cargo.arg("--lib");
     }
-    Ok(programs)
+    let mut programs = Vec::new();
+    let mut binary = None;
+    for program in product::built(&mut cargo)? {
+        let name = program.name;
+        match (program.kind.as_str(), program.is_test) {
+            ("test", true) => programs.push((name, program.path)),
+            ("lib", true) if UNIT_TESTS.contains(&name.as_str()) => {
+                programs.push((format!("unit-{name}"), program.path));
+            }
+            ("bin", false) if name == "portcullis" => binary = Some(program.path),
+            _ => {}
+        }
+    }
+    // What takes a second shows first whether anything works.
+    programs.sort_by_key(|(name, _)| (!name.starts_with("unit-"), name.clone()));
+    let binary = binary.context("cargo has built no portcullis beside its tests")?;
+    Ok((programs, binary))
 }
 
 /// The programs that run in guests (packages below `tests/`), as an initramfs segment.
@@ -246,11 +309,31 @@ fn guest_tools(arch: Arch, toolchain: &Toolchain) -> Result<PathBuf> {
         }
         let name = package["name"].as_str().context("package without a name")?;
         let mut cargo = toolchain.cargo("build");
-        for (name, path) in product::built(cargo.args(["--bins", "--package", name]), "bin")? {
-            archive.copy(&format!("usr/bin/{name}"), &path)?;
+        for program in product::built(cargo.args(["--bins", "--package", name]))? {
+            archive.copy(&format!("usr/bin/{}", program.name), &program.path)?;
         }
     }
     let path = paths::target().join(format!("guest-tools-{arch}.cpio"));
     archive.write(&path)?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_a_program_follows_the_start_of_its_host() {
+        for (start, expected) in [("", "1"), ("5.30", "1"), ("18.04", "3"), ("112", "6")] {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &format!("{SLOWNESS}echo $slowness")]);
+            if start.is_empty() {
+                shell.env_remove("PORTCULLIS_HOST_START_SECONDS");
+            } else {
+                shell.env("PORTCULLIS_HOST_START_SECONDS", start);
+            }
+            let said = crate::packages::output(&mut shell).unwrap();
+            assert_eq!(said.trim(), expected, "after a start of {start:?} s");
+        }
+    }
 }

@@ -1,16 +1,18 @@
 //! What needs no guest: formatting, lints, unit tests, clients of the API.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use super::boot;
 use super::tally::{Listener, Tally, title};
 use crate::arch::Arch;
 use crate::clients;
 use crate::native;
 use crate::paths;
-use crate::product::{self, Toolchain};
+use crate::product::{self, Profile, Toolchain};
 
 /// All features, for the lints.
 const LINTED: &str = "boot-tests,bench";
@@ -62,31 +64,45 @@ pub fn lints(arch: Arch, priority: Priority, tally: &mut Tally) {
     tally.count(&what, succeeds(priority.of(clippy)));
 }
 
-/// Builds and runs the unit tests of these packages, or of all.
-pub fn unit_tests(of: Option<&BTreeSet<String>>, priority: Priority, tally: &mut Tally) {
+/// Builds and runs the unit tests of these packages, or of all. Returns the `portcullis` that was
+/// built for them.
+pub fn unit_tests(
+    of: Option<&BTreeSet<String>>,
+    priority: Priority,
+    tally: &mut Tally,
+) -> Option<PathBuf> {
     const WHAT: &str = "unit tests";
     title(WHAT);
-    let tests = |more: &[&str]| -> Result<Command> {
-        let mut tests = Toolchain::find(Arch::native())?.cargo("test");
-        match of {
-            Some(packages) => tests.args(packages.iter().flat_map(|name| ["--package", name])),
-            None => tests.arg("--workspace"),
-        };
-        tests.args(more);
-        Ok(tests)
-    };
-    let run = || -> Result<Tally> {
-        if priority == Priority::BehindLabs {
-            // The tests themselves wait for things with a time limit.
-            let built = succeeds(priority.of(tests(&["--no-run"])?))?;
-            anyhow::ensure!(built, "they cannot be built");
+    let mut binary = None;
+    let mut run = || -> Result<Tally> {
+        // The tests themselves wait for things with a time limit: the priority is the compiler's.
+        let built = product::built(priority.of(unit_test_command(of)?).arg("--no-run"))?;
+        binary = built
+            .into_iter()
+            .find(|program| program.name == "portcullis" && !program.is_test)
+            .map(|program| program.path);
+        let mut all = counted(unit_test_command(of)?.arg("--no-fail-fast"))?;
+        if of.is_none() {
+            let arch = Arch::native();
+            let mut examples = boot::cargo_test(&Toolchain::find(arch)?, arch)?;
+            all.add(counted(examples.args(["--doc", "--no-fail-fast"]))?);
         }
-        counted(&mut tests(&["--no-fail-fast"])?)
+        Ok(all)
     };
     match run() {
         Ok(counted) => tally.add(counted),
         Err(error) => tally.fail_by(WHAT, &error),
     }
+    binary
+}
+
+fn unit_test_command(of: Option<&BTreeSet<String>>) -> Result<Command> {
+    let Some(packages) = of else {
+        return boot::cargo_unit_tests();
+    };
+    let mut cargo = Toolchain::find(Arch::native())?.cargo("test");
+    cargo.args(packages.iter().flat_map(|name| ["--package", name]));
+    Ok(cargo)
 }
 
 /// Every interleaving of what two threads do with an IOMMU's gate.
@@ -108,13 +124,18 @@ pub fn loom_tests(priority: Priority, tally: &mut Tally) {
     }
 }
 
-/// Requests by a client that others wrote. Without its packages they are left out, and the end of
+/// Requests to `binary` by a client that others wrote. Without its packages they are left out, and the end of
 /// the report repeats that.
-pub fn client_tests(tally: &mut Tally) {
+pub fn client_tests(binary: Option<PathBuf>, tally: &mut Tally) {
     const WHAT: &str = "requests generated from the API's document";
     title(WHAT);
     match clients::environment() {
-        Ok(environment) => tally.count(WHAT, clients::agree_with_document(&environment)),
+        Ok(environment) => {
+            let binary = binary.map_or_else(|| product::build(Arch::native(), Profile::Dev), Ok);
+            let agree =
+                binary.and_then(|binary| clients::agree_with_document(&environment, &binary));
+            tally.count(WHAT, agree);
+        }
         Err(error) => tally.leave_out(format!("{WHAT}: {error:#}")),
     }
 }

@@ -116,7 +116,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
 
 /// Chooses what the changes concern, and says what and why.
 fn selection() -> Result<Selection> {
-    let selection = changed::choose(&changed::paths()?, &changed::packages()?);
+    let selection = changed::choose(&changed::paths()?, &changed::packages()?, &boot::names()?);
     title("changes, and what they concern");
     for reason in &selection.reasons {
         println!("{reason}");
@@ -133,15 +133,16 @@ fn without_guests(selection: Option<&Selection>, priority: Priority, tally: &mut
             host::lints(arch, priority, tally);
         }
     }
+    let mut binary = None;
     if chosen(|selection| !selection.units.is_empty()) {
         let packages = selection.map(|selection| &selection.units);
-        host::unit_tests(packages, priority, tally);
+        binary = host::unit_tests(packages, priority, tally);
     }
     if chosen(|selection| selection.loom) {
         host::loom_tests(priority, tally);
     }
     if chosen(|selection| selection.clients) {
-        host::client_tests(tally);
+        host::client_tests(binary, tally);
     }
 }
 

@@ -52,6 +52,7 @@ impl<'a> Watch<'a> {
         let output = self.forward();
         let mut shown = Output {
             label: &self.job.label,
+            to: stdout(),
             line: Vec::new(),
             on_line,
         };
@@ -160,19 +161,19 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// Standard output, for the output of a job: as it comes, or in lines behind a label.
-struct Output<'a> {
+/// The output of a job on its way to standard output: as it comes, or in lines behind a label.
+struct Output<'a, W> {
     label: &'a str,
+    to: W,
     line: Vec<u8>,
     on_line: &'a mut dyn FnMut(&str),
 }
 
-impl Output<'_> {
+impl<W: Write> Output<'_, W> {
     fn write(&mut self, chunk: &[u8]) -> Result<()> {
         if self.label.is_empty() {
-            let mut stdout = stdout().lock();
-            stdout.write_all(chunk)?;
-            stdout.flush()?;
+            self.to.write_all(chunk)?;
+            self.to.flush()?;
         }
         for byte in chunk {
             if *byte == b'\n' {
@@ -189,7 +190,7 @@ impl Output<'_> {
         let line = std::mem::take(&mut self.line);
         let text = String::from_utf8_lossy(&line);
         if !self.label.is_empty() {
-            writeln!(stdout(), "{}{}", self.label, text.trim_end())?;
+            writeln!(self.to, "{}{}", self.label, text.trim_end())?;
         }
         (self.on_line)(text.trim_end());
         Ok(())
@@ -216,12 +217,15 @@ mod tests {
         let mut on_line = |line: &str| heard.push(line.to_owned());
         let mut output = Output {
             label: "[x86_64] ",
+            to: Vec::new(),
             line: Vec::new(),
             on_line: &mut on_line,
         };
         for chunk in ["test res", "ult: ok\r\n== sta", "tus 0\n== "] {
             output.write(chunk.as_bytes()).unwrap();
         }
+        let shown = String::from_utf8(output.to).unwrap();
+        assert_eq!(shown, "[x86_64] test result: ok\n[x86_64] == status 0\n");
         assert_eq!(heard, ["test result: ok", "== status 0"]);
     }
 
