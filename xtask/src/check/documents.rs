@@ -116,15 +116,18 @@ fn without_tests(sources: Vec<(String, String)>) -> Vec<(String, String)> {
         let mut kept = String::new();
         let mut lines = text.lines();
         while let Some(line) = lines.next() {
-            if line.starts_with("#[cfg(") && line.contains("test") {
+            let code = line.trim_start();
+            if code.starts_with("#[cfg(") && code.contains("test") && !code.contains("not(test") {
+                let indent = &line[..line.len() - code.len()];
                 // Other attributes may be between.
-                let item = lines.by_ref().find(|line| !line.starts_with("#["));
+                let item = lines.by_ref().find(|line| !line.contains("#["));
                 let item = item.unwrap_or_default();
-                if let Some(name) = module_name(item) {
+                if let (Some(name), "") = (module_name(item), indent) {
                     tests.push(format!("{base}/{name}"));
                 }
                 if item.ends_with('{') {
-                    lines.by_ref().find(|line| line.starts_with('}'));
+                    let end = format!("{indent}}}");
+                    lines.by_ref().find(|line| line.starts_with(&end));
                 }
             } else if !line.trim_start().starts_with("//") {
                 kept += line;
@@ -278,12 +281,12 @@ mod tests {
             source("a/rig/deep.rs", "unsafe {}"),
             source(
                 "a/b.rs",
-                "// unsafe { }\n#[cfg(all(test, loom))]\n#[allow(x)]\nmod tests {\n    unsafe {}\n}\nfn f() {}\n",
+                "// unsafe { }\nstruct B {\n    #[cfg(test)]\n    a: Mutex<()>,\n}\n#[cfg(all(test, loom))]\n#[allow(x)]\nmod tests {\n    unsafe {}\n}\nfn f() {}\n",
             ),
         ]);
         let paths: Vec<_> = product.iter().map(|(path, _)| path.as_str()).collect();
         assert_eq!(paths, ["a/lib.rs", "a/b.rs"]);
-        assert_eq!(product[1].1, "fn f() {}\n");
+        assert_eq!(product[1].1, "struct B {\n}\nfn f() {}\n");
         assert!(unsafe_code("a/b.rs", &product[1].1).is_empty());
         assert_eq!(names(unsafe_code("c.rs", "    unsafe { f() }")), ["c.rs"]);
     }
