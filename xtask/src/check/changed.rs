@@ -50,7 +50,7 @@ const EVERYTHING: [&str; 5] = [
 
 /// Boot test programs by the beginning of a path, `*` for all; the longest beginning counts.
 /// `unit-…` are unit tests that run where boot tests do.
-const PROGRAMS: [(&str, &[&str]); 16] = [
+const PROGRAMS: [(&str, &[&str]); 18] = [
     ("iommu/src/", &["viommu", "vhost"]),
     ("devices/src/", &["devices", "viommu", "vhost"]),
     ("devices/src/legacy/", &["boot", "console"]),
@@ -67,6 +67,8 @@ const PROGRAMS: [(&str, &[&str]); 16] = [
     ("xtask/lab/", &["boot"]),
     ("xtask/src/lab/", &["boot"]),
     ("xtask/src/debian", &["debian"]),
+    ("xtask/src/guest", &["boot"]),
+    ("xtask/src/kernel", &["boot"]),
 ];
 
 /// Chooses the tests for changes of these paths, which are relative to the workspace.
@@ -117,7 +119,7 @@ fn concerned(path: &str, packages: &[Package], programs: &[String]) -> Selection
             .max_by_key(|package| package.dir.len());
         one.units = owner.map_or_else(BTreeSet::new, |owner| dependents(&owner.name, packages));
     }
-    if path.starts_with("resources/") || path.starts_with("docs/") {
+    if path.starts_with("resources/") || path == "docs/api.md" {
         // Tests of the command line and of the API read these.
         one.units.extend(["portcullis", "api"].map(str::to_owned));
     }
