@@ -114,7 +114,9 @@ impl Bench {
         let net0 = format!("tap={},id=net0,mac={MAC},queues={queues}", first.name);
         let machine = Machine::new()
             .tools()
-            .cmdline(cmdline)
+            // A slow host loads the IOMMU's module later than after the 10 s that the kernel
+            // waits for it; the devices would go untranslated.
+            .cmdline(&format!("deferred_probe_timeout=600 {cmdline}"))
             .with("--iommu", model.option)
             .with("--memory", "768M")
             .with("--net", net0)
