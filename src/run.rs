@@ -188,7 +188,7 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
 
 fn new_controller() -> Result<Controller, Failure> {
     console::end_process_on_panic();
-    let controller = Controller::new().context("cannot set up")?;
+    let controller = Controller::new().map_err(anyhow::Error::from)?;
     Ok(controller)
 }
 

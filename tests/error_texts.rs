@@ -2,8 +2,14 @@
 //! repeats its source, and no field that holds the reason is left out of the chain. Read from
 //! the sources, so that a new error is checked without being listed here.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 /// The directories of product code.
 const SOURCES: [&str; 6] = [
@@ -58,6 +64,51 @@ fn no_error_leaves_the_program_without_its_sources() {
         }
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// The limit of open files is reached at another step with each number of them: every one says
+/// so once, with the fix, and leaves no socket.
+#[test]
+fn every_step_without_a_file_left_says_so_once_with_the_fix() {
+    let directory = std::env::temp_dir().join(format!("portcullis-files-{}", std::process::id()));
+    fs::create_dir(&directory).unwrap();
+    let socket = directory.join("s");
+    let mut refused = 0;
+    for limit in 6..64 {
+        let mut server = Command::new("sh")
+            .args(["-c", "ulimit -n $0 && exec \"$@\"", &limit.to_string()])
+            .arg(env!("CARGO_BIN_EXE_portcullis"))
+            .args([OsStr::new("serve"), OsStr::new("--api-socket")])
+            .arg(&socket)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let ended = loop {
+            if let Some(status) = server.try_wait().unwrap() {
+                break Some(status);
+            }
+            if UnixStream::connect(&socket).is_ok() {
+                break None;
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let Some(status) = ended else {
+            server.kill().unwrap();
+            server.wait().unwrap();
+            break;
+        };
+        refused += 1;
+        let mut said = String::new();
+        server.stderr.unwrap().read_to_string(&mut said).unwrap();
+        assert!(!status.success(), "{limit}: {said}");
+        assert_eq!(said.lines().count(), 1, "{limit}: {said}");
+        for once in ["Too many open files", "raise the limit of open files"] {
+            assert_eq!(said.matches(once).count(), 1, "{limit}: {said}");
+        }
+        assert!(!socket.exists(), "{limit}: {said}");
+    }
+    fs::remove_dir_all(&directory).unwrap();
+    assert!((4..50).contains(&refused), "{refused} limits were refused");
 }
 
 #[test]

@@ -11,9 +11,13 @@ use std::fmt;
 /// Displays an error, then each of its sources, on one line: `what: why: why`.
 ///
 /// A source whose text is in what precedes it is left out, for some libraries
-/// repeat theirs.
+/// repeat theirs. Where the limit of open files is the reason the fix follows:
+/// any step may be the one that reaches it.
 #[derive(Clone, Copy)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'a));
+
+/// The fix where no more files can be opened.
+const MORE_FILES: &str = "raise the limit of open files (ulimit -n)";
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -25,6 +29,10 @@ impl fmt::Display for Chain<'_> {
                 line = format!("{line}: {reason}");
             }
             next = source.source();
+        }
+        let out_of_files = format!("(os error {})", libc::EMFILE);
+        if line.contains(&out_of_files) && !line.contains(MORE_FILES) {
+            line = format!("{line}; {MORE_FILES}");
         }
         f.write_str(&line)
     }
@@ -61,6 +69,11 @@ mod tests {
             line(Layer::Repeats(reason())),
             "cannot open the disk (No such file or directory (os error 2))"
         );
+        let full = Layer::Plain(io::Error::from_raw_os_error(libc::EMFILE));
+        let full = line(Layer::Outer(Box::new(full)));
+        assert!(full.ends_with("(os error 24); raise the limit of open files (ulimit -n)"));
+        let again = line(Layer::Plain(io::Error::other(full)));
+        assert_eq!(again.matches("ulimit").count(), 1, "{again}");
         let custom = Layer::Plain(io::Error::other("the file is a FIFO"));
         assert_eq!(line(custom), "cannot open the disk: the file is a FIFO");
     }

@@ -90,7 +90,9 @@ impl Rig {
         for (index, part) in (0_u64..).zip(parts.iter().chain(&[u8::MAX])) {
             let (part, rest) = left.split_at(left.len().min(usize::from(*part)));
             let at = COMMAND + index * PART;
-            self.ram.write_slice(part, GuestAddress(at)).expect("it is inside");
+            self.ram
+                .write_slice(part, GuestAddress(at))
+                .expect("it is inside");
             buffers.push((at, u32::try_from(part.len()).expect("it is short"), false));
             left = rest;
         }

@@ -51,21 +51,9 @@ pub enum BuildError {
     /// Two devices claim one address.
     #[error("cannot place a device")]
     Place(#[from] BusError),
-    /// The limit of open files is reached.
-    #[error("cannot set up the machine; raise the limit of open files (ulimit -n)")]
-    OpenFiles(#[source] io::Error),
     /// The host refuses an eventfd, a timer or a thread.
     #[error("cannot set up the machine")]
-    Host(#[source] io::Error),
-}
-
-impl From<io::Error> for BuildError {
-    fn from(error: io::Error) -> Self {
-        match error.raw_os_error() {
-            Some(libc::EMFILE) => Self::OpenFiles(error),
-            _ => Self::Host(error),
-        }
-    }
+    Host(#[from] io::Error),
 }
 
 /// A machine that has been built. Dropping it ends the guest.
