@@ -137,6 +137,12 @@ fn the_6_12_kernel_finds_its_caches_in_the_device_tree() {
     finds_its_caches("vmlinuz-6.12");
 }
 
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn the_6_1_kernel_finds_its_caches_in_the_device_tree() {
+    finds_its_caches("vmlinuz-6.1");
+}
+
 /// A line's number, as in `MemTotal:  123 kB`.
 fn number(line: &str) -> u64 {
     let mut words = line.split_whitespace();
