@@ -71,7 +71,8 @@ fn flooded(files: &TempDir, mappings: u32) -> (Guest, Ctl) {
          > /tmp/flood 2>&1 < /dev/null ) & }}"
     ));
     guest.run(
-        "while ! grep -q 'ring 2$' /tmp/flood; do pidof flood || cat /tmp/flood; sleep 1; done",
+        "while ! grep -q 'ring 2$' /tmp/flood; do \
+         grep Error -A 9 /tmp/flood && break; sleep 1; done; ! grep -q Error /tmp/flood",
     );
     (guest, Ctl { socket })
 }

@@ -13,6 +13,7 @@ mod memory;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
@@ -185,6 +186,11 @@ struct Queue {
 impl Queue {
     fn start(address: &str) -> Result<Self> {
         let device = format!("/sys/bus/pci/devices/{address}");
+        // The transport's driver has it, without a driver of the device.
+        let driver = format!("{device}/driver/unbind");
+        if Path::new(&driver).exists() {
+            fs::write(&driver, address).context("taking the device from its driver")?;
+        }
         fs::write(format!("{device}/enable"), "1").context("enabling the device")?;
         set_bus_master(&device)?;
         let resource = OpenOptions::new()
