@@ -241,7 +241,7 @@ impl Controller {
             self.deliver(answered);
         }
         if self.recorder.is_due() && self.minute.is_none() {
-            self.minute = self.record_metrics();
+            self.minute = self.record_metrics_unasked();
         }
         self.answer_actions();
     }
@@ -410,23 +410,32 @@ impl Controller {
     fn flush_metrics(&mut self) -> Result<Progress, ActionError> {
         self.recorder.check()?;
         self.waiting.check_room(Event::Metrics(0))?;
-        match self.record_metrics() {
-            Some(number) => Ok(Progress::Until(Event::Metrics(number))),
-            None => Ok(Progress::Done(Reply::Done)),
-        }
+        Ok(match self.record_metrics()? {
+            Some(number) => Progress::Until(Event::Metrics(number)),
+            None => Progress::Done(Reply::Done),
+        })
     }
 
     /// Writes a line of metrics. Returns the number of the query, if the line
     /// waits for its answer.
-    fn record_metrics(&mut self) -> Option<u64> {
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    fn record_metrics(&mut self) -> Result<Option<u64>, ActionError> {
         if self.life.queries().is_some() {
-            return Some(self.ask(Query::Metrics));
+            return Ok(Some(self.ask(Query::Metrics)));
         }
         let families = self.with_own_metrics(Vec::new());
-        if let Err(error) = self.recorder.append(&families) {
+        self.recorder.append(&families)?;
+        Ok(None)
+    }
+
+    /// The same where no action waits for the result: an error is logged.
+    fn record_metrics_unasked(&mut self) -> Option<u64> {
+        self.record_metrics().unwrap_or_else(|error| {
             log::warn!("{}", Chain(&error));
-        }
-        None
+            None
+        })
     }
 
     fn ask(&mut self, query: Query) -> u64 {
@@ -443,10 +452,17 @@ impl Controller {
         let outcome = answered.outcome.map(|reply| self.complete(reply));
         let flushes = self.waiting.take(Event::Metrics(number));
         let is_minute = self.minute.take_if(|minute| *minute == number).is_some();
-        if let (true, Ok(Reply::Metrics(families))) = (is_minute || !flushes.is_empty(), &outcome) {
-            let written = self.recorder.append(families).map(|()| Reply::Done);
+        if is_minute || !flushes.is_empty() {
+            let written = match &outcome {
+                Ok(Reply::Metrics(families)) => self.recorder.append(families),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.clone()),
+            };
+            if let (true, Err(error)) = (is_minute, &written) {
+                log::warn!("{}", Chain(error));
+            }
             for flush in flushes {
-                flush.finish(written.clone(), &self.metrics);
+                flush.finish(written.clone().map(|()| Reply::Done), &self.metrics);
             }
         }
         self.finish_all(Event::Answer(number), &outcome);
@@ -476,7 +492,7 @@ impl Controller {
     fn shut_down(mut self, deadline: Instant) {
         let Some(Running { machine, queries }) = self.life.take() else {
             if self.recorder.check().is_ok() {
-                self.record_metrics();
+                self.record_metrics_unasked();
             }
             return;
         };
