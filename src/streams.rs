@@ -1,4 +1,4 @@
-//! Standard output and standard error. They may be closed, full, or a pipe that nobody reads: what
+//! Standard output and standard error. They may be closed, full, or a pipe without a reader: what
 //! cannot be written there is lost, and neither ends the program nor changes its exit status.
 
 use std::fmt::Display;

@@ -43,7 +43,7 @@ pub struct Limits {
     pub keep: Duration,
     /// How long a request may take to arrive, from its first byte.
     pub request: Duration,
-    /// How long the machine may take to answer before the client is told 503.
+    /// How long the machine may take to answer before the client gets 503.
     pub answer: Duration,
     /// How long a client may take to read a response.
     pub response: Duration,

@@ -38,8 +38,8 @@ pub fn change(change: &Configure) -> Result<(), ConfigError> {
 }
 
 /// Refuses a configuration that names a file which cannot be used, as
-/// [`change`] does. Log and metrics are opened by whoever takes the
-/// configuration, at once.
+/// [`change`] does. Log and metrics are opened at once by the
+/// controller that takes the configuration.
 ///
 /// # Errors
 /// The first such file, by its field.

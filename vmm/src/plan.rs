@@ -88,7 +88,7 @@ pub enum DevicePlan {
         tap: String,
         /// The guest's Ethernet address.
         mac: String,
-        /// The MTU that the guest is told.
+        /// MTU offered to the guest (VIRTIO_NET_F_MTU), in bytes.
         mtu: Option<u16>,
         /// Queue pairs.
         pairs: u16,

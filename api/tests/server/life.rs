@@ -206,7 +206,7 @@ fn half_open_connections_make_room_for_new_ones_the_oldest_first() {
     for _ in 0..3 {
         assert_eq!(machine.request("GET", "/version", "").0, 200);
     }
-    // The oldest are closed, without an answer that nobody asked for.
+    // The oldest are closed, without an answer, which no request asked for.
     for connection in &mut half_open[..6] {
         assert!(connection.rest().is_empty());
     }

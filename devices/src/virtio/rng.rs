@@ -102,7 +102,7 @@ impl VirtioDevice for Rng {
 }
 
 impl Running {
-    /// Fills what is posted, up to a ring of chains. Each chain has a view of its
+    /// Fills the available buffers, up to a ring of chains. Each chain has a view of its
     /// own, so that an unmap waits for one chain at most.
     fn fill(&mut self, deferral: &Deferral) -> Result<(), DeviceError> {
         let bad = |reason| DeviceError::BadQueue { queue: 0, reason };

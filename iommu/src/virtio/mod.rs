@@ -50,8 +50,8 @@ pub struct VirtioIommuConfig {
 }
 
 /// Ranges of one domain that are unmapped and not yet invalidated, and mappings
-/// that are removed and not yet freed. Also the command lock: whoever carries
-/// out a request holds it.
+/// that are removed and not yet freed. Also the command lock: a vCPU holds it
+/// while it carries out a request.
 #[derive(Debug, Default)]
 struct Pending {
     domain: u32,

@@ -157,8 +157,8 @@ impl Argument for NetworkInterface {
             value: Value::Number(68, 65535, |interface, mtu| {
                 interface.mtu = Some(narrow(mtu));
             }),
-            omitted: Omitted::Means("the guest is told none"),
-            meaning: "MTU that the guest is told",
+            omitted: Omitted::Means("none is offered"),
+            meaning: "MTU offered to the guest",
         },
         Key {
             name: "queues",

@@ -100,7 +100,7 @@ impl Vcpu {
         native::set_up(&self.fd, &self.host, self.index, self.cpus, entry)
     }
 
-    /// The caches that the guest is told of; empty where the processor tells it.
+    /// The caches for the guest's device tree; empty where CPUID describes them.
     pub fn caches(&self) -> Vec<arch::Cache> {
         native::caches(&self.fd)
     }

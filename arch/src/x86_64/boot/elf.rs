@@ -3,7 +3,7 @@
 //!
 //! The headers are copied from the file once, checked as a whole, and only then
 //! is anything loaded: a file cannot ask for more work than guest memory is
-//! large, whatever its headers say and whoever changes it while it is read.
+//! large, whatever its headers say, also when it changes while it is read.
 
 use std::io::{Read, Seek};
 

@@ -237,7 +237,7 @@ fn interrupt_arrives_when_its_doorbell_is_mapped_again_without_an_invalidation()
     machine.target.set(2, None);
     machine.signal(2);
     machine.map(FRAME + 0x1000);
-    assert_eq!(machine.address(0), None, "mapping it tells nobody");
+    assert_eq!(machine.address(0), None, "no notifier hears of a mapping");
     machine.signal(0);
     machine.arrives(0);
     assert_eq!(machine.address(0), Some(FRAME + 0x1040));

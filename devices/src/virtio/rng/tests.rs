@@ -10,7 +10,7 @@ const BASE: u64 = 0x1000;
 const TABLE: u64 = 0x8000;
 const DATA: u64 = 0x2_0000;
 
-/// Starts the device on the ring, which serves what is posted there.
+/// Starts the device on the ring, which serves the available buffers.
 fn start(ring: &Ring) -> Result<(), DeviceError> {
     let board = rig::Board::default();
     crate::interrupt::MsiSink::vector(&board).unwrap();
