@@ -7,6 +7,7 @@ mod clients;
 mod cpio;
 mod debian;
 mod demo;
+mod fuzz;
 mod guest;
 mod kernel;
 mod lab;
@@ -49,6 +50,8 @@ enum Task {
     Test(check::TestArgs),
     /// Measure start-up and the vhost IOTLB, and print tables; decides no test
     Bench(bench::BenchArgs),
+    /// Fuzz what takes the bytes of a guest or of a client
+    Fuzz(fuzz::FuzzArgs),
     /// Prepare guest kernels and initramfs images from the distribution's packages
     Guest {
         /// Architecture of the guest
@@ -108,6 +111,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo { arch, place } => demo::run(arch, place),
         Task::Test(args) => check::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Guest { arch } => {
             let images = guest::prepare(arch)?;
             println!("{}", images.dir.display());

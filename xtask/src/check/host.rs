@@ -10,6 +10,7 @@ use super::boot;
 use super::tally::{Listener, Tally, title};
 use crate::arch::Arch;
 use crate::clients;
+use crate::fuzz;
 use crate::native;
 use crate::paths;
 use crate::product::{self, Profile, Toolchain};
@@ -29,9 +30,17 @@ pub enum Priority {
 impl Priority {
     /// The command, at this priority.
     fn of(self, command: Command) -> Command {
+        match self.wrapper() {
+            [] => command,
+            wrapper => native::wrapped(wrapper, &command),
+        }
+    }
+
+    /// What starts a command at this priority.
+    fn wrapper(self) -> &'static [&'static str] {
         match self {
-            Priority::Normal => command,
-            Priority::BehindLabs => native::wrapped(&["nice", "-n", "10"], &command),
+            Priority::Normal => &[],
+            Priority::BehindLabs => &["nice", "-n", "10"],
         }
     }
 }
@@ -120,6 +129,25 @@ pub fn loom_tests(priority: Priority, tally: &mut Tally) {
             tally.fail(format!("{WHAT}: none was run"));
         }
         Ok(counted) => tally.add(counted),
+        Err(error) => tally.fail_by(WHAT, &error),
+    }
+}
+
+/// Runs every fuzz target on its saved inputs: no search.
+pub fn fuzz_seeds(priority: Priority, tally: &mut Tally) {
+    const WHAT: &str = "fuzz targets on their saved inputs";
+    title(WHAT);
+    if let Some(reason) = fuzz::obstacle() {
+        return tally.leave_out(format!("{WHAT}: {reason}"));
+    }
+    let targets = fuzz::build(priority.wrapper()).and_then(|()| fuzz::targets());
+    match targets {
+        Ok(targets) => {
+            for target in targets {
+                let what = format!("fuzz target {}", target.name);
+                tally.count(&what, target.run_seeds());
+            }
+        }
         Err(error) => tally.fail_by(WHAT, &error),
     }
 }

@@ -105,7 +105,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
             } else {
                 Priority::BehindLabs
             };
-            without_guests(selection.as_ref(), priority, &mut tally);
+            without_guests(args, selection.as_ref(), priority, &mut tally);
         }
         for lab in labs {
             lab.finish(&mut tally);
@@ -126,7 +126,12 @@ fn selection() -> Result<Selection> {
 }
 
 /// Runs what needs no guest, or the selected part of it.
-fn without_guests(selection: Option<&Selection>, priority: Priority, tally: &mut Tally) {
+fn without_guests(
+    args: &TestArgs,
+    selection: Option<&Selection>,
+    priority: Priority,
+    tally: &mut Tally,
+) {
     let chosen = |part: fn(&Selection) -> bool| selection.is_none_or(part);
     if chosen(|selection| selection.lints) {
         for arch in Arch::ALL {
@@ -140,6 +145,10 @@ fn without_guests(selection: Option<&Selection>, priority: Priority, tally: &mut
     }
     if chosen(|selection| selection.loom) {
         host::loom_tests(priority, tally);
+    }
+    // They are compiled with flags of their own, which takes a while.
+    if !args.quick && chosen(|selection| selection.fuzz) {
+        host::fuzz_seeds(priority, tally);
     }
     if chosen(|selection| selection.clients) {
         host::client_tests(binary, tally);
