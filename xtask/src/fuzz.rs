@@ -181,7 +181,7 @@ impl Target {
         } else {
             program.arg("-runs=0");
         }
-        self.passes(program.arg("-verbosity=0"))
+        self.passes(program.args(["-verbosity=0", "-print_funcs=0"]))
     }
 
     /// Searches for inputs that fail, from the saved and the earlier ones on.
@@ -202,7 +202,7 @@ impl Target {
         let mut program = self.program(&merged)?;
         program.arg(seeds).arg(corpus);
         ensure!(
-            self.passes(program.args(["-set_cover_merge=1", "-verbosity=0"]))?,
+            self.passes(program.args(["-set_cover_merge=1", "-verbosity=0", "-print_funcs=0"]))?,
             "merging the inputs of {} failed",
             self.name
         );
