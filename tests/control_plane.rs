@@ -53,6 +53,8 @@ fn flooded(files: &TempDir, mappings: u32) -> (Guest, Ctl) {
         .tools()
         .cmdline("module_blacklist=virtio_iommu")
         .with("--cpus", 2)
+        // Two mappings for each 4 KiB of memory are allowed.
+        .with("--memory", "3G")
         .with("--iommu", "virtio-iommu")
         .with("--disk", format!("path={disk},id=data"))
         .flag("--rng")
