@@ -62,6 +62,8 @@ const TAIL_AT: usize = 40;
 const DOMAIN: u32 = 1;
 /// Mappings are a page each, with a hole behind it, so that no two are neighbours.
 const STRIDE: u64 = 0x2000;
+/// Above the window of message-signalled interrupts.
+const FIRST: u64 = 1 << 32;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -121,7 +123,7 @@ fn detach(endpoint: u32) -> Request {
 
 fn map(index: u64) -> Request {
     const READ_AND_WRITE: u32 = 3;
-    let start = index * STRIDE;
+    let start = FIRST + index * STRIDE;
     let fields: [&[u8]; 5] = [
         &DOMAIN.to_le_bytes(),
         &start.to_le_bytes(),
@@ -133,7 +135,7 @@ fn map(index: u64) -> Request {
 }
 
 fn unmap(index: u64) -> Request {
-    let start = index * STRIDE;
+    let start = FIRST + index * STRIDE;
     let fields: [&[u8]; 3] = [
         &DOMAIN.to_le_bytes(),
         &start.to_le_bytes(),
