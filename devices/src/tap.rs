@@ -360,7 +360,9 @@ impl Tap {
         // SAFETY: the kernel writes the structure that the pointer is to.
         check(unsafe { libc::ioctl(fd, TUNGETIFF, &raw mut request) })?;
         let name = request.ifr_name.iter().take_while(|&&byte| byte != 0);
-        let name = name.map(|byte| u8::from_ne_bytes(byte.to_ne_bytes())).collect();
+        let name = name
+            .map(|byte| u8::from_ne_bytes(byte.to_ne_bytes()))
+            .collect();
         String::from_utf8(name).map_err(io::Error::other)
     }
 
