@@ -34,8 +34,9 @@ pub enum IoEngine {
     /// `preadv` and `pwritev`.
     #[default]
     Sync,
-    /// io_uring. Not supported.
-    Async,
+    /// Another word, which [`Drive::validate`] refuses: `Async` (io_uring), say.
+    #[serde(other)]
+    Unsupported,
 }
 
 /// A block device backed by a raw image or a host block device (`/drives/{drive_id}`).

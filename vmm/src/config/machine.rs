@@ -29,11 +29,12 @@ pub enum HugePages {
     /// Pages of the host's ordinary size.
     #[default]
     None,
-    /// Transparent huge pages. Not supported.
-    Transparent,
     /// Pages of 2 MiB from the host's pool (`vm.nr_hugepages`).
     #[serde(rename = "2M")]
     TwoMib,
+    /// Another word, which [`MachineConfig::validate`] refuses: `Transparent`, say.
+    #[serde(other)]
+    Unsupported,
 }
 
 /// What guest memory is a mapping of.
@@ -118,7 +119,7 @@ impl MachineConfig {
             "CPU templates are not supported; leave it out or use \"None\"",
         )?;
         require(
-            self.huge_pages != HugePages::Transparent,
+            self.huge_pages != HugePages::Unsupported,
             "huge_pages",
             "use \"None\" or \"2M\"",
         )

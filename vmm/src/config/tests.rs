@@ -156,6 +156,24 @@ fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
 }
 
 #[test]
+fn words_that_are_always_refused_are_not_offered() {
+    for word in ["1G", "Transparent"] {
+        let json = format!(
+            r#"{{"machine-config": {{"vcpu_count": 1, "mem_size_mib": 64, "huge_pages": "{word}"}}}}"#
+        );
+        let fix = "machine-config.huge_pages: use \"None\" or \"2M\"";
+        assert_eq!(refusal(&json), fix);
+    }
+    for word in ["fast", "Async"] {
+        let json = format!(
+            r#"{{"drives": [{{"drive_id": "a", "path_on_host": "b", "io_engine": "{word}"}}]}}"#
+        );
+        let fix = "drives[a].io_engine: only \"Sync\" is supported";
+        assert_eq!(refusal(&json), fix);
+    }
+}
+
+#[test]
 fn values_out_of_range_are_refused_by_name() {
     let refused = [
         (
