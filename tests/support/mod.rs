@@ -24,6 +24,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -83,9 +84,12 @@ pub fn kernel() -> String {
 pub struct TempDir(PathBuf);
 
 impl TempDir {
-    /// An empty directory.
+    /// An empty directory, which no other test of this program has.
     pub fn new(name: &str) -> Self {
-        let path = env::temp_dir().join(format!("portcullis-{name}-{}", std::process::id()));
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("portcullis-{name}-{}-{number}", std::process::id());
+        let path = env::temp_dir().join(name);
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).expect("a directory can be made");
         Self(path)
