@@ -163,6 +163,48 @@ fn a_fifo_or_a_device_node_in_the_place_of_a_file_holds_nothing_up() {
     serve.wait().expect("it has ended");
 }
 
+/// A block device that takes no writes, over a file.
+struct ReadOnlyLoop(String);
+
+impl ReadOnlyLoop {
+    /// Takes root. The options are those that util-linux and busybox share.
+    fn over(image: &str) -> Self {
+        let free = losetup(&["-f"]);
+        let device = free.trim_end().to_owned();
+        losetup(&["-r", &device, image]);
+        Self(device)
+    }
+}
+
+impl Drop for ReadOnlyLoop {
+    fn drop(&mut self) {
+        losetup(&["-d", &self.0]);
+    }
+}
+
+fn losetup(arguments: &[&str]) -> String {
+    let said = support::run_to_end(Command::new("losetup").args(arguments));
+    assert_eq!(said.status, Some(0), "losetup {arguments:?}: {said:?}");
+    said.stdout
+}
+
+#[test]
+fn a_block_device_that_takes_no_writes() {
+    let files = TempDir::new("read-only");
+    let image = files.file("image", &[0; 4096]);
+    let device = ReadOnlyLoop::over(&image);
+    let with_disk = |disk: &str| {
+        let no_kernel = files.file("no-kernel", b"");
+        portcullis(&["run", "--kernel", &no_kernel, "--disk", disk])
+    };
+    let path = format!("path={}", device.0);
+    let words = ["drives[disk0]", &device.0, "add readonly=on"];
+    refuses(&with_disk(&path), USAGE, &words);
+    // With it the disk is accepted, and the kernel is what is refused.
+    let accepted = with_disk(&format!("{path},readonly=on"));
+    refuses(&accepted, USAGE, &["is not a Linux kernel"]);
+}
+
 #[test]
 fn an_initial_ramdisk_that_is_not_there_or_too_large() {
     let kernel = support::kernel();
