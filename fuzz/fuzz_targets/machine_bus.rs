@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use devices::virtio::pci::BAR_SIZE;
+use iommu::virtio::spec::request::MAP;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use machine::guest::IommuRequest;
@@ -254,7 +255,11 @@ fn transport(machine: &Machine, op: Op) {
             function: of,
             features,
             queues,
-        } => machine.bring_up(function(of), features, queues % 3),
+        } => {
+            // Most drivers accept each.
+            let features = features | features.rotate_left(7) | features.rotate_left(29);
+            machine.bring_up(function(of), features, queues % 3);
+        }
         Op::Descriptor {
             function: of,
             queue,
@@ -319,7 +324,11 @@ fn perform(machine: &Machine, op: Op) {
             page: u64::from(page),
             pages: u64::from(pages % 64) + 1,
             gpa: u64::from(gpa),
-            flags: u32::from(flags % 8),
+            flags: match kind % 6 {
+                MAP => u32::from(flags % 8),
+                // Most domains are not in bypass.
+                _ => u32::from(flags % 16 == 1),
+            },
         }),
         Op::Disk {
             queue,

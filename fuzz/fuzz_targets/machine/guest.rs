@@ -331,7 +331,11 @@ impl Machine {
         let (before, _) = self.used(VIRTIO_IOMMU);
         self.put(REPLY, &[0xff; 4]);
         self.iommu_request(request);
-        assert_eq!(self.used(VIRTIO_IOMMU), (before.wrapping_add(1), 4), "{request:?}");
+        assert_eq!(
+            self.used(VIRTIO_IOMMU),
+            (before.wrapping_add(1), 4),
+            "{request:?}"
+        );
         let tail: u32 = self.ram.read_obj(GuestAddress(REPLY)).unwrap();
         assert_eq!(tail, 0, "{request:?}");
     }
