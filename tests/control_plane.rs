@@ -122,6 +122,7 @@ fn full_rings_over_a_million_mappings_delay_no_pause_and_no_end() {
 }
 
 /// Three busy vCPUs and a watchdog that reports what stands still for longer than twice this.
+#[cfg(target_arch = "x86_64")]
 fn busy(files: &TempDir, watchdog_s: u32) -> (Guest, Ctl) {
     let socket = files.path("api");
     let machine = Machine::new()
