@@ -33,6 +33,8 @@ impl Sparse {
     }
 
     /// Another program writes `later` into the file once its start was read.
+    /// For ELF files, whose headers are read in several steps.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn changing(front: Vec<u8>, later: Vec<u8>) -> Self {
         Self {
             later: Some(later),
