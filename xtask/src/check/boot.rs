@@ -22,7 +22,7 @@ const FEATURE: &str = "boot-tests";
 /// architectures or talks to KVM.
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
 /// Seconds that one test program may take on a quiet machine.
-const PROGRAM_LIMIT_S: u32 = 2400;
+const PROGRAM_LIMIT_S: u32 = 3600;
 /// Sets `slowness`, a whole number from 1 to 6, by the start of the emulated host.
 const SLOWNESS: &str = "slowness=${PORTCULLIS_HOST_START_SECONDS:-0}\n\
                         slowness=$((${slowness%.*} / 6))\n\

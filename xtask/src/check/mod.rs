@@ -46,7 +46,7 @@ pub struct TestArgs {
     #[arg(long, conflicts_with = "quick")]
     long: bool,
     /// Minutes for the boot tests of one architecture
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 75)]
     minutes: u64,
     #[command(flatten)]
     place: PlaceArgs,
