@@ -209,7 +209,7 @@ impl<'a, 'scope> BootTests<'a, 'scope> {
             self.request.arch
         ));
         let built = self.request.build().map(|programs| {
-            // Nobody receives them if the thread has ended early: it says why.
+            // An error means that the receiving thread has ended early: it says why.
             let _ = self.programs.send(programs);
         });
         Started {
