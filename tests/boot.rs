@@ -182,7 +182,7 @@ fn memory_beyond_4_gib_is_there_and_holds_what_is_written() {
 
 #[test]
 fn the_default_command_line_gives_a_console_and_the_kernels_messages() {
-    let mut guest = Machine::new().boot();
+    let mut guest = Machine::new().default_cmdline().boot();
     assert!(guest.said().contains("Linux version"), "{}", guest.said());
     guest.type_line("poweroff -f").expect_exit(0);
 }
@@ -213,7 +213,7 @@ fn a_reset_is_status_3() {
 
 #[test]
 fn a_panic_resets_by_default() {
-    let mut guest = Machine::new().boot();
+    let mut guest = Machine::new().default_cmdline().boot();
     guest
         .type_line("echo c > /proc/sysrq-trigger")
         .expect_exit(3);

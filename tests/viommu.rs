@@ -206,7 +206,7 @@ impl Bench {
         let interface = checks::interface(guest, MAC);
         checks::bring_up(guest, &interface, &self.taps[0], 2);
         let misses = self.traffic(guest, load);
-        checks::vsock_both_ways(guest, CID, 2);
+        checks::vsock_both_ways(guest, CID, checks::mebibytes(1));
         checks::vsock_refused_and_reset(guest, CID);
         checks::entropy(guest);
         checks::disk_holds_what_is_written(guest, "/dev/vda", 8);
@@ -214,19 +214,20 @@ impl Bench {
     }
 }
 
-const FULL: Load = Load {
-    streams: 2,
-    mebibytes: 4,
-};
-const SMALL: Load = Load {
-    streams: 2,
-    mebibytes: 2,
-};
+/// What a machine with nothing else to do carries.
+fn full() -> Load {
+    Load::of(2, 2)
+}
+
 /// For a machine that has other things to do.
-const SMALLER: Load = Load {
-    streams: 2,
-    mebibytes: 1,
-};
+fn small() -> Load {
+    Load::of(2, 1)
+}
+
+/// For what is done many times.
+fn smaller() -> Load {
+    Load::of(1, 1)
+}
 
 fn group(guest: &mut Guest, address: &str) -> String {
     let link = guest.run(&format!(
@@ -253,8 +254,9 @@ fn strict(model: Model) {
     assert_eq!(registration.kind, model.registration);
 
     part("all devices");
-    let misses = bench.devices_work(&mut guest, FULL);
-    let mebibytes = u64::from(FULL.mebibytes) * u64::from(FULL.streams);
+    let load = full();
+    let misses = bench.devices_work(&mut guest, load);
+    let mebibytes = u64::from(load.mebibytes) * u64::from(load.streams);
     for (misses, per_mib) in misses.iter().zip(model.misses_per_mib) {
         assert!(*misses <= per_mib * mebibytes, "{misses} misses");
     }
@@ -270,7 +272,7 @@ fn lazy_and_switching(model: Model) {
     part("groups");
     bench.groups_are(&mut guest, "DMA-FQ");
     part("all devices");
-    bench.devices_work(&mut guest, FULL);
+    bench.devices_work(&mut guest, full());
 
     part("switching types");
     let net1 = bench.api.endpoint("net1").pci_address;
@@ -284,7 +286,7 @@ fn lazy_and_switching(model: Model) {
         part(&format!("net0 becomes {kind}"));
         switch(&mut guest, &address, kind);
         checks::bring_up(&mut guest, &interface, &bench.taps[0], 2);
-        bench.traffic(&mut guest, SMALLER);
+        bench.traffic(&mut guest, smaller());
     }
     // From DMA to DMA-FQ, a driver keeps its device.
     let group = group(&mut guest, &address);
@@ -294,7 +296,7 @@ fn lazy_and_switching(model: Model) {
     ));
     assert_eq!(group_type(&mut guest, &group), "DMA-FQ");
     drop(own_load);
-    bench.traffic(&mut guest, SMALL);
+    bench.traffic(&mut guest, small());
     for mut job in load {
         assert!(job.is_running(), "the load ended early");
     }
@@ -308,7 +310,7 @@ fn lazy_and_switching(model: Model) {
 fn flushes_stay_with_their_device(bench: &Bench, guest: &mut Guest) {
     let invalidations = |id| bench.api.endpoint(id).counters.invalidations_sent;
     let before = ["net0", "net1"].map(invalidations);
-    bench.traffic(guest, FULL);
+    bench.traffic(guest, full());
     let after = ["net0", "net1"].map(invalidations);
     let [busy, idle] = [after[0] - before[0], after[1] - before[1]];
     part(&format!(
@@ -332,10 +334,7 @@ fn pressure(model: Model) {
     let mapped = bench.mappings("net0");
     part(&format!("{mapped} mappings, {limit} entries"));
     assert!(mapped > limit, "{mapped} mappings fit");
-    let load = Load {
-        streams: 8,
-        mebibytes: 1,
-    };
+    let load = Load::of(8, 1);
     bench.traffic(&mut guest, load);
     checks::bring_up(&mut guest, &interface, &bench.taps[0], 2);
     checks::kernel_log_is_clean(&mut guest);
@@ -381,7 +380,7 @@ fn passthrough(model: Model) {
     part("groups");
     bench.groups_are(&mut guest, "identity");
     part("all devices");
-    bench.devices_work(&mut guest, FULL);
+    bench.devices_work(&mut guest, full());
     // Below the hole of 32 bits there are two regions at most, each asked for in both directions.
     let misses = bench.api.endpoint("net0").counters.misses;
     assert!(
@@ -453,7 +452,7 @@ fn isolation(model: Model) {
     part("the kernel's driver again");
     let interface = checks::interface(&mut guest, MAC);
     checks::bring_up(&mut guest, &interface, tap, 2);
-    bench.traffic(&mut guest, SMALL);
+    bench.traffic(&mut guest, small());
     checks::power_off(guest);
 }
 
@@ -482,7 +481,7 @@ fn storm(model: Model) {
     }
     drop(pings);
     checks::bring_up(&mut guest, &interface, tap, 2);
-    bench.traffic(&mut guest, SMALL);
+    bench.traffic(&mut guest, small());
     for (id, kind) in [("net0", NET), ("entropy", ENTROPY)] {
         let address = checks::pci_address(&mut guest, kind, 0);
         guest.run(&format!(
@@ -513,7 +512,7 @@ fn storm(model: Model) {
         assert_eq!(counters.all_faults(), 0);
     }
     checks::bring_up(&mut guest, &interface, tap, 2);
-    bench.traffic(&mut guest, SMALL);
+    bench.traffic(&mut guest, small());
     checks::power_off(guest);
 }
 
@@ -529,7 +528,7 @@ fn newest_kernel(model: Model) {
         let state = bench.api.endpoint(id).state;
         assert_eq!(state, EndpointState::Translated, "{id}");
     }
-    bench.devices_work(&mut guest, SMALLER);
+    bench.devices_work(&mut guest, smaller());
     checks::kernel_log_is_clean(&mut guest);
     checks::power_off(guest);
 }
@@ -672,7 +671,7 @@ mod smmuv3 {
                 part(&format!("ATS control is {control}"));
                 let registration = bench.api.endpoint("net0").registration;
                 assert_eq!(registration.map(|found| found.kind), Some(kind));
-                bench.traffic(&mut guest, SMALLER);
+                bench.traffic(&mut guest, smaller());
             }
         }
         for mut job in load {

@@ -89,6 +89,24 @@ pub struct Load {
     pub mebibytes: u32,
 }
 
+impl Load {
+    /// Streams of [`mebibytes`].
+    pub fn of(streams: u16, usual: u32) -> Self {
+        Self {
+            streams,
+            mebibytes: mebibytes(usual),
+        }
+    }
+}
+
+/// `usual` MiB, and four times as many where the tests may take long (`PORTCULLIS_LONG`).
+pub fn mebibytes(usual: u32) -> u32 {
+    match std::env::var_os("PORTCULLIS_LONG") {
+        Some(_) => usual * 4,
+        None => usual,
+    }
+}
+
 /// Sends noise from the guest to the host by TCP, and checks that it arrives.
 #[track_caller]
 pub fn send_to_host(guest: &mut Guest, tap: &Tap, load: Load) {

@@ -5,6 +5,7 @@
 //! `PORTCULLIS_GUEST_DIR` (kernels and initramfs), `PORTCULLIS_RETRIES` (a file
 //! that gets a line for each boot tried again), `PORTCULLIS_TEST_SECONDS` (how
 //! long anything may take on a quiet machine; 120 when unset),
+//! `PORTCULLIS_LONG` (set: larger transfers),
 //! `PORTCULLIS_HOST_START_SECONDS` (how long the emulated host took to start).
 #![allow(dead_code, reason = "each test program uses its part")]
 
@@ -13,6 +14,7 @@ mod console;
 pub mod host;
 pub mod iommu;
 mod limits;
+pub mod pipe;
 mod pty;
 mod slowness;
 
@@ -40,6 +42,10 @@ pub const PROMPT: &str = "guest# ";
 /// How often a boot that failed is tried again. The emulated host is not
 /// perfectly reliable; each retry is reported, and what repeats is a failure.
 const RETRIES: usize = 2;
+
+/// The kernel's command line with a console and without its many messages: each of their bytes
+/// costs an exit, and all of them two thirds of a boot in an emulated host.
+const QUIET: &str = "console=ttyS0 quiet panic=-1";
 
 /// Guests run one at a time: an emulated host has one processor.
 static ONE_GUEST: Mutex<()> = Mutex::new(());
@@ -121,6 +127,8 @@ impl Drop for TempDir {
 pub struct Machine {
     kernel: String,
     initramfs: String,
+    /// `None`: the default one.
+    cmdline: Option<String>,
     more: Vec<String>,
 }
 
@@ -129,13 +137,14 @@ impl Default for Machine {
         Self {
             kernel: kernel(),
             initramfs: image("initramfs.cpio"),
+            cmdline: Some(QUIET.to_owned()),
             more: Vec::new(),
         }
     }
 }
 
 impl Machine {
-    /// One processor, the default memory, the newest kernel.
+    /// One processor, the default memory, the newest kernel, no messages below warnings.
     pub fn new() -> Self {
         Self::default()
     }
@@ -171,15 +180,25 @@ impl Machine {
         self
     }
 
-    /// A command line with a console, fewer messages, and `more`.
-    pub fn cmdline(self, more: &str) -> Self {
-        self.with("--cmdline", format!("console=ttyS0 quiet panic=-1 {more}"))
+    /// Adds `more` to the kernel's command line.
+    pub fn cmdline(mut self, more: &str) -> Self {
+        self.cmdline = Some(format!("{QUIET} {more}"));
+        self
+    }
+
+    /// Leaves the kernel's command line to `portcullis`.
+    pub fn default_cmdline(mut self) -> Self {
+        self.cmdline = None;
+        self
     }
 
     /// The arguments of `portcullis` that run it.
     pub fn arguments(&self) -> Vec<String> {
         let fixed = ["run", "--kernel", &self.kernel, "--initrd", &self.initramfs];
         let mut arguments: Vec<String> = fixed.map(str::to_owned).into();
+        if let Some(cmdline) = &self.cmdline {
+            arguments.extend(["--cmdline".to_owned(), cmdline.clone()]);
+        }
         arguments.extend(self.more.iter().cloned());
         arguments
     }

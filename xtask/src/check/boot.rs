@@ -130,7 +130,7 @@ impl Request {
         let mut all = Tally::default();
         let mut starts_left = LAB_STARTS;
         loop {
-            let script = script(self.arch, &tests, &filter);
+            let script = self.script(&tests, &filter);
             job.command = ["sh", "-c", &script].map(str::to_owned).to_vec();
             job.programs.clone_from(&tests);
             job.programs.push(("portcullis".to_owned(), binary.clone()));
@@ -161,7 +161,7 @@ impl Request {
     }
 
     fn run_natively(&self, programs: Programs) -> Result<Tally> {
-        let script = script(self.arch, &programs.tests, &programs.filter);
+        let script = self.script(&programs.tests, &programs.filter);
         let mut files = programs.tests;
         files.push(("portcullis".to_owned(), programs.binary));
         let mut command = native::command(self.arch, &files, Some(&programs.tools), self.limit)?;
@@ -174,21 +174,25 @@ impl Request {
         }
         Ok(counted)
     }
-}
 
-/// Runs the programs one after the other; what it prints besides, [`Listener`] understands.
-fn script(arch: Arch, programs: &[(String, PathBuf)], filter: &str) -> String {
-    let mut script = SLOWNESS.to_owned() + "worst=0; : > \"$PORTCULLIS_RETRIES\"\n";
-    for (name, _) in programs {
-        script += &format!(
-            "echo '== {name} on {arch}'\n\
-             timeout -s KILL $(({PROGRAM_LIMIT_S} * slowness)) {name} --test-threads=1 {filter}\n\
-             status=$?; echo \"== status $status\"; [ $status = 0 ] || worst=1\n"
-        );
+    /// Runs the programs one after the other; what it prints besides, [`Listener`] understands.
+    fn script(&self, programs: &[(String, PathBuf)], filter: &str) -> String {
+        let arch = self.arch;
+        let mut script = SLOWNESS.to_owned() + "worst=0; : > \"$PORTCULLIS_RETRIES\"\n";
+        if self.long {
+            script += "export PORTCULLIS_LONG=1\n";
+        }
+        for (name, _) in programs {
+            script += &format!(
+                "echo '== {name} on {arch}'\n\
+                 timeout -s KILL $(({PROGRAM_LIMIT_S} * slowness)) {name} --test-threads=1 {filter}\n\
+                 status=$?; echo \"== status $status\"; [ $status = 0 ] || worst=1\n"
+            );
+        }
+        script
+            + "while read -r line; do echo \"== retry $line\"; done < \"$PORTCULLIS_RETRIES\"\n\
+                  exit $worst\n"
     }
-    script
-        + "while read -r line; do echo \"== retry $line\"; done < \"$PORTCULLIS_RETRIES\"\n\
-              exit $worst\n"
 }
 
 /// The packages with test programs that need [`FEATURE`], those programs, and the test programs

@@ -42,7 +42,7 @@ pub struct TestArgs {
     /// Only what the changes since the branch left main concern, the working tree's too
     #[arg(long, conflicts_with_all = ["quick", "only"])]
     changed: bool,
-    /// Boot tests too that take long and differ little from others
+    /// Boot tests too that take long and differ little from others, and larger transfers
     #[arg(long, conflicts_with = "quick")]
     long: bool,
     /// Minutes for the boot tests of one architecture
@@ -162,6 +162,12 @@ fn report(tally: &Tally, started: Instant) -> ExitCode {
     }
     for failure in &tally.failures {
         println!("failed: {failure}");
+    }
+    if !tally.durations.is_empty() {
+        println!("longest:");
+    }
+    for (duration, name) in tally.longest() {
+        println!("{:6.0} s  {name}", duration.as_secs_f32());
     }
     println!("{} boots had to be tried again", tally.retries);
     println!("all took {:.0} s", started.elapsed().as_secs_f32());

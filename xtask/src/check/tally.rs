@@ -1,6 +1,11 @@
 //! What tests came to: counts, failures, and what was left out.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Error, Result};
+
+/// How many of the tests that took longest are reported.
+const LONGEST: usize = 12;
 
 /// Prints the title of a part of the report.
 pub fn title(text: &str) {
@@ -20,6 +25,8 @@ pub struct Tally {
     pub failures: Vec<String>,
     /// What was not done, and why.
     pub left_out: Vec<String>,
+    /// Names of the tests that were heard of one by one, and what they took.
+    pub durations: Vec<(Duration, String)>,
 }
 
 impl Tally {
@@ -30,6 +37,15 @@ impl Tally {
         self.retries += other.retries;
         self.failures.extend(other.failures);
         self.left_out.extend(other.left_out);
+        self.durations.extend(other.durations);
+    }
+
+    /// The tests that took longest, the longest first.
+    pub fn longest(&self) -> Vec<&(Duration, String)> {
+        let mut durations: Vec<_> = self.durations.iter().collect();
+        durations.sort_by(|one, other| other.cmp(one));
+        durations.truncate(LONGEST);
+        durations
     }
 
     /// Counts a failure.
@@ -66,6 +82,8 @@ pub struct Listener {
     tally: Tally,
     program: String,
     failures_before: u32,
+    /// The test that runs, and since when.
+    running: Option<(Instant, String)>,
     /// Programs that have ended.
     pub ended: usize,
 }
@@ -73,6 +91,7 @@ pub struct Listener {
 impl Listener {
     /// Receives a line of a program's output.
     pub fn line(&mut self, line: &str) {
+        self.note_duration(line);
         if let Some(counts) = line.strip_prefix("test result: ") {
             self.tally.passed += count_of(counts, "passed");
             self.tally.failed += count_of(counts, "failed");
@@ -94,6 +113,21 @@ impl Listener {
                 self.program = format!("({rest})");
                 self.failures_before = self.tally.failed;
             }
+        }
+    }
+
+    /// A test's name is printed when the test begins; the end of its line, when it ends, may be
+    /// a line of its own.
+    fn note_duration(&mut self, line: &str) {
+        let begins = line.starts_with("test ") && line.contains(" ...");
+        if !begins && !line.starts_with("test result: ") {
+            return;
+        }
+        if let Some((since, name)) = self.running.take() {
+            self.tally.durations.push((since.elapsed(), name));
+        }
+        if let Some(name) = line.split_whitespace().nth(1).filter(|_| begins) {
+            self.running = Some((Instant::now(), format!("{name} {}", self.program)));
         }
     }
 
@@ -134,6 +168,19 @@ mod tests {
         );
         assert_eq!((tally.passed, tally.failed, tally.retries), (5, 1, 1));
         assert_eq!(tally.failures, ["reset (boot on x86_64)"]);
+    }
+
+    #[test]
+    fn each_test_has_a_duration() {
+        let tally = heard(
+            "== boot on x86_64\ntest power_off ... ok\ntest reset ... \n--- a part\nok\n\
+             test result: ok. 2 passed; 0 failed\n== status 0",
+        );
+        let names: Vec<_> = tally.durations.iter().map(|(_, name)| name).collect();
+        assert_eq!(
+            names,
+            ["power_off (boot on x86_64)", "reset (boot on x86_64)"]
+        );
     }
 
     #[test]
