@@ -187,16 +187,16 @@ pub struct Platform {
     pub ram: Vec<Range>,
     /// Kernel command line, without a terminating NUL.
     pub cmdline: String,
-    /// Random bytes for the guest's random number generator, where the boot
-    /// protocol can pass them (device tree `rng-seed`, `SETUP_RNG_SEED` of the
-    /// 64-bit x86 boot protocol).
-    pub seed: Option<[u8; 32]>,
+    /// Random bytes for the guest's random number generator (device tree
+    /// `rng-seed`, `SETUP_RNG_SEED` of the 64-bit x86 boot protocol; PVH has no
+    /// place for them).
+    pub seed: [u8; 32],
     /// 16550 UART.
-    pub serial: Option<LegacyDevice>,
+    pub serial: LegacyDevice,
     /// Real-time clock: MC146818 on x86_64, PL031 on aarch64.
-    pub rtc: Option<LegacyDevice>,
-    /// PCI Express root.
+    pub rtc: LegacyDevice,
+    /// PCI Express root; `None` in a machine without PCI functions.
     pub pci: Option<PciHost>,
-    /// IOMMU in front of PCI functions. Needs `pci`.
+    /// IOMMU in front of PCI functions; needs `pci`.
     pub iommu: Option<IommuNode>,
 }

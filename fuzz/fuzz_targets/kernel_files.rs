@@ -212,9 +212,9 @@ fn machine(ram: Vec<arch::Range>) -> (Memory, Platform) {
         caches: Vec::new(),
         ram,
         cmdline: "console=ttyS0".into(),
-        seed: Some([0x5A; 32]),
-        serial: None,
-        rtc: None,
+        seed: [0x5A; 32],
+        serial: arch::layout::SERIAL,
+        rtc: arch::layout::RTC,
         pci: None,
         iommu: None,
     };

@@ -128,9 +128,9 @@ fn platform(plan: &MachinePlan, caches: Vec<Cache>, host: PciHost, ram: Vec<Rang
         caches,
         ram,
         cmdline: plan.boot.cmdline.clone(),
-        seed: Some([1; 32]),
-        serial: Some(aarch64::layout::SERIAL),
-        rtc: Some(aarch64::layout::RTC),
+        seed: [1; 32],
+        serial: aarch64::layout::SERIAL,
+        rtc: aarch64::layout::RTC,
         iommu: model.filter(|_| pci.is_some()).map(|model| IommuNode { model, endpoints }),
         pci,
     }
@@ -172,8 +172,8 @@ fuzz_target!(|input: Input| {
             mmio64: layout::PCI_MMIO64,
         };
         let mut platform = platform(&plan, Vec::new(), host, ram);
-        platform.serial = Some(layout::SERIAL);
-        platform.rtc = Some(layout::RTC);
+        platform.serial = layout::SERIAL;
+        platform.rtc = layout::RTC;
         x86_64::acpi::tables(&platform, layout::ACPI).expect("a plan has ACPI tables");
     }
 });

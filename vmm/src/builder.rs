@@ -284,9 +284,9 @@ fn describe(plan: &MachinePlan, processors: &[Vcpu], pci: Option<&PciBus>) -> io
         caches: processors.first().map_or_else(Vec::new, Vcpu::caches),
         ram: ram_ranges(plan),
         cmdline: plan.boot.cmdline.clone(),
-        seed: Some(seed),
-        serial: Some(layout::SERIAL),
-        rtc: Some(layout::RTC),
+        seed,
+        serial: layout::SERIAL,
+        rtc: layout::RTC,
         pci: pci.map(|_| PciBus::host()),
         iommu: pci.and_then(PciBus::iommu_node),
     })

@@ -45,12 +45,8 @@ pub fn tree(platform: &Platform, initrd: Option<Initrd>) -> Result<Vec<u8>, Erro
     timer(&mut fdt)?;
     psci(&mut fdt)?;
     clock(&mut fdt)?;
-    if let Some(device) = &platform.serial {
-        serial(&mut fdt, device)?;
-    }
-    if let Some(device) = &platform.rtc {
-        rtc(&mut fdt, device)?;
-    }
+    serial(&mut fdt, &platform.serial)?;
+    rtc(&mut fdt, &platform.rtc)?;
     if let Some(node) = &platform.iommu {
         smmu(&mut fdt, node)?;
     }
@@ -77,16 +73,13 @@ fn strings(fdt: &mut FdtWriter, name: &str, values: &[&str]) -> Result<(), Error
 fn chosen(fdt: &mut FdtWriter, platform: &Platform, initrd: Option<Initrd>) -> Result<(), Error> {
     let node = fdt.begin_node("chosen")?;
     fdt.property_string("bootargs", &platform.cmdline)?;
-    if let Some(serial) = &platform.serial {
-        fdt.property_string("stdout-path", &format!("/serial@{:x}", serial.regs.base))?;
-    }
+    let serial = platform.serial.regs.base;
+    fdt.property_string("stdout-path", &format!("/serial@{serial:x}"))?;
     if let Some(initrd) = initrd {
         fdt.property_u64("linux,initrd-start", initrd.base)?;
         fdt.property_u64("linux,initrd-end", initrd.base + initrd.size)?;
     }
-    if let Some(seed) = &platform.seed {
-        fdt.property("rng-seed", seed)?;
-    }
+    fdt.property("rng-seed", &platform.seed)?;
     Ok(fdt.end_node(node)?)
 }
 

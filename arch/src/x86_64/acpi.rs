@@ -21,7 +21,6 @@ const OEM_REVISION: u32 = 1;
 /// `ACPI_FADT_NO_VGA` and the like: IAPC_BOOT_ARCH, ACPI 6.5 §5.2.9.3.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_ASPM: u16 = 1 << 4;
-const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
 /// APIC IDs from here on need an x2APIC entry (255 is the broadcast ID).
 const FIRST_X2APIC_ID: u32 = 255;
@@ -44,10 +43,7 @@ pub fn tables(platform: &Platform, room: Range) -> Result<Vec<u8>, Error> {
         bytes: vec![0; Rsdp::len()],
     };
     let dsdt = blob.place(&dsdt(platform));
-    let mut entries = vec![
-        blob.place(&fadt(platform, dsdt)),
-        blob.place(&madt(platform.cpus)),
-    ];
+    let mut entries = vec![blob.place(&fadt(dsdt)), blob.place(&madt(platform.cpus))];
     if let Some(pci) = &platform.pci {
         entries.push(blob.place(&mcfg(pci)));
         if let Some(viot) = platform.iommu.as_ref().and_then(viot) {
@@ -90,7 +86,7 @@ impl Blob {
 }
 
 /// Fixed ACPI description: hardware-reduced, and nothing to probe for.
-fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::Wbinvd)
@@ -114,13 +110,8 @@ fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
         fadt.sleep_control_reg = register(ports.sleep_control);
         fadt.sleep_status_reg = register(ports.sleep_status);
     }
-    let no_rtc = if platform.rtc.is_none() {
-        BOOT_ARCH_NO_CMOS_RTC
-    } else {
-        0
-    };
     // Bit 1 clear: no 8042, so Linux does not look for a keyboard.
-    fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_ASPM | no_rtc).into();
+    fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_ASPM).into();
     fadt.finalize()
 }
 

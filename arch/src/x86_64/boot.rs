@@ -264,10 +264,8 @@ fn write_zero_page<M: GuestMemoryBackend>(
     }
     params.e820_entries = u8::try_from(map.len().min(table.len())).unwrap_or(0);
     params.e820_table = table;
-    if let Some(seed) = &platform.seed {
-        write_seed(memory, seed)?;
-        params.hdr.setup_data = layout::SETUP_DATA;
-    }
+    write_seed(memory, &platform.seed)?;
+    params.hdr.setup_data = layout::SETUP_DATA;
     memory.write_obj(params, GuestAddress(layout::ZERO_PAGE))?;
     Ok(())
 }

@@ -17,12 +17,8 @@ pub(crate) fn dsdt(platform: &Platform) -> Sdt {
         &Package::new(vec![&PowerPorts::S5, &0u8, &0u8, &0u8]),
     )
     .to_aml_bytes(&mut code);
-    if let Some(serial) = &platform.serial {
-        isa_device(&mut code, "COM1", "PNP0501", serial, true);
-    }
-    if let Some(rtc) = &platform.rtc {
-        isa_device(&mut code, "RTC_", "PNP0B00", rtc, false);
-    }
+    isa_device(&mut code, "COM1", "PNP0501", &platform.serial, true);
+    isa_device(&mut code, "RTC_", "PNP0B00", &platform.rtc, false);
     if let Some(pci) = &platform.pci {
         pci_root(&mut code, pci);
         ecam_reservation(&mut code, pci);

@@ -81,9 +81,9 @@ fn machine(mib: u64, cmdline: &str) -> (Memory, Platform) {
         caches: Vec::new(),
         ram,
         cmdline: cmdline.into(),
-        seed: None,
-        serial: None,
-        rtc: None,
+        seed: [0; 32],
+        serial: layout::SERIAL,
+        rtc: layout::RTC,
         pci: None,
         iommu: None,
     };

@@ -25,9 +25,9 @@ fn machine(mib: u64, cmdline: &str) -> (Memory, Platform) {
         caches: Vec::new(),
         ram,
         cmdline: cmdline.into(),
-        seed: Some([0x5A; 32]),
-        serial: None,
-        rtc: None,
+        seed: [0x5A; 32],
+        serial: layout::SERIAL,
+        rtc: layout::RTC,
         pci: None,
         iommu: None,
     };
