@@ -7,11 +7,13 @@
 
 pub mod bus;
 pub mod error;
+pub mod failure;
 pub mod host_file;
 pub mod interrupt;
 pub mod legacy;
 pub mod pause;
 pub mod pci;
+pub mod queue;
 #[cfg(test)]
 mod rig;
 pub mod smmuv3;

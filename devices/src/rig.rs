@@ -94,7 +94,7 @@ pub struct Board {
 }
 
 impl Board {
-    pub fn given(&self, number: usize) -> Arc<Vector> {
+    pub fn allocated(&self, number: usize) -> Arc<Vector> {
         Arc::clone(&self.vectors.lock().unwrap()[number])
     }
 

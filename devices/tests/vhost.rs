@@ -16,12 +16,13 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use devices::interrupt::{MsiMessage, MsiVector};
+use devices::queue::{Interrupt, RunningQueue};
 use devices::tap::Tap;
 use devices::vhost::iotlb::IotlbStats;
-use devices::vhost::thread::IotlbThread;
+use devices::vhost::worker::VhostWorker;
 use devices::vhost::{IotlbMonitor, VhostContext};
+use devices::virtio::VirtioDevice as _;
 use devices::virtio::net::{Net, NetConfig};
-use devices::virtio::{Interrupt, StartedQueue, VirtioDevice as _};
 use iommu::{
     Access, AddressSpace, GuestRam, Iommu, IommuRegion, Iova, NotifierEvents, Perm, StreamId,
 };
@@ -160,7 +161,7 @@ impl World {
         };
         let context = VhostContext {
             ram: Arc::clone(&ram),
-            thread: Arc::new(IotlbThread::start().unwrap()),
+            worker: Arc::new(VhostWorker::start().unwrap()),
             prefill: true,
             prefetch,
         };
@@ -246,9 +247,9 @@ impl World {
             queue.set_used_ring_address(low, high);
             queue.set_ready(true);
             let vector = Arc::clone(&ring.interrupt) as Arc<dyn MsiVector>;
-            let started = StartedQueue {
+            let started = RunningQueue {
                 queue,
-                space: self.space.clone(),
+                dma: self.space.dma(),
                 kick: Arc::clone(&ring.kick),
                 interrupt: Interrupt::new(vector),
             };

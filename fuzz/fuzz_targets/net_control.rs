@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use devices::interrupt::{MsiSink as _, MsiVector};
 use devices::virtio::net::control::{self, Command};
-use devices::virtio::{Interrupt, StartedQueue};
+use devices::queue::{Interrupt, RunningQueue};
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
 use iommu::GuestRam;
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -53,10 +53,10 @@ struct Rig {
 }
 
 impl Rig {
-    fn started(&self, event_idx: bool) -> StartedQueue {
-        StartedQueue {
+    fn started(&self, event_idx: bool) -> RunningQueue {
+        RunningQueue {
             queue: driver::queue(event_idx),
-            space: driver::space(&self.ram),
+            dma: driver::space(&self.ram).dma(),
             kick: Arc::new(driver::eventfd()),
             interrupt: Interrupt::new(Arc::clone(&self.vector)),
         }

@@ -15,9 +15,9 @@ use std::sync::{Arc, Mutex, Weak};
 
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
-use devices::vhost::posted::Layout;
+use devices::queue::posted::Layout;
 use devices::vhost::shadow::Entry;
-use devices::virtio::failure::Failure;
+use devices::failure::FailureLatch;
 use iommu::{
     AddressSpace, Fault, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
     Perm, Refused, Request, StreamId,
@@ -257,7 +257,7 @@ impl World {
             prefill: false,
             prefetch: true,
         };
-        let failure = Arc::new(Failure::default());
+        let failure = Arc::new(FailureLatch::default());
         let iotlb = VhostIotlb::new("fuzz", kernel.clone(), options, failure).unwrap();
         for number in 0..RAM_PAGES {
             pages.map(number * PAGE, number * PAGE, Perm::READ_WRITE);

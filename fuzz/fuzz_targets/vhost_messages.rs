@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex};
 
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
-use devices::vhost::posted::Layout;
+use devices::queue::posted::Layout;
 use devices::vhost::shadow::Entry;
-use devices::virtio::failure::Failure;
+use devices::failure::FailureLatch;
 use iommu::{AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId};
 use libfuzzer_sys::fuzz_target;
 use pages::{PAGE, Pages, page};
@@ -66,7 +66,7 @@ fuzz_target!(|data: &[u8]| {
         prefill: true,
         prefetch: true,
     };
-    let failure = Arc::new(Failure::default());
+    let failure = Arc::new(FailureLatch::default());
     let iotlb = VhostIotlb::new("fuzz", kernel.clone(), options, failure).unwrap();
     iotlb.attach(&space, &region).unwrap();
     let mut rest = data;

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex};
 
 use devices::interrupt::{MsiSink as _, MsiVector};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
-use devices::virtio::{Interrupt, StartedQueue, VirtioDevice as _};
+use devices::queue::{Interrupt, RunningQueue};
+use devices::virtio::VirtioDevice as _;
 use driver::{AVAIL, SIZE, TABLE, USED};
 use iommu::virtio::spec::request::{ATTACH, DETACH, MAP, PROBE, UNMAP};
 use iommu::virtio::spec::{CONFIG_BYPASS, feature};
@@ -308,9 +309,9 @@ impl Rig {
         self.posted = 0;
         driver::write(&self.ram, AVAIL, [0_u16; 2]);
         driver::write(&self.ram, USED, [0_u16; 2]);
-        let queue = StartedQueue {
+        let queue = RunningQueue {
             queue: driver::queue(false),
-            space: driver::space(&self.ram),
+            dma: driver::space(&self.ram).dma(),
             kick: Arc::new(driver::eventfd()),
             interrupt: Interrupt::new(Arc::clone(&self.interrupt)),
         };

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use devices::interrupt::MsiSink as _;
 use devices::virtio::rng::Rng;
-use devices::virtio::{Interrupt, StartedQueue, VirtioDevice as _};
+use devices::queue::{Interrupt, RunningQueue};
+use devices::virtio::VirtioDevice as _;
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
 use libfuzzer_sys::fuzz_target;
 
@@ -33,9 +34,9 @@ fuzz_target!(|input: (Vec<Descriptor>, Vec<u16>, Vec<(u16, [u8; 8])>)| {
     let mut device = Rng::new().expect("the host's pool");
     let board = Board::default();
     let interrupt = board.vector().expect("an eventfd");
-    let started = || StartedQueue {
+    let started = || RunningQueue {
         queue: driver::queue(false),
-        space: driver::space(&ram),
+        dma: driver::space(&ram).dma(),
         kick: Arc::new(driver::eventfd()),
         interrupt: Interrupt::new(Arc::clone(&interrupt)),
     };

@@ -23,10 +23,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::prefetch::{Trace, World, pieces};
 use super::message::{Message, Miss};
-use super::posted::{Buffer, Layout, Memory, Steps, Unreadable, posted};
 use super::shadow::{DEFAULT_LIMIT, Entry, Shadow, merged};
-use crate::virtio::DeviceError;
-use crate::virtio::failure::Failure;
+use crate::failure::{DeviceError, FailureLatch};
+use crate::queue::posted::{Buffer, Layout, Memory, RingReadError, Steps, posted};
 
 /// Most translations that one miss brings with it, however large the IOTLB.
 const MAX_PREFETCH: usize = 256;
@@ -186,7 +185,7 @@ pub struct VhostIotlb {
     name: String,
     channel: Arc<dyn Channel>,
     options: IotlbOptions,
-    failure: Arc<Failure>,
+    failure: Arc<FailureLatch>,
     reader: Mutex<Option<Attached>>,
     table: Mutex<Table>,
     counters: Counters,
@@ -206,7 +205,7 @@ impl VhostIotlb {
         name: &str,
         channel: Arc<dyn Channel>,
         options: IotlbOptions,
-        failure: Arc<Failure>,
+        failure: Arc<FailureLatch>,
     ) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             name: name.to_owned(),
@@ -453,8 +452,8 @@ impl VhostIotlb {
         let buffers = match posted(&memory, &ring.layout, &steps) {
             Ok(buffers) => buffers,
             // The rings are gone: the kernel will miss them.
-            Err(Unreadable::Fault(_)) => Vec::new(),
-            Err(Unreadable::Malformed(reason)) => {
+            Err(RingReadError::Fault(_)) => Vec::new(),
+            Err(RingReadError::Malformed(reason)) => {
                 let queue = ring.number;
                 self.fail(DeviceError::BadQueue { queue, reason });
                 return;
@@ -614,7 +613,7 @@ impl VhostIotlb {
     }
 
     fn fail(&self, error: DeviceError) {
-        self.failure.raise(error);
+        self.failure.record(error);
         let _ = self.wake.write(1);
     }
 

@@ -1,15 +1,14 @@
 //! The host kernel's vhost devices behind the guest's IOMMU.
 //!
 //! [`sys`] talks to the kernel, [`shadow`] knows what its IOTLB holds,
-//! [`iotlb`] keeps that in step with the IOMMU, [`thread`] answers its misses,
+//! [`iotlb`] keeps that in step with the IOMMU, [`worker`] answers its misses,
 //! and [`Vhost`] starts and stops rings in the order that the kernel wants.
 
 pub mod iotlb;
 pub mod message;
-pub mod posted;
 pub mod shadow;
 pub mod sys;
-pub mod thread;
+pub mod worker;
 
 use std::io;
 use std::sync::Arc;
@@ -24,11 +23,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::iotlb::{Channel, IotlbOptions, IotlbStats, Ring, VhostIotlb};
 use self::message::{Message, Miss};
-use self::posted::Layout;
 use self::sys::{Kind, OpenError, RingAddresses, VhostKernel};
-use self::thread::{IotlbThread, Served};
-use crate::virtio::failure::Failure;
-use crate::virtio::{DeviceError, QueuePosition, StartedQueue};
+use self::worker::{EpollClient, VhostWorker};
+use crate::failure::{DeviceError, FailureLatch};
+use crate::queue::posted::Layout;
+use crate::queue::{QueuePosition, RunningQueue};
 
 /// Rings of a vhost file: both kinds have a pair.
 pub const RINGS: usize = 2;
@@ -47,7 +46,7 @@ pub struct VhostContext {
     /// The guest's RAM.
     pub ram: Arc<GuestRam>,
     /// Answers misses.
-    pub thread: Arc<IotlbThread>,
+    pub worker: Arc<VhostWorker>,
     /// Send new mappings when they are made, if the IOMMU tells of them.
     pub prefill: bool,
     /// Translate every posted buffer of a queue that misses one.
@@ -77,11 +76,11 @@ struct File {
     kernel: Arc<VhostKernel>,
     iotlb: Arc<VhostIotlb>,
     errors: [EventFd; RINGS],
-    failure: Arc<Failure>,
+    failure: Arc<FailureLatch>,
     translated: AtomicBool,
 }
 
-impl Served for File {
+impl EpollClient for File {
     fn ready(&self, source: u32) -> bool {
         let good = match source {
             MISSES => self.iotlb.service(),
@@ -95,7 +94,7 @@ impl Served for File {
                 true
             }
         };
-        self.failure.sound();
+        self.failure.notify();
         good
     }
 }
@@ -111,7 +110,7 @@ impl File {
             self.iotlb
                 .ring_failed(u16::try_from(index).unwrap_or(u16::MAX));
         } else {
-            self.failure.raise(DeviceError::Backend {
+            self.failure.record(DeviceError::Backend {
                 what: "the host's vhost cannot use what the driver put on a queue",
                 source: io::Error::from(io::ErrorKind::InvalidData),
             });
@@ -127,7 +126,7 @@ impl File {
 /// end away, then [`ring_stopped`](Self::ring_stopped).
 pub struct Vhost {
     file: Arc<File>,
-    _thread: Arc<IotlbThread>,
+    _worker: Arc<VhostWorker>,
 }
 
 impl Vhost {
@@ -140,7 +139,7 @@ impl Vhost {
         kind: Kind,
         name: &str,
         context: &VhostContext,
-        failure: &Arc<Failure>,
+        failure: &Arc<FailureLatch>,
     ) -> Result<Self, OpenError> {
         let kernel = Arc::new(VhostKernel::open(kind, Arc::clone(&context.ram))?);
         let other = |source| OpenError::Other { kind, source };
@@ -163,10 +162,10 @@ impl Vhost {
         let served = Arc::downgrade(&file);
         let sources: [&dyn std::os::fd::AsRawFd; 4] =
             [&*file.kernel, file.iotlb.wake(), first, second];
-        context.thread.serve(served, &sources).map_err(other)?;
+        context.worker.serve(served, &sources).map_err(other)?;
         Ok(Self {
             file,
-            _thread: Arc::clone(&context.thread),
+            _worker: Arc::clone(&context.worker),
         })
     }
 
@@ -204,7 +203,7 @@ impl Vhost {
             }
             kernel.set_up(features & known & !NEVER)
         });
-        served.map_err(failed("setting up the host's vhost"))?;
+        served.map_err(DeviceError::backend("setting up the host's vhost"))?;
         self.file.translated.store(translated, Ordering::Release);
         Ok(())
     }
@@ -218,7 +217,7 @@ impl Vhost {
         &self,
         index: usize,
         number: u16,
-        started: &StartedQueue,
+        started: &RunningQueue,
     ) -> Result<(), DeviceError> {
         let queue = &started.queue;
         let layout = Layout {
@@ -229,13 +228,13 @@ impl Vhost {
         };
         let file = &self.file;
         let translated = file.translated.load(Ordering::Acquire);
-        let addresses = match (started.space.region(), translated) {
+        let addresses = match (started.space().region(), translated) {
             (Some(_), true) => RingAddresses {
                 desc: layout.desc.0,
                 avail: layout.avail.0,
                 used: layout.used.0,
             },
-            (None, false) => identity_addresses(&started.space, &layout, number)?,
+            (None, false) => identity_addresses(started.space(), &layout, number)?,
             _ => {
                 return Err(DeviceError::BadQueue {
                     queue: number,
@@ -245,9 +244,9 @@ impl Vhost {
         };
         file.kernel
             .set_ring(index, layout.size, addresses, queue.next_avail())
-            .map_err(failed("telling the host's vhost of a queue"))?;
-        if let Some(region) = started.space.region() {
-            file.iotlb.attach(&started.space, region)?;
+            .map_err(DeviceError::backend("telling the host's vhost of a queue"))?;
+        if let Some(region) = started.space().region() {
+            file.iotlb.attach(started.space(), region)?;
             let ring = Ring {
                 number,
                 layout,
@@ -262,7 +261,9 @@ impl Vhost {
                 let call = started.interrupt.eventfd();
                 file.kernel.set_eventfds(index, &started.kick, call, error)
             })
-            .map_err(failed("connecting a queue to the host's vhost"))
+            .map_err(DeviceError::backend(
+                "connecting a queue to the host's vhost",
+            ))
     }
 
     /// A ring's back end has been taken away: where it is.
@@ -309,11 +310,6 @@ impl IotlbMonitor {
 
 fn ring_number(index: usize) -> u16 {
     u16::try_from(index).unwrap_or(u16::MAX)
-}
-
-/// Makes a device's error of the system's.
-fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
-    move |source| DeviceError::Backend { what, source }
 }
 
 /// The rings in this process's memory, for a device that no IOMMU stands

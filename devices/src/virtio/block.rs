@@ -13,23 +13,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::{io, thread};
 
-use iommu::DmaSpace;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueT as _};
+use virtio_queue::QueueT as _;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::image::SECTOR;
 pub use self::image::{Image, ImageError};
 pub use self::request::{Disk, Served};
-use super::chain::RINGS_OUTSIDE;
-use super::failure::{Alarm, Failure};
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use super::{VirtioDevice, read_image};
+use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::queue::chain::RINGS_OUTSIDE;
+use crate::queue::{QueuePosition, RunningQueue};
 
 const QUEUE_SIZE: u16 = 256;
 /// Most data segments of a request (`seg_max`): a ring's worth without header
@@ -62,10 +62,7 @@ pub struct BlockCounters {
 }
 
 struct Running {
-    queue: Queue,
-    dma: DmaSpace,
-    interrupt: Interrupt,
-    kick: Arc<EventFd>,
+    queue: RunningQueue,
     /// Not served until the driver resets the device.
     failed: bool,
 }
@@ -78,7 +75,7 @@ struct Shared {
     leave: Vec<AtomicBool>,
     epoll: Epoll,
     stop: EventFd,
-    failure: Failure,
+    failure: FailureLatch,
 }
 
 impl Shared {
@@ -123,7 +120,7 @@ impl Block {
             leave: (0..count).map(|_| AtomicBool::new(false)).collect(),
             epoll: Epoll::new()?,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            failure: Failure::default(),
+            failure: FailureLatch::default(),
         });
         let stop = EpollEvent::new(EventSet::IN, STOP);
         shared
@@ -157,8 +154,8 @@ impl Block {
 
     /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
     /// something to give. Called without any lock.
-    pub fn on_failure(&self, alarm: Alarm) {
-        self.shared.failure.on_failure(alarm);
+    pub fn on_failure(&self, callback: FailureCallback) {
+        self.shared.failure.set_callback(callback);
     }
 }
 
@@ -224,30 +221,25 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
-    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+    fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
         let at = usize::from(index);
         let (Some(mut queue), Some(kick)) = (self.shared.queue(at), self.kicks.get_mut(at)) else {
             return Ok(());
         };
+        let new = Arc::clone(&started.kick);
         *queue = Some(Running {
-            dma: started.space.dma(),
-            queue: started.queue,
-            interrupt: started.interrupt,
-            kick: Arc::clone(&started.kick),
+            queue: started,
             failed: false,
         });
         let event = EpollEvent::new(EventSet::IN, u64::from(index));
         let watched = self
             .shared
             .epoll
-            .ctl(ControlOperation::Add, started.kick.as_raw_fd(), event);
-        watched.map_err(|source| DeviceError::Backend {
-            what: "watching a queue",
-            source,
-        })?;
+            .ctl(ControlOperation::Add, new.as_raw_fd(), event);
+        watched.map_err(DeviceError::backend("watching a queue"))?;
         // A driver may have posted requests before it was ready.
-        let _ = started.kick.write(1);
-        *kick = Some(started.kick);
+        let _ = new.write(1);
+        *kick = Some(new);
         Ok(())
     }
 
@@ -264,10 +256,7 @@ impl VirtioDevice for Block {
         leave.store(true, Ordering::Release);
         let stopped = self.shared.queue(at)?.take();
         leave.store(false, Ordering::Release);
-        stopped.map(|running| QueuePosition {
-            next_avail: running.queue.next_avail(),
-            next_used: running.queue.next_used(),
-        })
+        stopped.map(|running| running.queue.position())
     }
 
     fn reset(&mut self) {
@@ -302,11 +291,11 @@ fn work(shared: &Shared, mut disk: Disk) {
             Ok(ready) => ready,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(source) => {
-                shared.failure.raise(DeviceError::Backend {
+                shared.failure.record(DeviceError::Backend {
                     what: "waiting for kicks",
                     source,
                 });
-                shared.failure.sound();
+                shared.failure.notify();
                 return;
             }
         };
@@ -316,7 +305,7 @@ fn work(shared: &Shared, mut disk: Disk) {
             }
             let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
             kicked(shared, index, &mut disk);
-            shared.failure.sound();
+            shared.failure.notify();
         }
     }
 }
@@ -330,43 +319,48 @@ fn kicked(shared: &Shared, index: usize, disk: &mut Disk) {
     let Some(running) = queue.as_mut() else {
         return;
     };
-    let _ = running.kick.read();
+    let _ = running.queue.kick.read();
     if running.failed {
         return;
     }
-    if let Err(reason) = running.serve(disk, leave) {
+    if let Err(reason) = serve(&mut running.queue, disk, leave) {
         running.failed = true;
         let queue = u16::try_from(index).unwrap_or(u16::MAX);
         shared
             .failure
-            .raise(DeviceError::BadQueue { queue, reason });
+            .record(DeviceError::BadQueue { queue, reason });
     }
 }
 
-impl Running {
-    /// Serves what is posted, up to a ring of requests, so that the disk's
-    /// other queues have their turn.
-    fn serve(&mut self, disk: &mut Disk, leave: &AtomicBool) -> Result<(), &'static str> {
-        let rings = |_| RINGS_OUTSIDE;
-        self.queue
-            .disable_notification(&self.dma.view())
-            .map_err(rings)?;
-        for _ in 0..self.queue.size() {
-            if leave.load(Ordering::Acquire) {
-                break;
-            }
-            match disk.serve(&mut self.queue, &self.dma, leave)? {
-                Served::Done { interrupt: true } => self.interrupt.signal(),
-                Served::Done { interrupt: false } => {}
-                Served::Nothing => break,
-            }
+/// Serves the available requests, up to a ring of them, so that the disk's other
+/// queues have their turn.
+fn serve(
+    running: &mut RunningQueue,
+    disk: &mut Disk,
+    leave: &AtomicBool,
+) -> Result<(), &'static str> {
+    let rings = |_| RINGS_OUTSIDE;
+    let RunningQueue {
+        queue,
+        dma,
+        kick,
+        interrupt,
+    } = running;
+    queue.disable_notification(&dma.view()).map_err(rings)?;
+    for _ in 0..queue.size() {
+        if leave.load(Ordering::Acquire) {
+            break;
         }
-        let more = self.queue.enable_notification(&self.dma.view());
-        if more.map_err(rings)? {
-            let _ = self.kick.write(1);
+        match disk.serve(queue, dma, leave)? {
+            Served::Done { interrupt: true } => interrupt.signal(),
+            Served::Done { interrupt: false } => {}
+            Served::Nothing => break,
         }
-        Ok(())
     }
+    if queue.enable_notification(&dma.view()).map_err(rings)? {
+        let _ = kick.write(1);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

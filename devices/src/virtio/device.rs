@@ -1,80 +1,8 @@
 //! What a virtio device is to its transport (virtio 1.2 §2).
 
-use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
-
-use iommu::{AddressSpace, DmaView};
-use virtio_queue::{Queue, QueueT as _};
-use vm_memory::{Bytes as _, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::interrupt::MsiVector;
+use crate::failure::DeviceError;
 use crate::pause::Deferral;
-
-/// The flag of the available ring by which a driver asks for no interrupts.
-const NO_INTERRUPT: u16 = 1;
-
-/// How a device interrupts its driver for one queue, or for a change of
-/// configuration.
-#[derive(Clone)]
-pub struct Interrupt(Arc<dyn MsiVector>);
-
-impl Interrupt {
-    /// The interrupt behind a source that the transport routes.
-    #[must_use]
-    pub fn new(vector: Arc<dyn MsiVector>) -> Self {
-        Self(vector)
-    }
-
-    /// Interrupts. A full counter means that it is signalled already.
-    pub fn signal(&self) {
-        let _ = self.0.eventfd().write(1);
-    }
-
-    /// Interrupts for used entries of `queue`, unless the driver asked for none
-    /// (virtio 1.2 §2.7.7). For devices without `EVENT_IDX`.
-    pub fn signal_for(&self, queue: &Queue, view: &DmaView<'_>) {
-        // The used index must be visible before the flags are looked at.
-        fence(Ordering::SeqCst);
-        let flags = view.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::SeqCst);
-        if flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0) {
-            self.signal();
-        }
-    }
-
-    /// What to give a kernel back end as its call eventfd. It stays the same
-    /// for the life of the device.
-    #[must_use]
-    pub fn eventfd(&self) -> &EventFd {
-        self.0.eventfd()
-    }
-}
-
-/// A queue that the driver enabled, handed to its device.
-pub struct StartedQueue {
-    /// The rings: size and addresses (which are I/O virtual), the position to
-    /// go on from, and whether event indices were negotiated.
-    pub queue: Queue,
-    /// What the device may see of memory. `space.dma()` makes a view for one
-    /// user.
-    pub space: AddressSpace,
-    /// Signalled by the driver's kicks, unless the device is
-    /// [inline](VirtioDevice::inline). The same for the life of the device.
-    pub kick: Arc<EventFd>,
-    /// Interrupts the driver for this queue.
-    pub interrupt: Interrupt,
-}
-
-/// Where a stopped queue is, for whoever starts it again (virtio 1.2 §2.6.1,
-/// snapshots, GET_VRING_BASE).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueuePosition {
-    /// The index of the next entry of the available ring.
-    pub next_avail: u16,
-    /// The index of the next entry of the used ring.
-    pub next_used: u16,
-}
+use crate::queue::{QueuePosition, RunningQueue};
 
 /// Reads a part of registers that are laid out as `image`: what lies beyond them
 /// reads as zeros.
@@ -85,29 +13,6 @@ pub(super) fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
     data.iter_mut()
         .zip(bytes)
         .for_each(|(to, &from)| *to = from);
-}
-
-/// The device cannot do what was asked of it. The transport logs it once and
-/// shows DEVICE_NEEDS_RESET to the driver (virtio 1.2 §2.1.1).
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// The driver set up something that cannot be used.
-    #[error("the driver's set-up of queue {queue} cannot be used: {reason}")]
-    BadQueue {
-        /// Which queue.
-        queue: u16,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// The back end failed.
-    #[error("{what}")]
-    Backend {
-        /// What was tried.
-        what: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// A virtio device behind a transport. The transport negotiates features,
@@ -122,7 +27,7 @@ pub trait VirtioDevice: Send {
 
     /// The features it offers: its own and the ring's (`EVENT_IDX`,
     /// `INDIRECT_DESC`). The transport adds `VERSION_1`, `RING_RESET`, and
-    /// `ACCESS_PLATFORM` when an IOMMU stands before the function.
+    /// `ACCESS_PLATFORM` when an IOMMU is in front of the function.
     fn features(&self) -> u64;
 
     /// Reads the device configuration at `offset`. What lies beyond it reads
@@ -160,7 +65,7 @@ pub trait VirtioDevice: Send {
     ///
     /// # Errors
     /// The device needs a reset.
-    fn start_queue(&mut self, index: u16, queue: StartedQueue) -> Result<(), DeviceError>;
+    fn start_queue(&mut self, index: u16, queue: RunningQueue) -> Result<(), DeviceError>;
 
     /// Stops a queue and tells where it is. When this returns the device
     /// touches none of its memory any more. `None` when it was not running.

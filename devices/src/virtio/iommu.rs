@@ -5,20 +5,20 @@
 //! interrupts off and polls the used ring, so every hop to another thread would
 //! be time that it spins.
 
-use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use iommu::DmaView;
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, spec};
-use iommu::{DmaSpace, DmaView};
 use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtio_queue::{Queue, QueueT as _};
-use vm_memory::Bytes as _;
+use virtio_queue::QueueT as _;
 
-use super::chain::{Buffer, Chain, RINGS_OUTSIDE};
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use super::{VirtioDevice, read_image};
+use crate::failure::DeviceError;
 use crate::pause::Deferral;
+use crate::queue::chain::{Chain, RINGS_OUTSIDE, gather, scatter, total};
+use crate::queue::{QueuePosition, RunningQueue};
 
 const REQUEST_QUEUE: u16 = 0;
 const EVENT_QUEUE: u16 = 1;
@@ -30,36 +30,12 @@ const QUEUE_SIZES: [u16; 2] = [REQUEST_SIZE, EVENT_SIZE];
 const MAX_REQUEST: usize = 128;
 const MAX_REPLY: usize = spec::PROBE_SIZE as usize + spec::request::TAIL_SIZE;
 
-/// A queue in use.
-struct Running {
-    queue: Queue,
-    dma: DmaSpace,
-    interrupt: Interrupt,
-}
-
-impl Running {
-    fn new(started: StartedQueue) -> Self {
-        Self {
-            dma: started.space.dma(),
-            queue: started.queue,
-            interrupt: started.interrupt,
-        }
-    }
-
-    fn position(&self) -> QueuePosition {
-        QueuePosition {
-            next_avail: self.queue.next_avail(),
-            next_used: self.queue.next_used(),
-        }
-    }
-}
-
 /// The event queue. It has a lock of its own, because faults are reported from
 /// threads that must not wait for the transport: one of its requests may be
 /// waiting for them.
 #[derive(Default)]
 pub struct EventQueue {
-    running: Mutex<Option<Running>>,
+    running: Mutex<Option<RunningQueue>>,
     dropped: AtomicU64,
     reported: AtomicU64,
 }
@@ -72,7 +48,7 @@ impl EventQueue {
         (reported, self.dropped.load(Ordering::Relaxed))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+    fn lock(&self) -> MutexGuard<'_, Option<RunningQueue>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -80,24 +56,28 @@ impl EventQueue {
 impl FaultSink for EventQueue {
     fn report(&self, report: &FaultReport) {
         let mut running = self.lock();
-        let told = running
+        let written = running
             .as_mut()
             .is_some_and(|running| push_report(running, report));
-        let counter = if told { &self.reported } else { &self.dropped };
+        let counter = if written {
+            &self.reported
+        } else {
+            &self.dropped
+        };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// Puts a report into the next buffer (§5.13.6.9); `false` when there is none
 /// that holds it.
-fn push_report(running: &mut Running, report: &FaultReport) -> bool {
+fn push_report(running: &mut RunningQueue, report: &FaultReport) -> bool {
     let view = running.dma.view();
     let Ok(Some(chain)) = Chain::take(&mut running.queue, &view, EVENT_SIZE) else {
         return false;
     };
     let bytes = report.to_bytes();
-    let room: usize = chain.room.iter().map(|buffer| buffer.len as usize).sum();
-    let written = room >= bytes.len() && scatter(&view, &bytes, &chain.room).is_ok();
+    let fits = total(&chain.writable) >= bytes.len() as u64;
+    let written = fits && scatter(&view, &chain.writable, &bytes).is_ok();
     let len = if written { bytes.len() } else { 0 };
     let len = u32::try_from(len).unwrap_or(0);
     if running.queue.add_used(&view, chain.head, len).is_err() {
@@ -111,7 +91,7 @@ fn push_report(running: &mut Running, report: &FaultReport) -> bool {
 pub struct VirtioIommuDevice {
     model: Arc<VirtioIommu>,
     events: Arc<EventQueue>,
-    requests: Option<Running>,
+    requests: Option<RunningQueue>,
     deferral: Deferral,
 }
 
@@ -164,8 +144,8 @@ impl VirtioDevice for VirtioIommuDevice {
         Ok(())
     }
 
-    fn start_queue(&mut self, index: u16, queue: StartedQueue) -> Result<(), DeviceError> {
-        let running = Some(Running::new(queue));
+    fn start_queue(&mut self, index: u16, queue: RunningQueue) -> Result<(), DeviceError> {
+        let running = Some(queue);
         match index {
             REQUEST_QUEUE => self.requests = running,
             _ => *self.events.lock() = running,
@@ -204,7 +184,7 @@ impl VirtioDevice for VirtioIommuDevice {
 /// pause waits for one request.
 fn serve(
     model: &VirtioIommu,
-    running: &mut Running,
+    running: &mut RunningQueue,
     deferral: &Deferral,
 ) -> Result<(), DeviceError> {
     let view = running.dma.view();
@@ -256,29 +236,14 @@ fn not_in_memory(_: virtio_queue::Error) -> DeviceError {
 fn answer(model: &VirtioIommu, view: &DmaView<'_>, chain: &Chain) -> Option<u32> {
     let mut request = [0; MAX_REQUEST];
     let mut reply = [0; MAX_REPLY];
-    let mut read = 0;
-    for buffer in &chain.given {
-        let rest = request.get_mut(read..)?;
-        let take = rest.len().min(buffer.len as usize);
-        let bytes = rest.get_mut(..take)?;
-        view.read_slice(bytes, buffer.at).ok()?;
-        read += take;
-    }
-    let room: usize = chain.room.iter().map(|buffer| buffer.len as usize).sum();
-    let reply_room = reply.get_mut(..room.min(MAX_REPLY))?;
-    let written = model.handle(request.get(..read)?, reply_room);
-    scatter(view, reply.get(..written)?, &chain.room).ok()?;
+    let read = gather(view, &chain.readable, &mut request).ok()?;
+    let writable = usize::try_from(total(&chain.writable)).ok()?;
+    let written = model.handle(
+        request.get(..read)?,
+        reply.get_mut(..writable.min(MAX_REPLY))?,
+    );
+    scatter(view, &chain.writable, reply.get(..written)?).ok()?;
     u32::try_from(written).ok()
-}
-
-/// Writes `bytes` over the buffers in order.
-fn scatter(view: &DmaView<'_>, mut bytes: &[u8], room: &[Buffer]) -> io::Result<()> {
-    for buffer in room {
-        let (now, later) = bytes.split_at(bytes.len().min(buffer.len as usize));
-        view.write_slice(now, buffer.at).map_err(io::Error::other)?;
-        bytes = later;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -19,16 +19,16 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT as _;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::control::{CONTROL_SIZE, Command};
-use self::rings::{Pair, Ring, State, failed, ring_total, split};
-use super::failure::{Alarm, Failure};
-use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use self::rings::{Pair, Ring, State, ring_total, split};
+use super::{VirtioDevice, read_image};
+use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::queue::{QueuePosition, RunningQueue};
 use crate::tap::{Link, Offloads, Tap};
 use crate::vhost::sys::{Kind, OpenError};
-use crate::vhost::thread::Served;
+use crate::vhost::worker::EpollClient;
 use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
 
 /// Entries of a data queue.
@@ -75,7 +75,7 @@ struct Shared {
     counters: Arc<NetCounters>,
     /// The link changed and the driver has not been told.
     link_changed: AtomicBool,
-    failure: Arc<Failure>,
+    failure: Arc<FailureLatch>,
     /// The kicks of the control queue, once it has run.
     kick: OnceLock<Arc<EventFd>>,
 }
@@ -86,7 +86,7 @@ impl Net {
     /// # Errors
     /// [`OpenError`] of the host's vhost-net.
     pub fn new(config: NetConfig, tap: Tap, context: &VhostContext) -> Result<Self, OpenError> {
-        let failure = Arc::new(Failure::default());
+        let failure = Arc::new(FailureLatch::default());
         let mut pairs = Vec::new();
         for pair in 0..config.pairs {
             let name = if config.pairs == 1 {
@@ -128,7 +128,7 @@ impl Net {
             failure,
             kick: OnceLock::new(),
         });
-        let watched = shared.watch_link(&context.thread);
+        let watched = shared.watch_link(&context.worker);
         watched.map_err(|source| OpenError::Other {
             kind: Kind::Net,
             source,
@@ -162,8 +162,8 @@ impl Net {
     /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) or
     /// [`take_config_change`](VirtioDevice::take_config_change) has something to
     /// give. Called without any lock.
-    pub fn on_failure(&self, alarm: Alarm) {
-        self.shared.failure.on_failure(alarm);
+    pub fn on_failure(&self, callback: FailureCallback) {
+        self.shared.failure.set_callback(callback);
     }
 }
 
@@ -266,12 +266,12 @@ impl VirtioDevice for Net {
         state
             .tap
             .set_offloads(guest_offloads(features))
-            .map_err(failed("setting the offloads of the tap"))?;
+            .map_err(DeviceError::backend("setting the offloads of the tap"))?;
         let mut pairs = state.pairs.iter();
         pairs.try_for_each(|pair| pair.vhost.negotiated(features))
     }
 
-    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+    fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
         let kick = Arc::clone(&started.kick);
         let mut state = self.shared.state();
         if self.queue_sizes.len() > RINGS && index == state.control_number {
@@ -300,19 +300,13 @@ impl VirtioDevice for Net {
         let mut state = self.shared.state();
         let control = state.control.take_if(|(number, _)| *number == index);
         if let Some((_, started)) = control {
-            return Some(QueuePosition {
-                next_avail: started.queue.next_avail(),
-                next_used: started.queue.next_used(),
-            });
+            return Some(started.position());
         }
         let (pair, ring) = split(index);
         state.stop_ring(pair, ring);
         let pair = state.pairs.get_mut(pair)?;
         let stopped = pair.rings.get_mut(ring)?.take()?;
-        Some(QueuePosition {
-            next_avail: stopped.started.queue.next_avail(),
-            next_used: stopped.started.queue.next_used(),
-        })
+        Some(stopped.started.position())
     }
 
     fn reset(&mut self) {
@@ -346,9 +340,9 @@ impl Net {
     /// Has the control queue's kicks served by the thread from now on.
     fn watch(&self, kick: &Arc<EventFd>) -> Result<(), DeviceError> {
         if self.shared.kick.set(Arc::clone(kick)).is_ok() {
-            let served = Arc::downgrade(&self.shared) as Weak<dyn Served>;
-            let watched = self.context.thread.serve(served, &[&**kick]);
-            watched.map_err(failed("watching the control queue"))?;
+            let served = Arc::downgrade(&self.shared) as Weak<dyn EpollClient>;
+            let watched = self.context.worker.serve(served, &[&**kick]);
+            watched.map_err(DeviceError::backend("watching the control queue"))?;
         }
         // What was posted before may have had its kick before.
         let _ = kick.write(1);
@@ -362,7 +356,7 @@ impl Shared {
     }
 }
 
-impl Served for Shared {
+impl EpollClient for Shared {
     /// The control queue was kicked, or a link of the host changed.
     fn ready(&self, _source: u32) -> bool {
         let kicked = self.kick.get().is_some_and(|kick| kick.read().is_ok());
@@ -370,7 +364,7 @@ impl Served for Shared {
             self.serve_control();
         }
         self.follow_link();
-        self.failure.sound();
+        self.failure.notify();
         true
     }
 }
@@ -387,7 +381,7 @@ impl Shared {
             let done = match command {
                 Command::Pairs(pairs) => state
                     .use_pairs(usize::from(pairs))
-                    .is_ok_and(|done| done.map_err(|error| failure.raise(error)).is_ok()),
+                    .is_ok_and(|done| done.map_err(|error| failure.record(error)).is_ok()),
                 Command::Unknown => false,
             };
             counters.control_commands.fetch_add(1, Ordering::Relaxed);
@@ -396,7 +390,7 @@ impl Shared {
             done
         });
         if let Err(error) = served {
-            failure.raise(error);
+            failure.record(error);
         }
         state.control = Some((number, started));
     }

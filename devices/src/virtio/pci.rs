@@ -12,11 +12,13 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use super::{VirtioDevice, read_image};
 use crate::error::Chain;
+use crate::failure::DeviceError;
 use crate::interrupt::{Doorbells, MsiSink};
 use crate::pause::{Deferral, Resumable};
 use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester, halves};
+use crate::queue::{Interrupt, QueuePosition, RunningQueue};
 
 /// Bytes of BAR 0, which holds all of the structures.
 pub const BAR_SIZE: u64 = 0x8000;
@@ -378,9 +380,9 @@ impl VirtioPci {
             return;
         }
         let started = setup.build(number, features).and_then(|queue| {
-            let started = StartedQueue {
+            let started = RunningQueue {
                 queue,
-                space: self.requester.space.clone(),
+                dma: self.requester.space.dma(),
                 kick: Arc::clone(&setup.kick),
                 interrupt: setup.interrupt.clone(),
             };

@@ -2,15 +2,16 @@
 
 use std::io;
 
-use iommu::{DmaSpace, DmaView};
+use iommu::DmaView;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtio_queue::{Queue, QueueT as _};
-use vm_memory::Bytes as _;
+use virtio_queue::QueueT as _;
 
-use super::chain::{Chain, RINGS_OUTSIDE};
-use super::{DeviceError, Interrupt, QueuePosition, StartedQueue, VirtioDevice};
+use super::VirtioDevice;
+use crate::failure::DeviceError;
 use crate::pause::Deferral;
+use crate::queue::chain::{Chain, RINGS_OUTSIDE, scatter, total};
+use crate::queue::{QueuePosition, RunningQueue};
 
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 const QUEUE_SIZE: u16 = 64;
@@ -21,14 +22,8 @@ const MAX_BYTES: usize = 4096;
 /// The device. It answers on the vCPU that kicks: the pool never blocks, and
 /// what is given for one kick is bounded.
 pub struct Rng {
-    running: Option<Running>,
+    running: Option<RunningQueue>,
     deferral: Deferral,
-}
-
-struct Running {
-    queue: Queue,
-    dma: DmaSpace,
-    interrupt: Interrupt,
 }
 
 impl Rng {
@@ -75,25 +70,18 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
-    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
-        self.running = Some(Running {
-            dma: started.space.dma(),
-            queue: started.queue,
-            interrupt: started.interrupt,
-        });
+    fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
+        self.running = Some(started);
         self.kicked(index)
     }
 
     fn stop_queue(&mut self, _index: u16) -> Option<QueuePosition> {
-        self.running.take().map(|running| QueuePosition {
-            next_avail: running.queue.next_avail(),
-            next_used: running.queue.next_used(),
-        })
+        self.running.take().map(|running| running.position())
     }
 
     fn kicked(&mut self, _index: u16) -> Result<(), DeviceError> {
         match &mut self.running {
-            Some(running) => running.fill(&self.deferral),
+            Some(running) => fill(running, &self.deferral),
             None => Ok(()),
         }
     }
@@ -101,48 +89,40 @@ impl VirtioDevice for Rng {
     fn reset(&mut self) {}
 }
 
-impl Running {
-    /// Fills the available buffers, up to a ring of chains. Each chain has a view of its
-    /// own, so that an unmap waits for one chain at most.
-    fn fill(&mut self, deferral: &Deferral) -> Result<(), DeviceError> {
-        let bad = |reason| DeviceError::BadQueue { queue: 0, reason };
-        let mut any = false;
-        for _ in 0..self.queue.size() {
-            if deferral.interrupts() {
-                break;
-            }
-            let view = self.dma.view();
-            let chain = Chain::take(&mut self.queue, &view, QUEUE_SIZE).map_err(bad)?;
-            let Some(chain) = chain else {
-                break;
-            };
-            let given = give(&view, &chain).map_err(bad)?;
-            let used = self.queue.add_used(&view, chain.head, given);
-            used.map_err(|_| bad(RINGS_OUTSIDE))?;
-            any = true;
+/// Fills the available buffers, up to a ring of chains. Each chain has a view of
+/// its own, so that an unmap waits for one chain at most.
+fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), DeviceError> {
+    let bad = |reason| DeviceError::BadQueue { queue: 0, reason };
+    let queue = &mut running.queue;
+    let mut any = false;
+    for _ in 0..queue.size() {
+        if deferral.interrupts() {
+            break;
         }
-        if any {
-            self.interrupt.signal_for(&self.queue, &self.dma.view());
-        }
-        Ok(())
+        let view = running.dma.view();
+        let Some(chain) = Chain::take(queue, &view, QUEUE_SIZE).map_err(bad)? else {
+            break;
+        };
+        let len = fill_chain(&view, &chain).map_err(bad)?;
+        let used = queue.add_used(&view, chain.head, len);
+        used.map_err(|_| bad(RINGS_OUTSIDE))?;
+        any = true;
     }
+    if any {
+        running.interrupt.signal_for(queue, &running.dma.view());
+    }
+    Ok(())
 }
 
-/// Fills a chain's buffers from the front. Returns the number of bytes given.
-fn give(view: &DmaView<'_>, chain: &Chain) -> Result<u32, &'static str> {
-    let room: u64 = chain.room.iter().map(|buffer| u64::from(buffer.len)).sum();
+/// Fills a chain's buffers from the front. Returns the number of bytes written.
+fn fill_chain(view: &DmaView<'_>, chain: &Chain) -> Result<u32, &'static str> {
+    let len = usize::try_from(total(&chain.writable)).unwrap_or(MAX_BYTES);
     let mut random = [0; MAX_BYTES];
-    let given = usize::try_from(room).unwrap_or(MAX_BYTES).min(MAX_BYTES);
-    let (random, _) = random.split_at_mut(given);
+    let (random, _) = random.split_at_mut(len.min(MAX_BYTES));
     getrandom::fill(random).map_err(|_| "the host gives no random bytes")?;
-    let mut rest = &*random;
-    for buffer in &chain.room {
-        let (now, later) = rest.split_at(rest.len().min(buffer.len as usize));
-        view.write_slice(now, buffer.at)
-            .map_err(|_| "a buffer is not in memory")?;
-        rest = later;
-    }
-    Ok(u32::try_from(given).unwrap_or(0))
+    let written = scatter(view, &chain.writable, random);
+    let written = written.map_err(|_| "a buffer is not in memory")?;
+    Ok(u32::try_from(written).unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT as _;
 
-use super::failure::{Alarm, Failure};
-use super::{DeviceError, QueuePosition, StartedQueue, VirtioDevice, read_image};
+use super::{VirtioDevice, read_image};
+use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::queue::{QueuePosition, RunningQueue};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
 
@@ -44,10 +44,10 @@ pub struct Vsock {
     cid: u32,
     features: u64,
     vhost: Vhost,
-    rings: [Option<StartedQueue>; RINGS],
-    events: Option<StartedQueue>,
+    rings: [Option<RunningQueue>; RINGS],
+    events: Option<RunningQueue>,
     running: bool,
-    failure: Arc<Failure>,
+    failure: Arc<FailureLatch>,
 }
 
 impl Vsock {
@@ -56,7 +56,7 @@ impl Vsock {
     /// # Errors
     /// [`VsockError`]
     pub fn new(cid: u32, context: &VhostContext) -> Result<Self, VsockError> {
-        let failure = Arc::new(Failure::default());
+        let failure = Arc::new(FailureLatch::default());
         let vhost = Vhost::open(Kind::Vsock, "vsock", context, &failure)?;
         vhost
             .kernel()
@@ -89,8 +89,8 @@ impl Vsock {
 
     /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
     /// something to give. Called without any lock.
-    pub fn on_failure(&self, alarm: Alarm) {
-        self.failure.on_failure(alarm);
+    pub fn on_failure(&self, callback: FailureCallback) {
+        self.failure.set_callback(callback);
     }
 
     /// Starts the data queues when the driver has enabled both.
@@ -105,10 +105,7 @@ impl Vsock {
             }
         }
         let started = self.vhost.kernel().set_running(true);
-        started.map_err(|source| DeviceError::Backend {
-            what: "starting the host's vhost-vsock",
-            source,
-        })?;
+        started.map_err(DeviceError::backend("starting the host's vhost-vsock"))?;
         // The kernel does not look at kicks from before it ran.
         for ring in self.rings.iter().flatten() {
             let _ = ring.kick.write(1);
@@ -127,8 +124,7 @@ impl Vsock {
         for (index, ring) in self.rings.iter_mut().enumerate() {
             let position = self.vhost.ring_stopped(index);
             if let Some(ring) = ring {
-                ring.queue.set_next_avail(position.next_avail);
-                ring.queue.set_next_used(position.next_used);
+                ring.set_position(position);
             }
         }
     }
@@ -155,7 +151,7 @@ impl VirtioDevice for Vsock {
         self.vhost.negotiated(features)
     }
 
-    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+    fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
         match self.rings.get_mut(usize::from(index)) {
             Some(ring) => {
                 *ring = Some(started);
@@ -176,10 +172,7 @@ impl VirtioDevice for Vsock {
             }
             None => self.events.take()?,
         };
-        Some(QueuePosition {
-            next_avail: stopped.queue.next_avail(),
-            next_used: stopped.queue.next_used(),
-        })
+        Some(stopped.position())
     }
 
     fn reset(&mut self) {

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
 
 use devices::error::Chain;
+use devices::failure::FailureCallback;
 use devices::tap::Tap;
 use devices::vhost::iotlb::IotlbStats;
-use devices::vhost::thread::IotlbThread;
+use devices::vhost::worker::VhostWorker;
 use devices::vhost::{IotlbMonitor, VhostContext};
-use devices::virtio::failure::Alarm;
 use devices::virtio::net::{Net, NetConfig, NetCounters};
 use devices::virtio::pci::VirtioPci;
 use devices::virtio::vsock::Vsock;
@@ -33,7 +33,7 @@ pub fn context(plan: &MachinePlan, ram: &Arc<GuestRam>) -> io::Result<Option<Vho
     }
     Ok(Some(VhostContext {
         ram: Arc::clone(ram),
-        thread: Arc::new(IotlbThread::start()?),
+        worker: Arc::new(VhostWorker::start()?),
         prefill: plan.iommu.prefill,
         prefetch: plan.iommu.prefetch,
     }))
@@ -50,7 +50,7 @@ impl Bell {
     }
 
     /// Wakes it. Called without any lock.
-    pub fn alarm(&self) -> Alarm {
+    pub fn alarm(&self) -> FailureCallback {
         let bell = self.clone();
         Box::new(move || {
             if let Some(function) = bell.0.get().and_then(Weak::upgrade) {

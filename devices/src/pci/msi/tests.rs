@@ -113,7 +113,7 @@ fn machine_of(iommu: OnePage) -> Machine {
     let board = Board::default();
     let vectors = (0..3).map(|number| {
         assert_eq!(target.add(board.vector().unwrap()), number);
-        board.given(number)
+        board.allocated(number)
     });
     Machine {
         vectors: vectors.collect(),
@@ -393,7 +393,7 @@ fn requester_without_an_iommu_sends_to_the_address_itself() {
     let board = Board::default();
     target.add(board.vector().unwrap());
     target.set(0, Some((Iova(DOORBELL), 5)));
-    let message = board.given(0).message().unwrap();
+    let message = board.allocated(0).message().unwrap();
     assert_eq!(message.address, Gpa(DOORBELL));
 }
 
@@ -439,7 +439,7 @@ fn messages_follow_the_mappings_of_a_virtio_iommu() {
         model.flush();
         assert_eq!(reply[0], 0, "{bytes:x?}");
     };
-    let address = |number| board.given(number).message().map(|m| m.address.0);
+    let address = |number| board.allocated(number).message().map(|m| m.address.0);
     model.negotiated(model.features());
     target.set(0, Some((Iova(DOORBELL), 5)));
     target.set(1, Some((Iova(0xfee0_1000), 5)));

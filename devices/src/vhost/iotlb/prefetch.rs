@@ -6,7 +6,7 @@ use std::io;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
 
 use super::{MAX_PREFETCH, MIN_PREFETCH, Ring, Running, VhostIotlb, count};
-use crate::vhost::posted::{Buffer, Memory, Steps, posted};
+use crate::queue::posted::{Buffer, Memory, Steps, posted};
 use crate::vhost::shadow::Entry;
 
 /// Whether a fault may be recorded by the model.

@@ -99,7 +99,7 @@ struct World {
     pages: Arc<Pages>,
     kernel: Arc<Kernel>,
     iotlb: Arc<VhostIotlb>,
-    failure: Arc<Failure>,
+    failure: Arc<FailureLatch>,
     ram: Arc<GuestRam>,
     space: AddressSpace,
 }
@@ -114,7 +114,7 @@ fn world(delivers: NotifierEvents, limit: usize) -> World {
     let ram = Arc::new(GuestRam::from_ranges(&ranges).unwrap());
     let kernel = Arc::new(Kernel::default());
     kernel.state().limit = limit;
-    let failure = Arc::new(Failure::default());
+    let failure = Arc::new(FailureLatch::default());
     let options = IotlbOptions {
         limit,
         prefill: true,

@@ -16,7 +16,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 
 use super::image::{Image, SECTOR};
 use super::{BlockCounters, MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, MAX_REQUEST, SIZE_MAX};
-use crate::virtio::chain::{Buffer, Chain, RINGS_OUTSIDE};
+use crate::queue::chain::{Buffer, Chain, RINGS_OUTSIDE, scatter, total};
 
 /// Bytes of the header: type, reserved, sector.
 const HEADER: usize = 16;
@@ -27,15 +27,15 @@ const UNMAP: u32 = 1;
 /// Bytes of a disk's name as the guest sees it.
 const ID: usize = 20;
 
-/// What a driver asks for.
+/// A request of the driver, without its header.
 struct Request {
     head: u16,
     kind: u32,
     sector: u64,
-    /// What is behind the header.
-    given: Vec<Buffer>,
-    /// What is before the status.
-    room: Vec<Buffer>,
+    /// The device-readable buffers after the header.
+    readable: Vec<Buffer>,
+    /// The device-writable buffers ahead of the status.
+    writable: Vec<Buffer>,
     status: GuestAddress,
 }
 
@@ -44,12 +44,12 @@ impl Request {
     fn parse(view: &DmaView<'_>, chain: Chain) -> Result<Self, &'static str> {
         let Chain {
             head,
-            mut given,
-            mut room,
+            mut readable,
+            mut writable,
         } = chain;
-        let status = take_last_byte(&mut room).ok_or("a request has no status byte")?;
+        let status = take_last_byte(&mut writable).ok_or("a request has no status byte")?;
         let mut header = [0; HEADER];
-        if !take_front(view, &mut given, &mut header) {
+        if !take_front(view, &mut readable, &mut header) {
             return Err("a request has no header");
         }
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
@@ -57,8 +57,8 @@ impl Request {
             head,
             kind: u32::from_le_bytes([a, b, c, d]),
             sector: u64::from_le_bytes(sector),
-            given,
-            room,
+            readable,
+            writable,
             status,
         })
     }
@@ -72,11 +72,11 @@ impl Request {
 }
 
 /// Takes the byte that the device writes last.
-fn take_last_byte(room: &mut Vec<Buffer>) -> Option<GuestAddress> {
-    while room.last().is_some_and(|buffer| buffer.len == 0) {
-        room.pop();
+fn take_last_byte(writable: &mut Vec<Buffer>) -> Option<GuestAddress> {
+    while writable.last().is_some_and(|buffer| buffer.len == 0) {
+        writable.pop();
     }
-    let last = room.last_mut()?;
+    let last = writable.last_mut()?;
     last.len -= 1;
     let at = last.at.0.checked_add(u64::from(last.len))?;
     Some(GuestAddress(at))
@@ -84,9 +84,9 @@ fn take_last_byte(room: &mut Vec<Buffer>) -> Option<GuestAddress> {
 
 /// Takes as many bytes as `bytes` has from the front of the buffers. `false`
 /// when there are not so many, or not in memory.
-fn take_front(view: &DmaView<'_>, given: &mut [Buffer], bytes: &mut [u8]) -> bool {
+fn take_front(view: &DmaView<'_>, readable: &mut [Buffer], bytes: &mut [u8]) -> bool {
     let mut rest = bytes;
-    for buffer in given {
+    for buffer in readable {
         let take = rest.len().min(buffer.len as usize);
         let (now, later) = rest.split_at_mut(take);
         if view.read_slice(now, buffer.at).is_err() {
@@ -116,26 +116,22 @@ fn take_part(rest: &mut Buffer, most: u32) -> Option<Buffer> {
     Some(part)
 }
 
-fn total(buffers: &[Buffer]) -> u64 {
-    buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
-}
-
-/// Why a request is not carried out.
+/// Why a request is not served.
 enum Refusal {
     /// The queue is being stopped.
     Stopping,
     /// There is no such request.
     Unsupported,
-    /// The driver asks for what cannot be.
+    /// The driver's request breaks a rule.
     Invalid(&'static str),
     /// The host's storage failed.
     Host(io::Error),
 }
 
-/// What became of a queue's next request.
+/// Result of serving a queue's next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// None is posted, or the queue is being stopped and the request is left
+    /// None is available, or the queue is being stopped and the request is left
     /// in it.
     Nothing,
     /// It is in the used ring.
@@ -158,8 +154,8 @@ pub struct Disk {
     image: Image,
     name: String,
     counters: Arc<BlockCounters>,
-    /// A failure of the host was told of.
-    told: bool,
+    /// A failure of the host was logged as a warning.
+    logged: bool,
 }
 
 impl Disk {
@@ -171,7 +167,7 @@ impl Disk {
             image,
             name: name.to_owned(),
             counters: Arc::default(),
-            told: false,
+            logged: false,
         }
     }
 
@@ -196,7 +192,7 @@ impl Disk {
     /// than that.
     ///
     /// # Errors
-    /// What the driver did wrong, when there is no way to report it in a status.
+    /// The rule that the driver broke, when no status can report it.
     pub fn serve(
         &mut self,
         queue: &mut Queue,
@@ -250,9 +246,9 @@ impl Disk {
             Refusal::Unsupported => return Some((VIRTIO_BLK_S_UNSUPP, 0)),
             Refusal::Invalid(what) => debug!("{name}: a request is refused: {what}"),
             // Once as a warning: a full disk fails every write.
-            Refusal::Host(error) if !self.told => {
+            Refusal::Host(error) if !self.logged => {
                 warn!("{name}: a request failed on the host: {error}");
-                self.told = true;
+                self.logged = true;
             }
             Refusal::Host(error) => debug!("{name}: a request failed on the host: {error}"),
         }
@@ -271,13 +267,13 @@ impl Disk {
         match request.kind {
             VIRTIO_BLK_T_IN => {
                 self.transfer(dma, request, Permissions::Write, leave)?;
-                let read = total(&request.room);
+                let read = total(&request.writable);
                 self.counters.read_bytes.fetch_add(read, Ordering::Relaxed);
                 Ok(read)
             }
             VIRTIO_BLK_T_OUT => {
                 self.transfer(dma, request, Permissions::Read, leave)?;
-                let written = total(&request.given);
+                let written = total(&request.readable);
                 let counter = &self.counters.written_bytes;
                 counter.fetch_add(written, Ordering::Relaxed);
                 Ok(0)
@@ -286,11 +282,11 @@ impl Disk {
                 self.image.flush()?;
                 Ok(0)
             }
-            VIRTIO_BLK_T_GET_ID => self.tell_name(dma, &request.room),
+            VIRTIO_BLK_T_GET_ID => self.write_name(dma, &request.writable),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 let mut segment = [0; SEGMENT];
-                let whole = take_front(&dma.view(), &mut request.given, &mut segment);
-                if !whole || total(&request.given) != 0 {
+                let whole = take_front(&dma.view(), &mut request.readable, &mut segment);
+                if !whole || total(&request.readable) != 0 {
                     return Err(Refusal::Invalid("it needs exactly one segment"));
                 }
                 self.clear(&segment, request.kind == VIRTIO_BLK_T_DISCARD)?;
@@ -311,8 +307,8 @@ impl Disk {
         leave: &AtomicBool,
     ) -> Result<(), Refusal> {
         let buffers = match access {
-            Permissions::Write => &request.room,
-            _ => &request.given,
+            Permissions::Write => &request.writable,
+            _ => &request.readable,
         };
         let bytes = total(buffers);
         if bytes > MAX_REQUEST {
@@ -359,20 +355,14 @@ impl Disk {
         Ok(())
     }
 
-    /// Gives the name, with zeros behind it (§5.2.6.1).
-    fn tell_name(&self, dma: &DmaSpace, room: &[Buffer]) -> Result<u64, Refusal> {
+    /// Writes the name, padded with zeros (§5.2.6.1).
+    fn write_name(&self, dma: &DmaSpace, writable: &[Buffer]) -> Result<u64, Refusal> {
         let mut id = [0; ID];
         for (to, from) in id.iter_mut().zip(self.name.bytes()) {
             *to = from;
         }
-        let view = dma.view();
-        let mut rest = id.as_slice();
-        for buffer in room {
-            let (now, later) = rest.split_at(rest.len().min(buffer.len as usize));
-            view.write_slice(now, buffer.at).map_err(|_| OUTSIDE)?;
-            rest = later;
-        }
-        Ok((ID - rest.len()) as u64)
+        let written = scatter(&dma.view(), writable, &id).map_err(|_| OUTSIDE)?;
+        Ok(written as u64)
     }
 
     /// Discards or clears one segment.

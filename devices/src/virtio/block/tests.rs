@@ -7,11 +7,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use virtio_queue::Queue;
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 use crate::host_file::FileError;
+use crate::queue::Interrupt;
 use crate::rig::{self, NEXT, RAM, REQUESTER, Ring};
 
 mod pieces;
@@ -483,7 +485,7 @@ fn threaded() -> Threaded {
     crate::interrupt::MsiSink::vector(&board).unwrap();
     let mut threaded = Threaded {
         block,
-        interrupt: board.given(0),
+        interrupt: board.allocated(0),
         board,
         kick: Arc::new(rig::eventfd()),
         alarms,
@@ -496,11 +498,11 @@ fn threaded() -> Threaded {
 
 impl Threaded {
     fn start(&mut self, queue: Queue) {
-        let started = StartedQueue {
+        let started = RunningQueue {
             queue,
-            space: AddressSpace::identity(REQUESTER, Arc::clone(&self.driver.ring.ram)),
+            dma: AddressSpace::identity(REQUESTER, Arc::clone(&self.driver.ring.ram)).dma(),
             kick: Arc::clone(&self.kick),
-            interrupt: Interrupt::new(self.board.given(0)),
+            interrupt: Interrupt::new(self.board.allocated(0)),
         };
         self.block.start_queue(0, started).unwrap();
     }

@@ -1,14 +1,18 @@
+use std::io;
+
 use iommu::{
     Access, AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId,
     virtio::VirtioIommuConfig,
 };
+
 use virtio_queue::Queue;
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::interrupt::{MsiMessage, MsiVector};
 use crate::pause::PauseRequest;
+use crate::queue::Interrupt;
 
 const NIC: StreamId = StreamId(8);
 const SIZE: u16 = 16;
@@ -85,9 +89,9 @@ impl Driver {
         queue.set_used_ring_address(low(USED), Some(0));
         queue.set_ready(true);
         let vector = Arc::clone(&self.interrupts[usize::from(index)]);
-        let started = StartedQueue {
+        let started = RunningQueue {
             queue,
-            space: AddressSpace::identity(StreamId(0), Arc::clone(&self.ram)),
+            dma: AddressSpace::identity(StreamId(0), Arc::clone(&self.ram)).dma(),
             kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
             interrupt: Interrupt::new(vector as Arc<dyn MsiVector>),
         };

@@ -9,8 +9,9 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use iommu::DmaView;
 
-use crate::virtio::chain::{Chain, RINGS_OUTSIDE};
-use crate::virtio::{DeviceError, StartedQueue};
+use crate::failure::DeviceError;
+use crate::queue::RunningQueue;
+use crate::queue::chain::{Chain, RINGS_OUTSIDE, gather};
 
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 pub const CONTROL_SIZE: u16 = 64;
@@ -61,10 +62,10 @@ struct Asked {
 /// The driver broke the rules of the queue.
 pub fn serve(
     number: u16,
-    started: &mut StartedQueue,
+    started: &mut RunningQueue,
     execute: &mut dyn FnMut(Command) -> bool,
 ) -> Result<(), DeviceError> {
-    let dma = started.space.dma();
+    let dma = &started.dma;
     let bad = |reason| DeviceError::BadQueue {
         queue: number,
         reason,
@@ -108,17 +109,12 @@ pub fn serve(
 }
 
 fn parse(view: &DmaView<'_>, chain: &Chain) -> Option<Asked> {
-    let mut bytes = Vec::with_capacity(MAX_COMMAND);
-    for buffer in &chain.given {
-        let room = MAX_COMMAND - bytes.len();
-        let mut part = vec![0; room.min(buffer.len as usize)];
-        view.read_slice(&mut part, buffer.at).ok()?;
-        bytes.extend(part);
-    }
-    let answer = chain.room.iter().find(|buffer| buffer.len > 0)?.at;
+    let mut bytes = [0; MAX_COMMAND];
+    let len = gather(view, &chain.readable, &mut bytes).ok()?;
+    let answer = chain.writable.iter().find(|buffer| buffer.len > 0)?.at;
     Some(Asked {
         head: chain.head,
-        command: Command::parse(&bytes),
+        command: Command::parse(bytes.get(..len)?),
         answer,
     })
 }
@@ -131,17 +127,17 @@ mod tests {
 
     use super::*;
     use crate::interrupt::MsiSink as _;
+    use crate::queue::Interrupt;
     use crate::rig::{self, Board, Ring};
-    use crate::virtio::Interrupt;
 
     #[test]
     fn commands_are_carried_out_in_turns_until_none_is_posted() {
         let ram = rig::ram();
         let ring = Ring::new(&ram, 0x1000, 16);
         let board = Board::default();
-        let mut started = StartedQueue {
+        let mut started = RunningQueue {
             queue: ring.queue(),
-            space: AddressSpace::identity(rig::REQUESTER, Arc::clone(&ram)),
+            dma: AddressSpace::identity(rig::REQUESTER, Arc::clone(&ram)).dma(),
             kick: Arc::new(rig::eventfd()),
             interrupt: Interrupt::new(board.vector().unwrap()),
         };
@@ -170,7 +166,7 @@ mod tests {
         assert_eq!(ring.done(), 3);
         let answers = [0x8008, 0x8108, 0x8208].map(|at| ring.read::<u8>(at));
         assert_eq!(answers, [0, 1, 0]);
-        assert_eq!(board.given(0).signals(), 3);
+        assert_eq!(board.allocated(0).signals(), 3);
     }
 
     #[test]

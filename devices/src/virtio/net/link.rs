@@ -9,18 +9,18 @@ use log::{info, warn};
 use super::Shared;
 use super::rings::State;
 use crate::error::Chain;
+use crate::failure::DeviceError;
 use crate::tap::Link;
 use crate::vhost::RINGS;
-use crate::vhost::thread::{IotlbThread, Served};
-use crate::virtio::DeviceError;
+use crate::vhost::worker::{EpollClient, VhostWorker};
 
 impl Shared {
     /// Has the thread follow the tap's link from now on.
     ///
     /// # Errors
     /// The link cannot be watched.
-    pub(super) fn watch_link(self: &Arc<Self>, thread: &IotlbThread) -> io::Result<()> {
-        let client = Arc::downgrade(self) as Weak<dyn Served>;
+    pub(super) fn watch_link(self: &Arc<Self>, thread: &VhostWorker) -> io::Result<()> {
+        let client = Arc::downgrade(self) as Weak<dyn EpollClient>;
         let mut state = self.state();
         state.link = state.tap.link();
         // The carrier comes a moment after the tap was opened.
@@ -46,7 +46,7 @@ impl Shared {
                 state.stop_rings();
             }
             if let Err(error) = state.come_back(&self.id) {
-                self.failure.raise(error);
+                self.failure.record(error);
             }
         }
         if state.link == before {
@@ -57,7 +57,7 @@ impl Shared {
         drop(state);
         if self.counters.link_up.swap(up, Ordering::Relaxed) != up {
             self.link_changed.store(true, Ordering::Release);
-            self.failure.notify();
+            self.failure.request_check();
         }
     }
 

@@ -2,11 +2,10 @@
 
 use std::io;
 
-use virtio_queue::QueueT as _;
-
+use crate::failure::DeviceError;
+use crate::queue::RunningQueue;
 use crate::tap::{Link, Tap};
 use crate::vhost::{RINGS, Vhost};
-use crate::virtio::{DeviceError, StartedQueue};
 
 pub(super) struct State {
     pub(super) tap: Tap,
@@ -17,7 +16,7 @@ pub(super) struct State {
     pub(super) pairs: Vec<Pair>,
     /// Pairs that the driver wants to use; the rest has no back end.
     pub(super) active: usize,
-    pub(super) control: Option<(u16, StartedQueue)>,
+    pub(super) control: Option<(u16, RunningQueue)>,
     /// The control queue's number among those of the device, as negotiated.
     pub(super) control_number: u16,
 }
@@ -29,7 +28,7 @@ pub(super) struct Pair {
 }
 
 pub(super) struct Ring {
-    pub(super) started: StartedQueue,
+    pub(super) started: RunningQueue,
     pub(super) running: bool,
 }
 
@@ -58,7 +57,7 @@ impl State {
                 self.stop_ring(pair, index);
                 return Ok(());
             }
-            let failed = failed("starting a queue of the host's vhost-net");
+            let failed = DeviceError::backend("starting a queue of the host's vhost-net");
             return Err(failed(source));
         }
         // The kernel does not look at kicks from before it had the tap.
@@ -81,8 +80,7 @@ impl State {
             log::error!("stopping a queue of the host's vhost-net: {error}");
         }
         let position = known.vhost.ring_stopped(index);
-        ring.started.queue.set_next_avail(position.next_avail);
-        ring.started.queue.set_next_used(position.next_used);
+        ring.started.set_position(position);
     }
 
     /// Uses the first `pairs` pairs from now on.
@@ -124,8 +122,4 @@ pub(super) fn split(index: u16) -> (usize, usize) {
 
 pub(super) fn ring_total(pairs: usize) -> u16 {
     u16::try_from(RINGS * pairs).unwrap_or(u16::MAX)
-}
-
-pub(super) fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
-    move |source| DeviceError::Backend { what, source }
 }

@@ -85,7 +85,7 @@ impl VirtioDevice for Noting {
         Ok(())
     }
 
-    fn start_queue(&mut self, index: u16, started: StartedQueue) -> Result<(), DeviceError> {
+    fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
         let mut log = self.log();
         log.started.push(index);
         log.running[usize::from(index)] = Some(started.queue);
@@ -448,8 +448,8 @@ fn queue_that_cannot_be_needs_a_reset_and_interrupts() {
         driver.add_status(DRIVER_OK);
         assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET, "{size}");
         assert_ne!(driver.read::<1>(21), generation);
-        assert_eq!(driver.board.given(2).message(), message(7));
-        assert_eq!(driver.board.given(2).signals(), 1);
+        assert_eq!(driver.board.allocated(2).message(), message(7));
+        assert_eq!(driver.board.allocated(2).signals(), 1);
         assert!(device.log().started.is_empty());
         // NEEDS_RESET is the device's to set, and goes with a reset.
         driver.write(20, &[0]);
@@ -547,7 +547,7 @@ fn reset_stops_queues_and_forgets_everything() {
         (driver.read16(16), driver.read16(26)),
         (NO_VECTOR, NO_VECTOR)
     );
-    assert_eq!(driver.board.given(0).message(), None);
+    assert_eq!(driver.board.allocated(0).message(), None);
 }
 
 #[test]
@@ -558,14 +558,14 @@ fn function_without_bus_mastering_stops_and_goes_on_where_it_was() {
     driver.run(VERSION_1);
     driver.set_config(COMMAND, MEMORY);
     assert!(device.log().running[0].is_none());
-    driver.board.given(0).eventfd().write(1).unwrap();
-    assert_eq!(driver.board.given(0).message(), None);
+    driver.board.allocated(0).eventfd().write(1).unwrap();
+    assert_eq!(driver.board.allocated(0).message(), None);
     assert_eq!(driver.read::<1>(PENDING), [0b10]);
     driver.set_config(COMMAND, MEMORY | MASTER);
     let log = device.log();
     let queue = log.running[0].as_ref().unwrap();
     assert_eq!((queue.next_avail(), queue.next_used()), (3, 3));
-    assert_eq!(driver.board.given(0).message(), message(5));
+    assert_eq!(driver.board.allocated(0).message(), message(5));
 }
 
 #[test]
@@ -586,7 +586,7 @@ fn masked_interrupts_are_pending() {
     let (driver, _) = noting();
     driver.open_entry(0, 5);
     driver.write16(26, 0);
-    let vector = driver.board.given(0);
+    let vector = driver.board.allocated(0);
     assert_eq!(vector.message(), message(5));
     driver.write32(TABLE + 12, 1);
     assert_eq!(vector.message(), None);
@@ -609,7 +609,7 @@ fn masked_interrupts_are_pending() {
 fn interrupts_from_before_a_vector_was_set_are_lost() {
     let (driver, _) = noting();
     driver.open_entry(0, 5);
-    let vector = driver.board.given(0);
+    let vector = driver.board.allocated(0);
     vector.eventfd().write(1).unwrap();
     driver.write16(26, 0);
     assert_eq!(vector.signals(), 0);
@@ -628,12 +628,12 @@ fn several_sources_may_share_an_entry() {
         driver.write16(26, 1);
     }
     for source in 0..3 {
-        assert_eq!(driver.board.given(source).message(), message(9));
+        assert_eq!(driver.board.allocated(source).message(), message(9));
     }
     // An access over two entries concerns the second one too.
     driver.write(TABLE + 12, &[1, 0, 0, 0, 4, 3, 2, 1]);
     for source in 0..3 {
-        let sent = driver.board.given(source).message().unwrap();
+        let sent = driver.board.allocated(source).message().unwrap();
         assert_eq!(sent.address, Gpa(0x0102_0304));
     }
 }
@@ -744,7 +744,7 @@ fn function_level_reset_is_a_reset_of_all_of_it() {
     assert_eq!(u64::from_le_bytes(driver.config(0x10)) & !0xf, BAR);
     assert_eq!(driver.config16(driver.capability(0x11) + 2) & 0xc000, 0);
     assert!(driver.board.bells().is_empty());
-    assert_eq!(driver.board.given(0).message(), None);
+    assert_eq!(driver.board.allocated(0).message(), None);
     driver.set_config(COMMAND, MEMORY | MASTER);
     assert_eq!(driver.status(), 0);
     assert_eq!(driver.read32(TABLE + 16 + 12), 1, "masked");
@@ -782,10 +782,10 @@ fn failure_away_from_the_driver_is_shown() {
         reason: "of a test",
     });
     driver.function.check();
-    assert_eq!(driver.board.given(2).signals(), 1);
+    assert_eq!(driver.board.allocated(2).signals(), 1);
     assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
     driver.function.check();
-    assert_eq!(driver.board.given(2).signals(), 0);
+    assert_eq!(driver.board.allocated(2).signals(), 0);
 }
 
 #[test]
@@ -799,7 +799,7 @@ fn change_of_the_device_configuration_is_told_once() {
     device.log().config_changed = true;
     driver.function.check();
     driver.function.check();
-    assert_eq!(driver.board.given(2).signals(), 1);
+    assert_eq!(driver.board.allocated(2).signals(), 1);
     assert_eq!(generation(), before.wrapping_add(1));
     assert_eq!(driver.status() & NEEDS_RESET, 0);
 }
@@ -824,10 +824,10 @@ fn kick_in_a_pause_is_served_when_the_machine_resumes() {
     ring.post(&[(0x8000, 100, true)]);
     driver.write16(NOTIFY, 0);
     pause.resume_deferred();
-    assert_eq!((ring.done(), driver.board.given(0).signals()), (0, 0));
+    assert_eq!((ring.done(), driver.board.allocated(0).signals()), (0, 0));
     pause.clear();
     pause.resume_deferred();
-    assert_eq!((ring.done(), driver.board.given(0).signals()), (1, 1));
+    assert_eq!((ring.done(), driver.board.allocated(0).signals()), (1, 1));
 }
 
 #[test]
@@ -841,12 +841,12 @@ fn entropy_fills_buffers_on_the_kick() {
     assert_ne!(given, [0; 32]);
     let behind: [u8; 32] = ring.read(0x9000 + 3996);
     assert_eq!(behind, [0; 32], "no more than it said");
-    assert_eq!(driver.board.given(0).signals(), 1);
+    assert_eq!(driver.board.allocated(0).signals(), 1);
     // The driver polls.
     ring.write(ring.avail(), 1_u16);
     ring.post(&[(0x8000, 100, true)]);
     driver.write16(NOTIFY, 0);
-    assert_eq!((ring.done(), driver.board.given(0).signals()), (2, 0));
+    assert_eq!((ring.done(), driver.board.allocated(0).signals()), (2, 0));
     assert!(driver.board.bells().is_empty(), "its kicks come here");
 }
 

@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
 use iommu::AddressSpace;
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
+use crate::queue::Interrupt;
 use crate::rig::{self, INDIRECT, NEXT, REQUESTER, Ring, WRITE};
 
 const BASE: u64 = 0x1000;
@@ -16,11 +17,11 @@ fn start(ring: &Ring) -> Result<(), DeviceError> {
     crate::interrupt::MsiSink::vector(&board).unwrap();
     Rng::new().unwrap().start_queue(
         0,
-        StartedQueue {
+        RunningQueue {
             queue: ring.queue(),
-            space: AddressSpace::identity(REQUESTER, Arc::clone(&ring.ram)),
+            dma: AddressSpace::identity(REQUESTER, Arc::clone(&ring.ram)).dma(),
             kick: Arc::new(rig::eventfd()),
-            interrupt: Interrupt::new(board.given(0)),
+            interrupt: Interrupt::new(board.allocated(0)),
         },
     )
 }

@@ -4,7 +4,7 @@ use std::sync::Weak;
 use std::sync::mpsc::{Sender, channel};
 
 use super::*;
-use crate::vhost::thread::{IotlbThread, Served};
+use crate::vhost::worker::{EpollClient, VhostWorker};
 
 /// A kernel whose queues miss the same place without an end.
 struct Endless(Arc<Kernel>);
@@ -54,7 +54,7 @@ struct File {
     served: Mutex<Sender<()>>,
 }
 
-impl Served for File {
+impl EpollClient for File {
     fn ready(&self, _source: u32) -> bool {
         if !self.for_ever {
             self.readable.read().unwrap();
@@ -70,7 +70,7 @@ impl Served for File {
 fn busy_file_does_not_keep_the_thread_from_the_others() {
     let (busy_world, quiet_world) = (world(UNMAP, 16), World::attached(UNMAP, 16));
     quiet_world.pages.map(0x8000, 0x3000, Perm::READ);
-    let thread = IotlbThread::start().unwrap();
+    let thread = VhostWorker::start().unwrap();
     let serve = |iotlb: &Arc<VhostIotlb>, for_ever| {
         let (served, serves) = channel();
         let readable = EventFd::new(EFD_NONBLOCK).unwrap();

@@ -1,35 +1,35 @@
-//! What a driver posted, checked (virtio 1.2 §2.7).
+//! Chains of descriptors, checked (virtio 1.2 §2.7).
 //!
-//! `virtio_queue` ends a chain early, without a word, when it loops, leaves its
+//! `virtio_queue` ends a chain early, without an error, when it loops, leaves its
 //! table, nests indirect tables or leaves memory. A device must not take such a
 //! chain for a request: the driver is broken and the device needs a reset.
 
 use iommu::DmaView;
 use virtio_queue::{Error, Queue, QueueOwnedT as _};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
-/// A part of a request. The address is I/O virtual.
+/// A descriptor's buffer. The address is I/O virtual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Where it starts.
+    /// Address of the first byte.
     pub at: GuestAddress,
-    /// Bytes, possibly none. They may be anywhere: only an access tells.
+    /// Bytes, possibly none. Only an access shows whether they are in memory.
     pub len: u32,
 }
 
 /// A whole chain of descriptors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
-    /// What names the chain in the used ring.
+    /// Index of its first descriptor, which identifies it in the used ring.
     pub head: u16,
-    /// What the device reads.
-    pub given: Vec<Buffer>,
-    /// What the device writes.
-    pub room: Vec<Buffer>,
+    /// Device-readable buffers (§2.6).
+    pub readable: Vec<Buffer>,
+    /// Device-writable buffers (§2.6).
+    pub writable: Vec<Buffer>,
 }
 
 impl Chain {
-    /// Takes the next chain from `queue`, if the driver posted one. It has at
+    /// Takes the next available chain from `queue`, if there is one. It has at
     /// most `longest` descriptors, those of an indirect table included, and the
     /// sum of their lengths is below 2^32.
     ///
@@ -38,7 +38,7 @@ impl Chain {
     /// narrower one. No more than `longest` + 1 descriptors are read.
     ///
     /// # Errors
-    /// What the driver did wrong.
+    /// The rule of the ring that the driver broke.
     pub fn take(
         queue: &mut Queue,
         view: &DmaView<'_>,
@@ -56,8 +56,8 @@ impl Chain {
         };
         let mut taken = Self {
             head: chain.head_index(),
-            given: Vec::new(),
-            room: Vec::new(),
+            readable: Vec::new(),
+            writable: Vec::new(),
         };
         let mut whole = false;
         for descriptor in &mut chain {
@@ -65,13 +65,13 @@ impl Chain {
                 at: descriptor.addr(),
                 len: descriptor.len(),
             };
-            if taken.given.len() + taken.room.len() == usize::from(longest) {
+            if taken.readable.len() + taken.writable.len() == usize::from(longest) {
                 return Err("a chain has more descriptors than the device offers to take");
             }
             if descriptor.is_write_only() {
-                taken.room.push(buffer);
-            } else if taken.room.is_empty() {
-                taken.given.push(buffer);
+                taken.writable.push(buffer);
+            } else if taken.writable.is_empty() {
+                taken.readable.push(buffer);
             } else {
                 return Err("a chain has a buffer to read behind one to write");
             }
@@ -86,6 +86,51 @@ impl Chain {
             Err("a chain of descriptors leaves its table or has no end")
         }
     }
+}
+
+/// Bytes of the buffers together.
+#[must_use]
+pub fn total(buffers: &[Buffer]) -> u64 {
+    buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
+}
+
+/// Reads the buffers in order until `bytes` is full. Returns the number of bytes
+/// read.
+///
+/// # Errors
+/// A buffer is not in memory.
+pub fn gather(
+    view: &DmaView<'_>,
+    buffers: &[Buffer],
+    bytes: &mut [u8],
+) -> Result<usize, GuestMemoryError> {
+    let len = bytes.len();
+    let mut rest = bytes;
+    for buffer in buffers {
+        let (now, later) = rest.split_at_mut(rest.len().min(buffer.len as usize));
+        view.read_slice(now, buffer.at)?;
+        rest = later;
+    }
+    Ok(len - rest.len())
+}
+
+/// Writes `bytes` over the buffers in order, as far as they go. Returns the number
+/// of bytes written.
+///
+/// # Errors
+/// A buffer is not in memory.
+pub fn scatter(
+    view: &DmaView<'_>,
+    buffers: &[Buffer],
+    bytes: &[u8],
+) -> Result<usize, GuestMemoryError> {
+    let mut rest = bytes;
+    for buffer in buffers {
+        let (now, later) = rest.split_at(rest.len().min(buffer.len as usize));
+        view.write_slice(now, buffer.at)?;
+        rest = later;
+    }
+    Ok(bytes.len() - rest.len())
 }
 
 /// The rings themselves cannot be reached.

@@ -1,27 +1,25 @@
-//! What a driver has posted on a split queue (virtio 1.2 §2.7), read from the
-//! outside: for translating buffers before the kernel misses them, and for
-//! finding out why it stopped.
+//! The available buffers of a queue that the kernel serves: for translating them
+//! before the kernel misses them, and for finding out why it stopped.
 
 use std::cell::Cell;
 
 use iommu::{
     Access, Fault, FaultReason, GuestRam, Iova, IovaRange, Mapping, StreamId, Translating,
 };
-use vm_memory::{Bytes as _, GuestAddress};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{ByteValued as _, Bytes as _, GuestAddress};
 
-/// Most descriptors that are looked at in one walk.
+/// Upper bound on descriptors that are read in one walk.
 const MAX_STEPS: usize = 1024;
+/// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
 
 /// A bound on work of which the guest chooses the amount: descriptors that are
 /// read, entries that are looked up.
 pub struct Steps(Cell<usize>);
 
 impl Steps {
-    /// So many steps.
+    /// A bound of `count` steps.
     #[must_use]
     pub fn new(count: usize) -> Self {
         Self(Cell::new(count))
@@ -41,10 +39,10 @@ impl Steps {
     }
 }
 
-/// Where a queue's rings are.
+/// Addresses of a queue's rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Entries.
+    /// Entries of each ring.
     pub size: u16,
     /// The descriptor table.
     pub desc: Iova,
@@ -73,25 +71,26 @@ impl Layout {
     }
 }
 
-/// A piece of memory that the device is to access.
+/// Memory that the device is to access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Where.
+    /// Its addresses, inclusive.
     pub iova: IovaRange,
-    /// How.
+    /// The device's access.
     pub access: Access,
 }
 
 /// Why a queue cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unreadable {
+pub enum RingReadError {
     /// Its rings are not mapped.
     Fault(Fault),
     /// The driver broke the rules of the ring.
     Malformed(&'static str),
 }
 
-/// The memory of a stream, read while its gate is held and leaving no trace.
+/// The memory of a stream, read while its gate is held and without recording
+/// events.
 pub struct Memory<'a> {
     inside: &'a Translating<'a>,
     ram: &'a GuestRam,
@@ -109,7 +108,7 @@ impl<'a> Memory<'a> {
         }
     }
 
-    fn read(&self, iova: Iova, bytes: &mut [u8]) -> Result<(), Unreadable> {
+    fn read(&self, iova: Iova, bytes: &mut [u8]) -> Result<(), RingReadError> {
         let (mut at, mut rest) = (iova, bytes);
         while !rest.is_empty() {
             let mapping = self.mapping(at)?;
@@ -126,17 +125,17 @@ impl<'a> Memory<'a> {
         Ok(())
     }
 
-    fn mapping(&self, iova: Iova) -> Result<Mapping, Unreadable> {
+    fn mapping(&self, iova: Iova) -> Result<Mapping, RingReadError> {
         if let Some(last) = self.last.get().filter(|last| last.iova.contains(iova)) {
             return Ok(last);
         }
         let found = self.inside.lookup(iova, Access::Read);
-        let found = found.map_err(Unreadable::Fault)?;
+        let found = found.map_err(RingReadError::Fault)?;
         self.last.set(Some(found));
         Ok(found)
     }
 
-    fn u16_at(&self, base: Iova, offset: u64) -> Result<u16, Unreadable> {
+    fn u16_at(&self, base: Iova, offset: u64) -> Result<u16, RingReadError> {
         let mut bytes = [0; 2];
         self.read(offset_from(base, offset)?, &mut bytes)?;
         Ok(u16::from_le_bytes(bytes))
@@ -145,43 +144,21 @@ impl<'a> Memory<'a> {
     /// How many buffers the device has given back, modulo 2^16.
     ///
     /// # Errors
-    /// [`Unreadable`], if the used ring cannot be read.
-    pub fn used(&self, layout: &Layout) -> Result<u16, Unreadable> {
+    /// [`RingReadError`], if the used ring cannot be read.
+    pub fn used(&self, layout: &Layout) -> Result<u16, RingReadError> {
         self.u16_at(layout.used, 2)
     }
 
-    fn descriptor(&self, table: Iova, index: u64) -> Result<Descriptor, Unreadable> {
-        let mut bytes = [0; 16];
-        self.read(offset_from(table, DESCRIPTOR * index)?, &mut bytes)?;
-        let [
-            a0,
-            a1,
-            a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
-            l0,
-            l1,
-            l2,
-            l3,
-            f0,
-            f1,
-            n0,
-            n1,
-        ] = bytes;
-        Ok(Descriptor {
-            address: Iova(u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7])),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
-        })
+    fn descriptor(&self, table: Iova, index: u64) -> Result<Descriptor, RingReadError> {
+        let mut descriptor = Descriptor::default();
+        let at = offset_from(table, DESCRIPTOR * index)?;
+        self.read(at, descriptor.as_mut_slice())?;
+        Ok(descriptor)
     }
 }
 
-fn outside(iova: Iova) -> Unreadable {
-    Unreadable::Fault(Fault {
+fn outside(iova: Iova) -> RingReadError {
+    RingReadError::Fault(Fault {
         stream: StreamId::default(),
         iova,
         access: Access::Read,
@@ -189,36 +166,24 @@ fn outside(iova: Iova) -> Unreadable {
     })
 }
 
-fn offset_from(base: Iova, offset: u64) -> Result<Iova, Unreadable> {
+fn offset_from(base: Iova, offset: u64) -> Result<Iova, RingReadError> {
     base.checked_add(offset).ok_or_else(|| outside(base))
 }
 
-struct Descriptor {
-    address: Iova,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Descriptor {
-    fn has(&self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-
-    /// What it describes; `None` when that is nothing. What would run beyond
-    /// the address space ends there.
-    fn buffer(&self) -> Option<Buffer> {
-        let extent = u64::from(self.len).checked_sub(1)?;
-        let last = Iova(self.address.0.saturating_add(extent));
-        Some(Buffer {
-            iova: IovaRange::new(self.address, last).ok()?,
-            access: if self.has(WRITE) {
-                Access::Write
-            } else {
-                Access::Read
-            },
-        })
-    }
+/// The bytes that a descriptor describes; `None` when it has none. A buffer that
+/// runs beyond the address space ends there.
+fn buffer(descriptor: &Descriptor) -> Option<Buffer> {
+    let extent = u64::from(descriptor.len()).checked_sub(1)?;
+    let first = Iova(descriptor.addr().0);
+    let last = Iova(first.0.saturating_add(extent));
+    Some(Buffer {
+        iova: IovaRange::new(first, last).ok()?,
+        access: if descriptor.is_write_only() {
+            Access::Write
+        } else {
+            Access::Read
+        },
+    })
 }
 
 /// The buffers that the driver made available and has not got back, in the
@@ -226,17 +191,17 @@ impl Descriptor {
 /// one step for each descriptor.
 ///
 /// # Errors
-/// [`Unreadable`]; what was found before is lost.
+/// [`RingReadError`]; what was found before is lost.
 pub fn posted(
     memory: &Memory<'_>,
     layout: &Layout,
     steps: &Steps,
-) -> Result<Vec<Buffer>, Unreadable> {
+) -> Result<Vec<Buffer>, RingReadError> {
     let available = memory.u16_at(layout.avail, 2)?;
     let used = memory.used(layout)?;
     let count = available.wrapping_sub(used);
     if count > layout.size {
-        return Err(Unreadable::Malformed(
+        return Err(RingReadError::Malformed(
             "it has more buffers available than entries",
         ));
     }
@@ -269,8 +234,8 @@ struct Table {
     indirect: bool,
 }
 
-/// A walk over chains, as long as the driver makes it and no longer than we
-/// have time for.
+/// A walk over chains, as long as the driver makes it, up to [`MAX_STEPS`] and the
+/// steps left.
 struct Walk<'m> {
     memory: &'m Memory<'m>,
     steps: &'m Steps,
@@ -284,53 +249,61 @@ impl Walk<'_> {
         self.walked >= MAX_STEPS || self.steps.is_over()
     }
 
-    fn chain(&mut self, table: &Table, head: u64) -> Result<(), Unreadable> {
+    fn chain(&mut self, table: &Table, head: u64) -> Result<(), RingReadError> {
         let mut index = head;
         let mut writable = false;
         for _ in 0..table.entries {
             if index >= table.entries {
-                return Err(Unreadable::Malformed("a descriptor lies outside its table"));
+                return Err(RingReadError::Malformed(
+                    "a descriptor lies outside its table",
+                ));
             }
             self.walked += 1;
             self.steps.spend();
             let descriptor = self.memory.descriptor(table.first, index)?;
-            if descriptor.has(INDIRECT) {
+            if descriptor.refers_to_indirect_table() {
                 self.refer(table, &descriptor)?;
             } else {
-                if writable && !descriptor.has(WRITE) {
-                    return Err(Unreadable::Malformed("a chain reads after it writes"));
+                if writable && !descriptor.is_write_only() {
+                    return Err(RingReadError::Malformed("a chain reads after it writes"));
                 }
-                writable = descriptor.has(WRITE);
-                self.buffers.extend(descriptor.buffer());
+                writable = descriptor.is_write_only();
+                self.buffers.extend(buffer(&descriptor));
             }
-            if !descriptor.has(NEXT) || self.is_long() {
+            if !descriptor.has_next() || self.is_long() {
                 return Ok(());
             }
-            index = u64::from(descriptor.next);
+            index = u64::from(descriptor.next());
         }
-        Err(Unreadable::Malformed("a chain of descriptors has no end"))
+        Err(RingReadError::Malformed(
+            "a chain of descriptors has no end",
+        ))
     }
 
     /// Follows a descriptor to the table that it refers to (§2.7.5.3).
-    fn refer(&mut self, from: &Table, to: &Descriptor) -> Result<(), Unreadable> {
-        let len = u64::from(to.len);
+    fn refer(&mut self, from: &Table, to: &Descriptor) -> Result<(), RingReadError> {
+        let len = u64::from(to.len());
         if from.indirect {
-            return Err(Unreadable::Malformed("an indirect table refers to another"));
+            return Err(RingReadError::Malformed(
+                "an indirect table refers to another",
+            ));
         }
         if len == 0 || len % DESCRIPTOR != 0 {
-            return Err(Unreadable::Malformed("an indirect table has an odd length"));
+            return Err(RingReadError::Malformed(
+                "an indirect table has an odd length",
+            ));
         }
         let access = Access::Read;
-        let itself = to.buffer().map(|buffer| Buffer { access, ..buffer });
+        let itself = buffer(to).map(|buffer| Buffer { access, ..buffer });
         self.buffers.extend(itself);
         let table = Table {
-            first: to.address,
+            first: Iova(to.addr().0),
             entries: len / DESCRIPTOR,
             indirect: true,
         };
         match self.chain(&table, 0) {
-            // Whoever translates the table itself will see.
-            Err(Unreadable::Fault(_)) => Ok(()),
+            // Translating the table itself reports the fault.
+            Err(RingReadError::Fault(_)) => Ok(()),
             done => done,
         }
     }

@@ -49,8 +49,8 @@ fn buffers_come_in_the_order_of_the_chain() {
     ]);
     let chain = take(&ring).unwrap().unwrap();
     assert_eq!(chain.head, 0);
-    assert_eq!(chain.given, [buffer(0x100, 16), buffer(0x200, 0)]);
-    assert_eq!(chain.room, [buffer(0x300, 7), buffer(0x400, 1)]);
+    assert_eq!(chain.readable, [buffer(0x100, 16), buffer(0x200, 0)]);
+    assert_eq!(chain.writable, [buffer(0x300, 7), buffer(0x400, 1)]);
 }
 
 #[test]
@@ -62,8 +62,8 @@ fn indirect_table_is_followed() {
     ring.make_available(3);
     let chain = take(&ring).unwrap().unwrap();
     assert_eq!(chain.head, 3);
-    assert_eq!(chain.given, [buffer(0x100, 16)]);
-    assert_eq!(chain.room, [buffer(0x300, 8)]);
+    assert_eq!(chain.readable, [buffer(0x100, 16)]);
+    assert_eq!(chain.writable, [buffer(0x300, 8)]);
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn chain_longer_than_the_device_offers_is_refused_before_it_is_read_to_its_end()
         match take(&ring) {
             Ok(chain) => {
                 assert!(last);
-                assert_eq!(chain.unwrap().given.len(), usize::from(LONGEST));
+                assert_eq!(chain.unwrap().readable.len(), usize::from(LONGEST));
             }
             Err(reason) => {
                 assert!(!last && reason.contains("more descriptors"), "{reason}");
@@ -267,7 +267,7 @@ proptest! {
             ring.describe(TABLE, slot, (0x100, d.len), d.flags, d.next);
         }
         ring.make_available(head);
-        let taken = take(&ring).map(|chain| chain.map(|c| c.given.len() + c.room.len()));
+        let taken = take(&ring).map(|chain| chain.map(|c| c.readable.len() + c.writable.len()));
         match model(&outer, head, Walk::default(), Some(&inner)) {
             Some(buffers) => prop_assert_eq!(taken, Ok(Some(buffers))),
             None => prop_assert!(taken.is_err()),
@@ -283,7 +283,7 @@ proptest! {
         ring.ram.write_slice(&noise, GuestAddress(BASE)).unwrap();
         ring.ram.write_slice(&avail, GuestAddress(ring.avail())).unwrap();
         if let Ok(Some(chain)) = take(&ring) {
-            prop_assert!(chain.given.len() + chain.room.len() <= usize::from(u16::MAX));
+            prop_assert!(chain.readable.len() + chain.writable.len() <= usize::from(u16::MAX));
         }
     }
 }

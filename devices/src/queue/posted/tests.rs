@@ -4,6 +4,7 @@ use iommu::{Gpa, Iommu, IommuRegion, NotifierEvents, Perm, Refused, Request};
 use proptest::prelude::*;
 
 use super::*;
+use crate::rig::{INDIRECT, NEXT, WRITE};
 
 /// An IOMMU that translates everything to itself.
 struct Identity;
@@ -52,7 +53,7 @@ fn ram() -> GuestRam {
     GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()
 }
 
-fn walk(ram: &GuestRam, layout: &Layout) -> Result<Vec<Buffer>, Unreadable> {
+fn walk(ram: &GuestRam, layout: &Layout) -> Result<Vec<Buffer>, RingReadError> {
     let region = IommuRegion::new(Arc::new(Identity), StreamId(1));
     let inside = region.enter();
     posted(&Memory::new(&inside, ram), layout, &Steps::new(usize::MAX))
@@ -143,7 +144,7 @@ fn broken_rules_are_told() {
         }
         available(&ram, 0, &[0]);
         match walk(&ram, &LAYOUT) {
-            Err(Unreadable::Malformed(reason)) => {
+            Err(RingReadError::Malformed(reason)) => {
                 assert!(reason.contains(expected), "{reason:?} for {expected:?}");
             }
             other => panic!("{expected}: {other:?}"),
@@ -151,7 +152,10 @@ fn broken_rules_are_told() {
     }
     let ram = ram();
     ram.write_obj(9_u16, GuestAddress(0x2002)).unwrap();
-    assert!(matches!(walk(&ram, &LAYOUT), Err(Unreadable::Malformed(_))));
+    assert!(matches!(
+        walk(&ram, &LAYOUT),
+        Err(RingReadError::Malformed(_))
+    ));
 }
 
 #[test]
@@ -160,7 +164,10 @@ fn rings_outside_of_memory_are_a_fault() {
         avail: Iova(0xffff_ffff_ffff_fffe),
         ..LAYOUT
     };
-    assert!(matches!(walk(&ram(), &layout), Err(Unreadable::Fault(_))));
+    assert!(matches!(
+        walk(&ram(), &layout),
+        Err(RingReadError::Fault(_))
+    ));
 }
 
 proptest! {

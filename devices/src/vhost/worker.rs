@@ -16,7 +16,7 @@ const EXIT: u64 = u64::MAX;
 const CLIENT_SHIFT: u32 = 32;
 
 /// Who is served.
-pub trait Served: Send + Sync {
+pub trait EpollClient: Send + Sync {
     /// Its source of that number is readable. `false` when the source is broken
     /// and not to be watched any more.
     fn ready(&self, source: u32) -> bool;
@@ -24,7 +24,7 @@ pub trait Served: Send + Sync {
 
 #[derive(Clone)]
 struct Client {
-    served: Weak<dyn Served>,
+    served: Weak<dyn EpollClient>,
     sources: Vec<RawFd>,
 }
 
@@ -40,12 +40,12 @@ struct Shared {
 }
 
 /// The thread. It ends when this is dropped.
-pub struct IotlbThread {
+pub struct VhostWorker {
     shared: Arc<Shared>,
     handle: Option<JoinHandle<()>>,
 }
 
-impl IotlbThread {
+impl VhostWorker {
     /// Starts it, with nothing to do.
     ///
     /// # Errors
@@ -76,7 +76,7 @@ impl IotlbThread {
     ///
     /// # Errors
     /// A source cannot be watched.
-    pub fn serve(&self, client: Weak<dyn Served>, sources: &[&dyn AsRawFd]) -> io::Result<()> {
+    pub fn serve(&self, client: Weak<dyn EpollClient>, sources: &[&dyn AsRawFd]) -> io::Result<()> {
         let number = {
             let mut clients = self.shared.clients();
             let gone = |known: &Client| known.served.strong_count() == 0;
@@ -97,7 +97,7 @@ impl IotlbThread {
     }
 }
 
-impl Drop for IotlbThread {
+impl Drop for VhostWorker {
     fn drop(&mut self) {
         let _ = self.shared.exit.write(1);
         if let Some(handle) = self.handle.take() {
@@ -170,7 +170,7 @@ mod tests {
         broken: bool,
     }
 
-    impl Served for Bell {
+    impl EpollClient for Bell {
         fn ready(&self, source: u32) -> bool {
             if !self.broken {
                 self.fd.read().unwrap();
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn client_is_told_of_its_sources_until_one_is_broken() {
-        let thread = IotlbThread::start().unwrap();
+        let thread = VhostWorker::start().unwrap();
         let (good, good_heard) = bell(false);
         let (broken, broken_heard) = bell(true);
         for client in [&good, &broken] {
