@@ -20,7 +20,7 @@ use devices::vhost::shadow::Entry;
 use devices::failure::FailureLatch;
 use iommu::{
     AddressSpace, Fault, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
-    Perm, Refused, Request, StreamId,
+    Perm, Refused, Request, StreamId, StreamSink,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
@@ -132,8 +132,8 @@ impl Iommu for Counting {
         self.pages.replay(stream, range, visit);
     }
 
-    fn connect(&self, region: Weak<IommuRegion>) {
-        self.pages.connect(region);
+    fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
+        self.pages.connect(stream, sink);
     }
 }
 

@@ -15,7 +15,9 @@ use devices::vhost::message::{Message, Miss, SIZE};
 use devices::queue::posted::Layout;
 use devices::vhost::shadow::Entry;
 use devices::failure::FailureLatch;
-use iommu::{AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId};
+use iommu::{
+    AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId, StreamSink,
+};
 use libfuzzer_sys::fuzz_target;
 use pages::{PAGE, Pages, page};
 use vm_memory::{Bytes, GuestAddress};

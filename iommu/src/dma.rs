@@ -10,8 +10,12 @@ use vm_memory::{
     MemoryRegionAddress, Permissions, VolatileSlice, guest_memory::GuestMemorySliceIterator,
 };
 
+use crate::addr::{Gpa, Iova, IovaRange};
+use crate::mapping::{Access, Mapping, Perm};
+use crate::ram::GuestRam;
 use crate::region::Translating;
-use crate::{Access, AddressSpace, Fault, FaultReason, GuestRam, Iova, Mapping, Perm};
+use crate::space::AddressSpace;
+use crate::translate::{Fault, FaultReason};
 
 /// Entries of a device's cache of answers; a power of two.
 const CACHE: usize = 64;
@@ -35,6 +39,14 @@ pub struct DmaSpace {
     cache: Mutex<Cache>,
 }
 
+impl AddressSpace {
+    /// A view for a device that this process emulates.
+    #[must_use]
+    pub fn dma(&self) -> DmaSpace {
+        DmaSpace::new(self.clone())
+    }
+}
+
 impl Clone for DmaSpace {
     fn clone(&self) -> Self {
         Self::new(self.space.clone())
@@ -42,7 +54,7 @@ impl Clone for DmaSpace {
 }
 
 impl DmaSpace {
-    pub(crate) fn new(space: AddressSpace) -> Self {
+    fn new(space: AddressSpace) -> Self {
         Self {
             space,
             cache: Mutex::new(Cache {
@@ -121,8 +133,8 @@ impl DmaView<'_> {
     fn run(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
         let Some(translated) = &self.translated else {
             return Ok(Mapping {
-                iova: crate::IovaRange::ALL,
-                gpa: crate::Gpa(0),
+                iova: IovaRange::ALL,
+                gpa: Gpa(0),
                 perm: Perm::READ_WRITE,
             });
         };

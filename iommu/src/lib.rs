@@ -28,7 +28,9 @@
 mod addr;
 pub mod dma;
 pub mod gate;
+mod mapping;
 mod notifier;
+mod ram;
 mod region;
 pub mod smmuv3;
 mod space;
@@ -37,12 +39,11 @@ pub mod virtio;
 
 pub use addr::{EmptyRange, Gpa, Hva, Iova, IovaRange, StreamId};
 pub use dma::{DmaSpace, DmaView};
+pub use mapping::{Access, Mapping, Perm};
 pub use notifier::{
-    IommuNotifier, NotifierEvents, NotifierId, NotifierSink, Refused, Registration,
+    IommuNotifier, NotifierEvents, NotifierId, NotifierSink, Refused, Registration, StreamSink,
 };
+pub use ram::GuestRam;
 pub use region::{IommuRegion, StreamCounters, StreamStats, Translating};
-pub use space::{AddressSpace, MemoryListener, Section};
-pub use translate::{Access, Fault, FaultReason, Iommu, Mapping, Perm, Request, RequestKind};
-
-/// The RAM of the guest, as guest-physical regions mapped into this process.
-pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+pub use space::AddressSpace;
+pub use translate::{Fault, FaultReason, Iommu, Request, RequestKind};

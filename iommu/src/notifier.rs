@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use crate::{IovaRange, Mapping};
+use crate::addr::IovaRange;
+use crate::mapping::Mapping;
 
 /// What a notifier asks for: any of three kinds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -140,3 +141,34 @@ pub struct IommuNotifier {
 /// Names a registered notifier of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NotifierId(pub(crate) u64);
+
+/// A stream's address space, to which its model announces changes of the
+/// translation. The model calls it without its state lock; every method but
+/// [`map`](Self::map) waits until all accesses under the old translation ended.
+pub trait StreamSink: Send + Sync {
+    /// The translation of `ranges` changed: drops what the device caches hold
+    /// and notifies for `UNMAP`. The model has changed its own state already.
+    fn invalidate(&self, ranges: &[IovaRange]);
+
+    /// The guest invalidated `ranges` of the stream's device IOTLB: notifies for
+    /// `DEVIOTLB_UNMAP`.
+    fn invalidate_device_iotlb(&self, ranges: &[IovaRange]);
+
+    /// The stream's configuration changed: everything that any consumer holds,
+    /// device IOTLB or not, is invalid.
+    fn invalidate_all(&self);
+
+    /// The stream has another view of memory: as
+    /// [`invalidate_all`](Self::invalidate_all), then replays the new view to
+    /// the notifiers for `MAP`. The model holds no lock but its command lock.
+    fn reload(&self);
+
+    /// A mapping appeared: notifies for `MAP`. The model holds its command lock,
+    /// so that no removal of the same mapping can overtake it.
+    fn map(&self, mapping: &Mapping);
+
+    /// Negotiates every registration again, for a model whose ability to
+    /// deliver events changed (the guest switched ATS, for example). A notifier
+    /// whose outcome differs is unmapped in between.
+    fn renegotiate(&self);
+}

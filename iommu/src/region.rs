@@ -2,15 +2,15 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::Serialize;
 
+use crate::addr::{Iova, IovaRange, StreamId};
 use crate::gate::{Entered, Gate};
-use crate::{
-    Access, Fault, FaultReason, Iommu, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents,
-    NotifierId, Registration, Request, RequestKind, StreamId,
-};
+use crate::mapping::{Access, Mapping};
+use crate::notifier::{IommuNotifier, NotifierEvents, NotifierId, Registration, StreamSink};
+use crate::translate::{Fault, FaultReason, Iommu, Request, RequestKind};
 
 /// What happened on a stream, counted with relaxed atomics.
 #[derive(Debug, Default)]
@@ -79,7 +79,8 @@ impl IommuRegion {
             notifiers: Mutex::default(),
             counters: StreamCounters::default(),
         });
-        region.iommu.connect(Arc::downgrade(&region));
+        let sink: Weak<dyn StreamSink> = Arc::<Self>::downgrade(&region);
+        region.iommu.connect(stream, sink);
         region
     }
 
@@ -148,73 +149,6 @@ impl IommuRegion {
     pub fn unregister(&self, id: NotifierId) {
         let _closed = self.gate.close();
         self.notifiers().list.retain(|known| known.id != id);
-    }
-
-    /// Negotiates every registration again: for a model whose ability to
-    /// deliver changed (the guest switched ATS, say). A notifier whose outcome
-    /// differs is unmapped in between.
-    pub fn renegotiate(&self) {
-        let _closed = self.gate.close();
-        self.generation.fetch_add(1, Ordering::Release);
-        for known in &mut self.notifiers().list {
-            let outcome = self.negotiate(&known.notifier, known.events);
-            if outcome.events != known.events {
-                known.notifier.sink.unmap(&[known.notifier.range]);
-                known.events = outcome.events;
-                self.admit(&known.notifier, &outcome);
-            }
-        }
-    }
-
-    /// The ranges are no longer translated as they were: waits for those who
-    /// use the old translation, drops what device caches hold, and tells the
-    /// notifiers that asked for `UNMAP`. The model has changed its own state
-    /// before and holds no lock on it.
-    pub fn invalidate(&self, ranges: &[IovaRange]) {
-        self.invalidate_for(ranges, NotifierEvents::UNMAP);
-    }
-
-    /// The guest invalidated the device IOTLB of this stream: tells the
-    /// notifiers that asked for `DEVIOTLB_UNMAP`.
-    pub fn invalidate_device_iotlb(&self, ranges: &[IovaRange]) {
-        self.invalidate_for(ranges, NotifierEvents::DEVIOTLB_UNMAP);
-    }
-
-    /// The stream's configuration changed: nothing that any consumer holds,
-    /// device IOTLB or not, is good any more.
-    pub fn invalidate_all(&self) {
-        let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
-        self.invalidate_for(&[IovaRange::ALL], both);
-    }
-
-    /// The stream has another view of memory: as
-    /// [`invalidate_all`](Self::invalidate_all), and shows the notifiers that
-    /// asked for `MAP` the new view. The model has changed its own state before
-    /// and holds no lock on it but its command lock.
-    pub fn reload(&self) {
-        let _closed = self.gate.close();
-        let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
-        self.notify_unmap(&[IovaRange::ALL], both);
-        for known in &self.notifiers().list {
-            if known.events.contains(NotifierEvents::MAP) {
-                self.replay(&known.notifier);
-            }
-        }
-    }
-
-    /// A mapping appeared: tells the notifiers that asked for `MAP`. The
-    /// caller holds the model's command lock, so that no removal of the same
-    /// mapping can overtake it.
-    pub fn map(&self, mapping: &Mapping) {
-        let _inside = self.gate.enter();
-        self.counters.maps.fetch_add(1, Ordering::Relaxed);
-        for known in &self.notifiers().list {
-            if known.events.contains(NotifierEvents::MAP)
-                && let Some(part) = mapping.clipped(known.notifier.range)
-            {
-                known.notifier.sink.map(&part);
-            }
-        }
     }
 
     /// Changes with every invalidation. Read with the gate held, it is fixed
@@ -297,6 +231,57 @@ impl IommuRegion {
         self.notifiers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl StreamSink for IommuRegion {
+    fn renegotiate(&self) {
+        let _closed = self.gate.close();
+        self.generation.fetch_add(1, Ordering::Release);
+        for known in &mut self.notifiers().list {
+            let outcome = self.negotiate(&known.notifier, known.events);
+            if outcome.events != known.events {
+                known.notifier.sink.unmap(&[known.notifier.range]);
+                known.events = outcome.events;
+                self.admit(&known.notifier, &outcome);
+            }
+        }
+    }
+
+    fn invalidate(&self, ranges: &[IovaRange]) {
+        self.invalidate_for(ranges, NotifierEvents::UNMAP);
+    }
+
+    fn invalidate_device_iotlb(&self, ranges: &[IovaRange]) {
+        self.invalidate_for(ranges, NotifierEvents::DEVIOTLB_UNMAP);
+    }
+
+    fn invalidate_all(&self) {
+        let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
+        self.invalidate_for(&[IovaRange::ALL], both);
+    }
+
+    fn reload(&self) {
+        let _closed = self.gate.close();
+        let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
+        self.notify_unmap(&[IovaRange::ALL], both);
+        for known in &self.notifiers().list {
+            if known.events.contains(NotifierEvents::MAP) {
+                self.replay(&known.notifier);
+            }
+        }
+    }
+
+    fn map(&self, mapping: &Mapping) {
+        let _inside = self.gate.enter();
+        self.counters.maps.fetch_add(1, Ordering::Relaxed);
+        for known in &self.notifiers().list {
+            if known.events.contains(NotifierEvents::MAP)
+                && let Some(part) = mapping.clipped(known.notifier.range)
+            {
+                known.notifier.sink.map(&part);
+            }
+        }
     }
 }
 

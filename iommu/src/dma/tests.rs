@@ -6,7 +6,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 use crate::{
     Access, AddressSpace, DmaSpace, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuNotifier,
     IommuRegion, Iova, IovaRange, Mapping, NotifierEvents, NotifierSink, Perm, Refused,
-    Registration, Request, StreamId,
+    Registration, Request, StreamId, StreamSink,
 };
 
 const PAGE: u64 = 4096;
@@ -15,7 +15,7 @@ const PAGE: u64 = 4096;
 #[derive(Default)]
 struct Table {
     pages: Mutex<BTreeMap<u64, (u64, Perm)>>,
-    region: Mutex<Weak<IommuRegion>>,
+    sink: Mutex<Option<Weak<dyn StreamSink>>>,
     asked: Mutex<u64>,
 }
 
@@ -26,8 +26,15 @@ impl Table {
 
     fn unmap(&self, iova: u64) {
         self.pages.lock().unwrap().remove(&iova);
-        let region = self.region.lock().unwrap().upgrade().unwrap();
-        region.invalidate(&[IovaRange::from_len(Iova(iova), PAGE).unwrap()]);
+        let sink = self
+            .sink
+            .lock()
+            .unwrap()
+            .as_ref()
+            .unwrap()
+            .upgrade()
+            .unwrap();
+        sink.invalidate(&[IovaRange::from_len(Iova(iova), PAGE).unwrap()]);
     }
 
     fn asked(&self) -> u64 {
@@ -96,8 +103,8 @@ impl Iommu for Table {
         }
     }
 
-    fn connect(&self, region: Weak<IommuRegion>) {
-        *self.region.lock().unwrap() = region;
+    fn connect(&self, _stream: StreamId, sink: Weak<dyn StreamSink>) {
+        *self.sink.lock().unwrap() = Some(sink);
     }
 }
 

@@ -9,7 +9,7 @@ use super::state::State;
 use super::ste::{Stage2, Ste, World};
 use super::translate::{Asked, walk_both};
 use super::walk::{Cause, Leaf, Stop, Want, walk};
-use crate::space::ram_blocks;
+use crate::ram::ram_blocks;
 use crate::{Access, Gpa, Iova, IovaRange, Mapping, Request, StreamId};
 
 /// Descriptors after which a listing ends. A walk counts as [`WALK`], and the

@@ -41,7 +41,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use self::commands::Signal;
 pub use self::commands::{CommandKind, PageResponse, Resume};
-use self::events::Event;
+
 pub use self::events::EventKind;
 use self::execute::{Pending, Step};
 pub use self::listing::{StreamMode, StreamState};
@@ -51,8 +51,8 @@ use self::state::{Notice, State};
 pub use self::state::{PageRequest, SmmuLine, SmmuStats, Stalled};
 use self::translate::Asked;
 use crate::{
-    Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, IovaRange, Mapping, NotifierEvents,
-    Refused, Request, StreamId,
+    Fault, FaultReason, Gpa, GuestRam, Iommu, IovaRange, Mapping, NotifierEvents, Refused, Request,
+    StreamId, StreamSink,
 };
 
 /// Which stages are offered.
@@ -352,37 +352,6 @@ impl Smmu {
         }
     }
 
-    /// Checks an access with an address that ATS translated (§3.9.1.3).
-    ///
-    /// # Errors
-    /// The [`Fault`]; its event, if it has one, has been recorded.
-    pub fn check_translated(&self, request: &Request) -> Result<(), Fault> {
-        let refused = self.with(|state| {
-            if !state.registers.enabled(cr0::SMMUEN) {
-                return Some(Some(Event::configuration(EventKind::FTranslForbidden)));
-            }
-            if !state.registers.enabled(cr0::ATSCHK) {
-                return None;
-            }
-            match state.ste(&self.ram, request.stream, true) {
-                Ok(ste) if ste.ats => None,
-                Ok(ste) if !ste.passes => Some(None),
-                Ok(_) => Some(Some(Event::configuration(EventKind::FTranslForbidden))),
-                Err(event) => {
-                    let recorded = state.registers.cr2(spec::cr2::REC_CFG_ATS);
-                    Some(recorded.then_some(event))
-                }
-            }
-        });
-        let Some(event) = refused else {
-            return Ok(());
-        };
-        if let Some(event) = event {
-            self.with(|state| state.record(&self.ram, &event, request));
-        }
-        Err(fault(request, FaultReason::Aborted))
-    }
-
     /// What happened so far.
     #[must_use]
     pub fn stats(&self) -> SmmuStats {
@@ -486,7 +455,7 @@ impl Smmu {
     /// Tells every stream what is due. No lock but the command lock is held.
     fn deliver(&self, pending: &mut Pending) {
         for (stream, due) in std::mem::take(&mut pending.streams) {
-            let Some(region) = self.region(stream) else {
+            let Some(region) = self.sink(stream) else {
                 continue;
             };
             if due.configuration {
@@ -499,8 +468,8 @@ impl Smmu {
         }
     }
 
-    fn region(&self, stream: StreamId) -> Option<Arc<IommuRegion>> {
-        self.lock().streams.get(&stream)?.region.upgrade()
+    fn sink(&self, stream: StreamId) -> Option<Arc<dyn StreamSink>> {
+        self.lock().streams.get(&stream)?.sink.as_ref()?.upgrade()
     }
 
     /// Negotiates a stream's registrations again if it can deliver otherwise
@@ -512,7 +481,7 @@ impl Smmu {
             Some(std::mem::replace(&mut known.device_iotlb, now) != now)
         });
         if changed == Some(true)
-            && let Some(region) = self.region(stream)
+            && let Some(region) = self.sink(stream)
         {
             region.renegotiate();
         }
@@ -678,12 +647,8 @@ impl Iommu for Smmu {
     ) {
     }
 
-    fn connect(&self, region: Weak<IommuRegion>) {
-        let Some(stream) = region.upgrade().map(|region| region.stream()) else {
-            return;
-        };
-        let mut state = self.lock();
-        state.streams.entry(stream).or_default().region = region;
+    fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
+        self.lock().streams.entry(stream).or_default().sink = Some(sink);
     }
 }
 

@@ -15,7 +15,7 @@ use super::registers::{Registers, STALL_MAX};
 use super::spec::{Cerror, MSI_ADDRESS, cr0, event, gerror, irq_ctrl, pri, queue, reg};
 use super::ste::Ste;
 use super::tlb::{Held, Tag, Tlb};
-use crate::{Access, GuestRam, IommuRegion, Iova, Request, StreamId};
+use crate::{Access, GuestRam, Iova, Request, StreamId, StreamSink};
 
 /// Most cached STEs, and CDs. When there are more all are forgotten.
 const MAX_CACHED: usize = 1024;
@@ -90,9 +90,9 @@ pub(super) enum EventUnwritten {
 }
 
 /// What the model knows of a connected stream.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Stream {
-    pub(super) region: Weak<IommuRegion>,
+    pub(super) sink: Option<Weak<dyn StreamSink>>,
     /// What its consumers may hold, since everything was last invalidated.
     pub(super) held: BTreeMap<Tag, Held>,
     /// More than could be remembered.

@@ -9,7 +9,7 @@ use super::state::State;
 use super::ste::{DefaultSubstream, Stage1, Stage2, Ste};
 use super::tlb::{Entry, Held, Stages, Tag};
 use super::walk::{Class, Leaf, Want, through_stage2, walk};
-use crate::space::identity_around;
+use crate::ram::identity_around;
 use crate::{
     Access, FaultReason, Gpa, GuestRam, Iova, IovaRange, Mapping, Request, RequestKind, StreamId,
 };

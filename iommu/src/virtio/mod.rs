@@ -21,10 +21,10 @@ pub use self::request::Request;
 use self::request::{needed_feature, reply_size};
 use self::spec::{Status, feature, property};
 use self::state::{Endpoint, Moved, PAGE_SHIFT, State, View, perm_of};
-use crate::space::{identity_around, ram_blocks};
+use crate::ram::{identity_around, ram_blocks};
 use crate::{
-    Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
-    NotifierEvents, Perm, Refused, StreamId,
+    Fault, FaultReason, Gpa, GuestRam, Iommu, Iova, IovaRange, Mapping, NotifierEvents, Perm,
+    Refused, StreamId, StreamSink,
 };
 
 /// Chunks of removed mappings that are freed in each request: about 50 µs.
@@ -158,7 +158,7 @@ impl VirtioIommu {
             .endpoints
             .values()
             .filter(|endpoint| endpoint.domain.is_none())
-            .filter_map(|endpoint| endpoint.region.upgrade())
+            .filter_map(|endpoint| endpoint.sink.upgrade())
             .collect();
         for region in detached {
             region.reload();
@@ -177,7 +177,7 @@ impl VirtioIommu {
             let gone = std::mem::take(&mut state.domains);
             let endpoints = state.endpoints.values_mut();
             let attached: Vec<_> = endpoints
-                .filter_map(|endpoint| endpoint.domain.take().and(endpoint.region.upgrade()))
+                .filter_map(|endpoint| endpoint.domain.take().and(endpoint.sink.upgrade()))
                 .collect();
             (attached, gone)
         };
@@ -329,7 +329,7 @@ impl VirtioIommu {
 
     /// Drops the old view of an endpoint everywhere and shows the new one.
     fn moved(&self, pending: &mut Pending, moved: Moved) {
-        if let Some(region) = moved.region {
+        if let Some(region) = moved.sink {
             region.reload();
         }
         if let Some(domain) = moved.gone {
@@ -508,17 +508,9 @@ impl Iommu for VirtioIommu {
         }
     }
 
-    fn connect(&self, region: Weak<IommuRegion>) {
-        let Some(stream) = region.upgrade().map(|region| region.stream()) else {
-            return;
-        };
-        self.write().endpoints.insert(
-            stream,
-            Endpoint {
-                domain: None,
-                region,
-            },
-        );
+    fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
+        let endpoint = Endpoint { domain: None, sink };
+        self.write().endpoints.insert(stream, endpoint);
     }
 }
 

@@ -8,20 +8,19 @@ use super::VirtioIommuConfig;
 use super::domain::Domain;
 use super::mappings::Removed;
 use super::spec::{Status, feature, request};
-use crate::{Gpa, IommuRegion, IovaRange, Mapping, Perm, StreamId};
+use crate::{Gpa, IovaRange, Mapping, Perm, StreamId, StreamSink};
 
 /// The smallest page, as a shift.
 pub const PAGE_SHIFT: u32 = 12;
 
 /// An endpoint, and the domain that it is attached to.
-#[derive(Debug, Default)]
 pub struct Endpoint {
     pub domain: Option<u32>,
-    pub region: Weak<IommuRegion>,
+    pub sink: Weak<dyn StreamSink>,
 }
 
 /// The state. Its owner keeps it under a lock.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct State {
     /// The negotiated features.
     pub features: u64,
@@ -43,7 +42,7 @@ pub enum View<'a> {
 /// An endpoint that has another view of memory than before.
 #[derive(Default)]
 pub struct Moved {
-    pub region: Option<Arc<IommuRegion>>,
+    pub sink: Option<Arc<dyn StreamSink>>,
     /// The domain that ceased to exist.
     pub gone: Option<Domain>,
 }
@@ -62,12 +61,12 @@ impl State {
         }
     }
 
-    /// The regions of the endpoints that are attached to a domain.
-    pub fn attached(&self, domain: u32) -> Vec<Arc<IommuRegion>> {
+    /// The sinks of the endpoints that are attached to a domain.
+    pub fn attached(&self, domain: u32) -> Vec<Arc<dyn StreamSink>> {
         let domain = self.domains.get(&domain);
         let streams = domain.into_iter().flat_map(|domain| &domain.endpoints);
         streams
-            .filter_map(|stream| self.endpoints.get(stream)?.region.upgrade())
+            .filter_map(|stream| self.endpoints.get(stream)?.sink.upgrade())
             .collect()
     }
 
@@ -180,7 +179,7 @@ impl State {
         let Some(endpoint) = self.endpoints.get_mut(&stream) else {
             return Moved::default();
         };
-        let (region, id) = (endpoint.region.upgrade(), endpoint.domain.take());
+        let (sink, id) = (endpoint.sink.upgrade(), endpoint.domain.take());
         let left = id.and_then(|id| Some((id, self.domains.get_mut(&id)?)));
         let gone = left.and_then(|(id, domain)| {
             domain.endpoints.remove(&stream);
@@ -189,7 +188,7 @@ impl State {
         });
         let gone = gone.and_then(|id| self.domains.remove(&id));
         self.mapped -= gone.as_ref().map_or(0, |domain| domain.mappings.len());
-        Moved { region, gone }
+        Moved { sink, gone }
     }
 }
 

@@ -6,7 +6,7 @@ use vm_memory::GuestAddress;
 
 use super::spec::{feature, request};
 use super::*;
-use crate::{Access, IommuNotifier, NotifierSink, Registration};
+use crate::{Access, IommuNotifier, IommuRegion, NotifierSink, Registration};
 
 const NIC: StreamId = StreamId(0x08);
 /// The bound of the world's model.

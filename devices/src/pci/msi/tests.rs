@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig, spec};
-use iommu::{Fault, FaultReason, Iommu, IommuRegion, Perm, Refused, Request};
+use iommu::{Fault, FaultReason, Iommu, IommuRegion, Perm, Refused, Request, StreamSink};
 
 use super::*;
 use crate::interrupt::MsiSink as _;
@@ -86,7 +86,7 @@ impl Iommu for OnePage {
         }
     }
 
-    fn connect(&self, _: Weak<IommuRegion>) {}
+    fn connect(&self, _: StreamId, _: Weak<dyn StreamSink>) {}
 }
 
 struct Machine {

@@ -1,6 +1,6 @@
 use std::sync::{Arc, Weak};
 
-use iommu::{Gpa, Iommu, IommuRegion, NotifierEvents, Perm, Refused, Request};
+use iommu::{Gpa, Iommu, IommuRegion, NotifierEvents, Perm, Refused, Request, StreamSink};
 use proptest::prelude::*;
 
 use super::*;
@@ -39,7 +39,7 @@ impl Iommu for Identity {
     ) {
     }
 
-    fn connect(&self, _region: Weak<IommuRegion>) {}
+    fn connect(&self, _stream: StreamId, _sink: Weak<dyn StreamSink>) {}
 }
 
 const LAYOUT: Layout = Layout {

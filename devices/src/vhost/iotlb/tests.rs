@@ -457,9 +457,8 @@ fn new_view_of_memory_is_shown_as_far_as_it_is_sent() {
         world.pages.state().pages.insert(n * PAGE, to);
     }
     let _ = world.iotlb.wake().read();
-    let region = world.pages.region();
-    region.reload();
-    assert_eq!(region.stats().maps, 14);
+    world.pages.region().reload();
+    assert_eq!(world.space.region().unwrap().stats().maps, 14);
     assert_eq!(world.kernel.state().list.len(), 14);
     assert_eq!(world.iotlb.wake().read().unwrap(), 1);
     world.iotlb.revive();

@@ -7,7 +7,6 @@ use super::rig::*;
 use crate::{Access, AddressSpace, Iova, NotifierEvents, RequestKind};
 
 const F_BAD_ATS_TREQ: u64 = 0x05;
-const F_TRANSL_FORBIDDEN: u64 = 0x07;
 const C_BAD_STREAMID: u64 = 0x02;
 const C_BAD_STE: u64 = 0x04;
 const DEVIOTLB: NotifierEvents = NotifierEvents::DEVIOTLB_UNMAP;
@@ -221,22 +220,4 @@ fn configuration_errors_of_translation_requests_are_recorded_on_request() {
         assert!(treq(&rig, StreamId(0x100), 0, Access::Read).is_err());
         assert_eq!(rig.event_numbers(), expected);
     }
-}
-
-#[test]
-fn translated_accesses_are_checked_where_atschk_says_so() {
-    let rig = Rig::enabled(config());
-    rig.stage1(STREAM, 1);
-    let request = Request::untranslated(STREAM, Iova(RAM), Access::Write);
-    let check = || rig.smmu.check_translated(&request).is_ok();
-    assert!(check(), "ATSCHK is 0");
-    let value = rig.smmu.read(reg::CR0);
-    rig.smmu.write(reg::CR0, value | cr0::ATSCHK);
-    assert!(!check());
-    assert_eq!(rig.event_numbers(), [F_TRANSL_FORBIDDEN]);
-    set_eats(&rig, STREAM, 1);
-    assert!(check());
-    rig.smmu.write(reg::CR0, cr0::EVENTQEN);
-    assert!(!check());
-    assert_eq!(rig.event_numbers(), [F_TRANSL_FORBIDDEN]);
 }

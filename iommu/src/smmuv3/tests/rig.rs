@@ -10,8 +10,8 @@ use super::super::spec::{Field, cd, cmd, cr0, cr2, event, irq_ctrl, reg, ste};
 use super::super::walk::Granule;
 use super::super::*;
 use crate::{
-    Access, AddressSpace, Gpa, IommuNotifier, Iova, IovaRange, Mapping, NotifierEvents,
-    NotifierSink, Registration, Request,
+    Access, AddressSpace, Gpa, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping,
+    NotifierEvents, NotifierSink, Registration, Request,
 };
 
 pub const RAM: u64 = 0x4000_0000;

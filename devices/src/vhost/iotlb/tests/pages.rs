@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use iommu::{
-    Access, Fault, FaultReason, Gpa, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
-    Perm, Refused, Request, StreamId,
+    Access, Fault, FaultReason, Gpa, Iommu, Iova, IovaRange, Mapping, NotifierEvents, Perm,
+    Refused, Request, StreamId, StreamSink,
 };
 
 pub const PAGE: u64 = 4096;
@@ -26,7 +26,7 @@ pub struct PageState {
     pub delivers: NotifierEvents,
     /// Accesses that faulted, lookups left out.
     pub faults: Vec<(Iova, Access)>,
-    region: Weak<IommuRegion>,
+    sink: Option<Weak<dyn StreamSink>>,
 }
 
 pub fn page(iova: u64) -> IovaRange {
@@ -52,8 +52,8 @@ impl Pages {
         self.0.lock().unwrap()
     }
 
-    pub fn region(&self) -> Arc<IommuRegion> {
-        self.state().region.upgrade().unwrap()
+    pub fn region(&self) -> Arc<dyn StreamSink> {
+        self.state().sink.as_ref().unwrap().upgrade().unwrap()
     }
 
     /// Maps a page to which nothing was mapped.
@@ -133,7 +133,7 @@ impl Iommu for Pages {
         }
     }
 
-    fn connect(&self, region: Weak<IommuRegion>) {
-        self.state().region = region;
+    fn connect(&self, _stream: StreamId, sink: Weak<dyn StreamSink>) {
+        self.state().sink = Some(sink);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{OnceLock, Weak, mpsc};
 
 use iommu::{
     Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
-    NotifierEvents, Perm, Refused, Request,
+    NotifierEvents, Perm, Refused, Request, StreamId, StreamSink,
 };
 
 use super::*;
@@ -123,7 +123,7 @@ impl Iommu for OneToOne {
     ) {
     }
 
-    fn connect(&self, _region: Weak<IommuRegion>) {}
+    fn connect(&self, _stream: StreamId, _sink: Weak<dyn StreamSink>) {}
 }
 
 fn translated(ram: &Arc<GuestRam>) -> (Arc<OneToOne>, Arc<IommuRegion>, DmaSpace) {
