@@ -25,8 +25,8 @@ pub struct MsiMessage {
     pub requester: StreamId,
 }
 
-/// Gives out interrupt sources.
-pub trait MsiSink: Send + Sync {
+/// Allocates interrupt sources.
+pub trait MsiAllocator: Send + Sync {
     /// A new source, routed nowhere.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::interrupt::{Doorbells, MsiMessage, MsiSink, MsiVector};
+use crate::interrupt::{Doorbells, MsiAllocator, MsiMessage, MsiVector};
 
 /// Bytes of the tests' RAM, which starts at 0.
 pub const RAM: u64 = 0x10_0000;
@@ -104,7 +104,7 @@ impl Board {
     }
 }
 
-impl MsiSink for Board {
+impl MsiAllocator for Board {
     fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         let vector = Arc::new(Vector {
             event: eventfd(),

@@ -21,8 +21,8 @@ use devices::tap::Tap;
 use devices::vhost::iotlb::IotlbStats;
 use devices::vhost::worker::VhostWorker;
 use devices::vhost::{IotlbMonitor, VhostContext};
-use devices::virtio::VirtioDevice as _;
 use devices::virtio::net::{Net, NetConfig};
+use devices::virtio::{DeviceCounters, VirtioDevice as _};
 use iommu::{
     Access, AddressSpace, GuestRam, Iommu, IommuRegion, Iova, NotifierEvents, Perm, StreamId,
 };
@@ -134,6 +134,13 @@ fn mac_of(tap: &str) -> [u8; 6] {
     mac
 }
 
+fn monitor(net: &Net) -> IotlbMonitor {
+    match net.counters() {
+        DeviceCounters::Vhost { mut iotlbs, .. } => iotlbs.remove(0),
+        _ => panic!("a network device has IOTLBs"),
+    }
+}
+
 impl World {
     fn identity() -> Self {
         Self::new(None, true)
@@ -184,7 +191,7 @@ impl World {
             space,
             offset: if pages.is_some() { OFFSET } else { 0 },
             pages,
-            monitor: net.monitors().remove(0),
+            monitor: monitor(&net),
             net,
             rx: Ring::new(RX),
             tx: Ring::new(TX),

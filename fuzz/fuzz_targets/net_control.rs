@@ -7,7 +7,7 @@ mod driver;
 
 use std::sync::Arc;
 
-use devices::interrupt::{MsiSink as _, MsiVector};
+use devices::interrupt::{MsiAllocator as _, MsiVector};
 use devices::virtio::net::control::{self, Command};
 use devices::queue::{Interrupt, RunningQueue};
 use driver::{AVAIL, Board, SIZE, TABLE, USED};

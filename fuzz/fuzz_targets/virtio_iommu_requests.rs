@@ -9,7 +9,7 @@ mod naive;
 
 use std::sync::{Arc, Mutex};
 
-use devices::interrupt::{MsiSink as _, MsiVector};
+use devices::interrupt::{MsiAllocator as _, MsiVector};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use devices::queue::{Interrupt, RunningQueue};
 use devices::virtio::VirtioDevice as _;

@@ -8,9 +8,9 @@ mod driver;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice as _};
-use devices::interrupt::{Doorbells, MsiSink};
+use devices::interrupt::{Doorbells, MsiAllocator};
 use devices::pci::{PciRoot, Requester, MsiRetranslator};
-use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
+use devices::virtio::pci::{BAR_SIZE, VirtioPciResources, VirtioPci};
 use devices::virtio::rng::Rng;
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
 use iommu::{Gpa, GuestRam};
@@ -62,9 +62,9 @@ impl Function {
         let ram = driver::ram();
         let board = Arc::new(Board::default());
         let retranslator = MsiRetranslator::new().expect("an eventfd");
-        let parts = Parts {
+        let parts = VirtioPciResources {
             requester: Requester::new(driver::space(&ram), &retranslator),
-            msi: Arc::clone(&board) as Arc<dyn MsiSink>,
+            msi: Arc::clone(&board) as Arc<dyn MsiAllocator>,
             doorbells: Arc::clone(&board) as Arc<dyn Doorbells>,
             bar: Gpa(BAR),
             ats: Some(Box::new(|_| ())),
@@ -73,7 +73,7 @@ impl Function {
         let function = VirtioPci::new("fuzz", device, parts).expect("file descriptors");
         let memory = Arc::new(Bus::new());
         let root = PciRoot::new(&memory);
-        root.add(1, Arc::new(function)).expect("a slot");
+        root.add(1, function).expect("a slot");
         Self {
             root,
             memory,

@@ -6,7 +6,7 @@ mod driver;
 
 use std::sync::Arc;
 
-use devices::interrupt::MsiSink as _;
+use devices::interrupt::MsiAllocator as _;
 use devices::virtio::rng::Rng;
 use devices::queue::{Interrupt, RunningQueue};
 use devices::virtio::VirtioDevice as _;

@@ -16,15 +16,14 @@ use arch::{IommuNode, PciHost, layout};
 use devices::interrupt::Doorbells;
 use devices::pause::PauseRequest;
 use devices::pci::{MsiRetranslator, MsiThread, PciRoot, Requester};
-use devices::vhost::{IotlbMonitor, VhostContext};
-use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Block, BlockConfig, BlockCounters, Image};
-use devices::virtio::net::{NetConfig, NetCounters};
-use devices::virtio::pci::{BAR_SIZE, Parts, VirtioPci};
+use devices::vhost::VhostContext;
+use devices::virtio::block::{Block, BlockConfig, Image};
+use devices::virtio::net::NetConfig;
+use devices::virtio::pci::{BAR_SIZE, VirtioPci, VirtioPciResources};
 use devices::virtio::rng::Rng;
+use devices::virtio::{DeviceCounters, VirtioDevice};
 
 pub(crate) use self::iommu::IommuDevice;
-use self::vhost::Bell;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, IommuModel};
 use crate::kvm::{Buses, Vm};
@@ -40,25 +39,10 @@ pub struct Function {
     pub device: DevicePlan,
     /// Its part of the IOMMU, if it is behind it.
     pub region: Option<Arc<IommuRegion>>,
-    /// What its back end counts.
-    pub back_end: BackEnd,
+    /// Counters of the device and its back end.
+    pub counters: DeviceCounters,
     /// The function itself.
     pub virtio: Arc<VirtioPci>,
-}
-
-/// What the back end of a function counts.
-pub enum BackEnd {
-    /// Nothing.
-    None,
-    /// A disk's requests.
-    Block(Arc<BlockCounters>),
-    /// The IOTLB of each vhost file, and what a network device counts.
-    Vhost {
-        /// One for each file.
-        iotlbs: Vec<IotlbMonitor>,
-        /// `None` for a socket device.
-        net: Option<Arc<NetCounters>>,
-    },
 }
 
 /// The bus. Dropping it ends the devices' threads.
@@ -178,35 +162,30 @@ impl Makings<'_> {
             Some(region) => AddressSpace::translated(Arc::clone(region), ram),
             None => AddressSpace::identity(stream, ram),
         };
-        let bell = Bell::default();
-        let (device, back_end) = self.device(plan, &bell)?;
+        let device = self.device(plan)?;
+        let counters = device.counters();
         let bar = layout::PCI_MMIO64.base + u64::from(plan.slot) * BAR_SIZE;
-        let parts = Parts {
+        let parts = VirtioPciResources {
             requester: Requester::new(space, self.retranslator),
-            msi: self.vm.msi_sink(),
+            msi: self.vm.msi_allocator(),
             doorbells: Arc::clone(self.vm) as Arc<dyn Doorbells>,
             bar: Gpa(bar),
             ats: iommu.and_then(|iommu| iommu.ats_hook(stream)),
         };
-        let virtio = Arc::new(VirtioPci::new(&plan.id, device, parts)?);
-        bell.hang(&virtio);
-        virtio.interrupted_by(self.pause.deferral());
+        let virtio = VirtioPci::new(&plan.id, device, parts)?;
+        virtio.set_deferral(self.pause.deferral());
         Ok(Function {
             id: plan.id.clone(),
             stream,
             device: plan.device.clone(),
             region,
-            back_end,
+            counters,
             virtio,
         })
     }
 
-    fn device(
-        &self,
-        plan: &FunctionPlan,
-        bell: &Bell,
-    ) -> Result<(Box<dyn VirtioDevice>, BackEnd), BuildError> {
-        let device: Box<dyn VirtioDevice> = match &plan.device {
+    fn device(&self, plan: &FunctionPlan) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        Ok(match &plan.device {
             DevicePlan::VirtioIommu => {
                 let device = self.iommu.and_then(IommuDevice::function);
                 let device = device.ok_or_else(|| {
@@ -229,10 +208,7 @@ impl Makings<'_> {
                     queues: *queues,
                     flush: *flush,
                 };
-                let block = Block::new(&config, image)?;
-                block.on_failure(bell.alarm());
-                let counters = BackEnd::Block(block.counters());
-                return Ok((Box::new(block), counters));
+                Box::new(Block::new(&config, image)?)
             }
             DevicePlan::Net {
                 tap,
@@ -246,24 +222,11 @@ impl Makings<'_> {
                     mtu: *mtu,
                     pairs: *pairs,
                 };
-                let net = vhost::net(&plan.id, tap, config, self.vhost()?, bell)?;
-                let counters = BackEnd::Vhost {
-                    iotlbs: net.monitors(),
-                    net: Some(net.counters()),
-                };
-                return Ok((Box::new(net), counters));
+                Box::new(vhost::net(&plan.id, tap, config, self.vhost()?)?)
             }
-            DevicePlan::Vsock { cid } => {
-                let vsock = vhost::vsock(*cid, self.vhost()?, bell)?;
-                let counters = BackEnd::Vhost {
-                    iotlbs: vec![vsock.monitor()],
-                    net: None,
-                };
-                return Ok((Box::new(vsock), counters));
-            }
+            DevicePlan::Vsock { cid } => Box::new(vhost::vsock(*cid, self.vhost()?)?),
             DevicePlan::Entropy => Box::new(Rng::new()?),
-        };
-        Ok((device, BackEnd::None))
+        })
     }
 }
 

@@ -8,7 +8,7 @@ mod image;
 mod request;
 
 use std::os::fd::AsRawFd as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::{io, thread};
@@ -26,7 +26,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use self::image::SECTOR;
 pub use self::image::{Image, ImageError};
 pub use self::request::{Disk, Served};
-use super::{VirtioDevice, read_image};
+use super::counters::{BlockCounters, DeviceCounters};
+use super::device::{VirtioDevice, read_image};
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::chain::RINGS_OUTSIDE;
 use crate::queue::{QueuePosition, RunningQueue};
@@ -47,19 +48,6 @@ const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 const MAX_CLEAR_SECTORS: u32 = 1 << 18;
 /// Token of the eventfd that ends the worker; queues have their index.
 const STOP: u64 = u64::MAX;
-
-/// What a disk has done.
-#[derive(Debug, Default)]
-pub struct BlockCounters {
-    /// Bytes the guest read.
-    pub read_bytes: AtomicU64,
-    /// Bytes the guest wrote.
-    pub written_bytes: AtomicU64,
-    /// Requests of any kind.
-    pub requests: AtomicU64,
-    /// Requests that ended in an error.
-    pub errors: AtomicU64,
-}
 
 struct Running {
     queue: RunningQueue,
@@ -144,18 +132,6 @@ impl Block {
             features,
             config: space,
         })
-    }
-
-    /// What the disk has done.
-    #[must_use]
-    pub fn counters(&self) -> Arc<BlockCounters> {
-        Arc::clone(&self.counters)
-    }
-
-    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
-    /// something to give. Called without any lock.
-    pub fn on_failure(&self, callback: FailureCallback) {
-        self.shared.failure.set_callback(callback);
     }
 }
 
@@ -261,6 +237,14 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.shared.failure.clear();
+    }
+
+    fn set_failure_callback(&mut self, callback: FailureCallback) {
+        self.shared.failure.set_callback(callback);
+    }
+
+    fn counters(&self) -> DeviceCounters {
+        DeviceCounters::Block(Arc::clone(&self.counters))
     }
 
     fn take_failure(&mut self) -> Option<DeviceError> {

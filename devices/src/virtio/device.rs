@@ -1,6 +1,7 @@
-//! What a virtio device is to its transport (virtio 1.2 §2).
+//! The interface between a virtio device and its transport (virtio 1.2 §2).
 
-use crate::failure::DeviceError;
+use super::counters::DeviceCounters;
+use crate::failure::{DeviceError, FailureCallback};
 use crate::pause::Deferral;
 use crate::queue::{QueuePosition, RunningQueue};
 
@@ -82,6 +83,17 @@ pub trait VirtioDevice: Send {
 
     /// Back to the state before negotiation; every queue has been stopped.
     fn reset(&mut self);
+
+    /// Sets the callback for a failure or a change of the device configuration
+    /// that happens away from the vCPUs. The transport calls this once.
+    fn set_failure_callback(&mut self, callback: FailureCallback) {
+        let _ = callback;
+    }
+
+    /// Counters of the device and its back end.
+    fn counters(&self) -> DeviceCounters {
+        DeviceCounters::None
+    }
 
     /// Takes a failure that happened away from the vCPUs (a worker, a kernel
     /// back end), for the transport to show.

@@ -14,7 +14,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueT as _;
 
-use super::{VirtioDevice, read_image};
+use super::device::{VirtioDevice, read_image};
 use crate::failure::DeviceError;
 use crate::pause::Deferral;
 use crate::queue::chain::{Chain, RINGS_OUTSIDE, gather, scatter, total};

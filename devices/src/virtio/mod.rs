@@ -1,6 +1,7 @@
-//! Virtio: what a device is to its transport, and the devices.
+//! Virtio (1.2): the devices, and their PCI transport.
 
 pub mod block;
+mod counters;
 mod device;
 pub mod iommu;
 pub mod net;
@@ -8,5 +9,5 @@ pub mod pci;
 pub mod rng;
 pub mod vsock;
 
+pub use counters::{BlockCounters, DeviceCounters, NetCounters};
 pub use device::VirtioDevice;
-use device::read_image;

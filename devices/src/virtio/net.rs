@@ -6,7 +6,7 @@ mod link;
 mod rings;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -22,14 +22,15 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 use self::control::{CONTROL_SIZE, Command};
-use self::rings::{Pair, Ring, State, ring_total, split};
-use super::{VirtioDevice, read_image};
+use self::rings::{Pair, PairsError, Ring, State, ring_total, split};
+use super::counters::{DeviceCounters, NetCounters};
+use super::device::{VirtioDevice, read_image};
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::tap::{Link, Offloads, Tap};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::worker::EpollClient;
-use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
+use crate::vhost::{RINGS, Vhost, VhostContext};
 
 /// Entries of a data queue.
 const QUEUE_SIZE: u16 = 256;
@@ -54,17 +55,6 @@ pub struct Net {
     queue_sizes: Vec<u16>,
     shared: Arc<Shared>,
     context: VhostContext,
-}
-
-/// What a network device counts, and its link.
-#[derive(Debug, Default)]
-pub struct NetCounters {
-    /// Commands of the control queue.
-    pub control_commands: AtomicU64,
-    /// Of those, answered with `VIRTIO_NET_ERR`.
-    pub control_errors: AtomicU64,
-    /// `VIRTIO_NET_S_LINK_UP` (virtio 1.2 §5.1.4).
-    pub link_up: AtomicBool,
 }
 
 /// What the thread, which serves the control queue and the tap's link, also
@@ -140,30 +130,6 @@ impl Net {
             shared,
             context: context.clone(),
         })
-    }
-
-    /// What it counts.
-    #[must_use]
-    pub fn counters(&self) -> Arc<NetCounters> {
-        Arc::clone(&self.shared.counters)
-    }
-
-    /// Shows how the IOTLB of each queue pair stands.
-    #[must_use]
-    pub fn monitors(&self) -> Vec<IotlbMonitor> {
-        let state = self.shared.state();
-        state
-            .pairs
-            .iter()
-            .map(|pair| pair.vhost.monitor())
-            .collect()
-    }
-
-    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) or
-    /// [`take_config_change`](VirtioDevice::take_config_change) has something to
-    /// give. Called without any lock.
-    pub fn on_failure(&self, callback: FailureCallback) {
-        self.shared.failure.set_callback(callback);
     }
 }
 
@@ -327,6 +293,19 @@ impl VirtioDevice for Net {
         self.shared.failure.clear();
     }
 
+    fn set_failure_callback(&mut self, callback: FailureCallback) {
+        self.shared.failure.set_callback(callback);
+    }
+
+    fn counters(&self) -> DeviceCounters {
+        let state = self.shared.state();
+        let pairs = state.pairs.iter();
+        DeviceCounters::Vhost {
+            iotlbs: pairs.map(|pair| pair.vhost.monitor()).collect(),
+            net: Some(Arc::clone(&self.shared.counters)),
+        }
+    }
+
     fn take_failure(&mut self) -> Option<DeviceError> {
         self.shared.failure.take()
     }
@@ -379,9 +358,14 @@ impl Shared {
         let (failure, counters) = (&self.failure, &self.counters);
         let served = control::serve(number, &mut started, &mut |command| {
             let done = match command {
-                Command::Pairs(pairs) => state
-                    .use_pairs(usize::from(pairs))
-                    .is_ok_and(|done| done.map_err(|error| failure.record(error)).is_ok()),
+                Command::Pairs(pairs) => match state.use_pairs(usize::from(pairs)) {
+                    Ok(()) => true,
+                    Err(PairsError::Refused(_)) => false,
+                    Err(PairsError::Device(error)) => {
+                        failure.record(error);
+                        false
+                    }
+                },
                 Command::Unknown => false,
             };
             counters.control_commands.fetch_add(1, Ordering::Relaxed);

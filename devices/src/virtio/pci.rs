@@ -12,10 +12,10 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{VirtioDevice, read_image};
+use super::device::{VirtioDevice, read_image};
 use crate::error::Chain;
 use crate::failure::DeviceError;
-use crate::interrupt::{Doorbells, MsiSink};
+use crate::interrupt::{Doorbells, MsiAllocator};
 use crate::pause::{Deferral, Resumable};
 use crate::pci::{Bar, BarMove, ConfigSpace, Ids, Msix, PciFunction, Requester, halves};
 use crate::queue::{Interrupt, QueuePosition, RunningQueue};
@@ -62,12 +62,12 @@ const NEEDS_RESET: u8 = 64;
 /// Is told when the guest switches the ATS capability of a function.
 pub type AtsHook = Box<dyn Fn(bool) + Send + Sync>;
 
-/// What a function is made of besides its device.
-pub struct Parts {
+/// Resources of a function besides its device.
+pub struct VirtioPciResources {
     /// Memory view and MSI target.
     pub requester: Requester,
     /// Gives the interrupt sources.
-    pub msi: Arc<dyn MsiSink>,
+    pub msi: Arc<dyn MsiAllocator>,
     /// Attaches kicks.
     pub doorbells: Arc<dyn Doorbells>,
     /// Where BAR 0 is at first.
@@ -184,14 +184,18 @@ impl VirtioPci {
     ///
     /// # Errors
     /// No eventfd or interrupt source is left.
-    pub fn new(name: &str, device: Box<dyn VirtioDevice>, parts: Parts) -> io::Result<Self> {
-        let Parts {
+    pub fn new(
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        resources: VirtioPciResources,
+    ) -> io::Result<Arc<Self>> {
+        let VirtioPciResources {
             requester,
             msi,
             doorbells,
             bar,
             ats,
-        } = parts;
+        } = resources;
         let interrupt = || -> io::Result<Interrupt> {
             let vector = msi.vector()?;
             requester.msi.add(Arc::clone(&vector));
@@ -231,7 +235,7 @@ impl VirtioPci {
             enabled: false,
             hook,
         });
-        Ok(Self {
+        let function = Arc::new(Self {
             name: name.to_owned(),
             doorbells,
             inline: device.inline(),
@@ -259,12 +263,21 @@ impl VirtioPci {
                 queues,
                 config_interrupt,
             }),
-        })
+        });
+        let weak = Arc::downgrade(&function);
+        let mut state = function.lock();
+        state.device.set_failure_callback(Box::new(move || {
+            if let Some(function) = weak.upgrade() {
+                function.check();
+            }
+        }));
+        drop(state);
+        Ok(function)
     }
 
-    /// Lets `deferral` interrupt the device's work on its queues, and resume
-    /// it. Called once, when the function is made.
-    pub fn interrupted_by(self: &Arc<Self>, deferral: Deferral) {
+    /// Sets what interrupts the device's work on its queues and resumes it.
+    /// Called once, when the function is made.
+    pub fn set_deferral(self: &Arc<Self>, deferral: Deferral) {
         let function: Weak<Self> = Arc::downgrade(self);
         deferral.resumes(function);
         self.lock().device.set_deferral(deferral);
@@ -281,12 +294,6 @@ impl VirtioPci {
             state.generation = state.generation.wrapping_add(1);
             state.config_interrupt.signal();
         }
-    }
-
-    /// Stops every queue; for the end of the machine.
-    pub fn stop(&self) {
-        let mut state = self.lock();
-        stop_queues(&mut state);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

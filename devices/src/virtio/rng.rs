@@ -7,7 +7,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueT as _;
 
-use super::VirtioDevice;
+use super::device::VirtioDevice;
 use crate::failure::DeviceError;
 use crate::pause::Deferral;
 use crate::queue::chain::{Chain, RINGS_OUTSIDE, scatter, total};

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::{VirtioDevice, read_image};
+use super::counters::DeviceCounters;
+use super::device::{VirtioDevice, read_image};
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::vhost::sys::{Kind, OpenError};
-use crate::vhost::{IotlbMonitor, RINGS, Vhost, VhostContext};
+use crate::vhost::{RINGS, Vhost, VhostContext};
 
 /// `VIRTIO_VSOCK_F_SEQPACKET` (§5.10.3), a bit that the crate does not name.
 const F_SEQPACKET: u64 = 1 << 1;
@@ -79,18 +80,6 @@ impl Vsock {
             running: false,
             failure,
         })
-    }
-
-    /// Shows how the IOTLB stands.
-    #[must_use]
-    pub fn monitor(&self) -> IotlbMonitor {
-        self.vhost.monitor()
-    }
-
-    /// Whom to tell that [`take_failure`](VirtioDevice::take_failure) has
-    /// something to give. Called without any lock.
-    pub fn on_failure(&self, callback: FailureCallback) {
-        self.failure.set_callback(callback);
     }
 
     /// Starts the data queues when the driver has enabled both.
@@ -181,6 +170,17 @@ impl VirtioDevice for Vsock {
         self.events = None;
         self.vhost.reset();
         self.failure.clear();
+    }
+
+    fn set_failure_callback(&mut self, callback: FailureCallback) {
+        self.failure.set_callback(callback);
+    }
+
+    fn counters(&self) -> DeviceCounters {
+        DeviceCounters::Vhost {
+            iotlbs: vec![self.vhost.monitor()],
+            net: None,
+        }
     }
 
     fn take_failure(&mut self) -> Option<DeviceError> {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use devices::interrupt::{Doorbells, MsiMessage, MsiSink, MsiVector};
+use devices::interrupt::{Doorbells, MsiMessage, MsiAllocator, MsiVector};
 use iommu::{AddressSpace, Gpa, GuestRam, StreamId};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
@@ -99,7 +99,7 @@ pub struct Board {
     pub bells: Mutex<BTreeSet<u64>>,
 }
 
-impl MsiSink for Board {
+impl MsiAllocator for Board {
     fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         Ok(Arc::new(Vector {
             event: eventfd(),

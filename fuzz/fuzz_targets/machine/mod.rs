@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::bus::{Bus, BusDevice};
-use devices::interrupt::{Doorbells, IrqLine, MsiSink};
+use devices::interrupt::{Doorbells, IrqLine, MsiAllocator};
 use devices::legacy::{
     CMOS_LEN, Cmos, KEYBOARD_RESET_LEN, KeyboardReset, POWER_LEN, Pl031, Power, RTC_LEN,
     SERIAL_LEN, SerialPort, SerialSink,
@@ -20,7 +20,7 @@ use devices::smmuv3::{SmmuLines, SmmuRegisters};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockConfig, Image};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
-use devices::virtio::pci::{AtsHook, BAR_SIZE, Parts, VirtioPci};
+use devices::virtio::pci::{AtsHook, BAR_SIZE, VirtioPciResources, VirtioPci};
 use devices::virtio::rng::Rng;
 use iommu::smmuv3::{Smmu, SmmuConfig, Stages};
 use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
@@ -181,15 +181,15 @@ impl Machine {
             } else {
                 AddressSpace::identity(stream, Arc::clone(&ram))
             };
-            let parts = Parts {
+            let parts = VirtioPciResources {
                 requester: Requester::new(space, &retranslator),
-                msi: Arc::clone(&board) as Arc<dyn MsiSink>,
+                msi: Arc::clone(&board) as Arc<dyn MsiAllocator>,
                 doorbells: Arc::clone(&board) as Arc<dyn Doorbells>,
                 bar: Gpa(first_bar(index)),
                 ats: model.ats_hook(stream).filter(|_| behind),
             };
-            let function = Arc::new(VirtioPci::new("fuzz", device, parts).expect("eventfds"));
-            function.interrupted_by(pause.deferral());
+            let function = VirtioPci::new("fuzz", device, parts).expect("eventfds");
+            function.set_deferral(pause.deferral());
             let on_bus = Arc::clone(&function) as Arc<dyn PciFunction>;
             root.add(slot, on_bus).expect("a slot");
             functions.push((index, function));

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::layout::FIRST_MSI_GSI;
-use devices::interrupt::{IrqLine, MsiMessage, MsiSink, MsiVector};
+use devices::interrupt::{IrqLine, MsiAllocator, MsiMessage, MsiVector};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi,
@@ -107,7 +107,7 @@ impl Vm {
     }
 
     /// Gives out message-signalled interrupts.
-    pub fn msi_sink(self: &Arc<Self>) -> Arc<dyn MsiSink> {
+    pub fn msi_allocator(self: &Arc<Self>) -> Arc<dyn MsiAllocator> {
         Arc::new(Sink(Arc::clone(self)))
     }
 
@@ -158,7 +158,7 @@ impl IrqLine for Line {
 
 struct Sink(Arc<Vm>);
 
-impl MsiSink for Sink {
+impl MsiAllocator for Sink {
     fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         let event = EventFd::new(EFD_NONBLOCK)?;
         let gsi = self.0.routes().allocate();

@@ -7,10 +7,10 @@ use ::iommu::virtio::VirtioIommu;
 use ::iommu::virtio::spec::feature;
 use ::iommu::{Access, FaultReason, Iova, IovaRange, StreamId, StreamStats};
 use arch::layout;
-use devices::virtio::block::BlockCounters;
+use devices::virtio::{BlockCounters, DeviceCounters};
 
 use super::iommu::IommuDevice;
-use super::{BackEnd, Function, PciBus, smmuv3, vhost, virtio_iommu};
+use super::{Function, PciBus, smmuv3, vhost, virtio_iommu};
 use crate::action::{
     Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,
     Mapping, MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
@@ -167,7 +167,7 @@ impl PciBus {
         }
         for (name, help, counter) in BLOCK_METRICS {
             let disks = self.functions.iter().filter_map(|function| {
-                let BackEnd::Block(counters) = &function.back_end else {
+                let DeviceCounters::Block(counters) = &function.counters else {
                     return None;
                 };
                 Some(Sample {

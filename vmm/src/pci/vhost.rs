@@ -2,22 +2,21 @@
 //! their IOTLBs.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock, Weak};
 
 use devices::error::Chain;
-use devices::failure::FailureCallback;
 use devices::tap::Tap;
 use devices::vhost::iotlb::IotlbStats;
 use devices::vhost::worker::VhostWorker;
 use devices::vhost::{IotlbMonitor, VhostContext};
-use devices::virtio::net::{Net, NetConfig, NetCounters};
-use devices::virtio::pci::VirtioPci;
+use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::vsock::Vsock;
+use devices::virtio::{DeviceCounters, NetCounters};
 use iommu::{GuestRam, NotifierEvents};
 
+use super::Function;
 use super::report::family;
-use super::{BackEnd, Function};
 use crate::action::{
     EndpointCounters, MetricFamily, MetricKind, Registration, RegistrationKind, Sample,
 };
@@ -39,48 +38,24 @@ pub fn context(plan: &MachinePlan, ram: &Arc<GuestRam>) -> io::Result<Option<Vho
     }))
 }
 
-/// Has a function look for the failure of its device, once there is one.
-#[derive(Clone, Default)]
-pub struct Bell(Arc<OnceLock<Weak<VirtioPci>>>);
-
-impl Bell {
-    /// Whom to wake.
-    pub fn hang(&self, function: &Arc<VirtioPci>) {
-        let _ = self.0.set(Arc::downgrade(function));
-    }
-
-    /// Wakes it. Called without any lock.
-    pub fn alarm(&self) -> FailureCallback {
-        let bell = self.clone();
-        Box::new(move || {
-            if let Some(function) = bell.0.get().and_then(Weak::upgrade) {
-                function.check();
-            }
-        })
-    }
-}
-
 /// Opens the tap and the host's vhost-net.
 pub fn net(
     id: &str,
     tap: &str,
     config: NetConfig,
     context: &VhostContext,
-    bell: &Bell,
 ) -> Result<Net, ConfigError> {
     let pairs = usize::from(config.pairs);
     let tap = Tap::open(tap, pairs, config.mtu).map_err(|error| {
         let field = format!("network-interfaces[{id}].host_dev_name");
         ConfigError::new(field, Chain(&error).to_string())
     })?;
-    let net = Net::new(config, tap, context).map_err(|error| {
+    Net::new(config, tap, context).map_err(|error| {
         ConfigError::new(
             format!("network-interfaces[{id}]"),
             Chain(&error).to_string(),
         )
-    })?;
-    net.on_failure(bell.alarm());
-    Ok(net)
+    })
 }
 
 /// The address as the device shows it.
@@ -92,11 +67,9 @@ pub fn octets(id: &str, mac: &str) -> Result<[u8; 6], ConfigError> {
 }
 
 /// Opens the host's vhost-vsock.
-pub fn vsock(cid: u32, context: &VhostContext, bell: &Bell) -> Result<Vsock, ConfigError> {
-    let vsock = Vsock::new(cid, context)
-        .map_err(|error| ConfigError::new("vsock.guest_cid", Chain(&error).to_string()))?;
-    vsock.on_failure(bell.alarm());
-    Ok(vsock)
+pub fn vsock(cid: u32, context: &VhostContext) -> Result<Vsock, ConfigError> {
+    Vsock::new(cid, context)
+        .map_err(|error| ConfigError::new("vsock.guest_cid", Chain(&error).to_string()))
 }
 
 /// What the notifier chain delivers to a device with these IOTLBs; `None` while
@@ -207,10 +180,10 @@ pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
     });
     let nets = NET_METRICS.iter().map(|&(name, help, kind, value)| {
         let samples = functions.iter().filter_map(|function| {
-            let BackEnd::Vhost {
+            let DeviceCounters::Vhost {
                 net: Some(counters),
                 ..
-            } = &function.back_end
+            } = &function.counters
             else {
                 return None;
             };
@@ -224,9 +197,11 @@ pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
 impl Function {
     /// The statistics of the IOTLB of each of its vhost files.
     pub(super) fn iotlbs(&self) -> Vec<IotlbStats> {
-        match &self.back_end {
-            BackEnd::Vhost { iotlbs, .. } => iotlbs.iter().map(IotlbMonitor::stats).collect(),
-            BackEnd::None | BackEnd::Block(_) => Vec::new(),
+        match &self.counters {
+            DeviceCounters::Vhost { iotlbs, .. } => {
+                iotlbs.iter().map(IotlbMonitor::stats).collect()
+            }
+            DeviceCounters::None | DeviceCounters::Block(_) => Vec::new(),
         }
     }
 }

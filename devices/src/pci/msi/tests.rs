@@ -5,7 +5,7 @@ use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig, spec
 use iommu::{Fault, FaultReason, Iommu, IommuRegion, Perm, Refused, Request, StreamSink};
 
 use super::*;
-use crate::interrupt::MsiSink as _;
+use crate::interrupt::MsiAllocator as _;
 use crate::rig::{self, Board, REQUESTER, Vector};
 
 const DOORBELL: u64 = 0x808_0040;

@@ -15,8 +15,9 @@ use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 
 use super::image::{Image, SECTOR};
-use super::{BlockCounters, MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, MAX_REQUEST, SIZE_MAX};
+use super::{MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, MAX_REQUEST, SIZE_MAX};
 use crate::queue::chain::{Buffer, Chain, RINGS_OUTSIDE, scatter, total};
+use crate::virtio::BlockCounters;
 
 /// Bytes of the header: type, reserved, sector.
 const HEADER: usize = 16;

@@ -478,11 +478,11 @@ fn threaded() -> Threaded {
         queues: 1,
         flush: true,
     };
-    let block = Block::new(&config, image).unwrap();
+    let mut block = Block::new(&config, image).unwrap();
     let (sound, alarms) = std::sync::mpsc::channel();
-    block.on_failure(Box::new(move || sound.send(()).unwrap()));
+    block.set_failure_callback(Box::new(move || sound.send(()).unwrap()));
     let board = rig::Board::default();
-    crate::interrupt::MsiSink::vector(&board).unwrap();
+    crate::interrupt::MsiAllocator::vector(&board).unwrap();
     let mut threaded = Threaded {
         block,
         interrupt: board.allocated(0),

@@ -126,7 +126,7 @@ mod tests {
     use iommu::AddressSpace;
 
     use super::*;
-    use crate::interrupt::MsiSink as _;
+    use crate::interrupt::MsiAllocator as _;
     use crate::queue::Interrupt;
     use crate::rig::{self, Board, Ring};
 

@@ -7,6 +7,17 @@ use crate::queue::RunningQueue;
 use crate::tap::{Link, Tap};
 use crate::vhost::{RINGS, Vhost};
 
+/// Why another number of queue pairs is not in use.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PairsError {
+    /// The device has fewer pairs, or the tap refused.
+    #[error(transparent)]
+    Refused(#[from] io::Error),
+    /// A queue cannot be started: the device needs a reset.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
 pub(super) struct State {
     pub(super) tap: Tap,
     /// What the tap's link was when it was last looked at.
@@ -86,11 +97,10 @@ impl State {
     /// Uses the first `pairs` pairs from now on.
     ///
     /// # Errors
-    /// There are not so many, or the tap refused: outside. A queue cannot be
-    /// started: inside.
-    pub(super) fn use_pairs(&mut self, pairs: usize) -> io::Result<Result<(), DeviceError>> {
+    /// [`PairsError`]
+    pub(super) fn use_pairs(&mut self, pairs: usize) -> Result<(), PairsError> {
         if pairs == 0 || pairs > self.pairs.len() {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+            return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
         }
         for pair in pairs..self.active {
             for ring in 0..RINGS {
@@ -106,12 +116,10 @@ impl State {
         self.active = pairs;
         for pair in new {
             for ring in 0..RINGS {
-                if let Err(error) = self.start_ring(pair, ring) {
-                    return Ok(Err(error));
-                }
+                self.start_ring(pair, ring)?;
             }
         }
-        Ok(Ok(()))
+        Ok(())
     }
 }
 

@@ -136,14 +136,14 @@ fn driver_with(
     ats: Option<AtsHook>,
 ) -> Driver {
     let board = Arc::new(Board::default());
-    let parts = Parts {
+    let parts = VirtioPciResources {
         requester: Requester::new(space, &MsiRetranslator::new().unwrap()),
-        msi: Arc::clone(&board) as Arc<dyn MsiSink>,
+        msi: Arc::clone(&board) as Arc<dyn MsiAllocator>,
         doorbells: Arc::clone(&board) as Arc<dyn Doorbells>,
         bar: Gpa(BAR),
         ats,
     };
-    let function = Arc::new(VirtioPci::new("test", device, parts).unwrap());
+    let function = VirtioPci::new("test", device, parts).unwrap();
     let memory = Arc::new(Bus::new());
     let root = PciRoot::new(&memory);
     let slot = u8::try_from(SLOT).unwrap();
@@ -819,7 +819,7 @@ fn rng() -> (Driver, Ring) {
 fn kick_in_a_pause_is_served_when_the_machine_resumes() {
     let (driver, ring) = rng();
     let pause = Arc::<PauseRequest>::default();
-    driver.function.interrupted_by(pause.deferral());
+    driver.function.set_deferral(pause.deferral());
     pause.set();
     ring.post(&[(0x8000, 100, true)]);
     driver.write16(NOTIFY, 0);

@@ -14,7 +14,7 @@ const DATA: u64 = 0x2_0000;
 /// Starts the device on the ring, which serves the available buffers.
 fn start(ring: &Ring) -> Result<(), DeviceError> {
     let board = rig::Board::default();
-    crate::interrupt::MsiSink::vector(&board).unwrap();
+    crate::interrupt::MsiAllocator::vector(&board).unwrap();
     Rng::new().unwrap().start_queue(
         0,
         RunningQueue {

@@ -1,0 +1,47 @@
+//! Counters of the devices and their back ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use crate::vhost::IotlbMonitor;
+
+/// Counters of a device, shared with it.
+#[derive(Clone, Default)]
+pub enum DeviceCounters {
+    /// The device has none.
+    #[default]
+    None,
+    /// A disk's requests.
+    Block(Arc<BlockCounters>),
+    /// Those of a device whose back end is the kernel's vhost.
+    Vhost {
+        /// The IOTLB of each vhost file.
+        iotlbs: Vec<IotlbMonitor>,
+        /// `None` for a socket device.
+        net: Option<Arc<NetCounters>>,
+    },
+}
+
+/// Counters of a disk.
+#[derive(Debug, Default)]
+pub struct BlockCounters {
+    /// Bytes the guest read.
+    pub read_bytes: AtomicU64,
+    /// Bytes the guest wrote.
+    pub written_bytes: AtomicU64,
+    /// Requests of any kind.
+    pub requests: AtomicU64,
+    /// Requests that ended in an error.
+    pub errors: AtomicU64,
+}
+
+/// Counters of a network device, and its link.
+#[derive(Debug, Default)]
+pub struct NetCounters {
+    /// Commands of the control queue.
+    pub control_commands: AtomicU64,
+    /// Of those, answered with `VIRTIO_NET_ERR`.
+    pub control_errors: AtomicU64,
+    /// `VIRTIO_NET_S_LINK_UP` (virtio 1.2 §5.1.4).
+    pub link_up: AtomicBool,
+}
