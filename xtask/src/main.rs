@@ -48,6 +48,8 @@ enum Task {
     },
     /// Run all tests; boot tests on both architectures
     Test(check::TestArgs),
+    /// Count lines of code, long files, `unsafe` blocks and cycles of modules
+    Lines(check::LinesArgs),
     /// Measure start-up and the vhost IOTLB, and print tables; decides no test
     Bench(bench::BenchArgs),
     /// Fuzz what takes the bytes of a guest or of a client
@@ -110,6 +112,7 @@ fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Demo { arch, place } => demo::run(arch, place),
         Task::Test(args) => check::run(&args),
+        Task::Lines(args) => check::lines(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Guest { arch } => {

@@ -5,22 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::sources::CRATES;
 use super::tally::{Tally, title};
 use crate::paths;
-
-/// Directories of the product's code.
-const PRODUCT: [&str; 6] = [
-    "src",
-    "iommu/src",
-    "devices/src",
-    "arch/src",
-    "vmm/src",
-    "api/src",
-];
 
 /// The lists: what they name, the document, its heading, and what the code has.
 const LISTS: [(&str, &str, &str, Found); 3] = [
@@ -48,15 +38,11 @@ pub fn check(tally: &mut Tally) {
 
 fn compare(document: &str, heading: &str, found: Found) -> Result<bool> {
     let top = paths::workspace();
-    let mut sources = Vec::new();
-    for dir in PRODUCT {
-        read_sources(&top.join(dir), &mut sources)?;
-    }
     let mut code: BTreeMap<String, String> = BTreeMap::new();
-    for (path, text) in without_tests(sources) {
-        let path = path.strip_prefix(&format!("{}/", top.display()));
-        let path = path.context("a source outside of the workspace")?;
-        code.extend(found(path, &text));
+    for product in CRATES.iter().filter(|found| found.product) {
+        for source in product.read(&top)? {
+            code.extend(found(&source.path, &source.text));
+        }
     }
     let path = top.join(document);
     let text = fs::read_to_string(&path).with_context(|| format!("no {document}"))?;
@@ -87,70 +73,6 @@ fn table(document: &str, heading: &str) -> BTreeSet<String> {
             cell.split('`').step_by(2).map(str::to_owned)
         })
         .collect()
-}
-
-fn read_sources(dir: &Path, sources: &mut Vec<(String, String)>) -> Result<()> {
-    for entry in fs::read_dir(dir).with_context(|| format!("no {}", dir.display()))? {
-        let path = entry?.path();
-        if path.is_dir() {
-            read_sources(&path, sources)?;
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            sources.push((path.display().to_string(), fs::read_to_string(&path)?));
-        }
-    }
-    Ok(())
-}
-
-/// The sources without the modules that only tests have, and without comments.
-fn without_tests(sources: Vec<(String, String)>) -> Vec<(String, String)> {
-    let mut tests = Vec::new();
-    let mut product = Vec::new();
-    for (path, text) in sources {
-        let base = path
-            .strip_suffix("/mod.rs")
-            .or_else(|| path.strip_suffix("/lib.rs"))
-            .or_else(|| path.strip_suffix("/main.rs"))
-            .or_else(|| path.strip_suffix(".rs"))
-            .unwrap_or(&path)
-            .to_owned();
-        let mut kept = String::new();
-        let mut lines = text.lines();
-        while let Some(line) = lines.next() {
-            let code = line.trim_start();
-            if code.starts_with("#[cfg(") && code.contains("test") && !code.contains("not(test") {
-                let indent = &line[..line.len() - code.len()];
-                // Other attributes may be between.
-                let item = lines.by_ref().find(|line| !line.contains("#["));
-                let item = item.unwrap_or_default();
-                if let (Some(name), "") = (module_name(item), indent) {
-                    tests.push(format!("{base}/{name}"));
-                }
-                if item.ends_with('{') {
-                    let end = format!("{indent}}}");
-                    lines.by_ref().find(|line| line.starts_with(&end));
-                }
-            } else if !line.trim_start().starts_with("//") {
-                kept += line;
-                kept.push('\n');
-            }
-        }
-        product.push((path, kept));
-    }
-    product.retain(|(path, _)| {
-        let of = |module: &String| {
-            let rest = path.strip_prefix(module.as_str());
-            rest.is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
-        };
-        !tests.iter().any(of)
-    });
-    product
-}
-
-/// The name in `mod name;` or `pub mod name {`.
-fn module_name(item: &str) -> Option<&str> {
-    let (_, rest) = item.split_once("mod ")?;
-    let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_')?;
-    rest.get(..end)
 }
 
 /// Names of threads: `vcpu*` for `format!("vcpu{index}")`; a thread without a name is `(no name)`.
@@ -273,21 +195,8 @@ mod tests {
     }
 
     #[test]
-    fn tests_and_comments_are_no_part_of_the_product() {
-        let source = |path: &str, text: &str| (path.to_owned(), text.to_owned());
-        let product = without_tests(vec![
-            source("a/lib.rs", "#[cfg(test)]\nmod rig;\nmod b;\n"),
-            source("a/rig.rs", "unsafe {}"),
-            source("a/rig/deep.rs", "unsafe {}"),
-            source(
-                "a/b.rs",
-                "// unsafe { }\nstruct B {\n    #[cfg(test)]\n    a: Mutex<()>,\n}\n#[cfg(all(test, loom))]\n#[allow(x)]\nmod tests {\n    unsafe {}\n}\nfn f() {}\n",
-            ),
-        ]);
-        let paths: Vec<_> = product.iter().map(|(path, _)| path.as_str()).collect();
-        assert_eq!(paths, ["a/lib.rs", "a/b.rs"]);
-        assert_eq!(product[1].1, "struct B {\n}\nfn f() {}\n");
-        assert!(unsafe_code("a/b.rs", &product[1].1).is_empty());
+    fn unsafe_code_is_found_by_blocks_and_lifted_lints() {
+        assert!(unsafe_code("a/b.rs", "struct B {\n}\nfn f() {}\n").is_empty());
         assert_eq!(names(unsafe_code("c.rs", "    unsafe { f() }")), ["c.rs"]);
     }
 }

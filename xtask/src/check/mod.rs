@@ -7,6 +7,9 @@ mod boot;
 mod changed;
 mod documents;
 mod host;
+mod lines;
+mod modules;
+mod sources;
 mod tally;
 
 use std::process::ExitCode;
@@ -22,6 +25,7 @@ use crate::machine::{Place, PlaceArgs};
 use boot::{Programs, Request};
 use changed::Selection;
 use host::Priority;
+pub use lines::LinesArgs;
 use tally::{Tally, title};
 
 /// What to test, and where.
@@ -30,7 +34,7 @@ pub struct TestArgs {
     /// Only what needs no guest: formatting, lints, unit tests
     #[arg(long)]
     quick: bool,
-    /// Only what holds documents against the code
+    /// Only what reads the source: documents against the code, cycles of modules, length of files
     #[arg(long, conflicts_with_all = ["quick", "only", "changed", "long"])]
     documents: bool,
     /// Boot tests of one architecture only
@@ -79,7 +83,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let mut tally = Tally::default();
     if args.documents {
-        documents::check(&mut tally);
+        source(&mut tally);
         return Ok(report(&tally, started));
     }
     let selection = if args.changed {
@@ -91,7 +95,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     thread::scope(|scope| {
         if args.only.is_none() {
             host::formatting(&mut tally);
-            documents::check(&mut tally);
+            source(&mut tally);
         }
         // Images are prepared while the programs are built, where they are not in the cache.
         let labs: Vec<_> = requests
@@ -112,6 +116,18 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         }
     });
     Ok(report(&tally, started))
+}
+
+/// Prints lines of code, long files and cycles of modules.
+pub fn lines(args: &LinesArgs) -> Result<ExitCode> {
+    lines::run(args)
+}
+
+/// Checks that read the source only.
+fn source(tally: &mut Tally) {
+    documents::check(tally);
+    modules::check(tally);
+    lines::check(tally);
 }
 
 /// Chooses what the changes concern, and says what and why.
