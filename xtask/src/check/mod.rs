@@ -11,6 +11,7 @@ mod lines;
 mod modules;
 mod sources;
 mod tally;
+mod tokens;
 
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Receiver};

@@ -14,11 +14,38 @@ use anyhow::Result;
 
 use super::sources::{CRATES, Source};
 use super::tally::{Tally, title};
+use super::tokens::{is_name, tokens};
 use crate::paths;
 
 /// Cycles that are to be ended: the crate and the modules, sorted, separated by spaces. One that is
 /// new fails the check, and one that has gone and is still listed does too. The aim is an empty list.
-const KNOWN: [(&str, &str); 0] = [];
+const KNOWN: [(&str, &str); 14] = [
+    (
+        "iommu",
+        "smmuv3 smmuv3::cd smmuv3::commands smmuv3::events smmuv3::execute smmuv3::queues \
+         smmuv3::registers smmuv3::spec smmuv3::state smmuv3::ste smmuv3::tlb smmuv3::translate",
+    ),
+    ("iommu", "virtio virtio::state"),
+    ("devices", "pci::msi pci::msi::retranslate"),
+    ("devices", "vhost::iotlb vhost::iotlb::prefetch"),
+    ("devices", "virtio::block virtio::block::request"),
+    ("arch", "aarch64::boot aarch64::cpu aarch64::fdt"),
+    ("arch", "x86_64::acpi x86_64::dsdt"),
+    (
+        "arch",
+        "x86_64::boot x86_64::boot::bzimage x86_64::boot::elf x86_64::cpu",
+    ),
+    ("vmm", "action action::channel action::report"),
+    ("vmm", "builder pci pci::iommu pci::report pci::vhost"),
+    (
+        "vmm",
+        "config config::devices config::host config::iommu config::json config::keys \
+         config::machine",
+    ),
+    ("vmm", "kvm kvm::aarch64 kvm::vcpu kvm::x86_64"),
+    ("vmm", "kvm::routes kvm::vm"),
+    ("api", "server server::connection"),
+];
 
 /// Checks every crate.
 pub fn check(tally: &mut Tally) {
@@ -452,74 +479,6 @@ fn owners(
         break;
     }
     BTreeSet::from([at])
-}
-
-fn is_name(token: &str) -> bool {
-    token.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-}
-
-/// Names, `::`, literals of strings with their quotes, and single characters.
-fn tokens(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut rest = text;
-    while let Some(first) = rest.chars().next() {
-        let length = match first {
-            _ if rest.starts_with("//") => rest.find('\n').unwrap_or(rest.len()),
-            _ if rest.starts_with("::") => 2,
-            _ if is_name(rest) => name_length(rest),
-            '"' => string_length(rest),
-            '\'' => quoted_length(rest),
-            _ => first.len_utf8(),
-        };
-        let (token, after) = rest.split_at(length);
-        let raw =
-            token.ends_with('r') && matches!(token, "r" | "br") && after.starts_with(['"', '#']);
-        if raw && let Some(end) = raw_string_length(after) {
-            rest = &after[end..];
-            continue;
-        }
-        if !token.starts_with("//") && !token.trim().is_empty() {
-            found.push(token.to_owned());
-        }
-        rest = after;
-    }
-    found
-}
-
-fn name_length(text: &str) -> usize {
-    text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_')
-        .unwrap_or(text.len())
-}
-
-fn string_length(text: &str) -> usize {
-    let mut escaped = false;
-    for (at, c) in text.char_indices().skip(1) {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            '"' => return at + 1,
-            _ => {}
-        }
-    }
-    text.len()
-}
-
-/// Of a raw string, behind its `r`.
-fn raw_string_length(text: &str) -> Option<usize> {
-    let hashes = text.find(|c| c != '#')?;
-    let inner = text[hashes..].strip_prefix('"')?;
-    let end = format!("\"{}", "#".repeat(hashes));
-    Some(hashes + 1 + inner.find(&end)? + end.len())
-}
-
-/// Of a character's literal; a lifetime's quote alone.
-fn quoted_length(text: &str) -> usize {
-    let mut chars = text.char_indices().skip(1);
-    match (chars.next(), chars.next()) {
-        (Some((_, '\\')), Some(_)) => text[3..].find('\'').map_or(1, |end| end + 4),
-        (Some(_), Some((at, '\''))) => at + 1,
-        _ => 1,
-    }
 }
 
 #[cfg(test)]
