@@ -208,6 +208,18 @@ impl IovaRange {
             last: low.last.max(high.last),
         })
     }
+
+    /// Appends the range to `ranges`, or joins it with the last one where they
+    /// overlap or are adjacent.
+    pub(crate) fn push_joined(self, ranges: &mut Vec<Self>) {
+        match ranges
+            .last_mut()
+            .and_then(|last| Some((last.joined(self)?, last)))
+        {
+            Some((joined, last)) => *last = joined,
+            None => ranges.push(self),
+        }
+    }
 }
 
 impl fmt::Debug for IovaRange {

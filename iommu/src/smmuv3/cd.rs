@@ -1,13 +1,13 @@
 //! Context descriptors (IHI 0070 §5.4).
 
-use super::SmmuConfig;
-use super::spec::cd;
-use super::ste::{Stage1, World, address_bits, flags, granule_0};
+use super::config::SmmuConfig;
+use super::spec::cd::{self, RawCd};
+use super::ste::{Stage1, StreamWorld, address_bits, flags, granule_0};
 use super::walk::{Format, Granule, Table};
 
 /// One of the two halves of a virtual address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Half {
+pub struct TtbRegion {
     /// The table; its input addresses are the low bits of an address.
     pub table: Table,
     /// No walks: every address faults (EPD).
@@ -20,9 +20,9 @@ pub struct Half {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cd {
     /// Addresses from 0 up.
-    pub low: Half,
+    pub low: TtbRegion,
     /// Addresses from 2^64 down; the EL2 regime has none.
-    pub high: Option<Half>,
+    pub high: Option<TtbRegion>,
     /// ASID; 0 in the EL2 regime, which has none.
     pub asid: u16,
     /// Faults stall.
@@ -37,9 +37,9 @@ pub struct BadCd;
 
 /// Where an address is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place<'a> {
+pub struct TableInput<'a> {
     /// In which half.
-    pub half: &'a Half,
+    pub half: &'a TtbRegion,
     /// As which input address of its table.
     pub input: u64,
     /// What an address of this half has above the input, when its top byte is
@@ -47,7 +47,7 @@ pub struct Place<'a> {
     pub base: u64,
 }
 
-impl Place<'_> {
+impl TableInput<'_> {
     /// The address with its top byte sign-extended.
     #[must_use]
     pub const fn canonical(&self) -> u64 {
@@ -62,48 +62,48 @@ impl Cd {
     /// # Errors
     /// [`BadCd`].
     pub fn parse(
-        words: &[u64; cd::WORDS],
+        raw: &RawCd,
         config: &SmmuConfig,
         stage1: &Stage1,
-        world: World,
+        world: StreamWorld,
     ) -> Result<Self, BadCd> {
-        let stall = cd::S.is_set(words);
+        let stall = cd::S.is_set(raw);
         // IDR0.TERM_MODEL: a faulting access cannot read as zero.
-        if !cd::V.is_set(words)
-            || !cd::AA64.is_set(words)
-            || !cd::A.is_set(words)
+        if !cd::V.is_set(raw)
+            || !cd::AA64.is_set(raw)
+            || !cd::A.is_set(raw)
             || stall && stage1.stall_disabled
         {
             return Err(BadCd);
         }
-        let one_table = world == World::El2;
+        let one_table = world == StreamWorld::El2;
         let disabled = [
-            !one_table && cd::EPD0.is_set(words),
-            !one_table && cd::EPD1.is_set(words),
+            !one_table && cd::EPD0.is_set(raw),
+            !one_table && cd::EPD1.is_set(raw),
         ];
         let walks = !disabled[0] || !one_table && !disabled[1];
-        if walks && cd::ENDI.is_set(words) {
+        if walks && cd::ENDI.is_set(raw) {
             return Err(BadCd);
         }
         let common = Common {
-            words,
+            raw,
             config,
             unprivileged: !one_table,
         };
         let low = common.half(
             disabled[0],
-            cd::TBI0.is_set(words),
+            cd::TBI0.is_set(raw),
             Fields {
-                granule: granule_0(cd::TG0.of(words)),
-                tsz: cd::T0SZ.of32(words),
-                base: cd::TTB0.in_place(words),
-                had: cd::HAD0.is_set(words),
+                granule: granule_0(cd::TG0.of(raw)),
+                tsz: cd::T0SZ.of32(raw),
+                base: cd::TTB0.in_place(raw),
+                had: cd::HAD0.is_set(raw),
             },
         )?;
         let high = if one_table {
             None
         } else {
-            let granule = match cd::TG1.of(words) {
+            let granule = match cd::TG1.of(raw) {
                 1 => Some(Granule::K16),
                 2 => Some(Granule::K4),
                 3 => Some(Granule::K64),
@@ -111,28 +111,28 @@ impl Cd {
             };
             Some(common.half(
                 disabled[1],
-                cd::TBI1.is_set(words),
+                cd::TBI1.is_set(raw),
                 Fields {
                     granule,
-                    tsz: cd::T1SZ.of32(words),
-                    base: cd::TTB1.in_place(words),
-                    had: cd::HAD1.is_set(words),
+                    tsz: cd::T1SZ.of32(raw),
+                    base: cd::TTB1.in_place(raw),
+                    had: cd::HAD1.is_set(raw),
                 },
             )?)
         };
         Ok(Self {
             low,
             high,
-            asid: if one_table { 0 } else { cd::ASID.of16(words) },
+            asid: if one_table { 0 } else { cd::ASID.of16(raw) },
             stall,
-            record: cd::R.is_set(words),
+            record: cd::R.is_set(raw),
         })
     }
 
     /// Where `address` is looked up, or `None` when it lies between the halves
     /// or in one that is disabled (§3.4.1).
     #[must_use]
-    pub fn place(&self, address: u64) -> Option<Place<'_>> {
+    pub fn place(&self, address: u64) -> Option<TableInput<'_>> {
         let upper = self.high.is_some() && address >> 55 & 1 != 0;
         let half = if upper {
             self.high.as_ref()?
@@ -145,7 +145,7 @@ impl Cd {
         let ignored = if half.ignore_top { 0xff << 56 } else { 0 };
         let mask = (1_u64 << half.table.input_bits) - 1;
         let base = if upper { !mask } else { 0 };
-        ((address ^ base) & !mask & !ignored == 0).then_some(Place {
+        ((address ^ base) & !mask & !ignored == 0).then_some(TableInput {
             half,
             input: address & mask,
             base,
@@ -155,7 +155,7 @@ impl Cd {
     /// Whether any address has others that mean the same.
     #[must_use]
     pub fn has_aliases(&self) -> bool {
-        let half = |half: &Half| half.ignore_top && !half.disabled;
+        let half = |half: &TtbRegion| half.ignore_top && !half.disabled;
         half(&self.low) || self.high.as_ref().is_some_and(half)
     }
 }
@@ -168,18 +168,18 @@ struct Fields {
 }
 
 struct Common<'a> {
-    words: &'a [u64; cd::WORDS],
+    raw: &'a RawCd,
     config: &'a SmmuConfig,
     unprivileged: bool,
 }
 
 impl Common<'_> {
-    fn half(&self, disabled: bool, ignore_top: bool, fields: Fields) -> Result<Half, BadCd> {
-        let output_bits = address_bits(cd::IPS.of(self.words), self.config.address_bits());
+    fn half(&self, disabled: bool, ignore_top: bool, fields: Fields) -> Result<TtbRegion, BadCd> {
+        let output_bits = address_bits(cd::IPS.of(self.raw), self.config.address_bits());
         let (access_flag, dirty) = flags(
-            cd::HA.is_set(self.words),
-            cd::HD.is_set(self.words),
-            cd::AFFD.is_set(self.words),
+            cd::HA.is_set(self.raw),
+            cd::HD.is_set(self.raw),
+            cd::AFFD.is_set(self.raw),
         );
         let granule = match fields.granule {
             Some(granule) => granule,
@@ -215,7 +215,7 @@ impl Common<'_> {
             },
         };
         table.base &= !(table.alignment() - 1);
-        Ok(Half {
+        Ok(TtbRegion {
             table,
             disabled,
             ignore_top,

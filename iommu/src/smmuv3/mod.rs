@@ -1,33 +1,38 @@
 //! An SMMUv3.2 as a model (IHI 0070): non-secure streams, stage 1, stage 2 and
 //! both, VMSAv8-64 tables.
 //!
-//! * `spec` has the layouts, `registers` what the guest may write;
-//! * `ste`, `cd` and `walk` are the steps of a translation, each without any
-//!   state, and `translate` puts them in order;
-//! * `commands` decodes, `execute` carries out, `tlb` says what an
-//!   invalidation reaches;
-//! * `events` and `queues` are how the guest hears of it, `stalls` what waits
-//!   for its answer.
+//! * `config` says what is offered, `spec` has the layouts;
+//! * `registers`, `command_queue`, `event_queue` (with the stalled transactions),
+//!   `pri_queue`, `caches` and `streams` each own a part of the state, and
+//!   `state` holds them under one lock;
+//! * `command` decodes, `ste`, `cd` and `walk` are the steps of a translation,
+//!   none of them with state, and `translate` puts the steps in order;
+//! * `tlb` says which translations an invalidation reaches;
+//! * `inspect` lists configuration and mappings for the API.
 //!
 //! # How an invalidation becomes complete
-//! A command changes the caches under the state lock, and notes which streams
-//! may hold what went. Before the CMD_SYNC after it is consumed (or at the end
-//! of the queue) the state is unlocked and each of those streams is told:
-//! [`IommuRegion::invalidate`] waits for accesses under the old translation.
+//! A command changes the caches under the state lock, and records which streams
+//! may hold what was dropped. Before the CMD_SYNC after it is consumed (or at the
+//! end of the queue) the state is unlocked and each of those streams is notified:
+//! [`StreamSink::invalidate`] waits for accesses under the old translation.
 //! A walk and the insertion of its result into the TLB happen under one hold
 //! of the state lock, so none that began before an invalidation ends after it.
 
+mod caches;
 mod cd;
-mod commands;
-mod events;
-mod execute;
-mod listing;
-mod queues;
+mod command;
+mod command_queue;
+mod config;
+mod event;
+mod event_queue;
+mod inspect;
+mod pri_queue;
+mod queue;
 mod registers;
 mod spec;
-mod stalls;
 mod state;
 mod ste;
+mod streams;
 mod tlb;
 mod translate;
 mod walk;
@@ -37,103 +42,26 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::Bytes as _;
 
-use self::commands::Signal;
-pub use self::commands::{CommandKind, PageResponse, Resume};
-
-pub use self::events::EventKind;
-use self::execute::{Pending, Step};
-pub use self::listing::{StreamMode, StreamState};
-use self::registers::{Registers, SUBSTREAM_BITS, in_page_0};
-use self::spec::{cr0, gbpa, gerror, reg};
-use self::state::{Notice, State};
-pub use self::state::{PageRequest, SmmuLine, SmmuStats, Stalled};
-use self::translate::Asked;
+use self::command::Signal;
+pub use self::command::{CommandKind, PageResponse, Resume};
+pub use self::config::{AddressSize, SmmuConfig, Stages};
+pub use self::event::EventKind;
+pub use self::event_queue::Stalled;
+pub use self::inspect::{StreamMode, StreamState};
+pub use self::pri_queue::PageRequest;
+use self::pri_queue::PageRequestOutcome;
+pub use self::registers::SmmuLine;
+use self::registers::{InterruptRequest, Registers, in_page_0};
+use self::spec::{cr0, gerror, reg};
+use self::state::{State, Step};
+use self::streams::PendingInvalidations;
+use self::translate::TranslationContext;
 use crate::{
-    Fault, FaultReason, Gpa, GuestRam, Iommu, IovaRange, Mapping, NotifierEvents, Refused, Request,
+    Fault, Gpa, GuestRam, Iommu, Iova, IovaRange, Mapping, NotifierEvents, Refused, Request,
     StreamId, StreamSink,
 };
-
-/// Which stages are offered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Stages {
-    /// Stage 1 only.
-    #[default]
-    One,
-    /// Stage 2 only.
-    Two,
-    /// Both, also nested.
-    Nested,
-}
-
-/// Bits of a physical address.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum AddressSize {
-    /// 44 bits.
-    Bits44,
-    /// 48 bits.
-    #[default]
-    Bits48,
-    /// 52 bits, with 64 KiB granules; virtual addresses too.
-    Bits52,
-}
-
-/// What does not change while the machine runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SmmuConfig {
-    /// Which stages are offered.
-    pub stages: Stages,
-    /// ATS is offered.
-    pub ats: bool,
-    /// PRI is offered; needs ATS.
-    pub pri: bool,
-    /// Bits of a physical address.
-    pub address_size: AddressSize,
-}
-
-impl SmmuConfig {
-    /// Whether stage 1 is offered.
-    #[must_use]
-    pub const fn stage1(&self) -> bool {
-        !matches!(self.stages, Stages::Two)
-    }
-
-    /// Whether stage 2 is offered.
-    #[must_use]
-    pub const fn stage2(&self) -> bool {
-        !matches!(self.stages, Stages::One)
-    }
-
-    /// Whether the EL2 regimes are offered; they come with both stages.
-    #[must_use]
-    pub const fn hyp(&self) -> bool {
-        matches!(self.stages, Stages::Nested)
-    }
-
-    /// Whether PRI is offered.
-    #[must_use]
-    pub const fn pri(&self) -> bool {
-        self.ats && self.pri
-    }
-
-    /// Bits of a physical address, and of an intermediate one.
-    #[must_use]
-    pub const fn address_bits(&self) -> u32 {
-        match self.address_size {
-            AddressSize::Bits44 => 44,
-            AddressSize::Bits48 => 48,
-            AddressSize::Bits52 => 52,
-        }
-    }
-
-    /// Bits of a SubstreamID.
-    #[must_use]
-    pub const fn substream_bits(&self) -> u32 {
-        if self.stage1() { SUBSTREAM_BITS } else { 0 }
-    }
-}
 
 /// Where the model's signals go. Called with none of its state locked, but
 /// perhaps with a stream's gate held shared: it must not translate, and must
@@ -161,10 +89,27 @@ pub trait SmmuWires: Send + Sync {
     fn resumed(&self, _transaction: &Stalled, _action: Resume) {}
 
     /// Whether to leave the rest of the command queue until
-    /// [`Smmu::resume`]. Asked before each command.
+    /// [`Smmu::resume`]. TranslationContext before each command.
     fn interrupts(&self) -> bool {
         false
     }
+}
+
+/// Statistics of the model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SmmuStats {
+    /// Commands that were consumed, by kind.
+    pub commands: BTreeMap<CommandKind, u64>,
+    /// Translations that the TLB answered.
+    pub tlb_hits: u64,
+    /// Translations that walked tables.
+    pub tlb_misses: u64,
+    /// Entries in the TLB now.
+    pub tlb_entries: usize,
+    /// Event records that were written, by kind.
+    pub events: BTreeMap<EventKind, u64>,
+    /// Events that found the queue full, disabled or unreachable.
+    pub events_dropped: u64,
 }
 
 /// What a snapshot keeps. Caches are not part of it.
@@ -181,7 +126,7 @@ pub struct Smmu {
     ram: Arc<GuestRam>,
     wires: Arc<dyn SmmuWires>,
     /// The command lock.
-    pending: Mutex<Pending>,
+    pending: Mutex<PendingInvalidations>,
     state: Mutex<State>,
 }
 
@@ -227,62 +172,63 @@ impl Smmu {
         let low = u32::from_le_bytes([a, b, c, d]);
         let high = u32::from_le_bytes([e, f, g, h]);
         if registers::is_64_bit(offset) {
-            self.with(|state| {
-                state.write_plain(offset, low);
-                state.write_plain(offset + 4, high);
-            });
+            let mut state = self.lock();
+            state.registers.write(offset, low);
+            state.registers.write(offset + 4, high);
         } else {
             self.write(offset, low);
             self.write(offset.saturating_add(4), high);
         }
     }
 
-    /// Writes a 32-bit word. When it returns, what the write set in motion is
-    /// done: commands are carried out up to CMDQ_PROD, an error, or
+    /// Writes a 32-bit word. When it returns, the effects of the write are
+    /// complete: commands are carried out up to CMDQ_PROD, an error, or
     /// [`SmmuWires::interrupts`].
     pub fn write(&self, offset: u64, value: u32) {
-        let offset = in_page_0(offset);
-        match offset {
-            reg::EVENTQ_CONS | reg::PRIQ_CONS => {
-                self.with(|state| state.write_plain(offset, value));
+        match in_page_0(offset) {
+            reg::CR0 => self.write_cr0(value),
+            reg::GBPA => self.write_gbpa(value),
+            reg::IRQ_CTRL => self.lock().registers.write_irq_ctrl(value),
+            reg::GERRORN => self.write_gerrorn(value),
+            reg::CMDQ_PROD => self.write_cmdq_prod(value),
+            register @ (reg::EVENTQ_CONS | reg::PRIQ_CONS) => {
+                self.lock().registers.write(register, value);
                 self.retry_unrecorded();
             }
-            reg::CR0 | reg::GBPA | reg::GERRORN | reg::CMDQ_PROD | reg::CMDQ_CONS => {
-                self.write_control(offset, value);
-            }
-            _ => self.with(|state| {
-                state.write_plain(offset, value);
-                if offset == reg::IRQ_CTRL {
-                    let enabled = state.registers.get(reg::IRQ_CTRL);
-                    state.registers.set(reg::IRQ_CTRLACK, enabled);
-                }
-            }),
+            register => self.lock().registers.write(register, value),
         }
     }
 
-    /// Writes that commands depend on, or that make them run.
-    fn write_control(&self, offset: u64, value: u32) {
+    /// Acknowledged when every stream has seen the change (§6.3.9, §6.3.10).
+    fn write_cr0(&self, value: u32) {
         let mut pending = self.command();
-        let ended = self.with(|state| match offset {
-            reg::CR0 => state.write_cr0(value, &mut pending),
-            reg::GBPA => {
-                state.write_gbpa(value, &mut pending);
-                Vec::new()
-            }
-            _ => {
-                state.write_plain(offset, value);
-                Vec::new()
-            }
-        });
+        let ended = self.lock().write_cr0(value, &mut pending);
         self.deliver(&mut pending);
         for stalled in &ended {
             self.wires.resumed(stalled, Resume::Terminate);
         }
-        self.with(|state| {
-            let enabled = state.registers.get(reg::CR0);
-            state.registers.set(reg::CR0ACK, enabled);
-        });
+        self.lock().registers.acknowledge_cr0();
         self.retry_unrecorded();
+        self.drain(&mut pending);
+    }
+
+    fn write_gbpa(&self, value: u32) {
+        let mut pending = self.command();
+        self.lock().write_gbpa(value, &mut pending);
+        self.deliver(&mut pending);
+    }
+
+    /// The queue whose error is acknowledged goes on (§7.5).
+    fn write_gerrorn(&self, value: u32) {
+        let mut pending = self.command();
+        self.lock().registers.write(reg::GERRORN, value);
+        self.retry_unrecorded();
+        self.drain(&mut pending);
+    }
+
+    fn write_cmdq_prod(&self, value: u32) {
+        let mut pending = self.command();
+        self.lock().registers.write(reg::CMDQ_PROD, value);
         self.drain(&mut pending);
     }
 
@@ -310,14 +256,7 @@ impl Smmu {
     /// enable bit.
     pub fn reset(&self) {
         let mut pending = self.command();
-        self.with(|state| {
-            state.registers = Registers::new(&self.config);
-            state.clear();
-            for stream in state.streams.values_mut() {
-                stream.ats_enabled = false;
-            }
-            state.all_reconfigured(&mut pending);
-        });
+        self.lock().reset(&mut pending);
         self.deliver(&mut pending);
     }
 
@@ -325,13 +264,8 @@ impl Smmu {
     /// (PCIe 6.0 §10.5.1.3). Called without the stream's gate.
     pub fn set_ats_enabled(&self, stream: StreamId, enabled: bool) {
         let mut pending = self.command();
-        let changed = self.with(|state| {
-            let known = state.streams.get_mut(&stream)?;
-            let changed = known.ats_enabled != enabled;
-            known.ats_enabled = enabled;
-            Some(changed)
-        });
-        if changed == Some(true) {
+        let changed = self.lock().streams.set_ats_enabled(stream, enabled);
+        if changed {
             // What is due as a plain or device invalidation goes out under
             // the registration that it was meant for.
             self.deliver(&mut pending);
@@ -343,33 +277,56 @@ impl Smmu {
     /// gives by itself when the request cannot be queued and is the last of
     /// its group; `None` when the answer comes from the guest, or not at all.
     pub fn page_request(&self, request: &PageRequest) -> Option<PageResponse> {
-        let queued = self.with(|state| state.page_request(&self.ram, request));
-        match queued {
-            Some(true) => None,
-            _ if !request.last => None,
-            Some(false) => Some(PageResponse::Success),
-            None => Some(PageResponse::Failure),
+        let outcome = self.with(|state| state.pri.push(&mut state.registers, &self.ram, request));
+        match outcome {
+            PageRequestOutcome::Discarded if request.last => Some(PageResponse::Success),
+            PageRequestOutcome::Unavailable if request.last => Some(PageResponse::Failure),
+            _ => None,
         }
     }
 
-    /// What happened so far.
+    /// Statistics since the model was made.
     #[must_use]
     pub fn stats(&self) -> SmmuStats {
         let state = self.lock();
+        let (tlb_hits, tlb_misses) = state.caches.counts();
         SmmuStats {
-            tlb_entries: state.tlb.entries(),
-            ..state.stats.clone()
+            commands: state.commands.consumed().clone(),
+            tlb_hits,
+            tlb_misses,
+            tlb_entries: state.caches.entries(),
+            events: state.events.written().clone(),
+            events_dropped: state.events.dropped(),
         }
     }
 
-    /// Faults of a stream so far, by kind, recorded or not.
+    /// Faults of a stream since the model was made, by kind, recorded or not.
     #[must_use]
     pub fn faults(&self, stream: StreamId) -> BTreeMap<EventKind, u64> {
-        let state = self.lock();
-        let known = state.streams.get(&stream);
-        known
-            .map(|stream| stream.faults.clone())
-            .unwrap_or_default()
+        self.lock().streams.faults(stream)
+    }
+
+    /// Configuration of a connected stream; `None` for others.
+    #[must_use]
+    pub fn stream_state(&self, stream: StreamId) -> Option<StreamState> {
+        self.lock().translator(&self.ram).stream_state(stream)
+    }
+
+    /// Up to `limit` mappings of a stream from `from` on, in order, and the
+    /// address to go on from if there may be more. One call takes a bounded
+    /// number of steps: where the tables have many gaps it may find fewer
+    /// mappings than `limit`, or none, with more to come. A mapping is a run as
+    /// [`translate`](Iommu::translate) would answer it for reading or, where
+    /// that is not permitted, for writing.
+    #[must_use]
+    pub fn mappings(
+        &self,
+        stream: StreamId,
+        from: Iova,
+        limit: usize,
+    ) -> (Vec<Mapping>, Option<Iova>) {
+        let view = self.lock().translator(&self.ram).view(stream);
+        inspect::mappings(&self.ram, &view, from, limit)
     }
 
     /// What a snapshot keeps. The machine is paused.
@@ -378,36 +335,28 @@ impl Smmu {
         let state = self.lock();
         SmmuState {
             registers: state.registers.clone(),
-            stalled: state.stalled.clone(),
-            ats_enabled: state
-                .streams
-                .iter()
-                .filter(|(_, stream)| stream.ats_enabled)
-                .map(|(id, _)| *id)
-                .collect(),
+            stalled: state.events.stalled().clone(),
+            ats_enabled: state.streams.all_ats_enabled(),
         }
     }
 
-    /// Takes over a snapshot of an SMMU with the same configuration. Every
-    /// stream is connected and the machine is paused.
+    /// Replaces the state by the snapshot of an SMMU with the same
+    /// configuration. Every stream is connected and the machine is paused.
     pub fn restore(&self, saved: &SmmuState) {
         let mut pending = self.command();
-        self.with(|state| {
-            state.clear();
-            state.registers = saved.registers.clone();
-            state.restore_stalled(saved.stalled.clone());
-            for (id, stream) in &mut state.streams {
-                stream.ats_enabled = saved.ats_enabled.contains(id);
-            }
-            state.all_reconfigured(&mut pending);
-        });
+        let (registers, stalled) = (saved.registers.clone(), saved.stalled.clone());
+        self.lock()
+            .replace(registers, stalled, &saved.ats_enabled, &mut pending);
         self.deliver(&mut pending);
     }
 
     /// Carries out what waits in the command queue: at most as many commands
     /// as waited at the start, so a hostile index costs one queue's worth.
-    fn drain(&self, pending: &mut Pending) {
-        let waiting = self.lock().commands_waiting();
+    fn drain(&self, pending: &mut PendingInvalidations) {
+        let waiting = {
+            let state = self.lock();
+            state.commands.waiting(&state.registers)
+        };
         for _ in 0..waiting {
             if self.wires.interrupts() {
                 break;
@@ -432,7 +381,7 @@ impl Smmu {
                 }
                 Step::Sync(signal) => {
                     self.deliver(pending);
-                    self.with(State::consume);
+                    self.lock().consume();
                     self.signal_sync(signal);
                 }
             }
@@ -446,81 +395,65 @@ impl Smmu {
             return;
         };
         let address = address & ((1 << self.config.address_bits()) - 1);
-        self.notify(Notice {
+        self.send(InterruptRequest {
             line: SmmuLine::CmdSync,
-            message: (address != 0).then_some((address, data)),
+            message: (address != 0).then_some((Gpa(address), data)),
         });
     }
 
     /// Tells every stream what is due. No lock but the command lock is held.
-    fn deliver(&self, pending: &mut Pending) {
-        for (stream, due) in std::mem::take(&mut pending.streams) {
-            let Some(region) = self.sink(stream) else {
+    fn deliver(&self, pending: &mut PendingInvalidations) {
+        for (stream, due) in pending.take() {
+            let Some(sink) = self.sink(stream) else {
                 continue;
             };
             if due.configuration {
-                region.invalidate_all();
+                sink.invalidate_all();
                 self.renegotiate(stream);
                 continue;
             }
-            region.invalidate(&due.ranges);
-            region.invalidate_device_iotlb(&due.device);
+            sink.invalidate(&due.ranges);
+            sink.invalidate_device_iotlb(&due.device);
         }
     }
 
     fn sink(&self, stream: StreamId) -> Option<Arc<dyn StreamSink>> {
-        self.lock().streams.get(&stream)?.sink.as_ref()?.upgrade()
+        self.lock().streams.sink(stream)
     }
 
     /// Negotiates a stream's registrations again if it can deliver otherwise
     /// than when they were last negotiated.
     fn renegotiate(&self, stream: StreamId) {
-        let changed = self.with(|state| {
-            let now = state.device_iotlb(&self.ram, stream).is_ok();
-            let known = state.streams.get_mut(&stream)?;
-            Some(std::mem::replace(&mut known.device_iotlb, now) != now)
-        });
-        if changed == Some(true)
-            && let Some(region) = self.sink(stream)
-        {
-            region.renegotiate();
+        let changed = {
+            let mut state = self.lock();
+            let available = state.translator(&self.ram).device_iotlb(stream).is_ok();
+            state.streams.set_device_iotlb(stream, available)
+        };
+        if changed && let Some(sink) = self.sink(stream) {
+            sink.renegotiate();
         }
     }
 
-    /// Sends an interrupt; a message that nobody takes is a global error.
-    fn notify(&self, notice: Notice) {
-        let wired = notice.message.is_none() || notice.line == SmmuLine::CmdSync;
-        if let Some((address, data)) = notice.message {
-            let place = GuestAddress(address);
-            let written = self.ram.store(data.to_le(), place, Ordering::Release);
-            if written.is_err() && !self.wires.message(Gpa(address), data) {
-                let bit = match notice.line {
+    /// Sends an interrupt; a message that is not delivered is a global error.
+    fn send(&self, interrupt: InterruptRequest) {
+        let wired = interrupt.message.is_none() || interrupt.line == SmmuLine::CmdSync;
+        if let Some((address, data)) = interrupt.message {
+            let written = self
+                .ram
+                .store(data.to_le(), address.into(), Ordering::Release);
+            if written.is_err() && !self.wires.message(address, data) {
+                let bit = match interrupt.line {
                     SmmuLine::Eventq => gerror::MSI_EVENTQ_ABT,
                     SmmuLine::Priq => gerror::MSI_PRIQ_ABT,
                     SmmuLine::CmdSync => gerror::MSI_CMDQ_ABT,
                     SmmuLine::Gerror => gerror::MSI_GERROR_ABT,
                 };
-                self.with(|state| state.global_error(bit));
+                self.with(|state| state.registers.global_error(bit));
             }
         }
         if wired {
-            self.wires.pulse(notice.line);
+            self.wires.pulse(interrupt.line);
         }
-    }
-
-    fn answer(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.with(|state| {
-            let asked = Asked {
-                request,
-                update: true,
-            };
-            let failure = match state.resolve(&self.ram, asked) {
-                Ok(mapping) => return Ok(mapping),
-                Err(failure) => failure,
-            };
-            state.fail(&self.ram, request, &failure);
-            Err(fault(request, failure.reason))
-        })
     }
 
     /// Works on the state, and sends the interrupts that come of it when it is
@@ -528,15 +461,15 @@ impl Smmu {
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let outcome = work(&mut state);
-        let notices = std::mem::take(&mut state.notices);
+        let interrupts = state.registers.take_interrupts();
         drop(state);
-        for notice in notices {
-            self.notify(notice);
+        for interrupt in interrupts {
+            self.send(interrupt);
         }
         outcome
     }
 
-    fn command(&self) -> MutexGuard<'_, Pending> {
+    fn command(&self) -> MutexGuard<'_, PendingInvalidations> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -545,65 +478,30 @@ impl Smmu {
     }
 }
 
-const fn fault(request: &Request, reason: FaultReason) -> Fault {
-    Fault {
-        stream: request.stream,
-        iova: request.iova,
-        access: request.access,
-        reason,
-    }
-}
-
-impl State {
-    /// A write without consequences beyond the register.
-    fn write_plain(&mut self, offset: u64, value: u32) {
-        if let Some(value) = self.registers.writable(offset, value) {
-            self.registers.set(offset, value);
-        }
-    }
-
-    /// CR0 (§6.3.9). Answers the stalled transactions that it ends.
-    fn write_cr0(&mut self, value: u32, pending: &mut Pending) -> Vec<Stalled> {
-        let before = self.registers.get(reg::CR0);
-        self.write_plain(reg::CR0, value);
-        let now = self.registers.get(reg::CR0);
-        if (before ^ now) & cr0::SMMUEN == 0 {
-            return Vec::new();
-        }
-        self.all_reconfigured(pending);
-        if now & cr0::SMMUEN == 0 {
-            self.unstall(|_, _| true)
-        } else {
-            Vec::new()
-        }
-    }
-
-    /// GBPA (§6.3.14): taken over at once, when UPDATE says so.
-    fn write_gbpa(&mut self, value: u32, pending: &mut Pending) {
-        if value & gbpa::UPDATE == 0 {
-            return;
-        }
-        let before = self.registers.get(reg::GBPA);
-        self.write_plain(reg::GBPA, value & !gbpa::UPDATE);
-        let changed = (before ^ self.registers.get(reg::GBPA)) & gbpa::ABORT != 0;
-        if changed && !self.registers.enabled(cr0::SMMUEN) {
-            self.all_reconfigured(pending);
-        }
-    }
-}
-
 impl Iommu for Smmu {
     fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.answer(request)
+        self.with(|state| {
+            let asked = TranslationContext {
+                request,
+                update: true,
+            };
+            state
+                .translator(&self.ram)
+                .resolve(asked)
+                .map_err(|failure| {
+                    state.fail(&self.ram, request, &failure);
+                    Fault::new(request, failure.reason)
+                })
+        })
     }
 
     fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        let asked = Asked {
+        let asked = TranslationContext {
             request,
             update: false,
         };
-        let outcome = self.lock().resolve(&self.ram, asked);
-        outcome.map_err(|failure| fault(request, failure.reason))
+        let outcome = self.lock().translator(&self.ram).resolve(asked);
+        outcome.map_err(|failure| Fault::new(request, failure.reason))
     }
 
     fn notifier_events_changed(
@@ -621,24 +519,20 @@ impl Iommu for Smmu {
         if !new.contains(NotifierEvents::DEVIOTLB_UNMAP) {
             return Ok(());
         }
-        // What counts is how things stood at the last invalidation of the
-        // configuration: then all registrations were negotiated alike.
+        // All registrations of a stream are negotiated alike: by its state at
+        // the last invalidation of its configuration.
         let mut state = self.lock();
-        if state
-            .streams
-            .get(&stream)
-            .is_some_and(|known| known.device_iotlb)
-        {
+        if state.streams.device_iotlb(stream) {
             return Ok(());
         }
-        let reason = state.device_iotlb(&self.ram, stream).err();
+        let reason = state.translator(&self.ram).device_iotlb(stream).err();
         Err(Refused {
             events: NotifierEvents::DEVIOTLB_UNMAP,
             reason: reason.unwrap_or("STE.EATS does not allow ATS"),
         })
     }
 
-    /// Nobody can ask for it: `MAP` is always refused.
+    /// Never called: `MAP` is always refused.
     fn replay(
         &self,
         _stream: StreamId,
@@ -648,7 +542,7 @@ impl Iommu for Smmu {
     }
 
     fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
-        self.lock().streams.entry(stream).or_default().sink = Some(sink);
+        self.lock().streams.connect(stream, sink);
     }
 }
 

@@ -1,10 +1,13 @@
-//! The registers (IHI 0070 §6) as a table: which bits of which word the guest
-//! may write, and when. What a write sets in motion is the model's business.
+//! The registers (IHI 0070 §6): which bits of which word the guest may write,
+//! and when; global errors, and the interrupts that they request.
 
 use serde::{Deserialize, Serialize};
 
-use super::SmmuConfig;
-use super::spec::{cr0, cr2, gbpa, gerror, idr0, idr1, idr3, idr5, irq_ctrl, queue, reg};
+use super::config::{STREAM_BITS, SmmuConfig};
+use super::spec::{
+    MSI_ADDRESS, cr0, cr2, gbpa, gerror, idr0, idr1, idr3, idr5, irq_ctrl, queue, reg,
+};
+use crate::addr::Gpa;
 
 /// Words of the register file.
 const WORDS: usize = (reg::END / 4) as usize;
@@ -17,10 +20,6 @@ const CIDR: [u32; 4] = [0x0d, 0xf0, 0x05, 0xb1];
 const CMDQS: u32 = 12;
 const EVENTQS: u32 = 10;
 const PRIQS: u32 = 10;
-/// Bits of a StreamID: a PCI requester ID.
-pub const STREAM_BITS: u32 = 16;
-/// Bits of a SubstreamID: a PASID.
-pub const SUBSTREAM_BITS: u32 = 20;
 /// Most stalled transactions.
 pub const STALL_MAX: u32 = 32;
 
@@ -104,10 +103,35 @@ const WRITABLE: [(u64, u32, Guard); 33] = {
     ]
 };
 
-/// The values of all registers.
+/// The SMMU's interrupts (§3.18).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SmmuLine {
+    /// The event queue is not empty.
+    Eventq,
+    /// The PRI queue is not empty.
+    Priq,
+    /// A CMD_SYNC completed.
+    CmdSync,
+    /// A global error.
+    Gerror,
+}
+
+/// An interrupt that is sent when the state is unlocked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterruptRequest {
+    /// The wire.
+    pub line: SmmuLine,
+    /// Address and data of a message, in place of or (CMD_SYNC) beside the
+    /// wire.
+    pub message: Option<(Gpa, u32)>,
+}
+
+/// The values of all registers, and the interrupts that are due.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     words: Vec<u32>,
+    #[serde(skip)]
+    due: Vec<InterruptRequest>,
 }
 
 impl Registers {
@@ -116,6 +140,7 @@ impl Registers {
     pub fn new(config: &SmmuConfig) -> Self {
         let mut registers = Self {
             words: vec![0; WORDS],
+            due: Vec::new(),
         };
         for (offset, value) in identification(config) {
             registers.set(offset, value);
@@ -165,10 +190,65 @@ impl Registers {
         (self.get(reg::GERROR) ^ self.get(reg::GERRORN)) & bit != 0
     }
 
+    /// Activates a global error (§7.5), unless it is active.
+    pub fn global_error(&mut self, bit: u32) {
+        if self.error_active(bit) {
+            return;
+        }
+        self.set(reg::GERROR, self.get(reg::GERROR) ^ bit);
+        if bit != gerror::MSI_GERROR_ABT {
+            self.interrupt(SmmuLine::Gerror);
+        }
+    }
+
+    /// Makes an interrupt due, as IRQ_CTRL and the IRQ_CFG registers say.
+    pub fn interrupt(&mut self, line: SmmuLine) {
+        let (enable, base) = match line {
+            SmmuLine::Eventq => (irq_ctrl::EVENTQ, reg::EVENTQ_IRQ_CFG0),
+            SmmuLine::Priq => (irq_ctrl::PRIQ, reg::PRIQ_IRQ_CFG0),
+            SmmuLine::Gerror => (irq_ctrl::GERROR, reg::GERROR_IRQ_CFG0),
+            SmmuLine::CmdSync => return,
+        };
+        if self.get(reg::IRQ_CTRL) & enable == 0 {
+            return;
+        }
+        let address = self.get64(base) & MSI_ADDRESS;
+        let request = InterruptRequest {
+            line,
+            message: (address != 0).then_some((Gpa(address), self.get(base + 8))),
+        };
+        if !self.due.contains(&request) {
+            self.due.push(request);
+        }
+    }
+
+    /// Takes the interrupts that are due.
+    pub fn take_interrupts(&mut self) -> Vec<InterruptRequest> {
+        std::mem::take(&mut self.due)
+    }
+
+    /// A guest's write without effects beyond the register. Ignored where the
+    /// guest may not write now.
+    pub fn write(&mut self, offset: u64, value: u32) {
+        if let Some(value) = self.writable(offset, value) {
+            self.set(offset, value);
+        }
+    }
+
+    /// A guest's write to IRQ_CTRL, acknowledged at once (§6.3.17, §6.3.18).
+    pub fn write_irq_ctrl(&mut self, value: u32) {
+        self.write(reg::IRQ_CTRL, value);
+        self.set(reg::IRQ_CTRLACK, self.get(reg::IRQ_CTRL));
+    }
+
+    /// Acknowledges CR0 when its write is complete (§6.3.10).
+    pub fn acknowledge_cr0(&mut self) {
+        self.set(reg::CR0ACK, self.get(reg::CR0));
+    }
+
     /// What a write of `value` to the word at `offset` leaves there, or `None`
     /// when the guest may not write it now.
-    #[must_use]
-    pub fn writable(&self, offset: u64, value: u32) -> Option<u32> {
+    fn writable(&self, offset: u64, value: u32) -> Option<u32> {
         let (_, mask, guard) = WRITABLE.iter().find(|(known, ..)| *known == offset)?;
         let free = match guard {
             Guard::None => true,
@@ -201,7 +281,8 @@ impl Registers {
     pub fn read(&self, offset: u64) -> u32 {
         match offset {
             reg::CIDR0.. if offset < reg::CIDR0 + 16 => {
-                CIDR[usize::try_from((offset - reg::CIDR0) / 4).unwrap_or(0)]
+                let word = CIDR.get(Self::index(offset - reg::CIDR0));
+                word.copied().unwrap_or(0)
             }
             _ => self.get(in_page_0(offset)),
         }

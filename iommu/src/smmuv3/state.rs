@@ -1,401 +1,262 @@
-//! What the model knows, under one lock: registers, caches, streams, stalled
-//! transactions, and the queues that it writes.
+//! The owners of the model's state under one lock, and the steps that concern
+//! several of them.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Weak;
+use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use super::caches::Caches;
+use super::command::{Command, PageResponse, Resume, Signal};
+use super::command_queue::CommandQueue;
+use super::config::SmmuConfig;
+use super::event_queue::{EventQueue, Stalled};
+use super::pri_queue::PriQueue;
+use super::registers::Registers;
+use super::spec::{cr0, gbpa, reg};
+use super::streams::{PendingInvalidations, Streams};
+use super::translate::{Failure, TranslationContext, Translator};
+use crate::addr::StreamId;
+use crate::ram::GuestRam;
+use crate::translate::Request;
 
-use super::SmmuConfig;
-use super::cd::Cd;
-use super::commands::CommandKind;
-use super::events::{Event, EventKind};
-use super::queues::{CMDQ, EVENTQ, PRIQ, Queue, QueueRegisters, Unwritten};
-use super::registers::{Registers, STALL_MAX};
-use super::spec::{Cerror, MSI_ADDRESS, cr0, event, gerror, irq_ctrl, pri, queue, reg};
-use super::ste::Ste;
-use super::tlb::{Held, Tag, Tlb};
-use crate::{Access, GuestRam, Iova, Request, StreamId, StreamSink};
+const FIRST_STREAM: StreamId = StreamId(0);
+const LAST_STREAM: StreamId = StreamId(u32::MAX);
 
-/// Most cached STEs, and CDs. When there are more all are forgotten.
-const MAX_CACHED: usize = 1024;
-/// Most tags of translations remembered for a stream. Beyond it every
-/// invalidation reaches the stream.
-const MAX_HELD: usize = 64;
-
-/// The SMMU's interrupts (§3.18).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum SmmuLine {
-    /// The event queue is not empty.
-    Eventq,
-    /// The PRI queue is not empty.
-    Priq,
-    /// A CMD_SYNC completed.
-    CmdSync,
-    /// A global error.
-    Gerror,
+/// What a step of the command queue leaves to be done with the state unlocked.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// The queue is empty, or an error stopped it.
+    Idle,
+    /// A command was consumed.
+    Consumed,
+    /// A command was consumed; the answer goes to a function.
+    Respond {
+        stream: StreamId,
+        substream: Option<u32>,
+        group: u16,
+        response: PageResponse,
+    },
+    /// A command was consumed; these transactions are no longer stalled.
+    Resumed(Vec<Stalled>, Resume),
+    /// CMD_SYNC, to be consumed when everything in front of it is complete.
+    Sync(Signal),
 }
 
-/// An interrupt that is due, once the state is unlocked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Notice {
-    pub(super) line: SmmuLine,
-    /// Address and data of a message, in place of or (CMD_SYNC) beside the
-    /// wire.
-    pub(super) message: Option<(u64, u32)>,
-}
-
-/// A page request of a function (§8).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageRequest {
-    /// Who asks.
-    pub stream: StreamId,
-    /// With which SubstreamID.
-    pub substream: Option<u32>,
-    /// The page, of which the low 12 bits are ignored.
-    pub iova: Iova,
-    /// Whether it shall be readable.
-    pub read: bool,
-    /// Whether it shall be writable.
-    pub write: bool,
-    /// Last of its group.
-    pub last: bool,
-    /// Its group, 9 bits.
-    pub group: u16,
-}
-
-/// A transaction that waits for CMD_RESUME (§3.12.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stalled {
-    /// Whose.
-    pub stream: StreamId,
-    /// With which SubstreamID.
-    pub substream: Option<u32>,
-    /// Where.
-    pub iova: Iova,
-    /// What it wanted to do.
-    pub access: Access,
-    /// Its event record is in the queue. One without is tried again when the
-    /// queue becomes writable (§3.12.2).
-    pub(super) recorded: bool,
-}
-
-/// Why an event record is not in the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum EventUnwritten {
-    /// The queue is enabled and full.
-    Full,
-    /// The queue is disabled, or its memory is not RAM.
-    Disabled,
-}
-
-/// What the model knows of a connected stream.
-#[derive(Default)]
-pub(super) struct Stream {
-    pub(super) sink: Option<Weak<dyn StreamSink>>,
-    /// What its consumers may hold, since everything was last invalidated.
-    pub(super) held: BTreeMap<Tag, Held>,
-    /// More than could be remembered.
-    pub(super) held_more: bool,
-    /// It asked with a SubstreamID.
-    pub(super) substreams: bool,
-    /// ATS is enabled in the function's capability.
-    pub(super) ats_enabled: bool,
-    /// What was last answered to notifiers that ask for `DEVIOTLB_UNMAP`.
-    pub(super) device_iotlb: bool,
-    pub(super) faults: BTreeMap<EventKind, u64>,
-}
-
-impl Stream {
-    pub(super) fn hold(&mut self, tag: Tag, held: Held) {
-        let known = self.held.len();
-        match self.held.entry(tag) {
-            std::collections::btree_map::Entry::Occupied(mut entry) => {
-                let both = entry.get().and(held);
-                entry.insert(both);
-            }
-            std::collections::btree_map::Entry::Vacant(entry) if known < MAX_HELD => {
-                entry.insert(held);
-            }
-            std::collections::btree_map::Entry::Vacant(_) => self.held_more = true,
-        }
-    }
-
-    /// Everything was, or is about to be, invalidated.
-    pub(super) fn forget(&mut self) {
-        self.held.clear();
-        self.held_more = false;
-        self.substreams = false;
-    }
-}
-
-/// What happened, for the API.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct SmmuStats {
-    /// Commands that were consumed, by kind.
-    pub commands: BTreeMap<CommandKind, u64>,
-    /// Translations that the TLB answered.
-    pub tlb_hits: u64,
-    /// Translations that walked tables.
-    pub tlb_misses: u64,
-    /// Entries in the TLB now.
-    pub tlb_entries: usize,
-    /// Event records that were written, by kind.
-    pub events: BTreeMap<EventKind, u64>,
-    /// Events that found the queue full, disabled or unreachable.
-    pub events_dropped: u64,
-}
-
+/// The model's state.
 pub(super) struct State {
-    pub(super) config: SmmuConfig,
+    config: SmmuConfig,
     pub(super) registers: Registers,
-    pub(super) stes: BTreeMap<StreamId, Ste>,
-    pub(super) cds: BTreeMap<(StreamId, u32), Cd>,
-    pub(super) tlb: Tlb,
-    pub(super) streams: BTreeMap<StreamId, Stream>,
-    pub(super) stalled: BTreeMap<u16, Stalled>,
-    pub(super) free_stags: VecDeque<u16>,
-    pub(super) stats: SmmuStats,
-    pub(super) notices: Vec<Notice>,
+    pub(super) caches: Caches,
+    pub(super) streams: Streams,
+    pub(super) commands: CommandQueue,
+    pub(super) events: EventQueue,
+    pub(super) pri: PriQueue,
 }
 
 impl State {
     pub(super) fn new(config: SmmuConfig) -> Self {
         Self {
             registers: Registers::new(&config),
+            caches: Caches::default(),
+            streams: Streams::default(),
+            commands: CommandQueue::new(config),
+            events: EventQueue::new(&config),
+            pri: PriQueue::new(&config),
             config,
-            stes: BTreeMap::new(),
-            cds: BTreeMap::new(),
-            tlb: Tlb::default(),
-            streams: BTreeMap::new(),
-            stalled: BTreeMap::new(),
-            free_stags: all_stags().collect(),
-            stats: SmmuStats::default(),
-            notices: Vec::new(),
         }
     }
 
-    /// Forgets what was cached and who was stalled.
-    pub(super) fn clear(&mut self) {
-        self.forget_streams(StreamId(0), StreamId(u32::MAX));
-        self.tlb = Tlb::default();
-        self.stalled.clear();
-        self.free_stags = all_stags().collect();
-    }
-
-    /// Takes over stalled transactions from a snapshot.
-    pub(super) fn restore_stalled(&mut self, stalled: BTreeMap<u16, Stalled>) {
-        self.free_stags = all_stags()
-            .filter(|stag| !stalled.contains_key(stag))
-            .collect();
-        self.stalled = stalled;
-    }
-
-    /// Drops cached STEs and CDs of the streams from `first` to `last`.
-    pub(super) fn forget_streams(&mut self, first: StreamId, last: StreamId) {
-        self.stes
-            .retain(|stream, _| !(first..=last).contains(stream));
-        self.cds
-            .retain(|(stream, _), _| !(first..=last).contains(stream));
-    }
-
-    pub(super) fn cache_ste(&mut self, stream: StreamId, ste: Ste) {
-        if self.stes.len() >= MAX_CACHED {
-            self.stes.clear();
+    /// The part of the state that translates.
+    pub(super) fn translator<'a>(&'a mut self, ram: &'a GuestRam) -> Translator<'a> {
+        Translator {
+            config: &self.config,
+            ram,
+            registers: &self.registers,
+            caches: &mut self.caches,
+            streams: &mut self.streams,
         }
-        self.stes.insert(stream, ste);
     }
 
-    pub(super) fn cache_cd(&mut self, key: (StreamId, u32), cd: Cd) {
-        if self.cds.len() >= MAX_CACHED {
-            self.cds.clear();
+    /// Replaces what a snapshot keeps, and drops everything else.
+    pub(super) fn replace(
+        &mut self,
+        registers: Registers,
+        stalled: BTreeMap<u16, Stalled>,
+        ats_enabled: &[StreamId],
+        pending: &mut PendingInvalidations,
+    ) {
+        self.registers = registers;
+        self.caches.clear();
+        self.events.set_stalled(stalled);
+        self.streams.set_all_ats_enabled(ats_enabled);
+        self.reconfigure_all(pending);
+    }
+
+    /// Back to reset.
+    pub(super) fn reset(&mut self, pending: &mut PendingInvalidations) {
+        let registers = Registers::new(&self.config);
+        self.replace(registers, BTreeMap::new(), &[], pending);
+    }
+
+    /// A write to CR0 (§6.3.9). Returns the stalled transactions that it ends.
+    pub(super) fn write_cr0(
+        &mut self,
+        value: u32,
+        pending: &mut PendingInvalidations,
+    ) -> Vec<Stalled> {
+        let was_enabled = self.registers.enabled(cr0::SMMUEN);
+        self.registers.write(reg::CR0, value);
+        let is_enabled = self.registers.enabled(cr0::SMMUEN);
+        if was_enabled != is_enabled {
+            self.reconfigure_all(pending);
         }
-        self.cds.insert(key, cd);
+        if was_enabled && !is_enabled {
+            self.events.remove(|_, _| true)
+        } else {
+            Vec::new()
+        }
     }
 
-    fn queue(&self, of: &QueueRegisters) -> Queue {
-        Queue::new(&self.registers, of, self.config.address_bits())
-    }
-
-    pub(super) fn command_queue(&self) -> Queue {
-        self.queue(&CMDQ)
-    }
-
-    /// Activates a global error (§7.5), unless it is active.
-    pub(super) fn global_error(&mut self, bit: u32) {
-        if self.registers.error_active(bit) {
+    /// A write to GBPA (§6.3.14): an update where UPDATE is set.
+    pub(super) fn write_gbpa(&mut self, value: u32, pending: &mut PendingInvalidations) {
+        if value & gbpa::UPDATE == 0 {
             return;
         }
-        let value = self.registers.get(reg::GERROR) ^ bit;
-        self.registers.set(reg::GERROR, value);
-        if bit != gerror::MSI_GERROR_ABT {
-            self.interrupt(SmmuLine::Gerror);
+        let before = self.registers.get(reg::GBPA);
+        self.registers.write(reg::GBPA, value & !gbpa::UPDATE);
+        let changed = (before ^ self.registers.get(reg::GBPA)) & gbpa::ABORT != 0;
+        if changed && !self.registers.enabled(cr0::SMMUEN) {
+            self.reconfigure_all(pending);
         }
     }
 
-    /// Stops the command queue at the command it is at (§7.1).
-    pub(super) fn command_error(&mut self, error: Cerror) {
-        let cons = self.registers.get(reg::CMDQ_CONS) & !queue::ERR_MASK;
-        let cons = cons | u32::from(error as u8) << queue::ERR;
-        self.registers.set(reg::CMDQ_CONS, cons);
-        self.global_error(gerror::CMDQ);
-    }
-
-    /// Makes an interrupt due, as IRQ_CTRL and the IRQ_CFG registers say.
-    fn interrupt(&mut self, line: SmmuLine) {
-        let (enable, base) = match line {
-            SmmuLine::Eventq => (irq_ctrl::EVENTQ, reg::EVENTQ_IRQ_CFG0),
-            SmmuLine::Priq => (irq_ctrl::PRIQ, reg::PRIQ_IRQ_CFG0),
-            SmmuLine::Gerror => (irq_ctrl::GERROR, reg::GERROR_IRQ_CFG0),
-            SmmuLine::CmdSync => return,
-        };
-        if self.registers.get(reg::IRQ_CTRL) & enable == 0 {
+    /// Counts a failure of `request` and records its event, or stalls the
+    /// transaction, as its configuration says.
+    pub(super) fn fail(&mut self, ram: &GuestRam, request: &Request, failure: &Failure) {
+        let Some(event) = &failure.event else {
             return;
-        }
-        let address = self.registers.get64(base) & MSI_ADDRESS;
-        let data = self.registers.get(base + 8);
-        let notice = Notice {
-            line,
-            message: (address != 0).then_some((address, data)),
         };
-        if !self.notices.contains(&notice) {
-            self.notices.push(notice);
+        self.streams.count_fault(request.stream, event.kind);
+        if failure.stall {
+            self.events.stall(&mut self.registers, ram, event, request);
+        } else if failure.record {
+            self.events.record(&mut self.registers, ram, event, request);
         }
     }
 
-    /// Whether the event queue takes records apart from being full (§7.2.1).
-    fn events_enabled(&self) -> bool {
-        self.registers.enabled(cr0::EVENTQEN) && !self.registers.error_active(gerror::EVENTQ_ABT)
-    }
-
-    /// Whether an event record can be written now (§7.2.1).
-    pub(super) fn events_writable(&self) -> bool {
-        let index = |register| self.registers.get(register);
-        let full = self
-            .queue(&EVENTQ)
-            .is_full(index(EVENTQ.prod), index(EVENTQ.cons));
-        self.events_enabled() && !full
-    }
-
-    /// Writes an event record. What becomes of one that is not written is the
-    /// caller's: a record of a terminated transaction is lost, that of a stall
-    /// is not.
-    ///
-    /// # Errors
-    /// [`EventUnwritten`].
-    pub(super) fn push_event(
-        &mut self,
-        ram: &GuestRam,
-        record: &[u64; event::WORDS],
-    ) -> Result<(), EventUnwritten> {
-        if !self.events_enabled() {
-            return Err(EventUnwritten::Disabled);
-        }
-        match self.produce(ram, &EVENTQ, record) {
-            Ok(()) => {
-                // An interrupt for each record, not only for the first one in
-                // an empty queue: a driver that was about to leave sees it.
-                self.interrupt(SmmuLine::Eventq);
-                Ok(())
+    /// Tries the stalled transactions without a record again, as if each had
+    /// just come, while the event queue is writable (§3.12.2, §7.2.1): their
+    /// records tell the present configuration and tables. Returns those that are
+    /// no longer stalled, with the action of their device.
+    pub(super) fn retry_unrecorded(&mut self, ram: &GuestRam) -> Vec<(Stalled, Resume)> {
+        let mut ended = Vec::new();
+        for stag in self.events.unrecorded() {
+            if !self.events.is_writable(&self.registers) {
+                break;
             }
-            Err(Unwritten::Full) => Err(EventUnwritten::Full),
-            Err(Unwritten::Abort) => {
-                self.global_error(gerror::EVENTQ_ABT);
-                Err(EventUnwritten::Disabled)
-            }
-        }
-    }
-
-    fn produce<const N: usize>(
-        &mut self,
-        ram: &GuestRam,
-        of: &QueueRegisters,
-        record: &[u64; N],
-    ) -> Result<(), Unwritten> {
-        let queue = self.queue(of);
-        let index = self.registers.get(of.prod);
-        queue.write(ram, (index, self.registers.get(of.cons)), record)?;
-        self.registers.set(of.prod, queue.next(index));
-        Ok(())
-    }
-
-    /// Whether an overflow is not acknowledged (§7.4, §8.1).
-    fn overflowing(&self, of: &QueueRegisters) -> bool {
-        (self.registers.get(of.prod) ^ self.registers.get(of.cons)) & queue::OVERFLOW != 0
-    }
-
-    /// A record was discarded because the queue is full.
-    fn overflow(&mut self, of: &QueueRegisters) {
-        if !self.overflowing(of) {
-            let prod = self.registers.get(of.prod) ^ queue::OVERFLOW;
-            self.registers.set(of.prod, prod);
-        }
-    }
-
-    /// Records an event of a terminated transaction, or drops it. Only a full
-    /// queue makes an overflow of that (§7.4).
-    pub(super) fn record(&mut self, ram: &GuestRam, event: &Event, request: &Request) {
-        match self.push_event(ram, &event.record(request, None)) {
-            Ok(()) => self.count_event(event.kind),
-            Err(unwritten) => {
-                self.stats.events_dropped += 1;
-                if unwritten == EventUnwritten::Full {
-                    self.overflow(&EVENTQ);
+            for stalled in self.events.remove(|known, _| known == stag) {
+                let request = stalled.request();
+                let asked = TranslationContext {
+                    request: &request,
+                    update: true,
+                };
+                match self.translator(ram).resolve(asked) {
+                    Ok(_) => ended.push((stalled, Resume::Retry)),
+                    Err(failure) => {
+                        self.fail(ram, &request, &failure);
+                        if !failure.stall {
+                            ended.push((stalled, Resume::Terminate));
+                        }
+                    }
                 }
             }
         }
+        ended
     }
 
-    pub(super) fn count_event(&mut self, kind: EventKind) {
-        *self.stats.events.entry(kind).or_default() += 1;
+    /// Carries out the next command.
+    pub(super) fn step(&mut self, ram: &GuestRam, pending: &mut PendingInvalidations) -> Step {
+        let Some(command) = self.commands.fetch(&mut self.registers, ram) else {
+            return Step::Idle;
+        };
+        let step = self.execute(command, pending);
+        if !matches!(step, Step::Sync(_)) {
+            self.consume();
+        }
+        step
     }
 
-    /// Queues a page request (§8.1). `false` when it was discarded because the
-    /// queue overflows, `None` because there is no queue.
-    pub(super) fn page_request(&mut self, ram: &GuestRam, request: &PageRequest) -> Option<bool> {
-        let enabled = self.config.pri()
-            && self.registers.enabled(cr0::PRIQEN)
-            && self.registers.enabled(cr0::SMMUEN)
-            && !self.registers.error_active(gerror::PRIQ_ABT);
-        if !enabled {
-            return None;
-        }
-        if self.overflowing(&PRIQ) {
-            return Some(false);
-        }
-        let mut record = [0; pri::WORDS];
-        for (field, value) in [
-            (pri::SID, u64::from(request.stream.0)),
-            (pri::SSID, u64::from(request.substream.unwrap_or(0))),
-            (pri::SSV, u64::from(request.substream.is_some())),
-            (pri::READ, u64::from(request.read)),
-            (pri::WRITE, u64::from(request.write)),
-            (pri::LAST, u64::from(request.last)),
-            (pri::PRG_INDEX, u64::from(request.group)),
-            (pri::ADDRESS, request.iova.0 >> 12),
-        ] {
-            field.put(&mut record, value);
-        }
-        match self.produce(ram, &PRIQ, &record) {
-            Ok(()) => {
-                let last_only = self.registers.get(reg::PRIQ_IRQ_CFG2) >> 31 != 0;
-                if request.last || !last_only {
-                    self.interrupt(SmmuLine::Priq);
-                }
-                Some(true)
+    /// Moves CMDQ_CONS beyond the command it is at.
+    pub(super) fn consume(&mut self) {
+        self.commands.consume(&mut self.registers);
+    }
+
+    fn execute(&mut self, command: Command, pending: &mut PendingInvalidations) -> Step {
+        let enabled = self.registers.enabled(cr0::SMMUEN);
+        match command {
+            Command::Prefetch => {}
+            Command::ConfigStreams(first, last) => {
+                self.caches.drop_streams(first, last);
+                self.reconfigure(first, last, pending);
             }
-            Err(Unwritten::Full) => {
-                self.overflow(&PRIQ);
-                Some(false)
+            Command::ConfigCd(stream, index) => {
+                self.caches.drop_cds(stream, Some(index));
+                self.reconfigure(stream, stream, pending);
             }
-            Err(Unwritten::Abort) => {
-                self.global_error(gerror::PRIQ_ABT);
-                None
+            Command::ConfigCds(stream) => {
+                self.caches.drop_cds(stream, None);
+                self.reconfigure(stream, stream, pending);
             }
+            Command::Tlb(scope) => {
+                self.caches.invalidate(&scope);
+                self.streams.invalidate(&scope, pending);
+            }
+            Command::Atc {
+                stream,
+                substream,
+                range,
+            } if enabled => {
+                self.streams
+                    .invalidate_atc(stream, substream, range, pending);
+            }
+            Command::PageResponse {
+                stream,
+                substream,
+                group,
+                response,
+            } if enabled => {
+                return Step::Respond {
+                    stream,
+                    substream,
+                    group,
+                    response,
+                };
+            }
+            // Ignored while SMMUEN is 0 (§4.5.1, §4.5.2).
+            Command::Atc { .. } | Command::PageResponse { .. } => {}
+            Command::Resume(stream, stag, action) => {
+                let resumed = self.events.remove(|known, stalled| {
+                    known == stag && stalled.stream == stream && stalled.recorded
+                });
+                return Step::Resumed(resumed, action);
+            }
+            Command::StallTerm(stream) => {
+                let ended = self.events.remove(|_, stalled| stalled.stream == stream);
+                return Step::Resumed(ended, Resume::Terminate);
+            }
+            Command::Sync(signal) => return Step::Sync(signal),
+        }
+        Step::Consumed
+    }
+
+    /// Marks the configuration of streams as changed. While `SMMUEN` is 0 no
+    /// consumer holds anything that came from it.
+    fn reconfigure(&mut self, first: StreamId, last: StreamId, pending: &mut PendingInvalidations) {
+        if self.registers.enabled(cr0::SMMUEN) {
+            self.streams.reconfigure(first, last, pending);
         }
     }
-}
 
-fn all_stags() -> impl Iterator<Item = u16> {
-    (0..u16::try_from(STALL_MAX).unwrap_or(u16::MAX)).map(|stag| stag + 1)
+    /// Marks the configuration of every stream as changed.
+    fn reconfigure_all(&mut self, pending: &mut PendingInvalidations) {
+        self.streams.reconfigure(FIRST_STREAM, LAST_STREAM, pending);
+    }
 }

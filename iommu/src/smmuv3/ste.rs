@@ -1,13 +1,14 @@
 //! Stream table entries: where they lie (IHI 0070 §5.1) and what they say
 //! (§5.2).
 
-use super::SmmuConfig;
-use super::spec::{cr2, ste};
+use super::config::SmmuConfig;
+use super::spec::cr2;
+use super::spec::ste::{self, RawSte};
 use super::walk::{AccessFlag, Format, Granule, Table};
 
 /// Which regime tags the translations of a stream (§3.3.3 StreamWorld).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum World {
+pub enum StreamWorld {
     /// NS-EL1: tagged with VMID and ASID.
     El1,
     /// NS-EL2: not tagged.
@@ -66,7 +67,7 @@ pub struct Ste {
     /// Stage 2, when it translates.
     pub stage2: Option<Stage2>,
     /// Regime.
-    pub world: World,
+    pub world: StreamWorld,
     /// VMID; 0 where the STE has none.
     pub vmid: u16,
     /// ATS translation requests are served (the effective EATS is 0b01).
@@ -117,17 +118,17 @@ impl Ste {
     ///
     /// # Errors
     /// [`BadSte`].
-    pub fn parse(words: &[u64; ste::WORDS], config: &SmmuConfig, cr2: u32) -> Result<Self, BadSte> {
-        if !ste::V.is_set(words) {
+    pub fn parse(raw: &RawSte, config: &SmmuConfig, cr2: u32) -> Result<Self, BadSte> {
+        if !ste::V.is_set(raw) {
             return Err(BadSte);
         }
-        let encoding = ste::CONFIG.of(words);
+        let encoding = ste::CONFIG.of(raw);
         let (passes, one, two) = (encoding & 4 != 0, encoding & 1 != 0, encoding & 2 != 0);
         let mut parsed = Self {
             passes,
             stage1: None,
             stage2: None,
-            world: World::El1,
+            world: StreamWorld::El1,
             vmid: 0,
             ats: false,
         };
@@ -137,16 +138,16 @@ impl Ste {
         if one && !config.stage1() || two && !config.stage2() {
             return Err(BadSte);
         }
-        parsed.ats = ats(words, config, two)?;
+        parsed.ats = ats(raw, config, two)?;
         if one {
-            parsed.world = world(words, config, two, cr2)?;
-            parsed.stage1 = Some(stage1(words, config)?);
+            parsed.world = world(raw, config, two, cr2)?;
+            parsed.stage1 = Some(stage1(raw, config)?);
         }
         if two {
-            parsed.stage2 = Some(stage2(words, config)?);
+            parsed.stage2 = Some(stage2(raw, config)?);
         }
-        if config.stage2() && parsed.world == World::El1 {
-            parsed.vmid = ste::S2VMID.of16(words);
+        if config.stage2() && parsed.world == StreamWorld::El1 {
+            parsed.vmid = ste::S2VMID.of16(raw);
         }
         Ok(parsed)
     }
@@ -159,40 +160,35 @@ impl Ste {
 }
 
 /// EATS. Split-stage ATS and device permission tables are not offered.
-fn ats(words: &[u64; ste::WORDS], config: &SmmuConfig, two: bool) -> Result<bool, BadSte> {
-    match (config.ats, ste::EATS.of(words)) {
+fn ats(raw: &RawSte, config: &SmmuConfig, two: bool) -> Result<bool, BadSte> {
+    match (config.ats, ste::EATS.of(raw)) {
         (false, _) | (true, 0 | 3) => Ok(false),
-        (true, 1) if two && ste::S2S.is_set(words) => Err(BadSte),
+        (true, 1) if two && ste::S2S.is_set(raw) => Err(BadSte),
         (true, 1) => Ok(true),
         (true, _) => Err(BadSte),
     }
 }
 
 /// STRW.
-fn world(
-    words: &[u64; ste::WORDS],
-    config: &SmmuConfig,
-    two: bool,
-    cr2: u32,
-) -> Result<World, BadSte> {
+fn world(raw: &RawSte, config: &SmmuConfig, two: bool, cr2: u32) -> Result<StreamWorld, BadSte> {
     if two || !config.hyp() {
-        return Ok(World::El1);
+        return Ok(StreamWorld::El1);
     }
-    match ste::STRW.of(words) {
-        0 => Ok(World::El1),
-        2 if cr2 & cr2::E2H != 0 => Ok(World::El2E2h),
-        2 => Ok(World::El2),
+    match ste::STRW.of(raw) {
+        0 => Ok(StreamWorld::El1),
+        2 if cr2 & cr2::E2H != 0 => Ok(StreamWorld::El2E2h),
+        2 => Ok(StreamWorld::El2),
         _ => Err(BadSte),
     }
 }
 
-fn stage1(words: &[u64; ste::WORDS], config: &SmmuConfig) -> Result<Stage1, BadSte> {
-    let context = ste::S1CONTEXTPTR.in_place(words);
-    let substream_bits = ste::S1CDMAX.of32(words);
+fn stage1(raw: &RawSte, config: &SmmuConfig) -> Result<Stage1, BadSte> {
+    let context = ste::S1CONTEXTPTR.in_place(raw);
+    let substream_bits = ste::S1CDMAX.of32(raw);
     if substream_bits > config.substream_bits() || context >> config.address_bits() != 0 {
         return Err(BadSte);
     }
-    let split = match ste::S1FMT.of(words) {
+    let split = match ste::S1FMT.of(raw) {
         1 => Some(6),
         2 => Some(10),
         _ => None,
@@ -201,12 +197,12 @@ fn stage1(words: &[u64; ste::WORDS], config: &SmmuConfig) -> Result<Stage1, BadS
         context,
         split: split.filter(|_| substream_bits > 0),
         substream_bits,
-        default_substream: match ste::S1DSS.of(words) {
+        default_substream: match ste::S1DSS.of(raw) {
             1 => DefaultSubstream::Bypass,
             2 => DefaultSubstream::Zero,
             _ => DefaultSubstream::Terminate,
         },
-        stall_disabled: ste::S1STALLD.is_set(words),
+        stall_disabled: ste::S1STALLD.is_set(raw),
     })
 }
 
@@ -225,28 +221,28 @@ fn stage2_start(granule: Granule, sl0: u64, input_bits: u32) -> Option<u32> {
         .then_some(level)
 }
 
-fn stage2(words: &[u64; ste::WORDS], config: &SmmuConfig) -> Result<Stage2, BadSte> {
-    if !ste::S2AA64.is_set(words) || ste::S2ENDI.is_set(words) {
+fn stage2(raw: &RawSte, config: &SmmuConfig) -> Result<Stage2, BadSte> {
+    if !ste::S2AA64.is_set(raw) || ste::S2ENDI.is_set(raw) {
         return Err(BadSte);
     }
-    let granule = granule_0(ste::S2TG.of(words)).ok_or(BadSte)?;
-    let t0sz = ste::S2T0SZ.of32(words);
+    let granule = granule_0(ste::S2TG.of(raw)).ok_or(BadSte)?;
+    let t0sz = ste::S2T0SZ.of32(raw);
     let widest = if granule == Granule::K64 { 12 } else { 16 };
     if !(widest.max(64 - config.address_bits())..=39).contains(&t0sz) {
         return Err(BadSte);
     }
     let input_bits = 64 - t0sz;
-    let start_level = stage2_start(granule, ste::S2SL0.of(words), input_bits).ok_or(BadSte)?;
-    let output_bits = address_bits(ste::S2PS.of(words), config.address_bits());
-    let base = ste::S2TTB.in_place(words);
+    let start_level = stage2_start(granule, ste::S2SL0.of(raw), input_bits).ok_or(BadSte)?;
+    let output_bits = address_bits(ste::S2PS.of(raw), config.address_bits());
+    let base = ste::S2TTB.in_place(raw);
     let reach = if granule == Granule::K64 { 52 } else { 48 };
     if base >> output_bits.min(reach) != 0 {
         return Err(BadSte);
     }
     let (access_flag, dirty) = flags(
-        ste::S2HA.is_set(words),
-        ste::S2HD.is_set(words),
-        ste::S2AFFD.is_set(words),
+        ste::S2HA.is_set(raw),
+        ste::S2HD.is_set(raw),
+        ste::S2AFFD.is_set(raw),
     );
     let mut table = Table {
         granule,
@@ -258,14 +254,14 @@ fn stage2(words: &[u64; ste::WORDS], config: &SmmuConfig) -> Result<Stage2, BadS
         access_flag,
         dirty,
         format: Format::Stage2 {
-            forced_attributes: ste::S2FWB.is_set(words),
+            forced_attributes: ste::S2FWB.is_set(raw),
         },
     };
     table.base &= !(table.alignment() - 1);
     Ok(Stage2 {
         table,
-        stall: ste::S2S.is_set(words),
-        record: ste::S2R.is_set(words),
-        protect_walks: ste::S2PTW.is_set(words),
+        stall: ste::S2S.is_set(raw),
+        record: ste::S2R.is_set(raw),
+        protect_walks: ste::S2PTW.is_set(raw),
     })
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::ste::World;
+use super::ste::StreamWorld;
 use crate::Perm;
 
 /// Most entries.
@@ -26,7 +26,7 @@ pub enum Stages {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tag {
     /// Regime.
-    pub world: World,
+    pub world: StreamWorld,
     /// VMID; 0 outside of EL1.
     pub vmid: u16,
     /// Which stages translate.
@@ -37,7 +37,7 @@ pub struct Tag {
 
 /// What is known of all translations with one tag that somebody may hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct TagSummary {
     /// Some are good for every ASID.
     pub global: bool,
     /// An address may have aliases (TBI).
@@ -48,7 +48,7 @@ pub struct Held {
     pub grouped: bool,
 }
 
-impl Held {
+impl TagSummary {
     /// Both together.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
@@ -106,7 +106,7 @@ impl Span {
     /// held: an invalidation of one address of a block takes all of it away,
     /// whatever part of it somebody holds.
     #[must_use]
-    pub const fn grown(self, held: Held) -> (u64, u64) {
+    pub const fn grown(self, held: TagSummary) -> (u64, u64) {
         let limit = if held.grouped {
             self.limit.saturating_add(self.group)
         } else {
@@ -145,7 +145,7 @@ pub struct Scope {
 
 /// What of a tag's translations an invalidation reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub enum InvalidationExtent {
     /// Everything.
     All,
     /// A range, both ends inclusive.
@@ -155,11 +155,11 @@ pub enum Reach {
 impl Scope {
     /// What the invalidation reaches of translations tagged `tag`.
     #[must_use]
-    pub fn reach(&self, tag: &Tag, held: Held) -> Option<Reach> {
+    pub fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
         let world = match tag.world {
-            World::El1 => self.el1,
-            World::El2 => !self.el1 && self.e2h != Some(true),
-            World::El2E2h => !self.el1 && self.e2h != Some(false),
+            StreamWorld::El1 => self.el1,
+            StreamWorld::El2 => !self.el1 && self.e2h != Some(true),
+            StreamWorld::El2E2h => !self.el1 && self.e2h != Some(false),
         };
         let vmid = self
             .vmid
@@ -174,13 +174,13 @@ impl Scope {
         }
         match (self.stages, tag.stages) {
             (StageScope::First, Stages::Two) | (StageScope::Second, Stages::One) => None,
-            (StageScope::Second, Stages::Nested) => Some(Reach::All),
+            (StageScope::Second, Stages::Nested) => Some(InvalidationExtent::All),
             _ => Some(match self.span {
-                None => Reach::All,
-                Some(_) if held.aliases => Reach::All,
+                None => InvalidationExtent::All,
+                Some(_) if held.aliases => InvalidationExtent::All,
                 Some(span) => {
                     let (first, last) = span.grown(held);
-                    Reach::Range(first, last)
+                    InvalidationExtent::Range(first, last)
                 }
             }),
         }
@@ -202,7 +202,7 @@ pub struct Entry {
 
 #[derive(Debug, Default)]
 struct Context {
-    held: Held,
+    held: TagSummary,
     /// Disjoint entries by their first address, each with its age.
     entries: BTreeMap<u64, (Entry, u64)>,
 }
@@ -243,14 +243,14 @@ impl Tlb {
 
     /// What is known of the translations with one tag.
     #[must_use]
-    pub fn held(&self, tag: &Tag) -> Held {
+    pub fn summary(&self, tag: &Tag) -> TagSummary {
         self.contexts
             .get(tag)
-            .map_or_else(Held::default, |context| context.held)
+            .map_or_else(TagSummary::default, |context| context.held)
     }
 
     /// Inserts a run in place of what overlaps it.
-    pub fn insert(&mut self, tag: Tag, entry: Entry, held: Held) {
+    pub fn insert(&mut self, tag: Tag, entry: Entry, held: TagSummary) {
         self.age += 1;
         let context = self.contexts.entry(tag).or_default();
         self.count -= context.remove(entry.first, entry.last);
@@ -286,13 +286,15 @@ impl Tlb {
     pub fn invalidate(&mut self, scope: &Scope) {
         let count = &mut self.count;
         self.contexts.retain(|tag, context| {
-            match scope.reach(tag, context.held) {
+            match scope.extent(tag, context.held) {
                 None => {}
-                Some(Reach::All) => {
+                Some(InvalidationExtent::All) => {
                     *count -= context.entries.len();
                     context.entries.clear();
                 }
-                Some(Reach::Range(first, last)) => *count -= context.remove(first, last),
+                Some(InvalidationExtent::Range(first, last)) => {
+                    *count -= context.remove(first, last)
+                }
             }
             !context.entries.is_empty()
         });

@@ -1,14 +1,18 @@
 //! The translation procedure (IHI 0070 §15, with the order of §7.3.22).
 
-use super::cd::{Cd, Place};
-use super::events::{Event, EventKind};
-use super::queues::read_words;
-use super::registers::STREAM_BITS;
-use super::spec::{cd, cr0, cr2, gbpa, l1cd, l1std, reg, ste, strtab};
-use super::state::State;
+use super::caches::Caches;
+use super::cd::{Cd, TableInput};
+use super::config::{STREAM_BITS, SmmuConfig};
+use super::event::{Event, EventKind};
+use super::queue::read_raw;
+use super::registers::Registers;
+use super::spec::cd::{L1_V, L2PTR as L1_CD_POINTER, RawL1Cd};
+use super::spec::ste::{L2PTR as L1_STE_POINTER, RawL1Std, SPAN};
+use super::spec::{Raw, cr0, cr2, gbpa, reg, strtab};
 use super::ste::{DefaultSubstream, Stage1, Stage2, Ste};
-use super::tlb::{Entry, Held, Stages, Tag};
-use super::walk::{Class, Leaf, Want, through_stage2, walk};
+use super::streams::Streams;
+use super::tlb::{Entry, Stages, Tag, TagSummary};
+use super::walk::{Class, Leaf, WalkRequest, through_stage2, walk};
 use crate::ram::identity_around;
 use crate::{
     Access, FaultReason, Gpa, GuestRam, Iova, IovaRange, Mapping, Request, RequestKind, StreamId,
@@ -49,7 +53,7 @@ impl Failure {
 
 /// What is translated, and what may change by it.
 #[derive(Clone, Copy)]
-pub(super) struct Asked<'a> {
+pub(super) struct TranslationContext<'a> {
     pub(super) request: &'a Request,
     /// Whether flags in descriptors, the caches and the statistics may be
     /// updated. That the stream's consumers may hold the answer is remembered
@@ -57,9 +61,9 @@ pub(super) struct Asked<'a> {
     pub(super) update: bool,
 }
 
-impl Asked<'_> {
-    const fn want(&self) -> Want {
-        Want {
+impl TranslationContext<'_> {
+    const fn want(&self) -> WalkRequest {
+        WalkRequest {
             access: self.request.access,
             update: self.update,
             run: true,
@@ -72,16 +76,26 @@ impl Asked<'_> {
     }
 }
 
-impl State {
+/// Translates requests: the registers and the guest's memory, and the caches
+/// that are filled from them.
+pub(super) struct Translator<'a> {
+    pub(super) config: &'a SmmuConfig,
+    pub(super) ram: &'a GuestRam,
+    pub(super) registers: &'a Registers,
+    pub(super) caches: &'a mut Caches,
+    pub(super) streams: &'a mut Streams,
+}
+
+impl Translator<'_> {
     /// Translates a request.
-    pub(super) fn resolve(&mut self, ram: &GuestRam, asked: Asked) -> Result<Mapping, Failure> {
+    pub(super) fn resolve(&mut self, asked: TranslationContext) -> Result<Mapping, Failure> {
         let request = asked.request;
         if !self.registers.enabled(cr0::SMMUEN) {
-            return self.unmanaged(ram, asked);
+            return self.unmanaged(asked);
         }
-        let ste = match self.ste(ram, request.stream, asked.update) {
+        let ste = match self.ste(request.stream, asked.update) {
             Ok(ste) => ste,
-            Err(event) => return Err(self.gated(Failure::event(event), asked)),
+            Err(event) => return Err(self.apply_record_policy(Failure::event(event), asked)),
         };
         if !ste.passes {
             return Err(Failure::silent(FaultReason::Aborted));
@@ -92,16 +106,16 @@ impl State {
         }
         let outcome = match select_substream(&ste, request.substream) {
             Err(kind) => Err(Failure::event(Event::configuration(kind))),
-            Ok(None) => self.without_stage1(ram, &ste, asked),
-            Ok(Some((stage1, index))) => self.with_stage1(ram, &ste, &stage1, index, asked),
+            Ok(None) => self.without_stage1(&ste, asked),
+            Ok(Some((stage1, index))) => self.with_stage1(&ste, &stage1, index, asked),
         };
-        outcome.map_err(|failure| self.gated(failure, asked))
+        outcome.map_err(|failure| self.apply_record_policy(failure, asked))
     }
 
     /// Whether events about configuration are recorded: C_BAD_STREAMID when
     /// CR2.RECINVSID says so, and those of ATS requests when CR2.REC_CFG_ATS
     /// does (§3.9.1.2). Faults of translation are never an ATS request's.
-    fn gated(&self, failure: Failure, asked: Asked) -> Failure {
+    fn apply_record_policy(&self, failure: Failure, asked: TranslationContext) -> Failure {
         let Some(event) = failure.event else {
             return failure;
         };
@@ -120,7 +134,7 @@ impl State {
     }
 
     /// Accesses while `SMMUEN` is 0 (§6.3.9.6, §6.3.14).
-    fn unmanaged(&self, ram: &GuestRam, asked: Asked) -> Result<Mapping, Failure> {
+    fn unmanaged(&self, asked: TranslationContext) -> Result<Mapping, Failure> {
         if asked.is_ats() {
             let event = Event::configuration(EventKind::FBadAtsTreq);
             return Err(Failure::event(event));
@@ -131,31 +145,25 @@ impl State {
         if asked.request.iova.0 >> self.config.address_bits() != 0 {
             return Err(Failure::silent(FaultReason::AddressSize));
         }
-        Ok(identity_around(ram, asked.request.iova))
+        Ok(identity_around(self.ram, asked.request.iova))
     }
 
     /// The STE of a stream (§3.3.1, §5.1). With `update` a valid one is cached.
-    pub(super) fn ste(
-        &mut self,
-        ram: &GuestRam,
-        stream: StreamId,
-        update: bool,
-    ) -> Result<Ste, Event> {
-        if let Some(known) = self.stes.get(&stream) {
-            return Ok(*known);
+    pub(super) fn ste(&mut self, stream: StreamId, update: bool) -> Result<Ste, Event> {
+        if let Some(known) = self.caches.ste(stream) {
+            return Ok(known);
         }
-        let address = self.ste_address(ram, stream)?;
-        let words = read_words::<{ ste::WORDS }>(ram, address)
-            .ok_or(Event::fetch(EventKind::FSteFetch, address))?;
-        let parsed = Ste::parse(&words, &self.config, self.registers.get(reg::CR2))
+        let address = self.ste_address(stream)?;
+        let raw = read_raw(self.ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
+        let parsed = Ste::parse(&raw, self.config, self.registers.get(reg::CR2))
             .map_err(|_| Event::configuration(EventKind::CBadSte))?;
         if update {
-            self.cache_ste(stream, parsed);
+            self.caches.insert_ste(stream, parsed);
         }
         Ok(parsed)
     }
 
-    fn ste_address(&self, ram: &GuestRam, stream: StreamId) -> Result<u64, Event> {
+    fn ste_address(&self, stream: StreamId) -> Result<u64, Event> {
         let bad_stream = Event::configuration(EventKind::CBadStreamid);
         let cfg = self.registers.get(reg::STRTAB_BASE_CFG);
         let base = self.registers.get64(reg::STRTAB_BASE) & strtab::ADDRESS;
@@ -176,9 +184,9 @@ impl State {
         };
         let level_1 = literal.saturating_sub(split);
         let address = aligned(base, level_1 + 3) + (index >> split) * 8;
-        let descriptor =
-            read_words::<1>(ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
-        let span = l1std::SPAN.of32(&descriptor);
+        let descriptor: RawL1Std =
+            read_raw(self.ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
+        let span = SPAN.of32(&descriptor);
         if span == 0 || span > 11 || span > split + 1 {
             return Err(bad_stream);
         }
@@ -186,7 +194,7 @@ impl State {
         if entry >> (span - 1) != 0 {
             return Err(bad_stream);
         }
-        let table = l1std::L2PTR.in_place(&descriptor) & !((64 << (span - 1)) - 1);
+        let table = L1_STE_POINTER.in_place(&descriptor) & !((64 << (span - 1)) - 1);
         Ok(table + entry * 64)
     }
 
@@ -194,73 +202,66 @@ impl State {
     /// `asked` lets it.
     pub(super) fn cd(
         &mut self,
-        ram: &GuestRam,
         ste: &Ste,
         stage1: &Stage1,
         index: u32,
-        asked: Asked,
+        asked: TranslationContext,
     ) -> Result<Cd, Failure> {
-        let key = (asked.request.stream, index);
-        if let Some(known) = self.cds.get(&key) {
-            return Ok(*known);
+        let stream = asked.request.stream;
+        if let Some(known) = self.caches.cd(stream, index) {
+            return Ok(known);
         }
         let fetch = CdFetch {
-            ram,
+            ram: self.ram,
             ste,
             address_bits: self.config.address_bits(),
             update: asked.update,
         };
         let address = fetch.address(stage1, index)?;
-        let words = fetch.words::<{ cd::WORDS }>(address)?;
-        let parsed = Cd::parse(&words, &self.config, stage1, ste.world)
+        let raw = fetch.read(address)?;
+        let parsed = Cd::parse(&raw, self.config, stage1, ste.world)
             .map_err(|_| Failure::event(Event::configuration(EventKind::CBadCd)))?;
         if asked.update {
-            self.cache_cd(key, parsed);
+            self.caches.insert_cd(stream, index, parsed);
         }
         Ok(parsed)
     }
 
     /// Stage 1 does not translate, or is skipped.
-    fn without_stage1(
-        &mut self,
-        ram: &GuestRam,
-        ste: &Ste,
-        asked: Asked,
-    ) -> Result<Mapping, Failure> {
+    fn without_stage1(&mut self, ste: &Ste, asked: TranslationContext) -> Result<Mapping, Failure> {
         let iova = asked.request.iova;
         if iova.0 >> self.config.address_bits() != 0 {
             let event = Event::configuration(EventKind::FAddrSize);
             return Err(Failure::event(event));
         }
         let Some(stage2) = &ste.stage2 else {
-            return Ok(identity_around(ram, iova));
+            return Ok(identity_around(self.ram, iova));
         };
         let tag = tag(ste, Stages::Two, 0);
         if let Some(entry) = self.cached(&tag, iova.0, asked) {
-            return self.answer(asked.request, tag, entry, Held::default(), 0);
+            return self.answer(asked.request, tag, entry, TagSummary::default(), 0);
         }
-        let leaf = walk(ram, &stage2.table, None, iova.0, asked.want())
+        let leaf = walk(self.ram, &stage2.table, None, iova.0, asked.want())
             .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?;
-        let held = Held {
+        let held = TagSummary {
             global: false,
             aliases: false,
             shift: leaf.shift,
             grouped: leaf.grouped,
         };
-        self.learn(asked, tag, entry_of(&leaf), held, 0)
+        self.insert(asked, tag, entry_of(&leaf), held, 0)
     }
 
     /// Stage 1 translates with the CD at `index`.
     fn with_stage1(
         &mut self,
-        ram: &GuestRam,
         ste: &Ste,
         stage1: &Stage1,
         index: u32,
-        asked: Asked,
+        asked: TranslationContext,
     ) -> Result<Mapping, Failure> {
         let request = asked.request;
-        let cd = self.cd(ram, ste, stage1, index, asked)?;
+        let cd = self.cd(ste, stage1, index, asked)?;
         let stages = if ste.stage2.is_some() {
             Stages::Nested
         } else {
@@ -278,13 +279,13 @@ impl State {
         };
         let alias = request.iova.0 ^ place.canonical();
         if let Some(entry) = self.cached(&tag, place.canonical(), asked) {
-            let held = Held {
+            let held = TagSummary {
                 aliases: cd.has_aliases(),
-                ..Held::default()
+                ..TagSummary::default()
             };
             return self.answer(request, tag, entry, held, alias);
         }
-        let sorted = |stop: super::walk::Stop| {
+        let sorted = |stop: super::walk::WalkFault| {
             let event = Event::walk(&stop);
             match &ste.stage2 {
                 Some(stage2) if stop.stage2 => stage2_failure(stage2, &event),
@@ -292,8 +293,9 @@ impl State {
                 _ => Failure::event(event),
             }
         };
-        let leaf = walk_both(ram, &place, ste.stage2.as_ref(), asked.want()).map_err(sorted)?;
-        let held = Held {
+        let leaf =
+            walk_both(self.ram, &place, ste.stage2.as_ref(), asked.want()).map_err(sorted)?;
+        let held = TagSummary {
             global: leaf.global,
             aliases: cd.has_aliases(),
             shift: leaf.shift,
@@ -304,34 +306,28 @@ impl State {
             last: place.base | leaf.last,
             ..entry_of(&leaf)
         };
-        self.learn(asked, tag, entry, held, alias)
+        self.insert(asked, tag, entry, held, alias)
     }
 
-    fn cached(&mut self, tag: &Tag, address: u64, asked: Asked) -> Option<Entry> {
-        let entry = self.tlb.find(tag, address);
-        let entry = entry.filter(|entry| entry.perm.allows(asked.request.access));
-        if !asked.update {
-            return entry;
-        }
-        let counter = if entry.is_some() {
-            &mut self.stats.tlb_hits
+    fn cached(&mut self, tag: &Tag, address: u64, asked: TranslationContext) -> Option<Entry> {
+        let access = asked.request.access;
+        if asked.update {
+            self.caches.find(tag, address, access)
         } else {
-            &mut self.stats.tlb_misses
-        };
-        *counter += 1;
-        entry
+            self.caches.peek(tag, address, access)
+        }
     }
 
-    fn learn(
+    fn insert(
         &mut self,
-        asked: Asked,
+        asked: TranslationContext,
         tag: Tag,
         entry: Entry,
-        held: Held,
+        held: TagSummary,
         alias: u64,
     ) -> Result<Mapping, Failure> {
         if asked.update {
-            self.tlb.insert(tag, entry, held);
+            self.caches.insert(tag, entry, held);
         }
         self.answer(asked.request, tag, entry, held, alias)
     }
@@ -342,14 +338,12 @@ impl State {
         request: &Request,
         tag: Tag,
         entry: Entry,
-        held: Held,
+        held: TagSummary,
         alias: u64,
     ) -> Result<Mapping, Failure> {
-        let held = held.and(self.tlb.held(&tag));
-        if let Some(stream) = self.streams.get_mut(&request.stream) {
-            stream.hold(tag, held);
-            stream.substreams |= request.substream.is_some();
-        }
+        let held = held.and(self.caches.summary(&tag));
+        self.streams
+            .record(request.stream, tag, held, request.substream.is_some());
         let range = IovaRange::new(Iova(entry.first ^ alias), Iova(entry.last ^ alias));
         Ok(Mapping {
             iova: range.map_err(|_| Failure::silent(FaultReason::AddressSize))?,
@@ -359,20 +353,15 @@ impl State {
     }
 
     /// Whether the function of `stream` may keep a device IOTLB now.
-    pub(super) fn device_iotlb(
-        &mut self,
-        ram: &GuestRam,
-        stream: StreamId,
-    ) -> Result<(), &'static str> {
-        let known = self.streams.get(&stream);
+    pub(super) fn device_iotlb(&mut self, stream: StreamId) -> Result<(), &'static str> {
         if !self.config.ats {
             Err("ATS is not offered")
-        } else if !known.is_some_and(|stream| stream.ats_enabled) {
+        } else if !self.streams.ats_enabled(stream) {
             Err("ATS is not enabled in the function")
         } else if !self.registers.enabled(cr0::SMMUEN) {
             Err("the SMMU is not enabled")
         } else {
-            match self.ste(ram, stream, false) {
+            match self.ste(stream, false) {
                 Ok(ste) if ste.ats => Ok(()),
                 Ok(_) => Err("STE.EATS does not allow ATS"),
                 Err(_) => Err("the stream has no valid STE"),
@@ -442,10 +431,10 @@ fn select_substream(ste: &Ste, substream: Option<u32>) -> Result<Option<(Stage1,
 /// Walks stage 1 and, in a nested configuration, stage 2 for its result.
 pub(super) fn walk_both(
     ram: &GuestRam,
-    place: &Place,
+    place: &TableInput,
     stage2: Option<&Stage2>,
-    want: Want,
-) -> Result<Leaf, super::walk::Stop> {
+    want: WalkRequest,
+) -> Result<Leaf, super::walk::WalkFault> {
     let under = stage2.map(|stage2| (&stage2.table, stage2.protect_walks));
     let one = walk(ram, &place.half.table, under, place.input, want)?;
     let Some(stage2) = stage2 else {
@@ -482,20 +471,20 @@ impl CdFetch<'_> {
         };
         let level_1 = bits.saturating_sub(split);
         let table = stage1.context & !((8 << level_1) - 1);
-        let descriptor = self.words::<1>(table + (index >> split) * 8)?;
-        let pointer = l1cd::L2PTR.in_place(&descriptor) & !((64 << split) - 1);
-        if !l1cd::V.is_set(&descriptor) || pointer >> self.address_bits != 0 {
+        let descriptor: RawL1Cd = self.read(table + (index >> split) * 8)?;
+        let pointer = L1_CD_POINTER.in_place(&descriptor) & !((64 << split) - 1);
+        if !L1_V.is_set(&descriptor) || pointer >> self.address_bits != 0 {
             let event = Event::configuration(EventKind::CBadSubstreamid);
             return Err(Failure::event(event));
         }
         Ok(pointer + (index & ((1 << split) - 1)) * 64)
     }
 
-    fn words<const N: usize>(&self, address: u64) -> Result<[u64; N], Failure> {
+    fn read<T: Raw>(&self, address: u64) -> Result<T, Failure> {
         let place = match &self.ste.stage2 {
             None => address,
             Some(stage2) => {
-                let want = Want {
+                let want = WalkRequest {
                     access: Access::Read,
                     update: self.update,
                     run: false,
@@ -506,7 +495,7 @@ impl CdFetch<'_> {
                     .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?
             }
         };
-        read_words(self.ram, place)
+        read_raw(self.ram, place)
             .ok_or_else(|| Failure::event(Event::fetch(EventKind::FCdFetch, place)))
     }
 }

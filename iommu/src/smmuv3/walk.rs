@@ -109,7 +109,7 @@ pub struct Table {
 
 /// What a walk is for.
 #[derive(Clone, Copy, Debug)]
-pub struct Want {
+pub struct WalkRequest {
     /// The access.
     pub access: Access,
     /// Whether flags in descriptors may be updated. Otherwise an access that
@@ -117,7 +117,7 @@ pub struct Want {
     pub update: bool,
     /// Whether to look for neighbours that continue the page or block.
     pub run: bool,
-    /// Whether to look for the end of a gap, for [`Stop::beyond`].
+    /// Whether to look for the end of a gap, for [`WalkFault::beyond`].
     pub gap: bool,
 }
 
@@ -179,7 +179,7 @@ pub enum Class {
 
 /// A walk that faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stop {
+pub struct WalkFault {
     /// Why.
     pub cause: Cause,
     /// At stage 2.
@@ -197,7 +197,7 @@ pub struct Stop {
     /// the address lies outside of what the table covers.
     pub span: u32,
     /// Input addresses behind the span that fault alike, as far as a 4 KiB
-    /// window of invalid descriptors shows; 0 without [`Want::gap`].
+    /// window of invalid descriptors shows; 0 without [`WalkRequest::gap`].
     pub beyond: u64,
 }
 
@@ -372,22 +372,22 @@ struct Walk<'a> {
     /// memory there faults (`S2PTW`).
     under: Option<(&'a Table, bool)>,
     input: u64,
-    want: Want,
+    want: WalkRequest,
 }
 
 /// Walks `table` for `input`. A stage 1 table is itself reached through
 /// `under`, in a nested configuration; its second part is `S2PTW`.
 ///
 /// # Errors
-/// The [`Stop`], with [`Class::Input`] for the faults of stage 2 that do not
+/// The [`WalkFault`], with [`Class::Input`] for the faults of stage 2 that do not
 /// come from `under`.
 pub fn walk(
     ram: &GuestRam,
     table: &Table,
     under: Option<(&Table, bool)>,
     input: u64,
-    want: Want,
-) -> Result<Leaf, Stop> {
+    want: WalkRequest,
+) -> Result<Leaf, WalkFault> {
     let walk = Walk {
         ram,
         table,
@@ -404,34 +404,34 @@ pub fn walk(
 /// Translates `ipa`, of a CD or a stage 1 descriptor, through stage 2.
 ///
 /// # Errors
-/// The [`Stop`] of stage 2, with `class`.
+/// The [`WalkFault`] of stage 2, with `class`.
 pub fn through_stage2(
     ram: &GuestRam,
     (table, protect): (&Table, bool),
     ipa: u64,
     class: Class,
-    want: Want,
-) -> Result<u64, Stop> {
+    want: WalkRequest,
+) -> Result<u64, WalkFault> {
     let write = want.access == Access::Write;
     let leaf = walk(
         ram,
         table,
         None,
         ipa,
-        Want {
+        WalkRequest {
             run: false,
             gap: false,
             ..want
         },
     );
-    let stop = |stop: Stop| Stop {
+    let stop = |stop: WalkFault| WalkFault {
         class,
         table_write: write,
         ..stop
     };
     let leaf = leaf.map_err(stop)?;
     if leaf.device && protect {
-        return Err(stop(Stop {
+        return Err(stop(WalkFault {
             cause: Cause::Permission,
             stage2: true,
             class,
@@ -446,14 +446,14 @@ pub fn through_stage2(
 }
 
 impl Walk<'_> {
-    fn stop(&self, cause: Cause, span: u32) -> Stop {
+    fn stop(&self, cause: Cause, span: u32) -> WalkFault {
         let stage2 = matches!(self.table.format, Format::Stage2 { .. });
         let class = if !stage2 && cause == Cause::External {
             Class::Table
         } else {
             Class::Input
         };
-        Stop {
+        WalkFault {
             cause,
             stage2,
             class,
@@ -466,18 +466,18 @@ impl Walk<'_> {
     }
 
     /// Physical address of the descriptor at `address`.
-    fn locate(&self, address: u64, access: Access) -> Result<u64, Stop> {
+    fn locate(&self, address: u64, access: Access) -> Result<u64, WalkFault> {
         let Some(under) = self.under else {
             return Ok(address);
         };
-        let want = Want {
+        let want = WalkRequest {
             access,
             ..self.want
         };
         through_stage2(self.ram, under, address, Class::Table, want)
     }
 
-    fn run(&self) -> Result<Leaf, Stop> {
+    fn run(&self) -> Result<Leaf, WalkFault> {
         let table = self.table;
         let mut above = Above {
             writable: true,
@@ -547,7 +547,7 @@ impl Walk<'_> {
     }
 
     /// The fault of an invalid descriptor.
-    fn invalid(&self, place: u64, level: u32) -> Stop {
+    fn invalid(&self, place: u64, level: u32) -> WalkFault {
         let shift = self.table.granule.shift(level);
         let stop = self.stop(Cause::Translation, shift);
         if !self.want.gap {
@@ -559,14 +559,14 @@ impl Walk<'_> {
             next.is_some_and(|next| matches!(self.table.kind(next, level), Kind::Invalid))
         };
         let further = (1..=beyond).take_while(is_invalid).count() as u64;
-        Stop {
+        WalkFault {
             beyond: further << shift,
             ..stop
         }
     }
 
-    fn external(&self, place: u64, shift: u32) -> Stop {
-        Stop {
+    fn external(&self, place: u64, shift: u32) -> WalkFault {
+        WalkFault {
             fetch: place,
             ..self.stop(Cause::External, shift)
         }
@@ -574,7 +574,7 @@ impl Walk<'_> {
 
     /// Checks the access at a leaf, in the order of §7.3.22. Answers how the
     /// descriptor looks when the flags that the access sets are set.
-    fn admit(&self, descriptor: u64, shift: u32, above: Above) -> Result<u64, Stop> {
+    fn admit(&self, descriptor: u64, shift: u32, above: Above) -> Result<u64, WalkFault> {
         let table = self.table;
         if !table.in_range(table.address(descriptor, shift)) {
             return Err(self.stop(Cause::AddressSize, shift));

@@ -380,12 +380,7 @@ impl VirtioIommu {
             self.flush_pending(pending);
         }
         pending.domain = domain;
-        match pending.ranges.last_mut() {
-            Some(last) if last.joined(range).is_some() => {
-                *last = last.joined(range).unwrap_or(range);
-            }
-            _ => pending.ranges.push(range),
-        }
+        range.push_joined(&mut pending.ranges);
     }
 
     fn flush_pending(&self, pending: &mut Pending) {

@@ -1,7 +1,9 @@
 //! ATS: who may keep a device IOTLB, what invalidates it, and what changes
 //! when the guest changes its mind (IHI 0070 §3.9.1, §4.5.1).
 
-use super::super::spec::{cmd, cr0, cr2, event, reg, ste};
+use super::super::spec::{
+    Raw as _, command as cmd, command::RawCommand, cr0, cr2, event, reg, ste, ste::RawSte,
+};
 use super::super::*;
 use super::rig::*;
 use crate::{Access, AddressSpace, Iova, NotifierEvents, RequestKind};
@@ -33,11 +35,11 @@ fn vhost(rig: &Rig) -> (Root, AddressSpace, Arc<Sink>) {
     (root, space, sink)
 }
 
-fn tlbi() -> [u64; 2] {
+fn tlbi() -> RawCommand {
     command(cmd::op::TLBI_NH_VA, &[(cmd::ASID, 1), (cmd::ADDRESS, 1)])
 }
 
-fn atc_inv(stream: StreamId, fields: &[(spec::Field, u64)]) -> [u64; 2] {
+fn atc_inv(stream: StreamId, fields: &[(spec::Field<RawCommand>, u64)]) -> RawCommand {
     let mut words = command(
         cmd::op::ATC_INV,
         &[(cmd::SID, u64::from(stream.0)), (cmd::ADDRESS, 1)],
@@ -188,7 +190,7 @@ fn translation_requests_are_answered_by_the_rules() {
     assert_eq!(rig.event_numbers(), Vec::<u64>::new());
     // Bypass is no ATS; abort is silent.
     for (encoding, expected) in [(4, vec![F_BAD_ATS_TREQ]), (0, vec![])] {
-        let mut words = [0; ste::WORDS];
+        let mut words = RawSte::ZERO;
         ste::V.put(&mut words, 1);
         ste::CONFIG.put(&mut words, encoding);
         ste::EATS.put(&mut words, 1);

@@ -1,10 +1,13 @@
 //! The order in which Linux 6.12 brings an SMMUv3 up
 //! (`drivers/iommu/arm/arm-smmu-v3`), register by register.
 
-use super::super::spec::{cmd, cr0, cr2, gbpa, idr0, idr1, idr5, irq_ctrl, queue, reg, strtab};
+use super::super::spec::{
+    command as cmd, command::RawCommand, cr0, cr2, gbpa, idr0, idr1, idr5, irq_ctrl, queue, reg,
+    strtab,
+};
 use super::super::*;
 use super::rig::*;
-use crate::Access;
+use crate::{Access, FaultReason};
 
 const QUEUES: u64 = RAM + 0x20_0000;
 const TABLE: u64 = RAM + 0x30_0000;
@@ -22,14 +25,14 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
-    fn issue(&mut self, words: [u64; 2]) {
+    fn issue(&mut self, words: RawCommand) {
         let index = self.prod & ((1 << self.log2) - 1);
         self.rig.put_words(QUEUES + 16 * u64::from(index), &words);
         self.prod = (self.prod + 1) & ((2 << self.log2) - 1);
     }
 
     /// With MSI polling: CMD_SYNC overwrites its own first word with zero.
-    fn issue_with_sync(&mut self, words: [u64; 2]) {
+    fn issue_with_sync(&mut self, words: RawCommand) {
         self.issue(words);
         let index = self.prod & ((1 << self.log2) - 1);
         let place = QUEUES + 16 * u64::from(index);

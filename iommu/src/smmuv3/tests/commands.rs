@@ -3,7 +3,9 @@
 
 use std::sync::atomic::Ordering;
 
-use super::super::spec::{Field, cmd, cr0, gerror, queue, reg};
+use super::super::spec::{
+    Field, Raw as _, command as cmd, command::RawCommand, cr0, gerror, queue, reg,
+};
 use super::super::*;
 use super::rig::*;
 
@@ -19,7 +21,13 @@ fn has_stopped(rig: &Rig) -> bool {
 }
 
 /// A name, the stages offered, opcode and fields, and whether it is illegal.
-type Case = (&'static str, Stages, u64, &'static [(Field, u64)], bool);
+type Case = (
+    &'static str,
+    Stages,
+    u64,
+    &'static [(Field<RawCommand>, u64)],
+    bool,
+);
 
 const CASES: &[Case] = {
     use cmd::op;
@@ -159,7 +167,7 @@ fn every_illegal_command_is_a_cerror_ill() {
 #[test]
 fn the_queue_goes_on_when_its_error_is_acknowledged() {
     let rig = Rig::enabled(SmmuConfig::default());
-    rig.issue(&[sync(), [0, 0], sync(), sync()]);
+    rig.issue(&[sync(), RawCommand::ZERO, sync(), sync()]);
     assert!(has_stopped(&rig));
     // More commands do not start it.
     rig.issue(&[sync()]);
@@ -170,7 +178,7 @@ fn the_queue_goes_on_when_its_error_is_acknowledged() {
     assert!(!has_stopped(&rig));
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS) & queue::INDEX, 5);
     // The next error toggles the flag back.
-    rig.issue(&[[0, 0]]);
+    rig.issue(&[RawCommand::ZERO]);
     assert!(has_stopped(&rig));
     assert_eq!(rig.smmu.read(reg::GERROR) & gerror::CMDQ, 0);
 }
@@ -205,7 +213,7 @@ fn the_index_wraps() {
     }
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS), 700 % 512);
     let stats = rig.smmu.stats();
-    assert_eq!(stats.commands[&commands::CommandKind::Sync], 700);
+    assert_eq!(stats.commands[&CommandKind::Sync], 700);
 }
 
 #[test]
@@ -215,7 +223,7 @@ fn a_hostile_index_costs_one_queue_at_most() {
         rig.put_words(rig.command_address(index), &sync());
     }
     rig.smmu.write(reg::CMDQ_PROD, u32::MAX);
-    let consumed = rig.smmu.stats().commands[&commands::CommandKind::Sync];
+    let consumed = rig.smmu.stats().commands[&CommandKind::Sync];
     assert!(consumed < 512, "{consumed}");
 }
 
@@ -279,7 +287,7 @@ fn an_interrupted_queue_goes_on_where_cons_says() {
     rig.issue(&[nop]);
     rig.smmu.resume();
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS), start + 2);
-    let data = || rig.ram.read_obj::<u32>(GuestAddress(message)).unwrap();
+    let data = || rig.ram.read_obj::<u32>(Gpa(message).into()).unwrap();
     assert_eq!(data(), 0, "a CMD_SYNC completed that was not reached");
     *rig.wires.interrupted_after.lock().unwrap() = None;
     rig.smmu.resume();

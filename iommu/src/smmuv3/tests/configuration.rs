@@ -1,11 +1,13 @@
 //! Errors of stream table entries and context descriptors, and the faults of
 //! translation, each with its event.
 
-use super::super::spec::{Field, cd, cmd, cr0, event, gbpa, reg, ste, strtab};
+use super::super::spec::{
+    Field, Raw, cd, cd::RawCd, command as cmd, cr0, event, gbpa, reg, ste, ste::RawSte, strtab,
+};
 use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
-use crate::{Access, Iova, Perm};
+use crate::{Access, FaultReason, Iova, Perm};
 
 const NONE: [u64; 0] = [];
 const C_BAD_STREAMID: u64 = 0x02;
@@ -30,7 +32,10 @@ fn stage2_root(rig: &Rig) -> Root {
     root
 }
 
-fn put<const N: usize>(words: &mut [u64; N], fields: &[(Field, u64)]) {
+/// Names, and the fields that each sets.
+type Cases<T> = &'static [(&'static str, &'static [(Field<T>, u64)])];
+
+fn put<T: Raw>(words: &mut T, fields: &[(Field<T>, u64)]) {
     for (field, value) in fields {
         field.put(words, *value);
     }
@@ -39,7 +44,7 @@ fn put<const N: usize>(words: &mut [u64; N], fields: &[(Field, u64)]) {
 #[test]
 fn every_illegal_ste_is_a_c_bad_ste() {
     // §5.2.2, on top of a valid nested STE.
-    let illegal: &[(&str, &[(Field, u64)])] = &[
+    let illegal: Cases<RawSte> = &[
         ("V", &[(ste::V, 0)]),
         ("S1CDMax beyond SSIDSIZE", &[(ste::S1CDMAX, 21)]),
         (
@@ -73,7 +78,7 @@ fn every_illegal_ste_is_a_c_bad_ste() {
         ("split-stage ATS", &[(ste::EATS, 2)]),
         ("ATS with stalls", &[(ste::EATS, 1), (ste::S2S, 1)]),
     ];
-    let legal: &[(&str, &[(Field, u64)])] = &[
+    let legal: Cases<RawSte> = &[
         ("as it is", &[]),
         ("EATS", &[(ste::EATS, 1)]),
         ("EATS with device permission tables", &[(ste::EATS, 3)]),
@@ -92,7 +97,7 @@ fn every_illegal_ste_is_a_c_bad_ste() {
             let rig = Rig::enabled(config);
             let root = rig.stage1(STREAM, 1);
             rig.map(&root, 0, RAM, 3, RW);
-            let mut words = std::array::from_fn(|word| rig.get(STRTAB + 64 * 8 + 8 * word as u64));
+            let mut words = rig.raw(STRTAB + 64 * 8);
             put_stage2(&mut words, Granule::K4, &stage2_root(&rig), 1);
             put(&mut words, fields);
             rig.set_ste(STREAM, &words);
@@ -159,7 +164,7 @@ fn stages_that_are_not_offered_are_illegal() {
 fn config_selects_abort_and_bypass() {
     let rig = Rig::enabled(SmmuConfig::default());
     for encoding in 0..4 {
-        let mut words = [0; ste::WORDS];
+        let mut words = RawSte::ZERO;
         put(&mut words, &[(ste::V, 1), (ste::CONFIG, encoding)]);
         rig.set_ste(STREAM, &words);
         rig.cfgi_ste(STREAM);
@@ -167,7 +172,7 @@ fn config_selects_abort_and_bypass() {
         assert_eq!(fault.reason, FaultReason::Aborted);
         assert_eq!(rig.event_numbers(), NONE, "aborted without an event");
     }
-    let mut words = [0; ste::WORDS];
+    let mut words = RawSte::ZERO;
     put(&mut words, &[(ste::V, 1), (ste::CONFIG, 4)]);
     rig.set_ste(STREAM, &words);
     rig.cfgi_ste(STREAM);
@@ -241,7 +246,7 @@ fn stream_ids_are_found_in_both_kinds_of_tables() {
         let rig = Rig::enabled(SmmuConfig::default());
         rig.smmu.write(reg::CR0, cr0::CMDQEN | cr0::EVENTQEN);
         rig.smmu.write(reg::STRTAB_BASE_CFG, cfg);
-        let mut words = [0; ste::WORDS];
+        let mut words = RawSte::ZERO;
         put(&mut words, &[(ste::V, 1), (ste::CONFIG, 4)]);
         if span == 0 && cfg >> strtab::FMT == 0 {
             rig.put_words(STRTAB + 64 * u64::from(stream & 0xff), &words);
@@ -315,7 +320,7 @@ fn structures_outside_of_ram_are_fetch_errors() {
 #[test]
 fn every_illegal_cd_is_a_c_bad_cd() {
     // §5.4.2, on top of a valid CD with both halves.
-    let illegal: &[(&str, &[(Field, u64)])] = &[
+    let illegal: Cases<RawCd> = &[
         ("V", &[(cd::V, 0)]),
         ("AArch32", &[(cd::AA64, 0)]),
         ("RAZ/WI", &[(cd::A, 0)]),
@@ -332,7 +337,7 @@ fn every_illegal_cd_is_a_c_bad_cd() {
         ("TTB0 beyond 48 bits", &[(cd::IPS, 6), (cd::TTB0, 1 << 44)]),
         ("TTB1 beyond IPS", &[(cd::IPS, 1), (cd::TTB1, 1 << 32)]),
     ];
-    let legal: &[(&str, &[(Field, u64)])] = &[
+    let legal: Cases<RawCd> = &[
         ("as it is", &[]),
         (
             "fields of a disabled half",
@@ -545,7 +550,7 @@ fn faults_of_stage_1_have_their_events() {
         assert_eq!(events[0].get(event::STALL), 0);
         let read = u64::from(access == Access::Read);
         assert_eq!(events[0].get(event::RNW), read, "{name}");
-        let kind = events::EventKind::ALL
+        let kind = EventKind::ALL
             .into_iter()
             .find(|kind| *kind as u64 == expected);
         assert_eq!(fault.reason, kind.unwrap().reason());
@@ -575,7 +580,7 @@ fn table_descriptors_restrict_stage_1_only_and_not_with_had() {
     rig.map(&root, RAM, RAM, 3, S2_RW);
     let place = rig.descriptor(&root, RAM, 2);
     rig.put(place, rig.get(place) | stream_off | read_only);
-    let mut words = [0; ste::WORDS];
+    let mut words = RawSte::ZERO;
     put_stage2(&mut words, Granule::K4, &root, 1);
     rig.set_ste(STREAM, &words);
     assert!(rig.access(STREAM, RAM, Access::Write).is_ok());
@@ -639,7 +644,7 @@ fn nested(rig: &Rig) -> (Root, Root) {
     for page in (RAM..rig.alloc(4096) + 0x4_0000).step_by(4096) {
         rig.map(&two, page, page, 3, S2_RW);
     }
-    let mut words = std::array::from_fn(|word| rig.get(STRTAB + 64 * 8 + 8 * word as u64));
+    let mut words = rig.raw(STRTAB + 64 * 8);
     put_stage2(&mut words, Granule::K4, &two, 3);
     rig.set_ste(STREAM, &words);
     (one, two)
@@ -689,7 +694,7 @@ fn walks_into_device_memory_fault_where_s2ptw_says_so() {
         let place = rig.descriptor(&two, table, 3);
         // Device-nGnRE.
         rig.put(place, rig.get(place) & !(0xf << 2) | 1 << 2);
-        let mut words = std::array::from_fn(|word| rig.get(STRTAB + 64 * 8 + 8 * word as u64));
+        let mut words = rig.raw(STRTAB + 64 * 8);
         ste::S2PTW.put(&mut words, protect);
         rig.set_ste(STREAM, &words);
         assert_eq!(rig.gpa(STREAM, 0x5000).is_none(), protect == 1);

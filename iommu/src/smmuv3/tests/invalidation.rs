@@ -4,8 +4,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
-use super::super::spec::{cd, cmd, cr0, cr2, reg, ste};
-use super::super::tlb::{AsidScope, Entry, Held, MAX_ENTRIES, Scope, Span, StageScope, Tag, Tlb};
+use super::super::spec::{
+    Raw as _, cd, command as cmd, command::RawCommand, cr0, cr2, reg, ste, ste::RawSte,
+};
+use super::super::tlb::{
+    AsidScope, Entry, MAX_ENTRIES, Scope, Span, StageScope, Tag, TagSummary, Tlb,
+};
 use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
@@ -17,7 +21,7 @@ fn range(first: u64, bytes: u64) -> IovaRange {
     IovaRange::from_len(Iova(first), bytes).unwrap()
 }
 
-fn tlbi(opcode: u64, vmid: u64, asid: u64, address: u64) -> [u64; 2] {
+fn tlbi(opcode: u64, vmid: u64, asid: u64, address: u64) -> RawCommand {
     command(
         opcode,
         &[
@@ -249,7 +253,7 @@ fn three_kinds(rig: &Rig) -> [Listener; 3] {
     let identity = |vmid| {
         let root = rig.root_at(Granule::K4, 39, 1);
         rig.map(&root, RAM, RAM, 1, S2_RW);
-        let mut words = [0; ste::WORDS];
+        let mut words = RawSte::ZERO;
         put_stage2(&mut words, Granule::K4, &root, vmid);
         words
     };
@@ -257,9 +261,8 @@ fn three_kinds(rig: &Rig) -> [Listener; 3] {
     let root = rig.stage1(nested, 1);
     rig.map(&root, PAGE, RAM + PAGE, 3, RW);
     let mut words = identity(5);
-    let stage1: [u64; ste::WORDS] =
-        std::array::from_fn(|word| rig.get(STRTAB + 64 * 8 + 8 * word as u64));
-    words[0] |= stage1[0];
+    let stage1: RawSte = rig.raw(STRTAB + 64 * 8);
+    words.0[0] |= stage1.0[0];
     rig.set_ste(nested, &words);
     let second = StreamId(16);
     rig.set_ste(second, &identity(6));
@@ -431,7 +434,7 @@ fn configuration_commands_flush_the_stream_they_name() {
 fn a_stream_is_flushed_even_when_its_ste_no_longer_decodes() {
     let rig = Rig::enabled(SmmuConfig::default());
     let [(_, first), _] = two_streams(&rig);
-    rig.set_ste(STREAM, &[0; ste::WORDS]);
+    rig.set_ste(STREAM, &RawSte::ZERO);
     rig.complete(&[tlbi(cmd::op::TLBI_NH_ASID, 0, 1, 0)]);
     assert_eq!(first.sink.take(), [IovaRange::ALL]);
 }
@@ -524,7 +527,7 @@ fn no_access_outlives_the_sync_after_its_unmap() {
 
 fn tag(asid: u16) -> Tag {
     Tag {
-        world: super::super::ste::World::El1,
+        world: super::super::ste::StreamWorld::El1,
         vmid: 0,
         stages: super::super::tlb::Stages::One,
         asid,
@@ -557,7 +560,7 @@ fn the_tlb_is_bounded() {
             output: number << 12,
             perm: Perm::READ,
         };
-        tlb.insert(tag((number % 7) as u16), entry, Held::default());
+        tlb.insert(tag((number % 7) as u16), entry, TagSummary::default());
         assert!(tlb.entries() <= MAX_ENTRIES);
     }
     assert_eq!(tlb.entries(), MAX_ENTRIES);
@@ -594,7 +597,7 @@ proptest! {
             match step {
                 TlbStep::Insert(asid, first, more, output) => {
                     let entry = Entry { first, last: first + more, output, perm: Perm::READ };
-                    tlb.insert(tag(asid), entry, Held::default());
+                    tlb.insert(tag(asid), entry, TagSummary::default());
                     for offset in 0..=more {
                         model.insert((asid, first + offset), output + offset);
                     }

@@ -1,6 +1,6 @@
 //! What a lookup and a listing may change, and what they show.
 
-use super::super::spec::{cmd, gbpa, reg};
+use super::super::spec::{command as cmd, gbpa, reg};
 use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
@@ -126,8 +126,8 @@ fn listing_leaves_out_gaps_of_every_kind() {
 #[test]
 fn listing_of_a_bypassing_stream_goes_on_at_the_next_block() {
     let blocks = [
-        (GuestAddress(RAM), 0x1000),
-        (GuestAddress(RAM << 1), 0x1000),
+        (vm_memory::GuestAddress(RAM), 0x1000),
+        (vm_memory::GuestAddress(RAM << 1), 0x1000),
     ];
     let ram = Arc::new(GuestRam::from_ranges(&blocks).unwrap());
     let smmu = Smmu::new(SmmuConfig::default(), ram, Arc::new(Wires::default()));

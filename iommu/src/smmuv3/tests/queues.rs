@@ -3,7 +3,9 @@
 
 use std::sync::atomic::Ordering;
 
-use super::super::spec::{cd, cmd, cr0, event, gerror, irq_ctrl, pri, queue, reg};
+use super::super::spec::{
+    cd, command as cmd, command::RawCommand, cr0, event, gerror, irq_ctrl, pri, queue, reg,
+};
 use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
@@ -126,7 +128,7 @@ fn stalling(rig: &Rig) -> Root {
     root
 }
 
-fn resume(stream: StreamId, stag: u64, retry: u64) -> [u64; 2] {
+fn resume(stream: StreamId, stag: u64, retry: u64) -> RawCommand {
     command(
         cmd::op::RESUME,
         &[
@@ -206,7 +208,7 @@ fn stage_2_stalls_by_its_own_bit() {
     let rig = Rig::nested();
     rig.enable();
     let root = rig.root_at(Granule::K4, 40, 1);
-    let mut words = [0; 8];
+    let mut words = <spec::ste::RawSte as spec::Raw>::ZERO;
     put_stage2(&mut words, Granule::K4, &root, 1);
     spec::ste::S2S.put(&mut words, 1);
     rig.set_ste(STREAM, &words);

@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::super::spec::{Field, cd, cmd, cr0, cr2, event, irq_ctrl, reg, ste};
+use super::super::spec::{
+    Field, Raw, cd, cd::RawCd, command as cmd, command::RawCommand, cr0, cr2, event,
+    event::RawEvent, irq_ctrl, pri::RawPageRequest, reg, ste, ste::RawSte,
+};
 use super::super::walk::Granule;
 use super::super::*;
 use crate::{
@@ -111,8 +114,8 @@ pub struct Rig {
 }
 
 /// A command's words.
-pub fn command(opcode: u64, fields: &[(Field, u64)]) -> [u64; 2] {
-    let mut words = [0; cmd::WORDS];
+pub fn command(opcode: u64, fields: &[(Field<RawCommand>, u64)]) -> RawCommand {
+    let mut words = RawCommand::ZERO;
     cmd::OPCODE.put(&mut words, opcode);
     for (field, value) in fields {
         field.put(&mut words, *value);
@@ -120,27 +123,27 @@ pub fn command(opcode: u64, fields: &[(Field, u64)]) -> [u64; 2] {
     words
 }
 
-pub fn sync() -> [u64; 2] {
+pub fn sync() -> RawCommand {
     command(cmd::op::SYNC, &[])
 }
 
 /// An event record with the fields by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen(pub [u64; event::WORDS]);
+pub struct Seen(pub RawEvent);
 
 impl Seen {
     pub fn number(&self) -> u64 {
         event::NUMBER.of(&self.0)
     }
 
-    pub fn get(&self, field: Field) -> u64 {
+    pub fn get(&self, field: Field<RawEvent>) -> u64 {
         field.of(&self.0)
     }
 }
 
 /// What a stage 1 context says, before tests bend it.
-pub fn cd_words(granule: Granule, tsz: u64, ttb0: u64, asid: u64) -> [u64; cd::WORDS] {
-    let mut words = [0; cd::WORDS];
+pub fn cd_words(granule: Granule, tsz: u64, ttb0: u64, asid: u64) -> RawCd {
+    let mut words = RawCd::ZERO;
     for (field, value) in [
         (cd::V, 1),
         (cd::AA64, 1),
@@ -166,15 +169,15 @@ pub fn tg0(granule: Granule) -> u64 {
     }
 }
 
-pub fn ste_stage1(context: u64) -> [u64; ste::WORDS] {
-    let mut words = [0; ste::WORDS];
+pub fn ste_stage1(context: u64) -> RawSte {
+    let mut words = RawSte::ZERO;
     ste::V.put(&mut words, 1);
     ste::CONFIG.put(&mut words, 0b101);
     ste::S1CONTEXTPTR.put(&mut words, context >> 6);
     words
 }
 
-pub fn put_stage2(words: &mut [u64; ste::WORDS], granule: Granule, table: &Root, vmid: u64) {
+pub fn put_stage2(words: &mut RawSte, granule: Granule, table: &Root, vmid: u64) {
     for (field, value) in [
         (ste::V, 1),
         (ste::S2AA64, 1),
@@ -273,10 +276,15 @@ impl Rig {
         u64::from_le(self.ram.read_obj(GuestAddress(address)).unwrap())
     }
 
-    pub fn put_words<const N: usize>(&self, address: u64, words: &[u64; N]) {
-        for (index, word) in words.iter().enumerate() {
+    pub fn put_words(&self, address: u64, words: &impl Raw) {
+        for (index, word) in words.words().iter().enumerate() {
             self.put(address + 8 * index as u64, *word);
         }
+    }
+
+    /// The structure at `address`.
+    pub fn raw<T: Raw>(&self, address: u64) -> T {
+        super::super::queue::read_raw(&self.ram, address).unwrap()
     }
 
     /// Fresh, zeroed memory, aligned to its size.
@@ -341,7 +349,7 @@ impl Rig {
         self.put(place, 0);
     }
 
-    pub fn set_ste(&self, stream: StreamId, words: &[u64; ste::WORDS]) {
+    pub fn set_ste(&self, stream: StreamId, words: &RawSte) {
         self.put_words(STRTAB + 64 * u64::from(stream.0), words);
     }
 
@@ -355,7 +363,7 @@ impl Rig {
     }
 
     /// Puts commands into the queue and lets them be carried out.
-    pub fn issue(&self, commands: &[[u64; 2]]) {
+    pub fn issue(&self, commands: &[RawCommand]) {
         let mask = (2 << CMDQ_LOG2) - 1;
         let mut prod = self.smmu.read(reg::CMDQ_PROD);
         for words in commands {
@@ -372,7 +380,7 @@ impl Rig {
     }
 
     /// Issues commands and a CMD_SYNC, and checks that all were consumed.
-    pub fn complete(&self, commands: &[[u64; 2]]) {
+    pub fn complete(&self, commands: &[RawCommand]) {
         self.issue(commands);
         self.issue(&[sync()]);
         let prod = self.smmu.read(reg::CMDQ_PROD);
@@ -392,9 +400,7 @@ impl Rig {
         let mut seen = Vec::new();
         while cons != prod & mask {
             let index = u64::from(cons & (mask >> 1));
-            seen.push(Seen(std::array::from_fn(|word| {
-                self.get(EVENTQ + 32 * index + 8 * word as u64)
-            })));
+            seen.push(Seen(self.raw(EVENTQ + 32 * index)));
             cons = (cons + 1) & mask;
         }
         self.events.set(cons);
@@ -408,8 +414,8 @@ impl Rig {
         self.events().iter().map(Seen::number).collect()
     }
 
-    pub fn pri_record(&self, index: u64) -> [u64; 2] {
-        [self.get(PRIQ + 16 * index), self.get(PRIQ + 16 * index + 8)]
+    pub fn pri_record(&self, index: u64) -> RawPageRequest {
+        self.raw(PRIQ + 16 * index)
     }
 
     pub fn read(&self, stream: StreamId, iova: u64) -> Result<Mapping, Fault> {

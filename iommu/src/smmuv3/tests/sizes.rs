@@ -1,7 +1,10 @@
 //! Sizes beyond what the identification registers offer (IHI 0070 §6.3.24 to
 //! §6.3.37).
 
-use super::super::spec::{cmd, cr0, event, idr1, queue, reg, strtab};
+use super::super::spec::{
+    Raw as _, command::RawCommand, cr0, event, event::RawEvent, idr1, queue, reg, ste::RawSte,
+    strtab,
+};
 use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova};
@@ -61,7 +64,7 @@ fn command_queue_wraps_at_the_offered_size() {
         let rig = oversized(beyond);
         let entries = 1 << offered(&rig, idr1::CMDQS);
         for entry in 0..u64::from(entries) {
-            rig.put_words(CMDQ + cmd::SIZE * entry, &sync());
+            rig.put_words(CMDQ + RawCommand::SIZE * entry, &sync());
         }
         rig.smmu.write(reg::CMDQ_PROD, entries);
         assert_eq!(rig.smmu.read(reg::CMDQ_CONS), entries);
@@ -88,7 +91,7 @@ fn event_queue_is_full_at_the_offered_size() {
         assert_eq!(prod(), entries | queue::OVERFLOW, "{beyond} beyond");
         let first = rig.get(EVENTQ + 16);
         assert_eq!(first, 0, "the first record is at the aligned base");
-        assert_eq!(rig.get(EVENTQ + event::SIZE + 16), 0x1000);
+        assert_eq!(rig.get(EVENTQ + RawEvent::SIZE + 16), 0x1000);
     }
 }
 
@@ -127,8 +130,8 @@ fn with_table(log2size: u32, format: u32) -> Rig {
     rig
 }
 
-fn bypass() -> [u64; 8] {
-    let mut words = [0; 8];
+fn bypass() -> RawSte {
+    let mut words = RawSte::ZERO;
     spec::ste::V.put(&mut words, 1);
     spec::ste::CONFIG.put(&mut words, 0b100);
     words

@@ -1,7 +1,7 @@
 //! Stalled transactions whose records find the event queue full (IHI 0070
 //! §3.12.2, §7.2.1, §7.4).
 
-use super::super::spec::{cd, cmd, event, queue, reg};
+use super::super::spec::{cd, command as cmd, command::RawCommand, event, queue, reg};
 use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
@@ -44,7 +44,7 @@ fn resumed(rig: &Rig) -> Vec<(StreamId, Iova, Resume)> {
     rig.wires.resumed.lock().unwrap().clone()
 }
 
-fn tlbi() -> [u64; 2] {
+fn tlbi() -> RawCommand {
     command(cmd::op::TLBI_NSNH_ALL, &[])
 }
 

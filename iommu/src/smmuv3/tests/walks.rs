@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use super::super::spec::{cd, event, ste};
-use super::super::walk::{AccessFlag, Format, Granule, Table, Want, walk};
+use super::super::spec::{Raw as _, cd, event, ste, ste::RawSte};
+use super::super::walk::{AccessFlag, Format, Granule, Table, WalkRequest, walk};
 use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova, Perm};
@@ -190,7 +190,7 @@ proptest! {
         let root = rig.root_at(granule, bits, level);
         let start = 1 << 38;
         let list = build(&rig, &root, start, &choices, stage2_leaf);
-        let mut words = [0; ste::WORDS];
+        let mut words = RawSte::ZERO;
         put_stage2(&mut words, granule, &root, 1);
         rig.set_ste(STREAM, &words);
         for probe in probes(&list) {
@@ -274,7 +274,7 @@ proptest! {
             }
             input &= (1 << bits) - 1;
             let access = if write { Access::Write } else { Access::Read };
-            let want = Want { access, update: false, run: true, gap: false };
+            let want = WalkRequest { access, update: false, run: true, gap: false };
             let answer = walk(&rig.ram, &table, None, input, want);
             let simple = simple_walk(&rig, &table, input, write);
             prop_assert_eq!(answer.map(|leaf| leaf.output_of(input)).map_err(|stop| stop.cause), simple);
@@ -364,7 +364,7 @@ fn runs_join_neighbours_and_stop_where_they_differ() {
         3,
         RW | 1 << 55 | 1 << 52,
     );
-    let all = command(spec::cmd::op::TLBI_NH_ALL, &[]);
+    let all = command(spec::command::op::TLBI_NH_ALL, &[]);
     rig.complete(&[all]);
     assert_eq!(run(50 << 12), (0, 99));
     assert_eq!(run(100 << 12), (100, 100));
@@ -375,7 +375,7 @@ fn runs_join_neighbours_and_stop_where_they_differ() {
 }
 
 /// A stream whose stage 1 updates flags as `fields` say.
-fn with_flags(rig: &Rig, fields: &[spec::Field]) -> (Root, u64) {
+fn with_flags(rig: &Rig, fields: &[spec::Field<spec::cd::RawCd>]) -> (Root, u64) {
     let root = rig.stage1(STREAM, 1);
     let context = rig.get(STRTAB + 64 * 8) & !0x3f;
     let mut words = cd_words(Granule::K4, 25, root.base, 1);
@@ -452,7 +452,7 @@ fn updating_a_stage_1_descriptor_is_a_write_at_stage_2() {
             rig.map(&outer, page, page, 3, S2_RW);
         }
         rig.map(&outer, place & !0xfff, place & !0xfff, 3, attributes);
-        let mut words = std::array::from_fn(|word| rig.get(STRTAB + 64 * 8 + 8 * word as u64));
+        let mut words = rig.raw(STRTAB + 64 * 8);
         put_stage2(&mut words, Granule::K4, &outer, 1);
         for field in fields {
             field.put(&mut words, 1);
@@ -502,7 +502,7 @@ fn fifty_two_bits_come_with_64_kib_pages() {
     cd::IPS.put(&mut words, 5);
     rig.put_words(context, &words);
     rig.cfgi_ste(STREAM);
-    rig.complete(&[command(spec::cmd::op::TLBI_NH_ALL, &[])]);
+    rig.complete(&[command(spec::command::op::TLBI_NH_ALL, &[])]);
     assert!(rig.read(STREAM, iova).is_err());
     assert_eq!(rig.event_numbers(), [0x11]);
 }

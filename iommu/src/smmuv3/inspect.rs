@@ -1,16 +1,14 @@
-//! What the tables say, for people who ask.
+//! Configuration and mappings of a stream, for the API.
 
 use serde::{Deserialize, Serialize};
 
-use super::Smmu;
 use super::cd::Cd;
 use super::spec::{cr0, gbpa, reg};
-use super::state::State;
-use super::ste::{Stage2, Ste, World};
-use super::translate::{Asked, walk_both};
-use super::walk::{Cause, Leaf, Stop, Want, walk};
+use super::ste::{Stage2, Ste, StreamWorld};
+use super::translate::{TranslationContext, Translator, walk_both};
+use super::walk::{Cause, Leaf, WalkFault, WalkRequest, walk};
 use crate::ram::ram_blocks;
-use crate::{Access, Gpa, Iova, IovaRange, Mapping, Request, StreamId};
+use crate::{Access, Gpa, GuestRam, Iova, IovaRange, Mapping, Perm, Request, StreamId};
 
 /// Descriptors after which a listing ends. A walk counts as [`WALK`], and the
 /// neighbours that a gap or a run extends over as one each.
@@ -55,15 +53,15 @@ pub struct StreamState {
 }
 
 /// How a stream's accesses without a SubstreamID are translated.
-enum View {
+pub(super) enum View {
     Bypass,
     Blocked,
     Stage1(Box<Cd>, Option<Stage2>),
     Stage2(Stage2),
 }
 
-impl State {
-    fn stream_ste(&mut self, smmu: &Smmu, stream: StreamId) -> Result<Ste, StreamMode> {
+impl Translator<'_> {
+    fn stream_ste(&mut self, stream: StreamId) -> Result<Ste, StreamMode> {
         if !self.registers.enabled(cr0::SMMUEN) {
             let abort = self.registers.get(reg::GBPA) & gbpa::ABORT != 0;
             return Err(if abort {
@@ -72,9 +70,7 @@ impl State {
                 StreamMode::Bypass
             });
         }
-        let ste = self
-            .ste(&smmu.ram, stream, false)
-            .map_err(|_| StreamMode::Invalid)?;
+        let ste = self.ste(stream, false).map_err(|_| StreamMode::Invalid)?;
         if !ste.passes {
             Err(StreamMode::Abort)
         } else if ste.is_bypass() {
@@ -84,46 +80,44 @@ impl State {
         }
     }
 
-    fn default_cd(&mut self, smmu: &Smmu, stream: StreamId, ste: &Ste) -> Option<Cd> {
+    fn default_cd(&mut self, stream: StreamId, ste: &Ste) -> Option<Cd> {
         let stage1 = ste.stage1?;
         let request = Request::untranslated(stream, Iova(0), Access::Read);
-        let asked = Asked {
+        let asked = TranslationContext {
             request: &request,
             update: false,
         };
-        self.cd(&smmu.ram, ste, &stage1, 0, asked).ok()
+        self.cd(ste, &stage1, 0, asked).ok()
     }
 
-    fn view(&mut self, smmu: &Smmu, stream: StreamId) -> View {
-        match self.stream_ste(smmu, stream) {
+    pub(super) fn view(&mut self, stream: StreamId) -> View {
+        match self.stream_ste(stream) {
             Err(StreamMode::Bypass) => View::Bypass,
             Err(_) => View::Blocked,
             Ok(ste) => match (ste.stage1, ste.stage2) {
                 (None, Some(stage2)) => View::Stage2(stage2),
-                _ => match self.default_cd(smmu, stream, &ste) {
+                _ => match self.default_cd(stream, &ste) {
                     Some(cd) => View::Stage1(Box::new(cd), ste.stage2),
                     None => View::Blocked,
                 },
             },
         }
     }
-}
 
-impl Smmu {
-    /// How a connected stream is configured; `None` for others.
-    #[must_use]
-    pub fn stream_state(&self, stream: StreamId) -> Option<StreamState> {
-        let mut state = self.lock();
-        let known = state.streams.get(&stream)?;
+    /// Configuration of a connected stream; `None` for others.
+    pub(super) fn stream_state(&mut self, stream: StreamId) -> Option<StreamState> {
+        if !self.streams.contains(stream) {
+            return None;
+        }
         let mut answer = StreamState {
             mode: StreamMode::Invalid,
             asid: None,
             vmid: None,
             ats_allowed: false,
-            ats_enabled: known.ats_enabled,
-            device_iotlb: known.device_iotlb,
+            ats_enabled: self.streams.ats_enabled(stream),
+            device_iotlb: self.streams.device_iotlb(stream),
         };
-        match state.stream_ste(self, stream) {
+        match self.stream_ste(stream) {
             Err(mode) => answer.mode = mode,
             Ok(ste) => {
                 answer.mode = match (ste.stage1.is_some(), ste.stage2.is_some()) {
@@ -132,77 +126,69 @@ impl Smmu {
                     _ => StreamMode::Stage2,
                 };
                 answer.ats_allowed = ste.ats;
-                let tagged = self.config.stage2() && ste.world == World::El1;
+                let tagged = self.config.stage2() && ste.world == StreamWorld::El1;
                 answer.vmid = tagged.then_some(ste.vmid);
-                let cd = state.default_cd(self, stream, &ste);
+                let cd = self.default_cd(stream, &ste);
                 answer.asid = cd.map(|cd| cd.asid);
             }
         }
         Some(answer)
     }
+}
 
-    /// Up to `limit` mappings of a stream from `from` on, in order, and the
-    /// address to go on from if there may be more. One call takes a bounded
-    /// number of steps: where the tables have many gaps it may find fewer
-    /// mappings than `limit`, or none, with more to come. A mapping is a run as
-    /// [`translate`](crate::Iommu::translate) would answer it for reading or,
-    /// where that is not permitted, for writing.
-    #[must_use]
-    pub fn mappings(
-        &self,
-        stream: StreamId,
-        from: Iova,
-        limit: usize,
-    ) -> (Vec<Mapping>, Option<Iova>) {
-        let view = self.lock().view(self, stream);
-        let mut found = Vec::new();
-        if let View::Bypass = view {
-            let mut blocks = ram_blocks(&self.ram).filter(|block| block.iova.last() >= from);
-            found.extend(blocks.by_ref().take(limit));
-            return (found, blocks.next().map(|block| block.iova.first()));
-        }
-        let (mut next, mut read) = (Some(from), 0);
-        while let Some(at) = next
-            && found.len() < limit
-            && read < MAX_DESCRIPTORS
-        {
-            let step = self.look(&view, at.0);
-            read += WALK + step.neighbours;
-            // A page that permits nothing is no mapping.
-            let permits = |mapping: &Mapping| mapping.perm != crate::Perm::NONE;
-            found.extend(step.mapping.filter(permits));
-            next = step.last.checked_add(1).map(Iova);
-        }
-        (found, next)
+/// Lists up to `limit` mappings from `from` on, as [`Smmu::mappings`](super::Smmu::mappings)
+/// describes.
+pub(super) fn mappings(
+    ram: &GuestRam,
+    view: &View,
+    from: Iova,
+    limit: usize,
+) -> (Vec<Mapping>, Option<Iova>) {
+    let mut found = Vec::new();
+    if let View::Bypass = view {
+        let mut blocks = ram_blocks(ram).filter(|block| block.iova.last() >= from);
+        found.extend(blocks.by_ref().take(limit));
+        return (found, blocks.next().map(|block| block.iova.first()));
     }
+    let (mut next, mut read) = (Some(from), 0);
+    while let Some(at) = next
+        && found.len() < limit
+        && read < MAX_DESCRIPTORS
+    {
+        let step = step(ram, view, at.0);
+        read += WALK + step.neighbours;
+        // A page that permits nothing is no mapping.
+        let permits = |mapping: &Mapping| mapping.perm != Perm::NONE;
+        found.extend(step.mapping.filter(permits));
+        next = step.last.checked_add(1).map(Iova);
+    }
+    (found, next)
+}
 
-    /// What is at `address`.
-    fn look(&self, view: &View, address: u64) -> Step {
-        match view {
-            View::Bypass | View::Blocked => Step::gap(u64::MAX),
-            View::Stage2(stage2) => {
-                match look(|want| walk(&self.ram, &stage2.table, None, address, want)) {
-                    Ok(leaf) => Step::leaf(0, &leaf),
-                    Err(stop) => Step::stop(0, address, &stop),
-                }
+/// What is at `address`.
+fn step(ram: &GuestRam, view: &View, address: u64) -> Step {
+    match view {
+        View::Bypass | View::Blocked => Step::gap(u64::MAX),
+        View::Stage2(stage2) => match look(|want| walk(ram, &stage2.table, None, address, want)) {
+            Ok(leaf) => Step::leaf(0, &leaf),
+            Err(stop) => Step::stop(0, address, &stop),
+        },
+        View::Stage1(cd, stage2) => {
+            let Some(place) = cd.place(address) else {
+                return Step::gap(gap_end(cd, address));
+            };
+            if place.canonical() != address {
+                // An alias of what is listed already.
+                return Step::gap(gap_end(cd, address));
             }
-            View::Stage1(cd, stage2) => {
-                let Some(place) = cd.place(address) else {
-                    return Step::gap(gap_end(cd, address));
-                };
-                if place.canonical() != address {
-                    // An alias of what is listed already.
-                    return Step::gap(gap_end(cd, address));
-                }
-                match look(|want| walk_both(&self.ram, &place, stage2.as_ref(), want)) {
-                    Ok(leaf) => Step::leaf(place.base, &leaf),
-                    // A gap of stage 2 says nothing of input addresses.
-                    Err(stop) if stop.stage2 => Step {
-                        neighbours: NEIGHBOURS,
-                        ..Step::gap(address | 0xfff)
-                    },
-                    Err(stop) => Step::stop(place.base, place.input, &stop),
-                }
+            match look(|want| walk_both(ram, &place, stage2.as_ref(), want)) {
+                Ok(leaf) => Step::leaf(place.base, &leaf),
+                // A gap of stage 2 says nothing of input addresses.
+                Err(stop) if stop.stage2 => Step {
+                    neighbours: NEIGHBOURS,
+                    ..Step::gap(address | 0xfff)
+                },
+                Err(stop) => Step::stop(place.base, place.input, &stop),
             }
         }
     }
@@ -236,7 +222,7 @@ impl Step {
     }
 
     /// A walk of `input` that stops.
-    fn stop(base: u64, input: u64, stop: &Stop) -> Self {
+    fn stop(base: u64, input: u64, stop: &WalkFault) -> Self {
         Self {
             neighbours: stop.beyond.checked_shr(stop.span).unwrap_or(0),
             ..Self::gap(base | gap_of(stop, input))
@@ -245,8 +231,8 @@ impl Step {
 }
 
 /// Walks for a read or, where that is not permitted, for a write.
-fn look(walk: impl Fn(Want) -> Result<Leaf, Stop>) -> Result<Leaf, Stop> {
-    let want = |access| Want {
+fn look(walk: impl Fn(WalkRequest) -> Result<Leaf, WalkFault>) -> Result<Leaf, WalkFault> {
+    let want = |access| WalkRequest {
         access,
         update: false,
         run: true,
@@ -259,7 +245,7 @@ fn look(walk: impl Fn(Want) -> Result<Leaf, Stop>) -> Result<Leaf, Stop> {
 }
 
 /// The last input address for which a walk of `input` stops alike.
-fn gap_of(stop: &Stop, input: u64) -> u64 {
+fn gap_of(stop: &WalkFault, input: u64) -> u64 {
     let span = 1_u64
         .checked_shl(stop.span)
         .map_or(u64::MAX, |size| size - 1);
@@ -276,7 +262,7 @@ fn gap_end(cd: &Cd, address: u64) -> u64 {
     if address < first { first - 1 } else { u64::MAX }
 }
 
-fn mapping(first: u64, last: u64, output: u64, perm: crate::Perm) -> Option<Mapping> {
+fn mapping(first: u64, last: u64, output: u64, perm: Perm) -> Option<Mapping> {
     Some(Mapping {
         iova: IovaRange::new(Iova(first), Iova(last)).ok()?,
         gpa: Gpa(output),

@@ -2,13 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::SmmuConfig;
+use super::config::SmmuConfig;
 use super::registers::Registers;
-use super::spec::{
-    Cerror,
-    cmd::{self, op},
-    cr0, cr2, reg,
-};
+use super::spec::command::{self as cmd, Cerror, RawCommand, op};
+use super::spec::{cr0, cr2, reg};
 use super::tlb::{AsidScope, Scope, Span, StageScope};
 use super::walk::Granule;
 use crate::{Iova, IovaRange, StreamId};
@@ -142,12 +139,12 @@ impl Command {
     /// [`Cerror::Ill`] for one that this SMMU, as it is configured, does not
     /// know or whose parameters are ILLEGAL.
     pub fn parse(
-        words: &[u64; cmd::WORDS],
+        raw: &RawCommand,
         config: &SmmuConfig,
         registers: &Registers,
     ) -> Result<Self, Cerror> {
         Decoder {
-            words,
+            raw,
             config,
             registers,
         }
@@ -156,7 +153,7 @@ impl Command {
 }
 
 struct Decoder<'a> {
-    words: &'a [u64; cmd::WORDS],
+    raw: &'a RawCommand,
     config: &'a SmmuConfig,
     registers: &'a Registers,
 }
@@ -167,7 +164,7 @@ const fn needs(condition: bool) -> Result<(), Cerror> {
 
 impl Decoder<'_> {
     fn command(&self) -> Result<Command, Cerror> {
-        let opcode = cmd::OPCODE.of(self.words);
+        let opcode = cmd::OPCODE.of(self.raw);
         match opcode {
             op::PREFETCH_CONFIG | op::PREFETCH_ADDR => {
                 self.stream()?;
@@ -178,14 +175,14 @@ impl Decoder<'_> {
                 Ok(Command::ConfigStreams(stream, stream))
             }
             op::CFGI_STE_RANGE => {
-                let mask = u32::MAX >> (31 - cmd::RANGE.of32(self.words));
+                let mask = u32::MAX >> (31 - cmd::RANGE.of32(self.raw));
                 let stream = self.stream()?.0;
                 let last = StreamId(stream | mask);
                 Ok(Command::ConfigStreams(StreamId(stream & !mask), last))
             }
             op::CFGI_CD => {
                 needs(self.config.stage1())?;
-                let substream = cmd::SSID.of32(self.words);
+                let substream = cmd::SSID.of32(self.raw);
                 Ok(Command::ConfigCd(self.stream()?, substream))
             }
             op::CFGI_CD_ALL => {
@@ -196,12 +193,12 @@ impl Decoder<'_> {
             op::ATC_INV => self.atc_inv(),
             op::PRI_RESP => self.pri_resp(),
             op::RESUME => {
-                let action = if cmd::RESUME_RETRY.is_set(self.words) {
+                let action = if cmd::RESUME_RETRY.is_set(self.raw) {
                     Resume::Retry
                 } else {
                     Resume::Terminate
                 };
-                let stag = cmd::STAG.of16(self.words);
+                let stag = cmd::STAG.of16(self.raw);
                 Ok(Command::Resume(self.stream()?, stag, action))
             }
             op::STALL_TERM => Ok(Command::StallTerm(self.stream()?)),
@@ -212,20 +209,18 @@ impl Decoder<'_> {
 
     /// The StreamID. One beyond IDR1.SIDSIZE names no stream (§4.1.7).
     fn stream(&self) -> Result<StreamId, Cerror> {
-        needs(!cmd::SSEC.is_set(self.words))?;
-        Ok(StreamId(cmd::SID.of32(self.words)))
+        needs(!cmd::SSEC.is_set(self.raw))?;
+        Ok(StreamId(cmd::SID.of32(self.raw)))
     }
 
     fn substream(&self) -> Option<u32> {
-        cmd::SSV
-            .is_set(self.words)
-            .then(|| cmd::SSID.of32(self.words))
+        cmd::SSV.is_set(self.raw).then(|| cmd::SSID.of32(self.raw))
     }
 
     /// §4.4.2 to §4.4.4
     fn tlbi(&self, opcode: u64) -> Result<Scope, Cerror> {
         let (one, two) = (self.config.stage1(), self.config.stage2());
-        let asid = cmd::ASID.of16(self.words);
+        let asid = cmd::ASID.of16(self.raw);
         let e2h = self.registers.cr2(cr2::E2H);
         let stage1 = |asid, span| Scope {
             el1: true,
@@ -296,21 +291,21 @@ impl Decoder<'_> {
         let ignored = (self.registers.get(reg::CR0) & cr0::VMW) >> cr0::VMW_SHIFT;
         self.config.stage2().then(|| {
             let mask = u16::MAX.checked_shl(ignored).unwrap_or(0);
-            (cmd::VMID.of16(self.words), mask)
+            (cmd::VMID.of16(self.raw), mask)
         })
     }
 
     fn span(&self) -> Result<Option<Span>, Cerror> {
-        self.span_from(cmd::ADDRESS.in_place(self.words)).map(Some)
+        self.span_from(cmd::ADDRESS.in_place(self.raw)).map(Some)
     }
 
     fn ipa_span(&self) -> Result<Option<Span>, Cerror> {
-        self.span_from(cmd::IPA.in_place(self.words)).map(Some)
+        self.span_from(cmd::IPA.in_place(self.raw)).map(Some)
     }
 
     /// Range and level hint (§4.4.1.1).
     fn span_from(&self, first: u64) -> Result<Span, Cerror> {
-        let granule = match cmd::TG.of(self.words) {
+        let granule = match cmd::TG.of(self.raw) {
             0 => {
                 return Ok(Span {
                     first,
@@ -323,8 +318,8 @@ impl Decoder<'_> {
             2 => Granule::K16,
             _ => Granule::K64,
         };
-        let (num, scale) = (cmd::NUM.of(self.words), cmd::SCALE.of32(self.words));
-        let level = match (granule, cmd::TTL.of32(self.words)) {
+        let (num, scale) = (cmd::NUM.of(self.raw), cmd::SCALE.of32(self.raw));
+        let level = match (granule, cmd::TTL.of32(self.raw)) {
             (Granule::K16, 1) => 0,
             (_, level) => level,
         };
@@ -344,18 +339,18 @@ impl Decoder<'_> {
     /// §4.5.1
     fn atc_inv(&self) -> Result<Command, Cerror> {
         needs(self.config.ats)?;
-        let shift = cmd::ATC_SIZE.of32(self.words).saturating_add(12);
+        let shift = cmd::ATC_SIZE.of32(self.raw).saturating_add(12);
         Ok(Command::Atc {
             stream: self.stream()?,
             substream: self.substream(),
-            range: IovaRange::block(Iova(cmd::ADDRESS.in_place(self.words)), shift),
+            range: IovaRange::block(Iova(cmd::ADDRESS.in_place(self.raw)), shift),
         })
     }
 
     /// §4.5.2
     fn pri_resp(&self) -> Result<Command, Cerror> {
         needs(self.config.pri())?;
-        let response = match cmd::PRI_RESP.of(self.words) {
+        let response = match cmd::PRI_RESP.of(self.raw) {
             0 => PageResponse::Failure,
             1 => PageResponse::Invalid,
             2 => PageResponse::Success,
@@ -364,18 +359,18 @@ impl Decoder<'_> {
         Ok(Command::PageResponse {
             stream: self.stream()?,
             substream: self.substream(),
-            group: cmd::PRG_INDEX.of16(self.words),
+            group: cmd::PRG_INDEX.of16(self.raw),
             response,
         })
     }
 
     /// §4.7.3
     fn sync(&self) -> Result<Command, Cerror> {
-        Ok(Command::Sync(match cmd::CS.of(self.words) {
+        Ok(Command::Sync(match cmd::CS.of(self.raw) {
             0 | 2 => Signal::None,
             1 => Signal::Interrupt {
-                address: cmd::MSI_ADDRESS.in_place(self.words),
-                data: cmd::MSI_DATA.of32(self.words),
+                address: cmd::MSI_ADDRESS.in_place(self.raw),
+                data: cmd::MSI_DATA.of32(self.raw),
             },
             _ => return Err(Cerror::Ill),
         }))

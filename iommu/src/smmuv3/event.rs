@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::spec::{Field, event};
-use super::walk::{Cause, Class, Stop};
+use super::spec::event::{self, RawEvent};
+use super::spec::{Field, Raw as _};
+use super::walk::{Cause, Class, WalkFault};
 use crate::{Access, FaultReason, Request};
 
 /// Event numbers that this SMMU can record.
@@ -127,7 +128,7 @@ impl Event {
 
     /// The event of a walk that faults.
     #[must_use]
-    pub const fn walk(stop: &Stop) -> Self {
+    pub const fn walk(stop: &WalkFault) -> Self {
         let kind = match stop.cause {
             Cause::Translation => EventKind::FTranslation,
             Cause::AddressSize => EventKind::FAddrSize,
@@ -150,9 +151,9 @@ impl Event {
     /// The record of the event for `request`, stalled as transaction `stag` if
     /// there is one.
     #[must_use]
-    pub fn record(&self, request: &Request, stag: Option<u16>) -> [u64; event::WORDS] {
-        let mut record = [0; event::WORDS];
-        let mut put = |field: Field, value: u64| field.put(&mut record, value);
+    pub fn record(&self, request: &Request, stag: Option<u16>) -> RawEvent {
+        let mut record = RawEvent::ZERO;
+        let mut put = |field: Field<RawEvent>, value: u64| field.put(&mut record, value);
         put(event::NUMBER, u64::from(self.kind as u8));
         put(event::SID, u64::from(request.stream.0));
         let substream = match self.kind {

@@ -3,8 +3,11 @@
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::registers::Registers;
-use super::spec::{cmd, event, idr1, pri, queue, reg};
-use crate::GuestRam;
+use super::spec::command::RawCommand;
+use super::spec::event::RawEvent;
+use super::spec::pri::RawPageRequest;
+use super::spec::{Raw, idr1, queue, reg};
+use crate::ram::GuestRam;
 
 /// The registers of a queue, by their offsets, and the size of its entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +29,7 @@ pub const CMDQ: QueueRegisters = QueueRegisters {
     prod: reg::CMDQ_PROD,
     cons: reg::CMDQ_CONS,
     largest: idr1::CMDQS,
-    entry: cmd::SIZE,
+    entry: RawCommand::SIZE,
 };
 
 /// The event queue (§6.3.29 to §6.3.31).
@@ -35,7 +38,7 @@ pub const EVENTQ: QueueRegisters = QueueRegisters {
     prod: reg::EVENTQ_PROD,
     cons: reg::EVENTQ_CONS,
     largest: idr1::EVENTQS,
-    entry: event::SIZE,
+    entry: RawEvent::SIZE,
 };
 
 /// The PRI queue (§6.3.35 to §6.3.37).
@@ -44,7 +47,7 @@ pub const PRIQ: QueueRegisters = QueueRegisters {
     prod: reg::PRIQ_PROD,
     cons: reg::PRIQ_CONS,
     largest: idr1::PRIQS,
-    entry: pri::SIZE,
+    entry: RawPageRequest::SIZE,
 };
 
 /// A queue as its base register describes it.
@@ -55,9 +58,9 @@ pub struct Queue {
     entry: u64,
 }
 
-/// The producer cannot write now.
+/// Why an entry is not in its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unwritten {
+pub enum QueueWriteError {
     /// The queue is full.
     Full,
     /// The memory is not RAM.
@@ -113,44 +116,94 @@ impl Queue {
 
     /// A copy of the entry at `index`, or `None` outside of RAM.
     #[must_use]
-    pub fn read<const N: usize>(&self, ram: &GuestRam, index: u32) -> Option<[u64; N]> {
-        read_words(ram, self.address(index))
+    pub fn read<T: Raw>(&self, ram: &GuestRam, index: u32) -> Option<T> {
+        read_raw(ram, self.address(index))
     }
 
-    /// Writes the entry at `index`.
-    ///
-    /// # Errors
-    /// [`Unwritten`].
-    pub fn write<const N: usize>(
-        &self,
-        ram: &GuestRam,
-        (prod, cons): (u32, u32),
-        words: &[u64; N],
-    ) -> Result<(), Unwritten> {
-        if self.is_full(prod, cons) {
-            return Err(Unwritten::Full);
-        }
-        let mut address = self.address(prod);
-        for word in words {
+    fn write<T: Raw>(&self, ram: &GuestRam, index: u32, entry: &T) -> Result<(), QueueWriteError> {
+        let mut address = self.address(index);
+        for word in entry.words() {
             let bytes = word.to_le_bytes();
             ram.write_slice(&bytes, GuestAddress(address))
-                .map_err(|_| Unwritten::Abort)?;
+                .map_err(|_| QueueWriteError::Abort)?;
             address += 8;
         }
         Ok(())
     }
 }
 
-/// A copy of `N` words in guest memory, or `None` outside of RAM.
+/// A queue that the SMMU writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Producer {
+    registers: QueueRegisters,
+    address_bits: u32,
+}
+
+impl Producer {
+    /// The producer of the queue that `registers` describe, in memory of
+    /// `address_bits` bits.
+    #[must_use]
+    pub const fn new(registers: QueueRegisters, address_bits: u32) -> Self {
+        Self {
+            registers,
+            address_bits,
+        }
+    }
+
+    /// Whether the guest has to consume an entry first.
+    #[must_use]
+    pub fn is_full(&self, registers: &Registers) -> bool {
+        let queue = Queue::new(registers, &self.registers, self.address_bits);
+        let index = |register| registers.get(register);
+        queue.is_full(index(self.registers.prod), index(self.registers.cons))
+    }
+
+    /// Writes an entry and moves PROD.
+    ///
+    /// # Errors
+    /// [`QueueWriteError`]; PROD stays.
+    pub fn push<T: Raw>(
+        &self,
+        registers: &mut Registers,
+        ram: &GuestRam,
+        entry: &T,
+    ) -> Result<(), QueueWriteError> {
+        let queue = Queue::new(registers, &self.registers, self.address_bits);
+        let index = registers.get(self.registers.prod);
+        if queue.is_full(index, registers.get(self.registers.cons)) {
+            return Err(QueueWriteError::Full);
+        }
+        queue.write(ram, index, entry)?;
+        registers.set(self.registers.prod, queue.next(index));
+        Ok(())
+    }
+
+    /// Whether the guest has not acknowledged an overflow (§7.4, §8.1).
+    #[must_use]
+    pub fn is_overflowing(&self, registers: &Registers) -> bool {
+        let index = |register| registers.get(register);
+        (index(self.registers.prod) ^ index(self.registers.cons)) & queue::OVERFLOW != 0
+    }
+
+    /// Marks that a record was discarded because the queue is full.
+    pub fn overflow(&self, registers: &mut Registers) {
+        if !self.is_overflowing(registers) {
+            let prod = registers.get(self.registers.prod) ^ queue::OVERFLOW;
+            registers.set(self.registers.prod, prod);
+        }
+    }
+}
+
+/// A copy of a structure in guest memory, or `None` outside of RAM.
 #[must_use]
-pub fn read_words<const N: usize>(ram: &GuestRam, address: u64) -> Option<[u64; N]> {
-    let mut words = [0; N];
+pub fn read_raw<T: Raw>(ram: &GuestRam, address: u64) -> Option<T> {
+    let mut raw = T::ZERO;
     let mut next = address;
-    for word in &mut words {
+    for word in raw.words_mut() {
         let mut bytes = [0; 8];
         ram.read_slice(&mut bytes, GuestAddress(next)).ok()?;
         *word = u64::from_le_bytes(bytes);
         next = next.checked_add(8)?;
     }
-    Some(words)
+    Some(raw)
 }

@@ -1,0 +1,73 @@
+//! The command queue's consumer (IHI 0070 §4.1, §7.1).
+
+use std::collections::BTreeMap;
+
+use super::command::{Command, CommandKind};
+use super::config::SmmuConfig;
+use super::queue::{CMDQ, Queue};
+use super::registers::Registers;
+use super::spec::command::Cerror;
+use super::spec::{cr0, gerror, queue, reg};
+use crate::ram::GuestRam;
+
+/// Fetches commands, and counts them.
+pub(super) struct CommandQueue {
+    config: SmmuConfig,
+    consumed: BTreeMap<CommandKind, u64>,
+}
+
+impl CommandQueue {
+    pub(super) const fn new(config: SmmuConfig) -> Self {
+        Self {
+            config,
+            consumed: BTreeMap::new(),
+        }
+    }
+
+    /// Commands that were carried out, by kind.
+    pub(super) const fn consumed(&self) -> &BTreeMap<CommandKind, u64> {
+        &self.consumed
+    }
+
+    fn queue(&self, registers: &Registers) -> Queue {
+        Queue::new(registers, &CMDQ, self.config.address_bits())
+    }
+
+    /// Commands that wait in the queue, if it may be processed (§4.1.2).
+    pub(super) fn waiting(&self, registers: &Registers) -> u32 {
+        if !registers.enabled(cr0::CMDQEN) || registers.error_active(gerror::CMDQ) {
+            return 0;
+        }
+        let prod = registers.get(reg::CMDQ_PROD);
+        let cons = registers.get(reg::CMDQ_CONS);
+        self.queue(registers).used(prod, cons)
+    }
+
+    /// The command at CMDQ_CONS. `None`: there is none, or it stopped the queue
+    /// with an error (§7.1).
+    pub(super) fn fetch(&mut self, registers: &mut Registers, ram: &GuestRam) -> Option<Command> {
+        if self.waiting(registers) == 0 {
+            return None;
+        }
+        let cons = registers.get(reg::CMDQ_CONS);
+        let raw = self.queue(registers).read(ram, cons).ok_or(Cerror::Abt);
+        match raw.and_then(|raw| Command::parse(&raw, &self.config, registers)) {
+            Ok(command) => {
+                *self.consumed.entry(command.kind()).or_default() += 1;
+                Some(command)
+            }
+            Err(error) => {
+                let cons = cons & !queue::ERR_MASK | u32::from(error as u8) << queue::ERR;
+                registers.set(reg::CMDQ_CONS, cons);
+                registers.global_error(gerror::CMDQ);
+                None
+            }
+        }
+    }
+
+    /// Moves CMDQ_CONS beyond the command it is at.
+    pub(super) fn consume(&self, registers: &mut Registers) {
+        let next = self.queue(registers).next(registers.get(reg::CMDQ_CONS));
+        registers.set(reg::CMDQ_CONS, next);
+    }
+}
