@@ -18,7 +18,6 @@ pub enum EventKind {
     CBadSte = 0x04,
     FBadAtsTreq = 0x05,
     FStreamDisabled = 0x06,
-    FTranslForbidden = 0x07,
     CBadSubstreamid = 0x08,
     FCdFetch = 0x09,
     CBadCd = 0x0a,
@@ -31,13 +30,12 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 13] = [
         Self::CBadStreamid,
         Self::FSteFetch,
         Self::CBadSte,
         Self::FBadAtsTreq,
         Self::FStreamDisabled,
-        Self::FTranslForbidden,
         Self::CBadSubstreamid,
         Self::FCdFetch,
         Self::CBadCd,
@@ -57,7 +55,6 @@ impl EventKind {
             Self::CBadSte => "C_BAD_STE",
             Self::FBadAtsTreq => "F_BAD_ATS_TREQ",
             Self::FStreamDisabled => "F_STREAM_DISABLED",
-            Self::FTranslForbidden => "F_TRANSL_FORBIDDEN",
             Self::CBadSubstreamid => "C_BAD_SUBSTREAMID",
             Self::FCdFetch => "F_CD_FETCH",
             Self::CBadCd => "C_BAD_CD",
@@ -162,7 +159,7 @@ impl Event {
                 put(event::SSID, u64::from(request.substream.unwrap_or(0)));
                 None
             }
-            EventKind::FStreamDisabled | EventKind::FTranslForbidden => None,
+            EventKind::FStreamDisabled => None,
             _ => request.substream,
         };
         if let Some(substream) = substream {
@@ -180,10 +177,6 @@ impl Event {
             EventKind::FBadAtsTreq => {
                 put(event::TREQ_R, 1);
                 put(event::TREQ_W, 1 - read);
-                put(event::INPUT, request.iova.0);
-            }
-            EventKind::FTranslForbidden => {
-                put(event::RNW, read);
                 put(event::INPUT, request.iova.0);
             }
             EventKind::FWalkEabt
