@@ -4,14 +4,22 @@ use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{AddressSpace, GuestRam, Iommu, IommuRegion, Iova, IovaRange};
 use proptest::prelude::*;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_RNG};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT as _};
 
 use super::*;
 use crate::bus::{Bus, BusDevice as _};
 use crate::interrupt::{MsiMessage, MsiVector as _};
 use crate::pause::PauseRequest;
 use crate::pci::{MsiRetranslator, PciRoot};
+use crate::queue::QueuePosition;
 use crate::rig::{self, Board, NEXT, RAM, REQUESTER, Ring};
 use crate::virtio::rng::Rng;
+
+const TABLE: u64 = super::TABLE as u64;
+const PENDING: u64 = super::PENDING as u64;
+const NOTIFY: u64 = super::NOTIFY as u64;
+const DEVICE: u64 = super::DEVICE as u64;
 
 mod access;
 

@@ -1,0 +1,513 @@
+//! The PCI transport (virtio 1.2 §4.1), modern devices only.
+
+mod capabilities;
+mod common_cfg;
+mod queues;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use iommu::Gpa;
+use log::{debug, warn};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use zerocopy::IntoBytes as _;
+
+pub use self::capabilities::BAR_SIZE;
+use self::capabilities::{
+    COMMON, Capabilities, DEVICE, NOTIFY, NOTIFY_MULTIPLIER, PENDING, STRUCTURE, TABLE, ids,
+};
+use self::common_cfg::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Registers, Write};
+use self::queues::QueueSetup;
+
+use super::device::{VirtioDevice, read_image};
+use crate::error::Chain;
+use crate::failure::DeviceError;
+use crate::interrupt::{Doorbells, MsiAllocator};
+use crate::pause::{Deferral, Resumable};
+use crate::pci::{Bar, BarMove, ConfigSpace, Msix, PciFunction, Requester};
+use crate::queue::{Interrupt, RunningQueue};
+
+/// Entries of the MSI-X table that fit before the next structure.
+const MAX_ENTRIES: usize = 256;
+/// Lines that a driver's mistakes get in the log as warnings.
+const MAX_COMPLAINTS: u32 = 16;
+/// Receives whether ATS is enabled, when the guest changes it.
+pub type AtsHook = Box<dyn Fn(bool) + Send + Sync>;
+
+/// Resources of a function besides its device.
+pub struct VirtioPciResources {
+    /// Memory view and MSI target.
+    pub requester: Requester,
+    /// Gives the interrupt sources.
+    pub msi: Arc<dyn MsiAllocator>,
+    /// Attaches kicks.
+    pub doorbells: Arc<dyn Doorbells>,
+    /// Where BAR 0 is at first.
+    pub bar: Gpa,
+    /// Offers ATS, and is told when it is switched.
+    pub ats: Option<AtsHook>,
+}
+
+/// The ATS capability, as its owner was last told of it.
+struct Ats {
+    enabled: bool,
+    hook: AtsHook,
+}
+
+struct State {
+    device: Box<dyn VirtioDevice>,
+    config: ConfigSpace,
+    msix: Msix,
+    capabilities: Capabilities,
+    common: Registers,
+    bus_master: bool,
+    complaints: u32,
+    ats: Option<Ats>,
+    bar: Option<Bar>,
+    queues: Vec<QueueSetup>,
+    config_interrupt: Interrupt,
+}
+
+/// A virtio device as a PCI function.
+///
+/// One lock guards all of it; it is the outermost one (see the crate `iommu`):
+/// it is taken on a vCPU and held while the device starts or stops queues.
+pub struct VirtioPci {
+    name: String,
+    requester: Requester,
+    doorbells: Arc<dyn Doorbells>,
+    inline: bool,
+    kicks: Vec<Arc<EventFd>>,
+    offered: u64,
+    placed: Mutex<Option<Gpa>>,
+    state: Mutex<State>,
+}
+
+impl VirtioPci {
+    /// The function around `device`; `name` is for the log.
+    ///
+    /// # Errors
+    /// No eventfd or interrupt source is left.
+    pub fn new(
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        resources: VirtioPciResources,
+    ) -> io::Result<Arc<Self>> {
+        let VirtioPciResources {
+            requester,
+            msi,
+            doorbells,
+            bar,
+            ats,
+        } = resources;
+        let interrupt = || -> io::Result<Interrupt> {
+            let vector = msi.vector()?;
+            requester.msi.add(Arc::clone(&vector));
+            Ok(Interrupt::new(vector))
+        };
+        let mut queues = Vec::new();
+        for &max in device.queue_sizes() {
+            let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            queues.push(QueueSetup::new(max, kick, interrupt()?));
+        }
+        let config_interrupt = interrupt()?;
+        let bar = Bar {
+            base: bar,
+            size: BAR_SIZE,
+        };
+        let mut config = ConfigSpace::new(&ids(device.device_type()), Some(bar));
+        let sources = queues.len() + 1;
+        let entries = u16::try_from(sources.min(MAX_ENTRIES)).unwrap_or(1);
+        let target = Arc::clone(&requester.msi);
+        let msix = Msix::new(&mut config, target, entries, sources, (TABLE, PENDING));
+        let capabilities = Capabilities::add(&mut config, ats.is_some());
+        let ats = ats.map(|hook| Ats {
+            enabled: false,
+            hook,
+        });
+        let function = Arc::new(Self {
+            name: name.to_owned(),
+            doorbells,
+            inline: device.inline(),
+            kicks: queues.iter().map(|queue| Arc::clone(&queue.kick)).collect(),
+            offered: offered(&*device, &requester),
+            placed: Mutex::default(),
+            requester,
+            state: Mutex::new(State {
+                device,
+                config,
+                msix,
+                capabilities,
+                common: Registers::new(),
+                bus_master: false,
+                complaints: 0,
+                ats,
+                bar: None,
+                queues,
+                config_interrupt,
+            }),
+        });
+        let weak = Arc::downgrade(&function);
+        let mut state = function.lock();
+        state.device.set_failure_callback(Box::new(move || {
+            if let Some(function) = weak.upgrade() {
+                function.check();
+            }
+        }));
+        drop(state);
+        Ok(function)
+    }
+
+    /// Sets what interrupts the device's work on its queues and resumes it.
+    /// Called once, when the function is made.
+    pub fn set_deferral(self: &Arc<Self>, deferral: Deferral) {
+        let function: Weak<Self> = Arc::downgrade(self);
+        deferral.resumes(function);
+        self.lock().device.set_deferral(deferral);
+    }
+
+    /// Shows the driver a failure, or a change of the device configuration, that
+    /// happened away from the vCPUs, if there was one.
+    pub fn check(&self) {
+        let mut state = self.lock();
+        if let Some(failure) = state.device.take_failure() {
+            self.fail(&mut state, &failure);
+        }
+        if state.device.take_config_change() {
+            state.common.next_generation();
+            state.config_interrupt.signal();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Logs what a driver did wrong; a driver that goes on and on does not
+    /// fill the host's log.
+    fn complain(&self, state: &mut State, text: &str) {
+        match state.complaints {
+            0..MAX_COMPLAINTS => warn!("{}: {text}", self.name),
+            MAX_COMPLAINTS => warn!("{}: more of this is not logged", self.name),
+            _ => debug!("{}: {text}", self.name),
+        }
+        state.complaints = state.complaints.saturating_add(1);
+    }
+
+    fn fail(&self, state: &mut State, failure: &DeviceError) {
+        if state.common.status & NEEDS_RESET == 0 {
+            self.complain(state, &Chain(failure).to_string());
+            state.common.status |= NEEDS_RESET;
+            state.common.next_generation();
+            state.config_interrupt.signal();
+        }
+    }
+
+    fn write_status(&self, state: &mut State, status: u8) {
+        if status == 0 {
+            self.reset(state);
+            return;
+        }
+        let new = status & !state.common.status & !NEEDS_RESET;
+        if new & FEATURES_OK != 0 && !self.negotiate(state) {
+            state.common.status |= status & !NEEDS_RESET & !FEATURES_OK;
+            return;
+        }
+        state.common.status |= new;
+        self.start_queues(state);
+    }
+
+    fn negotiate(&self, state: &mut State) -> bool {
+        let wanted = state.common.driver_features;
+        let must = self.offered & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM);
+        if wanted & !self.offered != 0 || wanted & must != must {
+            let problem = format!("the driver's features {wanted:#x} cannot be served");
+            self.complain(state, &problem);
+            return false;
+        }
+        match state.device.negotiated(wanted) {
+            Ok(()) => true,
+            Err(failure) => {
+                self.complain(state, &Chain(&failure).to_string());
+                false
+            }
+        }
+    }
+
+    fn reset(&self, state: &mut State) {
+        stop_queues(state);
+        state.device.reset();
+        debug!("{}: reset", self.name);
+        for queue in &mut state.queues {
+            queue.clear();
+        }
+        state.msix.unbind_all();
+        state.common.reset();
+    }
+
+    fn start_queues(&self, state: &mut State) {
+        for index in 0..state.queues.len() {
+            self.start(state, index);
+        }
+    }
+
+    /// Starts a queue if the driver has enabled it and is ready, and the
+    /// function may reach memory.
+    fn start(&self, state: &mut State, index: usize) {
+        const READY: u8 = FEATURES_OK | DRIVER_OK;
+        let features = state.common.driver_features;
+        let ready = state.common.status & (READY | NEEDS_RESET) == READY && state.bus_master;
+        let Ok(number) = u16::try_from(index) else {
+            return;
+        };
+        let Some(setup) = state.queues.get_mut(index) else {
+            return;
+        };
+        if !ready || !setup.enabled || setup.running {
+            return;
+        }
+        let started = setup.build(number, features).and_then(|queue| {
+            let started = RunningQueue {
+                queue,
+                dma: self.requester.space.dma(),
+                kick: Arc::clone(&setup.kick),
+                interrupt: setup.interrupt.clone(),
+            };
+            state.device.start_queue(number, started)
+        });
+        match started {
+            Ok(()) => setup.running = true,
+            Err(failure) => self.fail(state, &failure),
+        }
+    }
+
+    fn reset_queue(&self, state: &mut State) {
+        let index = state.common.queue_select;
+        let negotiated = state.common.ring_reset();
+        if let Some(queue) = state.queues.get_mut(usize::from(index))
+            && negotiated
+        {
+            if queue.running {
+                state.device.stop_queue(index);
+            }
+            queue.clear();
+            state.msix.bind(usize::from(index), None);
+        }
+    }
+
+    fn kicked(&self, state: &mut State, index: u16) {
+        let Some(queue) = state.queues.get(usize::from(index)) else {
+            return;
+        };
+        if !self.inline {
+            let _ = queue.kick.write(1);
+            return;
+        }
+        if queue.running
+            && state.common.status & NEEDS_RESET == 0
+            && let Err(failure) = state.device.kicked(index)
+        {
+            self.fail(state, &failure);
+        }
+    }
+
+    /// Follows a change of the configuration space.
+    fn config_written(&self, state: &mut State) {
+        let State {
+            config, msix, ats, ..
+        } = state;
+        msix.config_written(config);
+        if let (Some(ats), Some(enabled)) = (ats, state.capabilities.ats_enabled(config))
+            && enabled != ats.enabled
+        {
+            ats.enabled = enabled;
+            (ats.hook)(enabled);
+        }
+        let bus_master = config.bus_master();
+        if bus_master != state.bus_master {
+            state.bus_master = bus_master;
+            // Queues keep their position and go on from it.
+            if bus_master {
+                self.start_queues(state);
+            } else {
+                stop_queues(state);
+            }
+        }
+    }
+
+    fn write_common(&self, state: &mut State, offset: u64, data: &[u8]) {
+        let Some(write) = state.common.write(offset, data) else {
+            return;
+        };
+        let select = usize::from(state.common.queue_select);
+        let sources = state.queues.len();
+        let vectors = state.msix.entries();
+        let valid = |vector: u16| Some(vector).filter(|&vector| usize::from(vector) < vectors);
+        let queue = state.queues.get_mut(select);
+        match (write, queue) {
+            (Write::Status(status), _) => self.write_status(state, status),
+            (Write::ConfigVector(vector), _) => {
+                state.common.config_vector = valid(vector).unwrap_or(NO_VECTOR);
+                state.msix.bind(sources, valid(vector));
+            }
+            (Write::QueueReset, _) => self.reset_queue(state),
+            (_, None) => {}
+            (Write::QueueVector(vector), Some(queue)) => {
+                queue.vector = valid(vector).unwrap_or(NO_VECTOR);
+                state.msix.bind(select, valid(vector));
+            }
+            (Write::QueueEnable, Some(queue)) => {
+                queue.enabled = true;
+                self.start(state, select);
+            }
+            // Size and addresses of a queue that is enabled do not change.
+            (_, Some(queue)) if queue.enabled => {}
+            (Write::QueueSize(size), Some(queue)) => queue.size = size,
+            (Write::QueueRing { ring, value, mask }, Some(queue)) => {
+                queue.set_ring(ring, value, mask);
+            }
+        }
+    }
+
+    /// Reads the structures in the BAR at `offset` bytes, all of the access
+    /// under one hold of the lock: no field is seen half changed.
+    fn read_structure(&self, state: &mut State, offset: u64, data: &mut [u8]) {
+        let (structure, offset) = split(offset);
+        match structure {
+            COMMON => {
+                if let Some(failure) = state.device.take_failure() {
+                    self.fail(state, &failure);
+                }
+                let common = state.common.read(self.offered, &state.queues);
+                read_image(common.as_bytes(), offset, data);
+            }
+            DEVICE => state.device.read_config(offset, data),
+            TABLE => state.msix.read_table(offset, data),
+            PENDING => state.msix.read_pending(offset, data),
+            // The ISR is for INTx, which is not offered.
+            _ => data.fill(0),
+        }
+    }
+
+    /// Writes the structures in the BAR at `offset` bytes.
+    fn write_structure(&self, state: &mut State, offset: u64, data: &[u8]) {
+        let (structure, offset) = split(offset);
+        match structure {
+            COMMON => self.write_common(state, offset, data),
+            DEVICE => state.device.write_config(offset, data),
+            NOTIFY => {
+                let queue = offset / u64::from(NOTIFY_MULTIPLIER);
+                if let Ok(queue) = u16::try_from(queue) {
+                    self.kicked(state, queue);
+                }
+            }
+            TABLE => state.msix.write_table(offset, data),
+            _ => {}
+        }
+    }
+}
+
+fn stop_queues(state: &mut State) {
+    for (index, queue) in (0..).zip(&mut state.queues) {
+        if queue.running {
+            let position = state.device.stop_queue(index);
+            queue.position = position.unwrap_or_default();
+            queue.running = false;
+        }
+    }
+}
+
+/// The structure at an offset into the BAR, and the offset into the structure.
+fn split(offset: u64) -> (u32, u64) {
+    let inside = offset % u64::from(STRUCTURE);
+    (u32::try_from(offset - inside).unwrap_or(u32::MAX), inside)
+}
+
+fn offered(device: &dyn VirtioDevice, requester: &Requester) -> u64 {
+    let mut features = device.features() | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_RING_RESET;
+    if requester.space.region().is_some() {
+        features |= 1 << VIRTIO_F_ACCESS_PLATFORM;
+    }
+    features
+}
+
+impl Resumable for VirtioPci {
+    fn resume(&self) {
+        let mut state = self.lock();
+        for index in (0..).take(state.queues.len()) {
+            self.kicked(&mut state, index);
+        }
+    }
+}
+
+impl PciFunction for VirtioPci {
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        let mut state = self.lock();
+        state.config.read(offset, data);
+        if let Some((at, len)) =
+            (state.capabilities).access_window(&state.config, offset, data.len())
+        {
+            let mut bytes = [0; 4];
+            if let Some(window) = bytes.get_mut(..len) {
+                self.read_structure(&mut state, at, window);
+            }
+            data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+        }
+    }
+
+    fn write_config(&self, offset: u16, data: &[u8]) -> Option<BarMove> {
+        let mut state = self.lock();
+        state.config.write(offset, data);
+        if state.capabilities.initiates_reset(&state.config) {
+            self.reset(&mut state);
+            state.msix.reset();
+            state.config.reset();
+        }
+        self.config_written(&mut state);
+        let to = state.config.bar();
+        let moved = to != state.bar;
+        state.bar = to;
+        if let Some((at, len)) =
+            (state.capabilities).access_window(&state.config, offset, data.len())
+        {
+            self.write_structure(&mut state, at, data.get(..len).unwrap_or(data));
+        }
+        moved.then_some(BarMove { to })
+    }
+
+    fn placed(&self, at: Option<Gpa>) {
+        if self.inline {
+            return;
+        }
+        let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = |base: Gpa, index: usize| {
+            Gpa(base.0 + u64::from(NOTIFY) + index as u64 * u64::from(NOTIFY_MULTIPLIER))
+        };
+        for (index, kick) in self.kicks.iter().enumerate() {
+            let outcome = match (*placed, at) {
+                (Some(old), None) => self.doorbells.detach(address(old, index), kick),
+                (None, Some(new)) => self.doorbells.attach(address(new, index), kick),
+                _ => Ok(()),
+            };
+            if let Err(error) = outcome {
+                // Kicks then take the way through this process.
+                warn!("{}: doorbell of queue {index}: {error}", self.name);
+            }
+        }
+        *placed = at;
+    }
+
+    fn read_bar(&self, offset: u64, data: &mut [u8]) {
+        self.read_structure(&mut self.lock(), offset, data);
+    }
+
+    fn write_bar(&self, offset: u64, data: &[u8]) {
+        self.write_structure(&mut self.lock(), offset, data);
+    }
+}
+
+#[cfg(test)]
+mod tests;
