@@ -6,10 +6,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_RESET;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::queues::QueueSetup;
-
-/// "No vector" (§4.1.5.1.2).
-pub(super) const NO_VECTOR: u16 = 0xffff;
+use super::queues::{NO_VECTOR, QueueSetup};
 
 // Bits of `device_status` (§2.1).
 pub(super) const DRIVER_OK: u8 = 4;
@@ -58,6 +55,7 @@ const RINGS: [usize; 3] = [
 ];
 
 /// The registers that are no queue's.
+#[derive(Default)]
 pub(super) struct Registers {
     device_select: u32,
     driver_select: u32,
@@ -86,24 +84,13 @@ pub(super) enum Write {
 }
 
 impl Registers {
-    pub(super) fn new() -> Self {
+    /// The registers after a reset. The generation only ever rises.
+    pub(super) fn new(generation: u8) -> Self {
         Self {
-            device_select: 0,
-            driver_select: 0,
-            driver_features: 0,
             config_vector: NO_VECTOR,
-            status: 0,
-            generation: 0,
-            queue_select: 0,
+            generation,
+            ..Self::default()
         }
-    }
-
-    /// Resets all but the generation, which only ever rises.
-    pub(super) fn reset(&mut self) {
-        *self = Self {
-            generation: self.generation,
-            ..Self::new()
-        };
     }
 
     /// Marks the device configuration as changed.

@@ -19,9 +19,8 @@ pub use self::capabilities::BAR_SIZE;
 use self::capabilities::{
     COMMON, Capabilities, DEVICE, NOTIFY, NOTIFY_MULTIPLIER, PENDING, STRUCTURE, TABLE, ids,
 };
-use self::common_cfg::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Registers, Write};
-use self::queues::QueueSetup;
-
+use self::common_cfg::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Registers, Write};
+use self::queues::{NO_VECTOR, QueueSetup};
 use super::device::{VirtioDevice, read_image};
 use crate::error::Chain;
 use crate::failure::DeviceError;
@@ -34,6 +33,7 @@ use crate::queue::{Interrupt, RunningQueue};
 const MAX_ENTRIES: usize = 256;
 /// Lines that a driver's mistakes get in the log as warnings.
 const MAX_COMPLAINTS: u32 = 16;
+
 /// Receives whether ATS is enabled, when the guest changes it.
 pub type AtsHook = Box<dyn Fn(bool) + Send + Sync>;
 
@@ -41,18 +41,19 @@ pub type AtsHook = Box<dyn Fn(bool) + Send + Sync>;
 pub struct VirtioPciResources {
     /// Memory view and MSI target.
     pub requester: Requester,
-    /// Gives the interrupt sources.
+    /// Allocates the interrupt sources.
     pub msi: Arc<dyn MsiAllocator>,
     /// Attaches kicks.
     pub doorbells: Arc<dyn Doorbells>,
-    /// Where BAR 0 is at first.
+    /// The initial address of BAR 0.
     pub bar: Gpa,
-    /// Offers ATS, and is told when it is switched.
+    /// Receives changes of the ATS enable bit; `None` offers no ATS.
     pub ats: Option<AtsHook>,
 }
 
-/// The ATS capability, as its owner was last told of it.
+/// The ATS capability.
 struct Ats {
+    /// The state that `hook` received last.
     enabled: bool,
     hook: AtsHook,
 }
@@ -141,7 +142,7 @@ impl VirtioPci {
                 config,
                 msix,
                 capabilities,
-                common: Registers::new(),
+                common: Registers::new(0),
                 bus_master: false,
                 complaints: 0,
                 ats,
@@ -245,7 +246,7 @@ impl VirtioPci {
             queue.clear();
         }
         state.msix.unbind_all();
-        state.common.reset();
+        state.common = Registers::new(state.common.generation);
     }
 
     fn start_queues(&self, state: &mut State) {

@@ -6,10 +6,12 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::common_cfg::NO_VECTOR;
 use crate::failure::DeviceError;
 use crate::pci::halves;
 use crate::queue::{Interrupt, QueuePosition};
+
+/// "No vector" (§4.1.5.1.2).
+pub(super) const NO_VECTOR: u16 = 0xffff;
 
 /// The registers of a queue, and its device's ends of kicks and interrupts.
 pub(super) struct QueueSetup {
