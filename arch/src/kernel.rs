@@ -4,6 +4,13 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
+use crate::platform::Initrd;
+
+/// A kernel or an initial ramdisk: read to ordinary memory, and to a guest's.
+pub trait KernelFile: Read + ReadVolatile + Seek {}
+
+impl<F: Read + ReadVolatile + Seek> KernelFile for F {}
+
 /// Why a kernel or an initial ramdisk cannot be loaded. The caller names the
 /// file.
 #[derive(Debug, thiserror::Error)]
@@ -279,22 +286,33 @@ pub(crate) fn length<F: Seek>(file: &mut F) -> Result<u64, Error> {
 
 /// Copies `size` bytes of `file` at `offset` to guest memory at `base`. The
 /// caller has checked that there is RAM.
-pub(crate) fn copy<M, F>(
+pub(crate) fn copy<M: GuestMemoryBackend, F: KernelFile>(
     memory: &M,
     file: &mut F,
     offset: u64,
     base: u64,
     size: u64,
-) -> Result<(), Error>
-where
-    M: GuestMemoryBackend,
-    F: ReadVolatile + Seek,
-{
+) -> Result<(), Error> {
     file.seek(SeekFrom::Start(offset)).map_err(Error::Read)?;
     let count = usize::try_from(size).unwrap_or(usize::MAX);
     memory
         .read_exact_volatile_from(GuestAddress(base), file, count)
         .map_err(|error| Error::Read(io::Error::other(error)))
+}
+
+/// Copies an initial ramdisk to the address that `place` returns for its length in bytes.
+///
+/// # Errors
+/// `place` fails, or the file cannot be read.
+pub(crate) fn load_initrd<M: GuestMemoryBackend, F: KernelFile>(
+    memory: &M,
+    file: &mut F,
+    place: impl FnOnce(u64) -> Result<u64, Error>,
+) -> Result<Initrd, Error> {
+    let size = length(file)?;
+    let base = place(size)?;
+    copy(memory, file, 0, base, size)?;
+    Ok(Initrd { base, size })
 }
 
 /// The error for `size` bytes that find no room from `from` to `end`.

@@ -10,6 +10,8 @@
 //! built for and carry the same names on both. Everything that does not need
 //! the other architecture's KVM types is compiled, and tested, on both.
 
+#![warn(unreachable_pub, clippy::missing_errors_doc)]
+
 pub mod aarch64;
 pub mod kernel;
 pub mod platform;
@@ -70,6 +72,25 @@ pub enum Error {
 pub use aarch64::{boot, cpu, layout};
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{boot, cpu, layout};
+
+impl Error {
+    /// Refuses a RAM size that no page or layout can hold; `min` and `max` are inclusive.
+    fn check_ram_size(size: u64, min: u64, max: u64) -> Result<(), Self> {
+        if !(min..=max).contains(&size) || !size.is_multiple_of(4096) {
+            return Err(Self::RamSize { size, min, max });
+        }
+        Ok(())
+    }
+
+    /// Refuses a command line of more than `max` bytes.
+    fn check_cmdline(cmdline: &str, max: usize) -> Result<(), Self> {
+        let len = cmdline.len();
+        if len > max {
+            return Err(Self::Cmdline { len, max });
+        }
+        Ok(())
+    }
+}
 
 /// An error and what it came from, for the loaders' tests.
 #[cfg(test)]

@@ -6,25 +6,17 @@
 
 mod image;
 
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, SeekFrom};
 
 use flate2::bufread::GzDecoder;
 use ruzstd::decoding::StreamingDecoder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::Error;
+pub use crate::aarch64::cpu::Entry;
 use crate::aarch64::{fdt, layout};
-use crate::kernel::{self, Compression, Format, HEAD, Probe, Zboot};
-use crate::platform::{Initrd, Platform, Range};
-
-/// Where the first vCPU starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
-    /// First instruction.
-    pub pc: u64,
-    /// Address of the device tree, for X0.
-    pub fdt: u64,
-}
+use crate::kernel::{self, Compression, Format, HEAD, KernelFile, Probe, Zboot};
+use crate::platform::{Platform, Range};
 
 const FORMATS: &str = "an Image, compressed or not, or an EFI zboot vmlinuz is needed";
 /// Upper bound on the window of a zstd stream, in bytes: that of the highest
@@ -41,35 +33,26 @@ const INITRD_ALIGN: u64 = 0x20_0000;
 /// The kernel or the initial ramdisk is unsuitable, damaged or too large, the
 /// command line is too long, or `memory` is not laid out as
 /// [`layout::ram_ranges`] says.
-pub fn load<M, K, I>(
+pub fn load<M: GuestMemoryBackend, K: KernelFile, I: KernelFile>(
     memory: &M,
     platform: &Platform,
     kernel: &mut K,
     initrd: Option<&mut I>,
-) -> Result<Entry, Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-    I: Read + ReadVolatile + Seek,
-{
-    let len = platform.cmdline.len();
-    if len > CMDLINE_MAX {
-        return Err(Error::Cmdline {
-            len,
-            max: CMDLINE_MAX,
-        });
-    }
+) -> Result<Entry, Error> {
+    Error::check_cmdline(&platform.cmdline, CMDLINE_MAX)?;
     let ram_end = platform.ram.first().map_or(0, Range::end);
     let image = load_kernel(memory, kernel, ram_end).map_err(Error::Kernel)?;
-    let initrd = match initrd {
-        Some(file) => {
-            // Right behind the kernel: within the 32 GiB around it that the
-            // boot protocol asks for.
-            let base = image.end().next_multiple_of(INITRD_ALIGN);
-            Some(load_initrd(memory, file, base, ram_end).map_err(Error::Initrd)?)
-        }
-        None => None,
+    // Directly after the kernel: the boot protocol asks for a place within the
+    // 32 GiB around it.
+    let base = image.end().next_multiple_of(INITRD_ALIGN);
+    let place = |size: u64| match base.checked_add(size) {
+        Some(end) if end <= ram_end => Ok(base),
+        _ => Err(kernel::does_not_fit(size, base, ram_end)),
     };
+    let initrd = initrd
+        .map(|file| kernel::load_initrd(memory, file, place))
+        .transpose()
+        .map_err(Error::Initrd)?;
     let tree = fdt::tree(platform, initrd)?;
     if tree.len() as u64 > layout::FDT.size {
         return Err(Error::Tables {
@@ -84,11 +67,11 @@ where
     })
 }
 
-fn load_kernel<M, K>(memory: &M, file: &mut K, ram_end: u64) -> Result<Range, kernel::Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-{
+fn load_kernel<M: GuestMemoryBackend, K: KernelFile>(
+    memory: &M,
+    file: &mut K,
+    ram_end: u64,
+) -> Result<Range, kernel::Error> {
     let Probe { format, head, size } = kernel::probe(file)?;
     let (offset, length, compression) = match &format {
         Format::Arm64Image => {
@@ -186,24 +169,6 @@ fn fill<R: Read>(stream: &mut R, chunk: &mut [u8]) -> Result<usize, kernel::Erro
         }
     }
     Ok(filled)
-}
-
-fn load_initrd<M, I>(
-    memory: &M,
-    file: &mut I,
-    base: u64,
-    ram_end: u64,
-) -> Result<Initrd, kernel::Error>
-where
-    M: GuestMemoryBackend,
-    I: ReadVolatile + Seek,
-{
-    let size = kernel::length(file)?;
-    if base.checked_add(size).is_none_or(|end| end > ram_end) {
-        return Err(kernel::does_not_fit(size, base, ram_end));
-    }
-    kernel::copy(memory, file, 0, base, size)?;
-    Ok(Initrd { base, size })
 }
 
 #[cfg(test)]

@@ -1,6 +1,13 @@
 //! The registers a vCPU starts with, as KVM register IDs and values.
 
-use crate::aarch64::boot::Entry;
+/// Where the first vCPU starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// First instruction.
+    pub pc: u64,
+    /// Guest physical address of the device tree, for X0.
+    pub fdt: u64,
+}
 
 /// `KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE`.
 const CORE_U64: u64 = 0x6000_0000_0000_0000 | 0x0030_0000_0000_0000 | 0x0010_0000;

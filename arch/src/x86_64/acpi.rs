@@ -11,8 +11,7 @@ use acpi_tables::xsdt::XSDT;
 
 use crate::Error;
 use crate::platform::{IommuModel, IommuNode, PciHost, Platform, PowerPorts, Range};
-use crate::x86_64::dsdt::dsdt;
-use crate::x86_64::layout;
+use crate::x86_64::{dsdt, layout};
 
 const OEM_ID: [u8; 6] = *b"PORTCL";
 const OEM_TABLE_ID: [u8; 8] = *b"PORTCLIS";
@@ -27,7 +26,7 @@ const FIRST_X2APIC_ID: u32 = 255;
 const IOAPIC_ID: u8 = 0;
 
 /// An empty table with this crate's identification.
-pub(crate) fn table(signature: [u8; 4], revision: u8) -> Sdt {
+fn table(signature: [u8; 4], revision: u8) -> Sdt {
     // 36 bytes: the common header, ACPI 6.5 §5.2.6.
     Sdt::new(signature, 36, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION)
 }
@@ -42,7 +41,9 @@ pub fn tables(platform: &Platform, room: Range) -> Result<Vec<u8>, Error> {
         base: room.base,
         bytes: vec![0; Rsdp::len()],
     };
-    let dsdt = blob.place(&dsdt(platform));
+    let mut dsdt = table(*b"DSDT", 2);
+    dsdt.append_slice(&dsdt::definition_block(platform));
+    let dsdt = blob.place(&dsdt);
     let mut entries = vec![blob.place(&fadt(dsdt)), blob.place(&madt(platform.cpus))];
     if let Some(pci) = &platform.pci {
         entries.push(blob.place(&mcfg(pci)));

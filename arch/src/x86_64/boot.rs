@@ -6,48 +6,27 @@
 
 mod bzimage;
 mod elf;
-
-use std::io::{Read, Seek};
+mod image;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_MEMMAP_TYPE_ACPI, XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED,
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::Error;
-use crate::kernel::{self, Format};
+use crate::kernel::{self, Format, KernelFile};
 use crate::platform::{Initrd, Platform, PowerPorts, Range};
-use crate::x86_64::{acpi, layout};
-
-/// Where and how the first vCPU starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
-    /// 32-bit protected mode at `ip`, `ebx` = address of the PVH start info.
-    Pvh {
-        /// First instruction.
-        ip: u64,
-        /// Address of `hvm_start_info`.
-        start_info: u64,
-    },
-    /// 64-bit mode at `ip`, `rsi` = address of the boot parameters.
-    Linux64 {
-        /// First instruction.
-        ip: u64,
-        /// Address of `boot_params`.
-        zero_page: u64,
-    },
-}
+pub use crate::x86_64::cpu::Entry;
+use crate::x86_64::{acpi, cpu, layout};
+use image::{Image, ImageEntry, PAGE};
 
 const FORMATS: &str = "an ELF vmlinux or a bzImage is needed";
 /// The 64-bit entry is this far into the protected-mode code.
 const ENTRY_64: u64 = 0x200;
-/// Linux takes this much when the file does not say (ELF).
-const CMDLINE_MAX: usize = 2047;
 /// Any boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xFF;
-const PAGE: u64 = 4096;
 
 /// Loads everything a machine needs to start and returns where it starts.
 ///
@@ -55,24 +34,19 @@ const PAGE: u64 = 4096;
 /// The kernel or the initial ramdisk is unsuitable, damaged or too large, the
 /// command line is too long, or `memory` is not laid out as
 /// [`layout::ram_ranges`] says.
-pub fn load<M, K, I>(
+pub fn load<M: GuestMemoryBackend, K: KernelFile, I: KernelFile>(
     memory: &M,
     platform: &Platform,
     kernel: &mut K,
     initrd: Option<&mut I>,
-) -> Result<Entry, Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-    I: Read + ReadVolatile + Seek,
-{
+) -> Result<Entry, Error> {
     let low_end = platform.ram.first().map_or(0, Range::end);
     let image = load_kernel(memory, kernel, low_end).map_err(Error::Kernel)?;
-    let initrd = match initrd {
-        Some(file) => Some(load_initrd(memory, file, &image, low_end).map_err(Error::Initrd)?),
-        None => None,
-    };
-    write_cmdline(memory, &platform.cmdline, image.cmdline_max)?;
+    let initrd = initrd
+        .map(|file| kernel::load_initrd(memory, file, |size| place_initrd(size, &image, low_end)))
+        .transpose()
+        .map_err(Error::Initrd)?;
+    write_cmdline(memory, platform, image.cmdline_max)?;
     let tables = acpi::tables(platform, layout::ACPI)?;
     memory.write_slice(&tables, GuestAddress(layout::ACPI.base))?;
     write_reset_vector(memory)?;
@@ -96,26 +70,11 @@ where
     }
 }
 
-/// A kernel in guest memory.
-struct Image {
-    /// First address the kernel does not need before it manages memory itself.
-    end: u64,
-    /// The initial ramdisk must end at or below this address.
-    initrd_limit: u64,
-    cmdline_max: usize,
-    entry: ImageEntry,
-}
-
-enum ImageEntry {
-    Pvh(u64),
-    Linux64(setup_header),
-}
-
-fn load_kernel<M, K>(memory: &M, file: &mut K, low_end: u64) -> Result<Image, kernel::Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-{
+fn load_kernel<M: GuestMemoryBackend, K: KernelFile>(
+    memory: &M,
+    file: &mut K,
+    low_end: u64,
+) -> Result<Image, kernel::Error> {
     let probe = kernel::probe(file)?;
     match &probe.format {
         format @ Format::Elf(_) if format.architecture().as_deref() == Some("x86_64") => {
@@ -126,44 +85,27 @@ where
     }
 }
 
-/// Places the initial ramdisk as high as the kernel and RAM allow.
-fn load_initrd<M, I>(
-    memory: &M,
-    file: &mut I,
-    image: &Image,
-    low_end: u64,
-) -> Result<Initrd, kernel::Error>
-where
-    M: GuestMemoryBackend,
-    I: ReadVolatile + Seek,
-{
+/// Address of an initial ramdisk of `size` bytes: as high as the kernel and RAM allow.
+fn place_initrd(size: u64, image: &Image, low_end: u64) -> Result<u64, kernel::Error> {
     let (end, limit) = (image.end, image.initrd_limit);
     if limit < end {
         return Err(kernel::Error::NoPlace { limit, end });
     }
-    let size = kernel::length(file)?;
     let top = limit.min(low_end);
-    let base = top
-        .checked_sub(size)
+    top.checked_sub(size)
         .map(|base| base & !(PAGE - 1))
         .filter(|&base| base >= end)
-        .ok_or_else(|| kernel::does_not_fit(size, end, top))?;
-    kernel::copy(memory, file, 0, base, size)?;
-    Ok(Initrd { base, size })
+        .ok_or_else(|| kernel::does_not_fit(size, end, top))
 }
 
 fn write_cmdline<M: GuestMemoryBackend>(
     memory: &M,
-    cmdline: &str,
+    platform: &Platform,
     max: usize,
 ) -> Result<(), Error> {
     let room = usize::try_from(layout::CMDLINE.size - 1).unwrap_or(0);
-    let max = max.min(room);
-    let len = cmdline.len();
-    if len > max {
-        return Err(Error::Cmdline { len, max });
-    }
-    let mut bytes = cmdline.as_bytes().to_vec();
+    Error::check_cmdline(&platform.cmdline, max.min(room))?;
+    let mut bytes = platform.cmdline.as_bytes().to_vec();
     bytes.push(0);
     memory.write_slice(&bytes, GuestAddress(layout::CMDLINE.base))?;
     Ok(())
@@ -320,7 +262,7 @@ fn write_page_tables<M: GuestMemoryBackend>(memory: &M) -> Result<(), Error> {
             .collect();
         memory.write_slice(&entries, GuestAddress(directory))?;
     }
-    for (index, descriptor) in super::cpu::GDT.iter().enumerate() {
+    for (index, descriptor) in cpu::GDT.iter().enumerate() {
         memory.write_obj(*descriptor, GuestAddress(layout::GDT + 8 * index as u64))?;
     }
     Ok(())

@@ -4,8 +4,26 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 
-use crate::x86_64::boot::Entry;
 use crate::x86_64::layout;
+
+/// Where and how the first vCPU starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 32-bit protected mode at `ip`, `ebx` = address of the PVH start info.
+    Pvh {
+        /// First instruction.
+        ip: u64,
+        /// Address of `hvm_start_info`.
+        start_info: u64,
+    },
+    /// 64-bit mode at `ip`, `rsi` = address of the boot parameters.
+    Linux64 {
+        /// First instruction.
+        ip: u64,
+        /// Address of `boot_params`.
+        zero_page: u64,
+    },
+}
 
 const CODE_64: u64 = descriptor(0xA09B, 0xF_FFFF);
 const DATA: u64 = descriptor(0xC093, 0xF_FFFF);

@@ -1,16 +1,15 @@
 //! The differentiated system description table: which devices there are.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     self, AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed,
     Name, Package, ResourceTemplate, Scope,
 };
-use acpi_tables::{Aml, sdt::Sdt};
 
 use crate::platform::{LegacyDevice, PciHost, Platform, PowerPorts};
-use crate::x86_64::acpi::table;
 
-/// Builds the DSDT of `platform` (ACPI 6.5 §5.2.11.1).
-pub(crate) fn dsdt(platform: &Platform) -> Sdt {
+/// AML of the DSDT of `platform`, without the table's header (ACPI 6.5 §5.2.11.1).
+pub(crate) fn definition_block(platform: &Platform) -> Vec<u8> {
     let mut code = Vec::new();
     Name::new(
         "_S5_".into(),
@@ -23,9 +22,7 @@ pub(crate) fn dsdt(platform: &Platform) -> Sdt {
         pci_root(&mut code, pci);
         ecam_reservation(&mut code, pci);
     }
-    let mut dsdt = table(*b"DSDT", 2);
-    dsdt.append_slice(&code);
-    dsdt
+    code
 }
 
 /// A device with a few I/O ports. The RTC's interrupt is left out: nothing

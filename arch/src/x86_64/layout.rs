@@ -93,13 +93,7 @@ pub const HIMEM: u64 = 0x10_0000;
 /// # Errors
 /// `size` is not a multiple of 4 KiB or not within [`MIN_RAM`] to [`MAX_RAM`].
 pub fn ram_ranges(size: u64) -> Result<Vec<Range>, Error> {
-    if !(MIN_RAM..=MAX_RAM).contains(&size) || !size.is_multiple_of(4096) {
-        return Err(Error::RamSize {
-            size,
-            min: MIN_RAM,
-            max: MAX_RAM,
-        });
-    }
+    Error::check_ram_size(size, MIN_RAM, MAX_RAM)?;
     if size <= HOLE.base {
         return Ok(vec![Range::new(0, size)]);
     }

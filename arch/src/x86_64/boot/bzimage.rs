@@ -2,13 +2,11 @@
 //! `Documentation/arch/x86/boot.rst`). It decompresses itself, whatever its
 //! compression is.
 
-use std::io::{Read, Seek};
-
 use linux_loader::loader::bootparam::setup_header;
-use vm_memory::{ByteValued, GuestMemoryBackend, ReadVolatile};
+use vm_memory::{ByteValued, GuestMemoryBackend};
 
-use super::{CMDLINE_MAX, Image, ImageEntry, PAGE};
-use crate::kernel::{self, Error};
+use super::image::{CMDLINE_MAX, Image, ImageEntry, PAGE};
+use crate::kernel::{self, Error, KernelFile};
 use crate::x86_64::layout;
 
 /// Offset of the setup header in the file.
@@ -20,11 +18,12 @@ const XLF_KERNEL_64: u16 = 1;
 /// `loadflags`: the protected-mode code is loaded at or above 1 MiB.
 const LOADED_HIGH: u8 = 1;
 
-pub(super) fn load<M, K>(memory: &M, file: &mut K, size: u64, low_end: u64) -> Result<Image, Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-{
+pub(super) fn load<M: GuestMemoryBackend, K: KernelFile>(
+    memory: &M,
+    file: &mut K,
+    size: u64,
+    low_end: u64,
+) -> Result<Image, Error> {
     let mut header = setup_header::default();
     let bytes = kernel::read_at(file, size, SETUP_HEADER, size_of::<setup_header>())?;
     header.as_mut_slice().copy_from_slice(&bytes);

@@ -7,10 +7,10 @@
 
 use std::io::{Read, Seek};
 
-use vm_memory::{GuestMemoryBackend, ReadVolatile};
+use vm_memory::GuestMemoryBackend;
 
-use super::{CMDLINE_MAX, Image, ImageEntry, PAGE};
-use crate::kernel::{self, Error, Probe, u16_at, u32_at, u64_at};
+use super::image::{CMDLINE_MAX, Image, ImageEntry, PAGE};
+use crate::kernel::{self, Error, KernelFile, Probe, u16_at, u32_at, u64_at};
 use crate::x86_64::layout;
 
 /// Length of the file header.
@@ -56,16 +56,12 @@ impl Phdr {
     }
 }
 
-pub(super) fn load<M, K>(
+pub(super) fn load<M: GuestMemoryBackend, K: KernelFile>(
     memory: &M,
     file: &mut K,
     probe: &Probe,
     low_end: u64,
-) -> Result<Image, Error>
-where
-    M: GuestMemoryBackend,
-    K: Read + ReadVolatile + Seek,
-{
+) -> Result<Image, Error> {
     let headers = program_headers(file, probe)?;
     let segments = loadable(&headers, low_end)?;
     let entry = pvh_entry(file, probe.size, &headers)?;
