@@ -348,9 +348,6 @@ pub(crate) fn refuse(format: &Format, expected: &'static str, formats: &'static 
 }
 
 #[cfg(test)]
-pub(crate) mod sparse;
-
-#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -15,6 +15,8 @@
 pub mod aarch64;
 pub mod kernel;
 pub mod platform;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod x86_64;
 
 pub use platform::{

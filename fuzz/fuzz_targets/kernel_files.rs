@@ -4,15 +4,15 @@
 #![no_main]
 
 use std::cell::RefCell;
-use std::io::{self, Cursor, Read, Seek, SeekFrom, Write};
+use std::io::{Cursor, Write};
 
+use arch::testing::Sparse;
 use arch::{Platform, aarch64, x86_64};
 use flate2::{Compression, write::GzEncoder};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{GuestAddress, GuestMemoryMmap, ReadVolatile, VolatileMemoryError, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 64 * MIB;
@@ -37,64 +37,6 @@ struct Input<'a> {
     /// Another program changes the file once its first bytes were read.
     later: Vec<Edit>,
     tail: &'a [u8],
-}
-
-/// Bytes, then a hole.
-struct File {
-    bytes: Vec<u8>,
-    later: Option<Vec<u8>>,
-    len: u64,
-    at: u64,
-    read: u64,
-}
-
-impl File {
-    fn new(bytes: Vec<u8>, later: Option<Vec<u8>>, len: u64) -> Self {
-        let (at, read) = (0, 0);
-        Self { bytes, later, len, at, read }
-    }
-}
-
-impl Read for File {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.len.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let count = buf.len().min(left);
-        buf[..count].fill(0);
-        let start = usize::try_from(self.at).unwrap_or(usize::MAX).min(self.bytes.len());
-        let data = &self.bytes[start..];
-        let data = &data[..data.len().min(count)];
-        buf[..data.len()].copy_from_slice(data);
-        if let Some(later) = self.later.take() {
-            self.bytes = later;
-        }
-        self.at += count as u64;
-        self.read += count as u64;
-        Ok(count)
-    }
-}
-
-impl ReadVolatile for File {
-    fn read_volatile<B: BitmapSlice>(
-        &mut self,
-        buf: &mut VolatileSlice<B>,
-    ) -> Result<usize, VolatileMemoryError> {
-        let mut bytes = vec![0; buf.len().min(1 << 20)];
-        let count = self.read(&mut bytes).map_err(VolatileMemoryError::IOError)?;
-        buf.copy_from(&bytes[..count]);
-        Ok(count)
-    }
-}
-
-impl Seek for File {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let at = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::End(by) => self.len.checked_add_signed(by),
-            SeekFrom::Current(by) => self.at.checked_add_signed(by),
-        };
-        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.at)
-    }
 }
 
 fn edit(file: &mut [u8], edits: &[Edit]) {
@@ -243,7 +185,7 @@ fn form(input: &Input) -> Vec<u8> {
     }
 }
 
-fn check<E>(loaded: Result<E, arch::Error>, file: &File) {
+fn check<E>(loaded: Result<E, arch::Error>, file: &Sparse) {
     if let Err(error) = loaded {
         assert!(!error.to_string().contains('\n'));
     }
@@ -257,11 +199,8 @@ fuzz_target!(|input: Input| {
     if input.cut != 0 {
         bytes.truncate(usize::from(input.cut));
     }
-    let later = (!input.later.is_empty()).then(|| {
-        let mut later = bytes.clone();
-        edit(&mut later, &input.later);
-        later
-    });
+    let mut later = bytes.clone();
+    edit(&mut later, &input.later);
     let hole = match input.hole {
         pages @ 0..192 => u64::from(pages) << 12,
         exponent => 1 << (exponent % 63),
@@ -270,11 +209,11 @@ fuzz_target!(|input: Input| {
     let mut initrd = input.initrd.map(|len| Cursor::new(vec![7u8; usize::from(len)]));
     MACHINES.with_borrow(|machines| {
         let (memory, platform) = &machines.x86;
-        let mut file = File::new(bytes.clone(), later.clone(), len);
+        let mut file = Sparse::new(bytes.clone(), len).changing(later.clone());
         let loaded = x86_64::boot::load(memory, platform, &mut file, initrd.as_mut());
         check(loaded, &file);
         let (memory, platform) = &machines.arm;
-        let mut file = File::new(bytes, later, len);
+        let mut file = Sparse::new(bytes, len).changing(later);
         let loaded = aarch64::boot::load(memory, platform, &mut file, initrd.as_mut());
         check(loaded, &file);
     });

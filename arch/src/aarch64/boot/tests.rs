@@ -4,7 +4,7 @@ use flate2::{Compression, write::GzEncoder};
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
-use crate::kernel::sparse::Sparse;
+use crate::testing::Sparse;
 
 type Memory = GuestMemoryMmap<()>;
 

@@ -3,7 +3,7 @@ use std::io::Cursor;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
-use crate::kernel::sparse::Sparse;
+use crate::testing::Sparse;
 
 type Memory = GuestMemoryMmap<()>;
 
@@ -355,7 +355,7 @@ fn elf_headers_that_ask_for_endless_work_are_refused_from_the_headers_alone() {
 fn elf_headers_are_read_once() {
     let mut later = vmlinux(true);
     later[..64].fill(0xFF);
-    let mut kernel = Sparse::changing(vmlinux(true), later);
+    let mut kernel = Sparse::new(vmlinux(true), 0).changing(later);
     let (memory, platform) = machine(64, "");
     load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None).unwrap();
 }

@@ -1,28 +1,29 @@
-//! A file for the loaders' tests: a few bytes in front of a hole, and a count
-//! of what is read of it.
+//! A kernel file for the tests and fuzz targets of the loaders.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-/// Reads fail beyond this many bytes: a loader that reads without bound fails
-/// its test in place of never ending it.
+/// Reads fail beyond this many bytes, so that a loader without a bound fails its
+/// test and does not hang it.
 const BUDGET: u64 = 1 << 30;
 
-/// `front`, then zeros up to `len`.
-pub(crate) struct Sparse {
+/// `front`, then zeros up to `len` bytes.
+#[derive(Debug)]
+pub struct Sparse {
     front: Vec<u8>,
-    /// Replaces `front` as soon as its first byte was read.
+    /// Replaces `front` after the first read at offset 0.
     later: Option<Vec<u8>>,
     len: u64,
     at: u64,
     /// Bytes read so far.
-    pub(crate) read: u64,
+    pub read: u64,
 }
 
 impl Sparse {
-    pub(crate) fn new(front: Vec<u8>, len: u64) -> Self {
+    /// A file of `len` bytes, or of the length of `front` if that is longer.
+    pub fn new(front: Vec<u8>, len: u64) -> Self {
         Self {
             len: len.max(front.len() as u64),
             front,
@@ -32,13 +33,12 @@ impl Sparse {
         }
     }
 
-    /// Another program writes `later` into the file once its start was read.
-    /// For ELF files, whose headers are read in several steps.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn changing(front: Vec<u8>, later: Vec<u8>) -> Self {
+    /// The same file, into which another program writes `later` after the first read at offset 0.
+    #[must_use]
+    pub fn changing(self, later: Vec<u8>) -> Self {
         Self {
             later: Some(later),
-            ..Self::new(front, 0)
+            ..self
         }
     }
 }
@@ -51,7 +51,8 @@ impl Read for Sparse {
         let left = self.len.saturating_sub(self.at);
         let count = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         buf[..count].fill(0);
-        let start = usize::try_from(self.at).unwrap().min(self.front.len());
+        let start =
+            usize::try_from(self.at).map_or(self.front.len(), |at| at.min(self.front.len()));
         let data = &self.front[start..];
         let data = &data[..data.len().min(count)];
         buf[..data.len()].copy_from_slice(data);
