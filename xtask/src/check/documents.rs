@@ -8,7 +8,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use super::sources::CRATES;
+use super::sources::{CRATES, Source};
 use super::tally::{Tally, title};
 use crate::paths;
 
@@ -24,6 +24,9 @@ const LISTS: [(&str, &str, &str, Found); 3] = [
     ),
 ];
 
+/// The document and the heading below which backticks have names of functions.
+const FLOWS: (&str, &str) = ("docs/architecture.md", "Four flows");
+
 /// Names in a file of the product, each with where it is.
 type Found = fn(&str, &str) -> Vec<(String, String)>;
 
@@ -34,6 +37,49 @@ pub fn check(tally: &mut Tally) {
         title(&what);
         tally.count(&what, compare(document, heading, found));
     }
+    let what = format!("functions named in {}", FLOWS.0);
+    title(&what);
+    tally.count(&what, check_flows());
+}
+
+/// Checks that each function that the flows name exists.
+fn check_flows() -> Result<bool> {
+    let top = paths::workspace();
+    let (document, heading) = FLOWS;
+    let text = fs::read_to_string(top.join(document));
+    let text = text.with_context(|| format!("no {document}"))?;
+    let names = functions(below(&text, heading));
+    let mut missing: BTreeSet<&str> = names.iter().copied().collect();
+    for product in CRATES.iter().filter(|found| found.product) {
+        for source in product.read(&top)? {
+            missing.retain(|name| !defines(&source, product.dir, name));
+        }
+    }
+    for name in &missing {
+        println!("{document}, \"{heading}\": the code has no `{name}`");
+    }
+    anyhow::ensure!(
+        !names.is_empty(),
+        "no function is named below \"{heading}\""
+    );
+    Ok(missing.is_empty())
+}
+
+/// Names like `module::function` in backticks.
+fn functions<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let quoted = lines.flat_map(|line| line.split('`').skip(1).step_by(2));
+    quoted.filter(|name| name.contains("::")).collect()
+}
+
+/// True if `source` is the module of `name`, by the last part of its path, and has the function.
+fn defines(source: &Source, dir: &str, name: &str) -> bool {
+    let module = source.module(dir);
+    name.rsplit_once("::").is_some_and(|(of, function)| {
+        module.rsplit("::").next() == Some(of)
+            && ["(", "<"]
+                .iter()
+                .any(|next| source.text.contains(&format!("fn {function}{next}")))
+    })
 }
 
 fn compare(document: &str, heading: &str, found: Found) -> Result<bool> {
@@ -59,14 +105,19 @@ fn compare(document: &str, heading: &str, found: Found) -> Result<bool> {
     Ok(agree)
 }
 
-/// The names in backticks in the first cells of the rows below a heading.
-fn table(document: &str, heading: &str) -> BTreeSet<String> {
+/// The lines below a heading of the second level, up to the next one.
+fn below<'a>(document: &'a str, heading: &str) -> impl Iterator<Item = &'a str> {
     let start = format!("## {heading}");
     document
         .lines()
-        .skip_while(|line| !line.starts_with(&start))
+        .skip_while(move |line| !line.starts_with(&start))
         .skip(1)
         .take_while(|line| !line.starts_with("## "))
+}
+
+/// The names in backticks in the first cells of the rows below a heading.
+fn table(document: &str, heading: &str) -> BTreeSet<String> {
+    below(document, heading)
         .filter_map(|line| line.strip_prefix("| `"))
         .flat_map(|line| {
             let cell = line.split(" |").next().unwrap_or_default();
@@ -156,6 +207,7 @@ fn unsafe_code(path: &str, text: &str) -> Vec<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sources::tests::source;
     use super::*;
 
     fn names(found: Vec<(String, String)>) -> Vec<String> {
@@ -172,6 +224,17 @@ mod tests {
         );
         assert_eq!(table(text, "Locks"), ["Gate".to_owned()].into());
         assert!(table(text, "Others").is_empty());
+    }
+
+    #[test]
+    fn functions_of_flows_are_found_in_their_modules() {
+        let text =
+            "## Four flows\n### One\n`a::run` takes `Action`, then `b::f`.\n## Next\n`c::g`\n";
+        assert_eq!(functions(below(text, "Four flows")), ["a::run", "b::f"]);
+        let source = source("x/src/y/a.rs", "impl A {\n    fn run<T>(t: T) {}\n}\n");
+        assert!(defines(&source, "x/src", "a::run"));
+        assert!(!defines(&source, "x/src", "a::ru"));
+        assert!(!defines(&source, "x/src", "b::run"));
     }
 
     #[test]
