@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow};
 use api::{Limits, Server, Socket};
 use clap::Args;
-use vmm::builder::BuildError;
+use vmm::build_error::BuildError;
 use vmm::config::{
     Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
     MemorySize, NetworkInterface, Serial, VmConfig, Vsock,
@@ -141,10 +141,7 @@ fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     // that no guest has run, and no guest runs whose socket cannot be made.
     let server = socket.map(|path| start_server(&path, &controller));
     let server = server.transpose()?;
-    controller.start().map_err(|error| match error {
-        BuildError::Config(error) => caused(error),
-        other => Failure::Other(other.into()),
-    })?;
+    controller.start().map_err(not_built(caused))?;
     serve_until_end(controller, server)
 }
 
@@ -174,7 +171,7 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let config = read_config(&args.config)?;
     let name = caused_in(&args.config);
     let plan = MachinePlan::resolve(&config).map_err(&name)?;
-    let findings = inspect::machine(&plan, &config).map_err(&name)?;
+    let findings = inspect::machine(&plan, &config).map_err(not_built(&name))?;
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     streams::print_line(&json);
     for doubt in &findings.doubts {
@@ -302,6 +299,14 @@ fn caused(error: impl Error) -> Failure {
 /// An error in the file at `path`.
 fn caused_in(path: &Path) -> impl Fn(ConfigError) -> Failure {
     move |error| usage(format!("{}: {}", path.display(), Chain(&error)))
+}
+
+/// A machine that cannot be built; `named` says where a value at fault is.
+fn not_built(named: impl Fn(ConfigError) -> Failure) -> impl Fn(BuildError) -> Failure {
+    move |error| match error {
+        BuildError::Config(error) => named(error),
+        other => Failure::Other(other.into()),
+    }
 }
 
 fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {

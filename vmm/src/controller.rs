@@ -32,7 +32,8 @@ use crate::action::{
     self, Action, ActionError, Call, Client, Configure, Inbox, InstanceInfo, Lifecycle,
     MetricFamily, Outcome, Query, Reply,
 };
-use crate::builder::{self, BuildError, Built, Machine};
+use crate::assemble::{self, Assembled, Machine};
+use crate::build_error::BuildError;
 use crate::config::{ConfigError, VmConfig};
 use crate::console::{Input, terminal};
 use crate::ending::Ending;
@@ -43,6 +44,8 @@ use crate::metrics::Metrics;
 use crate::plan::MachinePlan;
 use crate::queries::{self, Answered, QueryThread};
 use crate::reports::{self, Reporter, Reports};
+use crate::resources::HostResources;
+use crate::sandbox;
 use crate::signals::{Signal, Signals};
 
 /// What the event loop serves: the console and the devices.
@@ -171,7 +174,10 @@ impl Controller {
     /// It cannot be built; nothing has changed then.
     pub fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
-        let Built { machine, input } = builder::build(&plan, &self.metrics, &self.reporter)?;
+        let resources = HostResources::acquire(&plan)?;
+        sandbox::confine()?;
+        let Assembled { machine, input } =
+            assemble::assemble(&plan, resources, &self.metrics, &self.reporter)?;
         let attention = input.as_ref().map(Input::attention).transpose()?;
         self.run_machine(machine)?;
         self.attention = attention;

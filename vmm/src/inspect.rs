@@ -4,22 +4,20 @@
 //! and not only when the machine starts. [`machine`] looks closer, for
 //! `portcullis check`: it acquires what a start would and lets go of it.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use devices::error::Chain;
 use devices::host_file;
-use devices::tap::{Tap, TapError};
-use devices::vhost::sys::{Kind, OpenError, VhostKernel};
 use devices::virtio::block::Image;
 use iommu::GuestRam;
 use vm_memory::GuestAddress;
 
 use crate::action::Configure;
-use crate::builder::BootFiles;
+use crate::build_error::BuildError;
 use crate::config::{BootSource, ConfigError, Drive, Serial, VmConfig};
-use crate::pci::open_image;
-use crate::plan::{Console, DevicePlan, FunctionPlan, MachinePlan};
+use crate::plan::{Console, MachinePlan};
+use crate::resources::{BootFiles, Refusal, acquire, vhost_context};
 
 const CONSOLE_FIELD: &str = "serial.serial_out_path";
 
@@ -96,12 +94,10 @@ pub struct Findings {
 ///
 /// # Errors
 /// The first that cannot be used, by its field.
-pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, ConfigError> {
+pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, BuildError> {
     let mut findings = Findings::default();
     BootFiles::open(&plan.boot.kernel, plan.boot.initrd.as_deref())?;
-    let held = plan.functions.iter().map(|f| acquire(f, &mut findings));
-    let held = held.collect::<Result<Vec<_>, _>>()?;
-    drop(held);
+    acquire_functions(plan, &mut findings)?;
     let console = match &plan.console {
         Console::File { path, .. } => Some((CONSOLE_FIELD, path.as_path())),
         Console::Stdio => None,
@@ -121,70 +117,23 @@ pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, Config
     Ok(findings)
 }
 
-/// What a function holds of the host.
-#[allow(dead_code, reason = "held until all of the machine is")]
-enum Held {
-    Image(Image),
-    Tap(Tap, Option<VhostKernel>),
-    Vsock(Option<VhostKernel>),
-    Nothing,
-}
-
-fn acquire(plan: &FunctionPlan, findings: &mut Findings) -> Result<Held, ConfigError> {
-    let held = match &plan.device {
-        DevicePlan::Block {
-            path, read_only, ..
-        } => {
-            let image = open_image(&plan.id, path, *read_only)?;
-            let doubts = image.doubts().into_iter();
-            let name = |doubt| format!("drives[{}]: {} {doubt}", plan.id, path.display());
-            findings.doubts.extend(doubts.map(name));
-            Held::Image(image)
+/// Acquires the resources of all functions at once, so that no two share one,
+/// and releases them.
+fn acquire_functions(plan: &MachinePlan, findings: &mut Findings) -> Result<(), BuildError> {
+    // A vhost file needs memory to be told of; one page is enough.
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).map_err(io::Error::other)?;
+    let vhost = vhost_context(plan, &Arc::new(ram))?;
+    let mut acquired = Vec::new();
+    for function in &plan.functions {
+        match acquire(function, vhost.as_ref()) {
+            Ok(function) => acquired.push(function),
+            Err(Refusal::Unavailable(error)) => findings.not_examined.push(error.to_string()),
+            Err(Refusal::Fault(error)) => return Err(error),
         }
-        DevicePlan::Net {
-            tap, mtu, pairs, ..
-        } => {
-            let field = format!("network-interfaces[{}].host_dev_name", plan.id);
-            let vhost = vhost(Kind::Net, &field, findings)?;
-            match Tap::open(tap, usize::from(*pairs), *mtu) {
-                Ok(tap) => Held::Tap(tap, vhost),
-                Err(
-                    error @ (TapError::NoTun
-                    | TapError::TunDenied
-                    | TapError::Missing { .. }
-                    | TapError::Denied(_)),
-                ) => {
-                    let line = format!("{field}: {}", Chain(&error));
-                    findings.not_examined.push(line);
-                    Held::Nothing
-                }
-                Err(error) => return Err(ConfigError::new(field, Chain(&error).to_string())),
-            }
-        }
-        DevicePlan::Vsock { .. } => Held::Vsock(vhost(Kind::Vsock, "vsock.guest_cid", findings)?),
-        DevicePlan::VirtioIommu | DevicePlan::Entropy => Held::Nothing,
-    };
-    Ok(held)
-}
-
-/// Opens a vhost device, where the host has it and the user may.
-fn vhost(
-    kind: Kind,
-    field: &str,
-    findings: &mut Findings,
-) -> Result<Option<VhostKernel>, ConfigError> {
-    let fault = |error: &OpenError| ConfigError::new(field, Chain(error).to_string());
-    // The device wants memory to talk about; a page will do.
-    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]);
-    let ram = ram.map_err(|error| ConfigError::new(field, Chain(&error).to_string()))?;
-    match VhostKernel::open(kind, Arc::new(ram)) {
-        Ok(device) => Ok(Some(device)),
-        Err(error @ (OpenError::Missing(_) | OpenError::Denied(_))) => {
-            findings.not_examined.push(fault(&error).to_string());
-            Ok(None)
-        }
-        Err(error) => Err(fault(&error)),
     }
+    let doubts = acquired.into_iter().flat_map(|function| function.doubts);
+    findings.doubts.extend(doubts);
+    Ok(())
 }
 
 #[cfg(test)]

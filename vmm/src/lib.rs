@@ -1,12 +1,15 @@
 //! The machine: configuration, actions, controller, KVM. Knows no HTTP.
 //!
-//! A [`config::VmConfig`] says what the user wants, [`plan::MachinePlan`] what
-//! will be built, [`builder`] builds it, and a [`controller::Controller`] owns
-//! it and answers every [`action::Action`].
+//! A [`config::VmConfig`] describes what the user wants, a
+//! [`plan::MachinePlan`] what is built. [`resources`] acquires what the host
+//! has to give, [`sandbox`] confines the process, [`assemble`] connects what was
+//! acquired, and a [`controller::Controller`] owns the machine and answers every
+//! [`action::Action`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 pub mod action;
-pub mod builder;
+pub mod assemble;
+pub mod build_error;
 pub mod config;
 pub mod console;
 pub mod controller;
@@ -21,6 +24,8 @@ pub mod pci;
 pub mod plan;
 mod queries;
 pub mod reports;
+pub mod resources;
+pub mod sandbox;
 pub mod signals;
 
 pub use devices::{error, host_file};

@@ -87,7 +87,7 @@ pub enum DevicePlan {
         /// The tap on the host.
         tap: String,
         /// The guest's Ethernet address.
-        mac: String,
+        mac: MacAddress,
         /// MTU offered to the guest (VIRTIO_NET_F_MTU), in bytes.
         mtu: Option<u16>,
         /// Queue pairs.
@@ -163,6 +163,15 @@ impl MachinePlan {
             functions: functions(config)?,
             console: console(config.serial.as_ref())?,
         })
+    }
+
+    /// Guest memory, ascending and disjoint.
+    #[must_use]
+    pub fn ram_ranges(&self) -> Vec<arch::Range> {
+        let ranges = self.memory.iter();
+        ranges
+            .map(|range| arch::Range::new(range.base.0, range.size.0))
+            .collect()
     }
 
     /// Upper bound on the mappings of a virtio-iommu: two for each 4 KiB of
@@ -251,9 +260,9 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
     for interface in &config.network_interfaces {
         let device = DevicePlan::Net {
             tap: interface.host_dev_name.clone(),
-            mac: match &interface.guest_mac {
-                Some(given) => given.clone(),
-                None => made_mac(&host_id(), &interface.host_dev_name).to_string(),
+            mac: match interface.mac()? {
+                Some(mac) => mac,
+                None => made_mac(&host_id(), &interface.host_dev_name),
             },
             mtu: interface.mtu,
             pairs: interface.num_queues,

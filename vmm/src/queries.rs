@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use crate::action::{IommuInfo, Outcome, Query, Reply};
-use crate::builder::Machine;
+use crate::assemble::Machine;
 use crate::config::IommuModel;
 use crate::pci::PciBus;
 use crate::reports::Reporter;

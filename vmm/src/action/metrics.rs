@@ -34,16 +34,27 @@ pub struct MetricFamily {
 }
 
 impl MetricFamily {
-    /// A metric with a single value and no labels.
+    /// A metric with these values.
     #[must_use]
-    pub fn single(name: &'static str, help: &'static str, kind: MetricKind, value: u64) -> Self {
-        let labels = Vec::new();
+    pub fn new(
+        name: &'static str,
+        help: &'static str,
+        kind: MetricKind,
+        samples: Vec<Sample>,
+    ) -> Self {
         Self {
             name,
             help,
             kind,
-            samples: vec![Sample { labels, value }],
+            samples,
         }
+    }
+
+    /// A metric with a single value and no labels.
+    #[must_use]
+    pub fn single(name: &'static str, help: &'static str, kind: MetricKind, value: u64) -> Self {
+        let labels = Vec::new();
+        Self::new(name, help, kind, vec![Sample { labels, value }])
     }
 }
 

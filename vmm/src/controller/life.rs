@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::action::MachineState;
-use crate::builder::Machine;
+use crate::assemble::Machine;
 use crate::ending::Ending;
 use crate::queries::QueryThread;
 

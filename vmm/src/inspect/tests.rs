@@ -28,7 +28,7 @@ fn machine_of(files: [&TempFile; 2]) -> VmConfig {
     }
 }
 
-fn findings(config: &VmConfig) -> Result<Findings, ConfigError> {
+fn findings(config: &VmConfig) -> Result<Findings, BuildError> {
     machine(&MachinePlan::resolve(config).unwrap(), config)
 }
 

@@ -1,4 +1,4 @@
-//! The IOMMU before the bus: which model it is, and how it is reached.
+//! The IOMMU in front of the bus: its model, and how the guest reaches it.
 
 use std::sync::{Arc, Weak};
 
@@ -10,7 +10,7 @@ use iommu::smmuv3::{Smmu, SmmuConfig, Stages};
 use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{GuestRam, Iommu, Iova, IovaRange, StreamId};
 
-use crate::builder::BuildError;
+use crate::build_error::BuildError;
 use crate::config::{self, ConfigError, IommuModel, Stage};
 use crate::kvm::{Buses, Vm};
 use crate::plan::MachinePlan;

@@ -9,8 +9,10 @@ use ::iommu::{Access, FaultReason, Iova, IovaRange, StreamId, StreamStats};
 use arch::layout;
 use devices::virtio::{BlockCounters, DeviceCounters};
 
+use super::bus::PciBus;
+use super::function::Function;
 use super::iommu::IommuDevice;
-use super::{Function, PciBus, smmuv3, vhost, virtio_iommu};
+use super::{smmuv3, vhost, virtio_iommu};
 use crate::action::{
     Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,
     Mapping, MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
@@ -129,7 +131,7 @@ impl PciBus {
                     labels: device(&endpoint.id),
                     value: value(&endpoint.counters),
                 });
-                family(name, help, MetricKind::Counter, samples.collect())
+                MetricFamily::new(name, help, MetricKind::Counter, samples.collect())
             })
             .collect();
         let faults = endpoints.iter().flat_map(|endpoint| {
@@ -139,7 +141,7 @@ impl PciBus {
                 value,
             })
         });
-        families.push(family(
+        families.push(MetricFamily::new(
             "portcullis_iommu_faults_total",
             "Faults of a device, by the specification's name of their type.",
             MetricKind::Counter,
@@ -149,7 +151,7 @@ impl PciBus {
             labels: device(&endpoint.id),
             value: endpoint.counters.stalled_queues.into(),
         });
-        families.push(family(
+        families.push(MetricFamily::new(
             "portcullis_iotlb_stalled_queues",
             "Queues that wait for a mapping that does not exist.",
             MetricKind::Gauge,
@@ -163,7 +165,12 @@ impl PciBus {
                     value: value(&region.stats()),
                 })
             });
-            families.push(family(name, help, MetricKind::Counter, streams.collect()));
+            families.push(MetricFamily::new(
+                name,
+                help,
+                MetricKind::Counter,
+                streams.collect(),
+            ));
         }
         for (name, help, counter) in BLOCK_METRICS {
             let disks = self.functions.iter().filter_map(|function| {
@@ -175,7 +182,12 @@ impl PciBus {
                     value: counter(counters).load(Ordering::Relaxed),
                 })
             });
-            families.push(family(name, help, MetricKind::Counter, disks.collect()));
+            families.push(MetricFamily::new(
+                name,
+                help,
+                MetricKind::Counter,
+                disks.collect(),
+            ));
         }
         match &self.iommu {
             Some(IommuDevice::Virtio { model, events }) => {
@@ -364,20 +376,6 @@ fn smmu_endpoint(smmu: &Smmu, stream: StreamId, info: &mut EndpointInfo) {
     info.counters.faults = faults
         .map(|(kind, count)| (kind.name().to_owned(), count))
         .collect();
-}
-
-pub(super) fn family(
-    name: &'static str,
-    help: &'static str,
-    kind: MetricKind,
-    samples: Vec<Sample>,
-) -> MetricFamily {
-    MetricFamily {
-        name,
-        help,
-        kind,
-        samples,
-    }
 }
 
 fn shown(mapping: ::iommu::Mapping) -> Mapping {

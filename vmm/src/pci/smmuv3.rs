@@ -62,12 +62,7 @@ fn by_type(
         labels: vec![("type", kind.to_owned())],
         value,
     });
-    MetricFamily {
-        name,
-        help,
-        kind: MetricKind::Counter,
-        samples: samples.collect(),
-    }
+    MetricFamily::new(name, help, MetricKind::Counter, samples.collect())
 }
 
 #[cfg(test)]

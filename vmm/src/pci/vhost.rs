@@ -1,76 +1,15 @@
-//! Devices whose data path is the host kernel's vhost, and what they say of
-//! their IOTLBs.
+//! The IOTLBs of vhost devices, as metrics and as the API shows them.
 
-use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use devices::error::Chain;
-use devices::tap::Tap;
 use devices::vhost::iotlb::IotlbStats;
-use devices::vhost::worker::VhostWorker;
-use devices::vhost::{IotlbMonitor, VhostContext};
-use devices::virtio::net::{Net, NetConfig};
-use devices::virtio::vsock::Vsock;
 use devices::virtio::{DeviceCounters, NetCounters};
-use iommu::{GuestRam, NotifierEvents};
+use iommu::NotifierEvents;
 
-use super::Function;
-use super::report::family;
+use super::function::Function;
 use crate::action::{
     EndpointCounters, MetricFamily, MetricKind, Registration, RegistrationKind, Sample,
 };
-use crate::config::{ConfigError, MacAddress};
-use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
-
-/// What the machine's vhost devices share, if it has any.
-pub fn context(plan: &MachinePlan, ram: &Arc<GuestRam>) -> io::Result<Option<VhostContext>> {
-    let is_vhost =
-        |f: &FunctionPlan| matches!(f.device, DevicePlan::Net { .. } | DevicePlan::Vsock { .. });
-    if !plan.functions.iter().any(is_vhost) {
-        return Ok(None);
-    }
-    Ok(Some(VhostContext {
-        ram: Arc::clone(ram),
-        worker: Arc::new(VhostWorker::start()?),
-        prefill: plan.iommu.prefill,
-        prefetch: plan.iommu.prefetch,
-    }))
-}
-
-/// Opens the tap and the host's vhost-net.
-pub fn net(
-    id: &str,
-    tap: &str,
-    config: NetConfig,
-    context: &VhostContext,
-) -> Result<Net, ConfigError> {
-    let pairs = usize::from(config.pairs);
-    let tap = Tap::open(tap, pairs, config.mtu).map_err(|error| {
-        let field = format!("network-interfaces[{id}].host_dev_name");
-        ConfigError::new(field, Chain(&error).to_string())
-    })?;
-    Net::new(config, tap, context).map_err(|error| {
-        ConfigError::new(
-            format!("network-interfaces[{id}]"),
-            Chain(&error).to_string(),
-        )
-    })
-}
-
-/// The address as the device shows it.
-pub fn octets(id: &str, mac: &str) -> Result<[u8; 6], ConfigError> {
-    let parsed: Result<MacAddress, _> = mac.parse();
-    parsed
-        .map(MacAddress::octets)
-        .map_err(|problem| ConfigError::new(format!("network-interfaces[{id}].guest_mac"), problem))
-}
-
-/// Opens the host's vhost-vsock.
-pub fn vsock(cid: u32, context: &VhostContext) -> Result<Vsock, ConfigError> {
-    Vsock::new(cid, context)
-        .map_err(|error| ConfigError::new("vsock.guest_cid", Chain(&error).to_string()))
-}
 
 /// What the notifier chain delivers to a device with these IOTLBs; `None` while
 /// none of them listens.
@@ -176,7 +115,7 @@ pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
             let iotlbs = function.iotlbs();
             (!iotlbs.is_empty()).then(|| sample(function, iotlbs.iter().map(value).sum()))
         });
-        family(name, help, kind, samples.collect())
+        MetricFamily::new(name, help, kind, samples.collect())
     });
     let nets = NET_METRICS.iter().map(|&(name, help, kind, value)| {
         let samples = functions.iter().filter_map(|function| {
@@ -189,19 +128,7 @@ pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
             };
             Some(sample(function, value(counters)))
         });
-        family(name, help, kind, samples.collect())
+        MetricFamily::new(name, help, kind, samples.collect())
     });
     iotlbs.chain(nets).collect()
-}
-
-impl Function {
-    /// The statistics of the IOTLB of each of its vhost files.
-    pub(super) fn iotlbs(&self) -> Vec<IotlbStats> {
-        match &self.counters {
-            DeviceCounters::Vhost { iotlbs, .. } => {
-                iotlbs.iter().map(IotlbMonitor::stats).collect()
-            }
-            DeviceCounters::None | DeviceCounters::Block(_) => Vec::new(),
-        }
-    }
 }

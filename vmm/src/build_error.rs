@@ -1,0 +1,31 @@
+//! Why a machine cannot be built.
+
+use std::io;
+
+use devices::bus::BusError;
+
+use crate::config::ConfigError;
+use crate::kvm;
+
+/// Why a machine cannot be built. One line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A value of the configuration, by its field.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// KVM or guest memory is not available.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// The boot data does not fit into guest memory.
+    #[error(transparent)]
+    Boot(arch::Error),
+    /// The console cannot be set up.
+    #[error("cannot set up the console")]
+    Console(#[source] io::Error),
+    /// Two devices claim one address.
+    #[error("cannot place a device")]
+    Place(#[from] BusError),
+    /// The host refuses an eventfd, a timer or a thread.
+    #[error("cannot set up the machine")]
+    Host(#[from] io::Error),
+}
