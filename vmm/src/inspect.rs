@@ -127,7 +127,7 @@ fn acquire_functions(plan: &MachinePlan, findings: &mut Findings) -> Result<(), 
     for function in &plan.functions {
         match acquire(function, vhost.as_ref()) {
             Ok(function) => acquired.push(function),
-            Err(Refusal::Unavailable(error)) => findings.not_examined.push(error.to_string()),
+            Err(Refusal::Unavailable(why)) => findings.not_examined.push(why.to_string()),
             Err(Refusal::Fault(error)) => return Err(error),
         }
     }
