@@ -5,6 +5,7 @@
 
 mod boot;
 mod changed;
+mod dependencies;
 mod documents;
 mod host;
 mod lines;
@@ -35,7 +36,8 @@ pub struct TestArgs {
     /// Only what needs no guest: formatting, lints, unit tests
     #[arg(long)]
     quick: bool,
-    /// Only what reads the source: documents against the code, cycles of modules, length of files
+    /// Only what reads the source: documents against the code, cycles of modules, length of
+    /// files, licences and duplicates of dependencies
     #[arg(long, conflicts_with_all = ["quick", "only", "changed", "long"])]
     documents: bool,
     /// Boot tests of one architecture only
@@ -124,11 +126,12 @@ pub fn lines(args: &LinesArgs) -> Result<ExitCode> {
     lines::run(args)
 }
 
-/// Checks that read the source only.
+/// Checks that read the source and the list of dependencies only.
 fn source(tally: &mut Tally) {
     documents::check(tally);
     modules::check(tally);
     lines::check(tally);
+    dependencies::check(tally);
 }
 
 /// Chooses what the changes concern, and says what and why.
