@@ -8,7 +8,7 @@ use super::spec::command::{self as cmd, Cerror, RawCommand, op};
 use super::spec::{cr0, cr2, reg};
 use super::tlb::{AsidScope, Scope, Span, StageScope};
 use super::walk::Granule;
-use crate::{Iova, IovaRange, StreamId};
+use crate::addr::{Iova, IovaRange, StreamId};
 
 /// How CMD_SYNC signals its completion (§4.7.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

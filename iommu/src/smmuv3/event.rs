@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::spec::event::{self, RawEvent};
 use super::spec::{Field, Raw as _};
 use super::walk::{Cause, Class, WalkFault};
-use crate::{Access, FaultReason, Request};
+use crate::mapping::Access;
+use crate::translate::{FaultReason, Request};
 
 /// Event numbers that this SMMU can record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

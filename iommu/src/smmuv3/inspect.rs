@@ -7,8 +7,11 @@ use super::spec::{cr0, gbpa, reg};
 use super::ste::{Stage2, Ste, StreamWorld};
 use super::translate::{TranslationContext, Translator, walk_both};
 use super::walk::{Cause, Leaf, WalkFault, WalkRequest, walk};
+use crate::addr::{Gpa, Iova, IovaRange, StreamId};
+use crate::mapping::{Access, Mapping, Perm};
+use crate::ram::GuestRam;
 use crate::ram::ram_blocks;
-use crate::{Access, Gpa, GuestRam, Iova, IovaRange, Mapping, Perm, Request, StreamId};
+use crate::translate::Request;
 
 /// Descriptors after which a listing ends. A walk counts as [`WALK`], and the
 /// neighbours that a gap or a run extends over as one each.

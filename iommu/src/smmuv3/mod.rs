@@ -58,10 +58,11 @@ use self::spec::{cr0, gerror, reg};
 use self::state::{State, Step};
 use self::streams::PendingInvalidations;
 use self::translate::TranslationContext;
-use crate::{
-    Fault, Gpa, GuestRam, Iommu, Iova, IovaRange, Mapping, NotifierEvents, Refused, Request,
-    StreamId, StreamSink,
-};
+use crate::addr::{Gpa, Iova, IovaRange, StreamId};
+use crate::mapping::Mapping;
+use crate::notifier::{NotifierEvents, Refused, StreamSink};
+use crate::ram::GuestRam;
+use crate::translate::{Fault, Iommu, Request};
 
 /// Where the model's signals go. Called with none of its state locked, but
 /// perhaps with a stream's gate held shared: it must not translate, and must

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::ste::StreamWorld;
-use crate::Perm;
+use crate::mapping::Perm;
 
 /// Most entries.
 pub const MAX_ENTRIES: usize = 4096;

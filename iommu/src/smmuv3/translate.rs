@@ -13,10 +13,11 @@ use super::ste::{DefaultSubstream, Stage1, Stage2, Ste};
 use super::streams::Streams;
 use super::tlb::{Entry, Stages, Tag, TagSummary};
 use super::walk::{Class, Leaf, WalkRequest, through_stage2, walk};
+use crate::addr::{Gpa, Iova, IovaRange, StreamId};
+use crate::mapping::{Access, Mapping};
+use crate::ram::GuestRam;
 use crate::ram::identity_around;
-use crate::{
-    Access, FaultReason, Gpa, GuestRam, Iova, IovaRange, Mapping, Request, RequestKind, StreamId,
-};
+use crate::translate::{FaultReason, Request, RequestKind};
 
 /// A request that gets no translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

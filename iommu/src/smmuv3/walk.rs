@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileMemory as _};
 
-use crate::{Access, GuestRam, Perm};
+use crate::mapping::{Access, Perm};
+use crate::ram::GuestRam;
 
 /// How often an update of a descriptor is tried again when the guest changes
 /// it at the same time.

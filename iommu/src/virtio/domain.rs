@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::mappings::Mappings;
-use crate::StreamId;
+use crate::addr::StreamId;
 
 /// A domain: it exists while an endpoint is attached to it.
 #[derive(Clone, Debug, Default)]

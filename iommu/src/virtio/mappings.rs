@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Included, Unbounded};
 
 use super::spec::Status;
-use crate::{Iova, IovaRange, Mapping};
+use crate::addr::{Iova, IovaRange};
+use crate::mapping::Mapping;
 
 /// Mappings that do not overlap, in the order of their addresses.
 #[derive(Clone, Debug, Default)]

@@ -4,14 +4,30 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
-use super::VirtioIommuConfig;
 use super::domain::Domain;
 use super::mappings::Removed;
 use super::spec::{Status, feature, request};
-use crate::{Gpa, IovaRange, Mapping, Perm, StreamId, StreamSink};
+use crate::addr::{Gpa, IovaRange, StreamId};
+use crate::mapping::{Mapping, Perm};
+use crate::notifier::StreamSink;
 
 /// The smallest page, as a shift.
 pub const PAGE_SHIFT: u32 = 12;
+
+/// Configuration that is fixed while the machine runs.
+#[derive(Clone, Copy, Debug)]
+pub struct VirtioIommuConfig {
+    /// Addresses that endpoints may use.
+    pub input_range: IovaRange,
+    /// The addresses of message-signalled interrupts, when they are not
+    /// translated (x86).
+    pub msi_window: Option<IovaRange>,
+    /// `bypass` of the configuration at start.
+    pub boot_bypass: bool,
+    /// Upper bound on the mappings of all domains together, those that are
+    /// removed and not yet freed included. A mapping costs 32 to 87 bytes.
+    pub max_mappings: usize,
+}
 
 /// An endpoint, and the domain that it is attached to.
 pub struct Endpoint {

@@ -1,10 +1,12 @@
 mod domains;
 mod naive;
 
+use std::sync::Mutex;
+
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
-use super::spec::{feature, request};
+use super::spec::{Status, feature, request};
 use super::*;
 use crate::{Access, IommuNotifier, IommuRegion, NotifierSink, Registration};
 

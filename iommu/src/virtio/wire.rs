@@ -1,7 +1,9 @@
-//! Requests, parsed from a copy of the driver's bytes.
+//! Layouts in memory: requests, the device configuration, properties and fault
+//! reports (virtio 1.2 §5.13.4, §5.13.6).
 
-use super::spec::{PROBE_SIZE, Status, feature, request};
-use crate::{Gpa, Iova, StreamId};
+use super::spec::{self, PROBE_SIZE, Status, feature, property, request};
+use crate::addr::{Gpa, Iova, IovaRange, StreamId};
+use crate::mapping::Access;
 
 /// Bytes of the properties and the tail of a PROBE request.
 pub const PROBE_REPLY_SIZE: usize = PROBE_SIZE as usize + request::TAIL_SIZE;
@@ -151,4 +153,88 @@ impl Request {
             _ => Err(Status::Unsupp),
         }
     }
+}
+
+/// Copies `fields` to the front of `bytes`.
+fn write(bytes: &mut [u8], fields: impl Iterator<Item = u8>) {
+    for (byte, value) in bytes.iter_mut().zip(fields) {
+        *byte = value;
+    }
+}
+
+/// The device configuration (§5.13.4): addresses from `input_range` in pages of
+/// `1 << page_shift` bytes, and every domain ID.
+pub fn config_space(
+    input_range: IovaRange,
+    page_shift: u32,
+    bypass: bool,
+) -> [u8; spec::CONFIG_SIZE] {
+    let page_size_mask = u64::MAX << page_shift;
+    let (domain_first, domain_last) = (0_u32, u32::MAX);
+    let fields = page_size_mask
+        .to_le_bytes()
+        .into_iter()
+        .chain(input_range.first().0.to_le_bytes())
+        .chain(input_range.last().0.to_le_bytes())
+        .chain(domain_first.to_le_bytes())
+        .chain(domain_last.to_le_bytes())
+        .chain(PROBE_SIZE.to_le_bytes())
+        .chain([u8::from(bypass), 0, 0, 0]);
+    let mut bytes = [0; spec::CONFIG_SIZE];
+    write(&mut bytes, fields);
+    bytes
+}
+
+/// Writes the RESV_MEM property of the MSI window to the front of `properties`
+/// (§5.13.6.7).
+pub fn write_msi_window(properties: &mut [u8], window: IovaRange) {
+    let fields = property::RESV_MEM
+        .to_le_bytes()
+        .into_iter()
+        .chain(property::RESV_MEM_SIZE.to_le_bytes())
+        .chain([property::RESV_MEM_MSI, 0, 0, 0])
+        .chain(window.first().0.to_le_bytes())
+        .chain(window.last().0.to_le_bytes());
+    write(properties, fields);
+}
+
+/// A fault report as the event queue carries it (§5.13.6.9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultReport {
+    /// [`spec::fault::REASON_DOMAIN`] or [`spec::fault::REASON_MAPPING`].
+    pub reason: u8,
+    /// Who did it.
+    pub endpoint: StreamId,
+    /// What it wanted to do.
+    pub access: Access,
+    /// Where.
+    pub address: Iova,
+}
+
+impl FaultReport {
+    /// The bytes of the report.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; spec::fault::SIZE] {
+        let access = match self.access {
+            Access::Read => spec::fault::READ,
+            Access::Write => spec::fault::WRITE,
+        };
+        let mut bytes = [0; spec::fault::SIZE];
+        let fields = u32::from(self.reason)
+            .to_le_bytes()
+            .into_iter()
+            .chain((access | spec::fault::ADDRESS).to_le_bytes())
+            .chain(self.endpoint.0.to_le_bytes())
+            .chain([0; 4])
+            .chain(self.address.0.to_le_bytes());
+        write(&mut bytes, fields);
+        bytes
+    }
+}
+
+/// Takes fault reports to the event queue. Called with the stream's gate held
+/// and no lock of the model: it must not translate.
+pub trait FaultSink: Send + Sync {
+    /// Reports, or drops the report when the driver left no buffer for it.
+    fn report(&self, report: &FaultReport);
 }

@@ -1,0 +1,268 @@
+//! Carrying out requests: changes of the state, and the notifications that make
+//! them complete (virtio 1.2 §5.13.6).
+
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::mappings::Removed;
+use super::spec::{self, Status, feature};
+use super::state::{Moved, State, VirtioIommuConfig, perm_of};
+use super::wire::{Request, needed_feature, reply_size, write_msi_window};
+use crate::addr::{IovaRange, StreamId};
+use crate::mapping::Mapping;
+
+/// Chunks of removed mappings that are freed in each request: about 50 µs.
+const FREED_CHUNKS: usize = 32;
+/// Unmapped ranges that wait for one invalidation, at most.
+const MAX_PENDING: usize = 64;
+/// Ranges of one domain that are unmapped and not yet invalidated, and mappings
+/// that are removed and not yet freed. Also the command lock: a vCPU holds it
+/// while it carries out a request.
+#[derive(Debug, Default)]
+struct Pending {
+    domain: u32,
+    ranges: Vec<IovaRange>,
+    removed: Removed,
+}
+
+/// The state, and the requests that change it.
+pub struct Executor {
+    config: VirtioIommuConfig,
+    pending: Mutex<Pending>,
+    state: RwLock<State>,
+}
+
+impl Executor {
+    /// The state without a driver.
+    pub fn new(config: VirtioIommuConfig) -> Self {
+        Self {
+            config,
+            pending: Mutex::default(),
+            state: RwLock::new(State {
+                bypass: config.boot_bypass,
+                ..State::default()
+            }),
+        }
+    }
+
+    pub fn config(&self) -> &VirtioIommuConfig {
+        &self.config
+    }
+
+    /// Changes `bypass` of the configuration (§5.13.4.2).
+    pub fn set_bypass(&self, value: u8) {
+        let mut pending = self.command();
+        let bypass = value == 1;
+        {
+            let mut state = self.write();
+            if value > 1 || state.features & feature::BYPASS_CONFIG == 0 || state.bypass == bypass {
+                return;
+            }
+            state.bypass = bypass;
+        }
+        self.flush_pending(&mut pending);
+        let detached: Vec<_> = self
+            .read()
+            .endpoints
+            .values()
+            .filter(|endpoint| endpoint.domain.is_none())
+            .filter_map(|endpoint| endpoint.sink.upgrade())
+            .collect();
+        for region in detached {
+            region.reload();
+        }
+    }
+
+    /// Back to before negotiation: no domain, no mapping. `bypass` keeps its
+    /// value (§5.13.5).
+    pub fn reset(&self) {
+        let mut pending = self.command();
+        pending.ranges.clear();
+        let (attached, gone) = {
+            let mut state = self.write();
+            state.features = 0;
+            state.mapped = 0;
+            let gone = std::mem::take(&mut state.domains);
+            let endpoints = state.endpoints.values_mut();
+            let attached: Vec<_> = endpoints
+                .filter_map(|endpoint| endpoint.domain.take().and(endpoint.sink.upgrade()))
+                .collect();
+            (attached, gone)
+        };
+        for region in attached {
+            region.reload();
+        }
+        for domain in gone.into_values() {
+            domain.mappings.discard(&mut pending.removed);
+        }
+    }
+
+    /// Carries out one request and writes the properties and the tail to the
+    /// front of `reply`, the request's device-writable part. Returns how many
+    /// bytes of it are written. 0: the request is returned unwritten and
+    /// nothing was done, because its type is unknown, its feature is not
+    /// negotiated, or the tail has no room.
+    ///
+    /// The request may be shown as used after the next [`flush`](Self::flush),
+    /// not before: unmapped ranges wait for it, so that neighbours are
+    /// invalidated together.
+    pub fn handle(&self, request: &[u8], reply: &mut [u8]) -> usize {
+        let Some(&kind) = request.first().filter(|kind| self.is_available(**kind)) else {
+            return 0;
+        };
+        let Some(size) = reply_size(kind, reply.len()) else {
+            return 0;
+        };
+        let reply = reply.get_mut(..size).unwrap_or_default();
+        reply.fill(0);
+        let Some((properties, tail)) = reply.split_last_chunk_mut::<{ spec::request::TAIL_SIZE }>()
+        else {
+            return 0;
+        };
+        let status =
+            match Request::parse(request).and_then(|parsed| self.execute(parsed, properties)) {
+                Ok(()) => Status::Ok,
+                Err(status) => status,
+            };
+        tail[0] = status as u8;
+        size
+    }
+
+    /// Whether a request of this type exists and needs no feature that was not
+    /// negotiated.
+    fn is_available(&self, kind: u8) -> bool {
+        needed_feature(kind).is_some_and(|needs| needs & !self.read().features == 0)
+    }
+
+    /// Completes every request that was handled: when it returns, no consumer
+    /// uses what they unmapped.
+    pub fn flush(&self) {
+        self.flush_pending(&mut self.command());
+    }
+
+    fn execute(&self, parsed: Request, properties: &mut [u8]) -> Result<(), Status> {
+        let mut pending = self.command();
+        pending.removed.free(FREED_CHUNKS);
+        match parsed {
+            Request::Attach {
+                domain,
+                endpoint,
+                flags,
+            } => {
+                self.flush_pending(&mut pending);
+                let moved = self.write().attach(domain, endpoint, flags)?;
+                if let Some(moved) = moved {
+                    self.moved(&mut pending, moved);
+                }
+                Ok(())
+            }
+            Request::Detach { domain, endpoint } => {
+                self.flush_pending(&mut pending);
+                let moved = self.write().detach(domain, endpoint)?;
+                self.moved(&mut pending, moved);
+                Ok(())
+            }
+            Request::Map {
+                domain,
+                first,
+                last,
+                gpa,
+                flags,
+            } => {
+                let iova = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
+                // What is mapped anew must not be dropped with what was there.
+                if pending.ranges.iter().any(|gone| gone.overlaps(iova)) {
+                    self.flush_pending(&mut pending);
+                }
+                let perm = perm_of(flags);
+                let mapping = Mapping { iova, gpa, perm };
+                self.map(&pending, domain, mapping, flags)
+            }
+            Request::Unmap {
+                domain,
+                first,
+                last,
+            } => {
+                let range = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
+                let removed = &mut pending.removed;
+                let any = self.write().unmap(domain, range, removed)?;
+                if any {
+                    self.postpone(&mut pending, domain, range);
+                }
+                Ok(())
+            }
+            Request::Probe { endpoint } => self.probe(endpoint, properties),
+        }
+    }
+
+    /// Drops the old view of an endpoint everywhere and shows the new one.
+    fn moved(&self, pending: &mut Pending, moved: Moved) {
+        if let Some(region) = moved.sink {
+            region.reload();
+        }
+        if let Some(domain) = moved.gone {
+            domain.mappings.discard(&mut pending.removed);
+        }
+    }
+
+    fn map(&self, pending: &Pending, id: u32, mapping: Mapping, flags: u32) -> Result<(), Status> {
+        let unfreed = pending.removed.len();
+        let regions = {
+            let mut state = self.write();
+            state.map(&self.config, unfreed, id, mapping, flags)?;
+            state.attached(id)
+        };
+        for region in regions {
+            region.map(&mapping);
+        }
+        Ok(())
+    }
+
+    /// §5.13.6.7.2
+    fn probe(&self, stream: StreamId, properties: &mut [u8]) -> Result<(), Status> {
+        // No property is written where all of them have no room (§5.13.6.7.2).
+        if properties.len() < spec::PROBE_SIZE as usize {
+            return Err(Status::Inval);
+        }
+        if !self.read().endpoints.contains_key(&stream) {
+            return Err(Status::Noent);
+        }
+        if let Some(window) = self.config.msi_window {
+            write_msi_window(properties, window);
+        }
+        Ok(())
+    }
+
+    /// Keeps an unmapped range for one invalidation with its neighbours.
+    fn postpone(&self, pending: &mut Pending, domain: u32, range: IovaRange) {
+        if pending.domain != domain || pending.ranges.len() >= MAX_PENDING {
+            self.flush_pending(pending);
+        }
+        pending.domain = domain;
+        range.push_joined(&mut pending.ranges);
+    }
+
+    fn flush_pending(&self, pending: &mut Pending) {
+        if pending.ranges.is_empty() {
+            return;
+        }
+        let regions = self.read().attached(pending.domain);
+        for region in regions {
+            region.invalidate(&pending.ranges);
+        }
+        pending.ranges.clear();
+    }
+
+    fn command(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, for lookups.
+    pub fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, to be changed without a notification.
+    pub fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
