@@ -1,83 +1,35 @@
-//! Translations that the kernel is sent before it misses them: what a queue
-//! that missed one place is about to access.
+//! Translations that the kernel is sent before it misses them: of the buffers that
+//! a queue accesses next.
 
-use iommu::{Access, GuestRam, Hva, Iova, IovaRange, Mapping, Translating};
 use std::io;
-use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
 
-use super::{MAX_PREFETCH, MIN_PREFETCH, Ring, Running, VhostIotlb, count};
+use iommu::Iova;
+
+use super::miss::{Recording, StreamTranslator};
+use super::sender::{Ring, Running, Sender};
+use super::stats::count;
 use crate::queue::posted::{Buffer, Memory, Steps, posted};
 use crate::vhost::shadow::Entry;
 
-/// Whether a fault may be recorded by the model.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Trace {
-    Left,
-    None,
-}
+/// Upper bound on prefetched entries per miss, however large the IOTLB.
+pub(super) const MAX_PREFETCH: usize = 256;
+/// Prefetched entries per miss that are always allowed.
+const MIN_PREFETCH: usize = 16;
 
-/// The stream's translation while its gate is held.
-pub(super) struct World<'a> {
-    pub(super) inside: &'a Translating<'a>,
-    pub(super) ram: &'a GuestRam,
-    pub(super) ats: bool,
-}
-
-impl World<'_> {
-    /// Translates as the device: what faults is the model's event.
-    pub(super) fn resolve(&self, iova: Iova, access: Access) -> Option<Entry> {
-        let answer = if self.ats {
-            self.inside.request_ats(iova, access)
-        } else {
-            self.inside.translate(iova, access)
-        };
-        let mapping = answer.ok().filter(|mapping| mapping.perm.allows(access))?;
-        pieces(self.ram, &mapping).find(|piece| piece.iova.contains(iova))
-    }
-
-    /// Translates if it is certain to succeed.
-    pub(super) fn resolve_quietly(&self, iova: Iova, access: Access) -> Option<Entry> {
-        self.inside.lookup(iova, access).ok()?;
-        self.resolve(iova, access)
-    }
-}
-
-/// A mapping as entries, each of which is one piece of this process's memory.
-/// What is not RAM is left out.
-pub(super) fn pieces<'a>(
-    ram: &'a GuestRam,
-    mapping: &'a Mapping,
-) -> impl Iterator<Item = Entry> + 'a {
-    ram.iter().filter_map(|block| {
-        let start = block.start_addr().0;
-        let below = mapping.gpa.0;
-        let first = start.max(below);
-        let last = (start + (block.len() - 1)).min(below.checked_add(mapping.iova.extent())?);
-        let extent = last.checked_sub(first)?;
-        let iova = mapping.iova.first().checked_add(first - below)?;
-        let host = block.get_host_address(MemoryRegionAddress(first - start));
-        Some(Entry {
-            iova: IovaRange::new(iova, iova.checked_add(extent)?).ok()?,
-            hva: Hva(host.ok()?.addr() as u64),
-            perm: mapping.perm,
-        })
-    })
-}
-
-impl VhostIotlb {
-    /// Sends what the kernel does not hold of the queue that missed `iova`: its
-    /// rings and the buffers posted on it. `entry` is known already. A driver
-    /// may be posting more at the same time, which the queue would miss next:
-    /// it is looked at again until there is nothing new, or no step is left.
+impl Sender {
+    /// Sends the entries that the kernel lacks of the queue that missed `iova`: of
+    /// its rings and its available buffers. `entry` is known already. A driver
+    /// may add buffers at the same time, which the queue would miss next: this
+    /// repeats until none is new, or no step is left.
     pub(super) fn prefetch(
         &self,
-        world: &World<'_>,
+        translator: &StreamTranslator<'_>,
         iova: Iova,
         entry: Entry,
         steps: &Steps,
     ) -> io::Result<()> {
         let rings = self.table().rings.clone();
-        let memory = Memory::new(world.inside, world.ram);
+        let memory = Memory::new(translator.inside, translator.ram);
         let missed = rings.iter().find_map(|(index, Running { ring, .. })| {
             let buffers = wanted(&memory, ring, steps)?;
             let mut all = buffers.iter();
@@ -94,7 +46,7 @@ impl VhostIotlb {
                 if found.len() > left || steps.is_over() {
                     break;
                 }
-                self.missing_of(world, buffer, &mut found, (Trace::None, steps));
+                self.missing_of(translator, buffer, &mut found, (Recording::Off, steps));
             }
             found.swap_remove(0);
             found.truncate(left);
@@ -115,9 +67,9 @@ impl VhostIotlb {
         }
     }
 
-    /// How many translations a miss of the queue `index` brings with it: twice
-    /// what the queue got through since its last miss. More than that was sent
-    /// for nothing, where the guest flushes everything now and then.
+    /// Upper bound on prefetched entries for a miss of the queue `index`: twice
+    /// the buffers that it used since its last miss. Where the guest flushes
+    /// everything now and then, the kernel would lose more than that unused.
     fn depth(&self, index: u16, memory: &Memory<'_>, ring: &Ring) -> usize {
         let Ok(used) = memory.used(&ring.layout) else {
             return self.prefetch_limit();
@@ -135,10 +87,10 @@ impl VhostIotlb {
     /// the steps go: one for each entry.
     pub(super) fn missing_of(
         &self,
-        world: &World<'_>,
+        translator: &StreamTranslator<'_>,
         buffer: Buffer,
         found: &mut Vec<Entry>,
-        (trace, steps): (Trace, &Steps),
+        (recording, steps): (Recording, &Steps),
     ) -> bool {
         let mut at = buffer.iova.first();
         while steps.spend() {
@@ -147,9 +99,9 @@ impl VhostIotlb {
             let known = known.copied().filter(good);
             let known = known.or_else(|| self.table().shadow.holder(at).filter(good));
             let entry = known.or_else(|| {
-                let entry = match trace {
-                    Trace::Left => world.resolve(at, buffer.access),
-                    Trace::None => world.resolve_quietly(at, buffer.access),
+                let entry = match recording {
+                    Recording::On => translator.resolve(at, buffer.access),
+                    Recording::Off => translator.resolve_quietly(at, buffer.access),
                 };
                 found.extend(entry);
                 entry
@@ -168,14 +120,14 @@ impl VhostIotlb {
         false
     }
 
-    /// Most translations that one miss brings with it.
+    /// Upper bound on prefetched entries per miss.
     fn prefetch_limit(&self) -> usize {
         MAX_PREFETCH.min(self.limit() / 4)
     }
 }
 
-/// What a queue accesses: its rings and the buffers posted on it. `None` when
-/// they cannot be read.
+/// The rings of a queue and its available buffers. `None` when they cannot be
+/// read.
 fn wanted(memory: &Memory<'_>, ring: &Ring, steps: &Steps) -> Option<Vec<Buffer>> {
     let parts = ring.layout.parts().into_iter().flatten();
     Some(

@@ -1,12 +1,16 @@
 use std::collections::VecDeque;
 
-use iommu::{Iommu, StreamId};
+use iommu::{GuestRam, Hva, Iommu, Perm, StreamId};
 use proptest::prelude::*;
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use self::pages::{PAGE, Pages, page};
+use super::prefetch::MAX_PREFETCH;
+use super::stalled::{MAX_PENDING, MAX_UNANSWERED};
 use super::*;
-use crate::vhost::message::parse_message;
+use crate::vhost::message::{Message, parse_message};
+use crate::vhost::shadow::Entry;
 
 mod bounds;
 mod pages;
@@ -151,7 +155,7 @@ impl World {
     }
 
     fn agrees(&self) -> bool {
-        self.iotlb.table().shadow.in_order() == self.kernel.state().list
+        self.iotlb.sender.table().shadow.in_order() == self.kernel.state().list
     }
 
     /// A queue of `size` entries with its rings at one page each from `iova`
@@ -340,7 +344,7 @@ fn miss_told_twice_is_no_fault_once_the_first_answer_served_it() {
         pages: Arc::clone(&world.pages),
         unmaps: Mutex::default(),
     });
-    let options = world.iotlb.options;
+    let options = world.iotlb.sender.options;
     let channel = Arc::clone(&hasty) as Arc<dyn Channel>;
     let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&world.failure)).unwrap();
     let region = world.space.region().unwrap();
@@ -686,13 +690,16 @@ proptest! {
         world.iotlb.service();
         world.iotlb.revive();
         let pages = world.pages.state().pages.clone();
-        let stalled = world.iotlb.table().pending.iter().map(|p| p.iova).collect::<Vec<_>>();
+        let stalled: Vec<_> = {
+            let table = world.iotlb.sender.table();
+            table.stalled.places().map(|(iova, _)| iova).collect()
+        };
         for iova in &world.kernel.state().unanswered {
             prop_assert!(stalled.contains(iova), "{iova} is neither answered nor known");
         }
-        for pending in &world.iotlb.table().pending {
-            let page = pages.get(&(pending.iova.0 & !(PAGE - 1)));
-            prop_assert!(!page.is_some_and(|(_, perm)| perm.allows(pending.access)));
+        for (iova, access) in world.iotlb.sender.table().stalled.places() {
+            let page = pages.get(&(iova.0 & !(PAGE - 1)));
+            prop_assert!(!page.is_some_and(|(_, perm)| perm.allows(access)));
         }
     }
 }

@@ -28,7 +28,7 @@ impl Channel for Endless {
 fn busy(world: &World) -> Arc<VhostIotlb> {
     let channel = Arc::new(Endless(Arc::clone(&world.kernel)));
     let failure = Arc::clone(&world.failure);
-    let iotlb = VhostIotlb::new("busy", channel, world.iotlb.options, failure).unwrap();
+    let iotlb = VhostIotlb::new("busy", channel, world.iotlb.sender.options, failure).unwrap();
     let region = world.space.region().unwrap();
     iotlb.attach(&world.space, region).unwrap();
     world.pages.map(0x4000, 0x3000, Perm::READ);
@@ -99,7 +99,7 @@ fn busy_file_does_not_keep_the_thread_from_the_others() {
 
 /// Entries that the rest of a test looks at.
 fn looks(iotlb: &VhostIotlb) -> usize {
-    iotlb.table().shadow.looks.take()
+    iotlb.sender.table().shadow.looks.take()
 }
 
 /// A ring of 1024 descriptors of 4 GiB each, over as many entries as a kernel

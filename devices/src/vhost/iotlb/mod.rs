@@ -1,0 +1,469 @@
+//! The kernel's IOTLB of one vhost file, kept in step with the guest's IOMMU.
+//!
+//! Locks, from the outermost: the reader's (held while misses are answered), the
+//! stream's gate, the table's (shadow and rings). The table's lock is held while a
+//! message is sent, so that the shadow's order is the kernel's, and nothing is
+//! translated under it.
+
+mod miss;
+mod prefetch;
+mod sender;
+mod stalled;
+mod stats;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use iommu::{
+    Access, AddressSpace, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
+    NotifierId, NotifierSink, Registration, Translating,
+};
+use log::{info, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::miss::{Recording, StreamTranslator, pieces};
+pub use self::sender::{Channel, IotlbOptions, Ring};
+use self::sender::{Running, Sender, cannot_send};
+pub use self::stats::IotlbStats;
+use self::stats::count;
+use crate::failure::{DeviceError, FailureLatch};
+use crate::queue::posted::{Buffer, Layout, Memory, RingReadError, Steps, posted};
+use crate::vhost::message::Miss;
+
+/// Misses that are answered in one round: while the gate is held, and until
+/// the thread serves the next file.
+const MAX_BATCH: usize = 256;
+/// Descriptors and entries that are looked at while the gate is held, beyond
+/// one for each miss. The guest chooses how many there are.
+const MAX_STEPS: usize = 16 << 10;
+/// Rounds in which a ring that stops gets its last answers.
+const MAX_ROUNDS: usize = 16;
+/// Errors without a cause that we see and without progress, until we give up.
+const MAX_STRIKES: u32 = 16;
+
+struct Attached {
+    space: AddressSpace,
+    region: Arc<IommuRegion>,
+    id: NotifierId,
+}
+
+/// How a round of answers ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// No miss is left.
+    Over,
+    /// There may be more.
+    Full,
+    /// The kernel sent what no version of its interface sends.
+    Broken,
+}
+
+/// The IOTLB of one vhost file.
+pub struct VhostIotlb {
+    sender: Sender,
+    reader: Mutex<Option<Attached>>,
+}
+
+impl VhostIotlb {
+    /// The IOTLB behind `channel`; `name` is for the log.
+    ///
+    /// # Errors
+    /// No eventfd is left.
+    pub fn new(
+        name: &str,
+        channel: Arc<dyn Channel>,
+        options: IotlbOptions,
+        failure: Arc<FailureLatch>,
+    ) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            sender: Sender::new(name, channel, options, failure)?,
+            reader: Mutex::default(),
+        }))
+    }
+
+    /// Signalled when [`revive`](Self::revive) has something to do.
+    #[must_use]
+    pub fn wake(&self) -> &EventFd {
+        &self.sender.wake
+    }
+
+    /// Its statistics.
+    #[must_use]
+    pub fn stats(&self) -> IotlbStats {
+        let table = self.sender.table();
+        let (stalled, entries) = (table.stalled.len(), table.shadow.len());
+        let counters = &self.sender.counters;
+        counters.stats(stalled, entries, &table.outcome)
+    }
+
+    /// Listens to the region of `space` from now on. The kernel's IOTLB is
+    /// new and empty. Does nothing if it listens already.
+    ///
+    /// # Errors
+    /// The IOMMU does not tell of invalidations: without them nothing may be
+    /// kept.
+    pub fn attach(
+        self: &Arc<Self>,
+        space: &AddressSpace,
+        region: &Arc<IommuRegion>,
+    ) -> Result<(), DeviceError> {
+        let mut reader = self.reader();
+        if reader.is_some() {
+            return Ok(());
+        }
+        {
+            let mut table = self.sender.table();
+            table.shadow.clear();
+            table.ram = Some(Arc::clone(space.ram()));
+        }
+        let id = region.register(IommuNotifier {
+            wanted: vec![
+                NotifierEvents::DEVIOTLB_UNMAP,
+                NotifierEvents::MAP | NotifierEvents::UNMAP,
+                NotifierEvents::UNMAP,
+            ],
+            range: IovaRange::ALL,
+            sink: Arc::clone(self) as Arc<dyn NotifierSink>,
+        });
+        *reader = Some(Attached {
+            space: space.clone(),
+            region: Arc::clone(region),
+            id,
+        });
+        drop(reader);
+        if self.sender.table().outcome.events.is_empty() {
+            self.detach();
+            return Err(no_invalidations());
+        }
+        Ok(())
+    }
+
+    /// Forgets the address space: no ring runs any more. Afterwards the kernel
+    /// holds nothing.
+    pub fn detach(&self) {
+        let mut reader = self.reader();
+        if let Some(attached) = reader.take() {
+            attached.region.unregister(attached.id);
+        }
+        // Misses of rings that have stopped mean nothing any more.
+        while let Ok(Some(_)) = self.sender.channel.receive() {}
+        let mut table = self.sender.table();
+        self.sender.clear_stalled(&mut table);
+        table.rings.clear();
+        let _ = self.sender.invalidate(&mut table, &[IovaRange::ALL]);
+        table.ram = None;
+    }
+
+    /// A ring is about to run: sends the translation of its three parts, and
+    /// keeps them in from now on.
+    ///
+    /// # Errors
+    /// The IOMMU does not translate one of them.
+    pub fn start_ring(&self, index: u16, ring: Ring) -> Result<(), DeviceError> {
+        let bad = |reason| DeviceError::BadQueue {
+            queue: ring.number,
+            reason,
+        };
+        let parts = ring.layout.parts();
+        let parts = parts.ok_or_else(|| bad("a ring runs beyond the address space"))?;
+        let reader = self.reader();
+        let Some(attached) = &*reader else {
+            return Ok(());
+        };
+        let inside = attached.region.enter();
+        let translator = self.translator(attached, &inside);
+        let (mut found, steps) = (Vec::new(), Steps::new(MAX_STEPS));
+        for part in parts {
+            let whole =
+                self.sender
+                    .missing_of(&translator, part, &mut found, (Recording::On, &steps));
+            if !whole {
+                count(&self.sender.counters.faults, 1);
+                return Err(bad("the IOMMU does not translate its rings"));
+            }
+        }
+        let mut table = self.sender.table();
+        let used_at_miss = None;
+        table.rings.insert(index, Running { ring, used_at_miss });
+        for entry in found {
+            self.sender
+                .push(&mut table, entry, None)
+                .map_err(cannot_send)?;
+        }
+        Ok(())
+    }
+
+    /// A ring has stopped. Answers what it missed until then, so that none of
+    /// it is looked at after the driver went on.
+    pub fn stop_ring(&self, index: u16) {
+        // The other ring of the file may go on missing.
+        for _ in 0..MAX_ROUNDS {
+            if self.round() != Round::Full {
+                break;
+            }
+        }
+        let mut table = self.sender.table();
+        table.rings.remove(&index);
+        if table.rings.is_empty() {
+            self.sender.clear_stalled(&mut table);
+        }
+    }
+
+    /// Answers the misses that are there, up to [`MAX_BATCH`]: more stay with
+    /// the kernel, whose file is still readable. `false` when the kernel sends
+    /// what we do not understand.
+    pub fn service(&self) -> bool {
+        self.round() != Round::Broken
+    }
+
+    fn round(&self) -> Round {
+        let reader = self.reader();
+        // A queue may report a miss several times, and all of them are
+        // there before its answer is out. The gate is held until they are
+        // read, or they would be faults when the driver, served by the
+        // first answer, unmaps the place.
+        let inside = (reader.as_ref()).map(|attached| (attached, attached.region.enter()));
+        let translator =
+            (inside.as_ref()).map(|(attached, inside)| self.translator(attached, inside));
+        let steps = Steps::new(MAX_STEPS);
+        for _ in 0..MAX_BATCH {
+            match (self.sender.channel.receive(), &translator) {
+                (Ok(Some(miss)), Some(translator)) => self.answer(translator, miss, &steps),
+                (Ok(Some(_)), None) => {}
+                (Ok(None), _) => return Round::Over,
+                (Err(source), _) => {
+                    self.sender.fail(DeviceError::Backend {
+                        what: "reading a miss of the host's vhost",
+                        source,
+                    });
+                    return Round::Broken;
+                }
+            }
+        }
+        Round::Full
+    }
+
+    /// Something changed: sends rings that were lost, and tries again what
+    /// could not be translated.
+    pub fn revive(&self) {
+        let _ = self.sender.wake.read();
+        let reader = self.reader();
+        let Some(attached) = &*reader else {
+            return;
+        };
+        let inside = attached.region.enter();
+        let translator = self.translator(attached, &inside);
+        let (rings, waiting) = {
+            let table = self.sender.table();
+            let rings: Vec<_> = table.layouts().copied().collect();
+            (rings, table.stalled.places().collect::<Vec<_>>())
+        };
+        let (mut found, steps) = (Vec::new(), Steps::new(MAX_STEPS));
+        for part in rings.iter().filter_map(Layout::parts).flatten() {
+            self.sender
+                .missing_of(&translator, part, &mut found, (Recording::Off, &steps));
+        }
+        let mut answers = Vec::new();
+        for (iova, access) in waiting {
+            let answer = translator.resolve_quietly(iova, access);
+            answers.extend(answer.map(|entry| (entry, iova)));
+        }
+        let mut table = self.sender.table();
+        let rings = found.into_iter().map(|entry| (entry, None));
+        let answers = answers.into_iter().map(|(entry, iova)| (entry, Some(iova)));
+        for (entry, wake) in rings.chain(answers) {
+            if let Err(source) = self.sender.push(&mut table, entry, wake) {
+                self.sender.fail(cannot_send(source));
+                return;
+            }
+        }
+    }
+
+    /// The kernel says that it met an error on a ring. It says so also when
+    /// it holds a translation that forbids the access, and for what resolves
+    /// itself.
+    pub fn ring_failed(&self, index: u16) {
+        let reader = self.reader();
+        let Some(attached) = &*reader else {
+            return;
+        };
+        let ring = (self.sender.table().rings.get(&index)).map(|running| running.ring.clone());
+        let Some(ring) = ring else {
+            return;
+        };
+        let inside = attached.region.enter();
+        let translator = self.translator(attached, &inside);
+        let memory = Memory::new(&inside, translator.ram);
+        let steps = Steps::new(MAX_STEPS);
+        let buffers = match posted(&memory, &ring.layout, &steps) {
+            Ok(buffers) => buffers,
+            // The rings are gone: the kernel will miss them.
+            Err(RingReadError::Fault(_)) => Vec::new(),
+            Err(RingReadError::Malformed(reason)) => {
+                let queue = ring.number;
+                self.sender.fail(DeviceError::BadQueue { queue, reason });
+                return;
+            }
+        };
+        match self.forbidden(&buffers, &steps) {
+            Some((iova, access)) => match translator.resolve(iova, access) {
+                Some(better) => {
+                    let mut table = self.sender.table();
+                    if let Err(source) = self.sender.push(&mut table, better, None) {
+                        self.sender.fail(cannot_send(source));
+                    }
+                    let _ = ring.kick.write(1);
+                }
+                None => {
+                    count(&self.sender.counters.faults, 1);
+                    self.sender.park(iova, access, Some(ring.kick));
+                }
+            },
+            None => self.strike(&ring),
+        }
+    }
+
+    /// The first byte of the buffers that the kernel holds and may not access,
+    /// as far as the steps go.
+    fn forbidden(&self, buffers: &[Buffer], steps: &Steps) -> Option<(Iova, Access)> {
+        let table = self.sender.table();
+        buffers.iter().find_map(|buffer| {
+            let held = table.shadow.overlapping(buffer.iova);
+            let mut held = held.take_while(|_| steps.spend());
+            let entry = held.find(|entry| !entry.perm.allows(buffer.access))?;
+            let first = entry.iova.first().max(buffer.iova.first());
+            Some((first, buffer.access))
+        })
+    }
+
+    fn strike(&self, ring: &Ring) {
+        let mut table = self.sender.table();
+        table.strikes += 1;
+        if table.strikes > MAX_STRIKES {
+            self.sender.fail(DeviceError::Backend {
+                what: "the host's vhost cannot go on with a queue",
+                source: io::Error::from(io::ErrorKind::InvalidData),
+            });
+        } else {
+            let _ = ring.kick.write(1);
+        }
+    }
+
+    fn answer(&self, translator: &StreamTranslator<'_>, miss: Miss, steps: &Steps) {
+        count(&self.sender.counters.misses, 1);
+        // What the kernel holds is good until it is told otherwise, even if
+        // the tables have changed and somebody waits at the gate to tell.
+        let held = self.sender.table().shadow.holder(miss.iova);
+        let held = held.filter(|held| held.perm.allows(miss.access));
+        let Some(entry) = held.or_else(|| translator.resolve(miss.iova, miss.access)) else {
+            count(&self.sender.counters.faults, 1);
+            self.sender.park(miss.iova, miss.access, None);
+            return;
+        };
+        let sent = if self.sender.options.prefetch && held.is_none() {
+            self.sender.prefetch(translator, miss.iova, entry, steps)
+        } else {
+            Ok(())
+        };
+        // The one that was missed goes last: it wakes the queue.
+        let mut table = self.sender.table();
+        table.strikes = 0;
+        let sent = sent.and_then(|()| self.sender.push(&mut table, entry, Some(miss.iova)));
+        if let Err(source) = sent {
+            self.sender.fail(cannot_send(source));
+        }
+    }
+
+    fn translator<'a>(
+        &self,
+        attached: &'a Attached,
+        inside: &'a Translating<'a>,
+    ) -> StreamTranslator<'a> {
+        let events = self.sender.table().outcome.events;
+        StreamTranslator {
+            inside,
+            ram: attached.space.ram(),
+            ats: events.contains(NotifierEvents::DEVIOTLB_UNMAP),
+        }
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Option<Attached>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn no_invalidations() -> DeviceError {
+    DeviceError::Backend {
+        what: "the IOMMU delivers no invalidations to the host's vhost",
+        source: io::Error::from(io::ErrorKind::Unsupported),
+    }
+}
+
+impl NotifierSink for VhostIotlb {
+    // A queue that waits for a mapping is tried again without being shown it:
+    // `unmap` and `registered` wake the worker.
+    fn wants_more(&self) -> bool {
+        self.sender.prefills(&self.sender.table())
+    }
+
+    fn map(&self, mapping: &Mapping) {
+        let mut table = self.sender.table();
+        let Some(ram) = table.ram.clone() else {
+            return;
+        };
+        for entry in pieces(&ram, mapping) {
+            let wake = table.stalled.first_in(&entry);
+            let room = self.sender.prefills(&table);
+            if wake.is_none() && (!room || table.stalled.waits_in(&entry)) {
+                continue;
+            }
+            match self.sender.push(&mut table, entry, wake) {
+                Ok(sent) => count(&self.sender.counters.prefills, usize::from(sent)),
+                Err(source) => {
+                    self.sender.fail(cannot_send(source));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn unmap(&self, ranges: &[IovaRange]) {
+        let mut table = self.sender.table();
+        // An error has already halted the device.
+        let _ = self.sender.invalidate(&mut table, ranges);
+        let lost = table.layouts().filter_map(Layout::parts);
+        let lost = lost.flatten().any(|part| {
+            let gone = ranges.iter().any(|range| range.overlaps(part.iova));
+            gone && table.shadow.holder(part.iova.first()).is_none()
+        });
+        if lost || !table.stalled.is_empty() {
+            let _ = self.sender.wake.write(1);
+        }
+    }
+
+    fn registered(&self, outcome: &Registration) {
+        let mut table = self.sender.table();
+        let refused: Vec<_> = outcome.refused.iter().map(ToString::to_string).collect();
+        let because = if refused.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", refused.join("; "))
+        };
+        if outcome.events.is_empty() {
+            warn!(
+                "{}: the IOMMU notifies of nothing{because}",
+                self.sender.name
+            );
+            let error = io::Error::from(io::ErrorKind::Unsupported);
+            self.sender.lose_control(&error);
+        } else if table.outcome != *outcome {
+            let name = &self.sender.name;
+            info!("{name}: the IOMMU notifies of {}{because}", outcome.events);
+        }
+        table.outcome = outcome.clone();
+        let _ = self.sender.wake.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests;

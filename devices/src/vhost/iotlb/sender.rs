@@ -1,0 +1,302 @@
+//! Messages to the kernel's IOTLB, and the table of what it holds.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use iommu::{Access, GuestRam, Hva, Iova, IovaRange, NotifierEvents, Perm, Registration};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::stalled::{Pending, Stalled};
+use super::stats::{Counters, count};
+use crate::failure::{DeviceError, FailureLatch};
+use crate::queue::posted::Layout;
+use crate::vhost::message::{Message, Miss};
+use crate::vhost::shadow::{DEFAULT_LIMIT, Entry, Shadow, merged};
+
+/// Upper bound on parts of entries that are sent again after an invalidation took
+/// more than its ranges.
+const MAX_RESTORED: usize = 16;
+
+/// A vhost file as the kernel's end of the messages.
+pub trait Channel: Send + Sync {
+    /// Sends a message. The kernel uses no entry that an invalidation overlaps
+    /// when this returns.
+    ///
+    /// # Errors
+    /// The kernel refused it.
+    fn send(&self, message: &Message) -> io::Result<()>;
+
+    /// Takes the next miss, if there is one.
+    ///
+    /// # Errors
+    /// The kernel sent something else.
+    fn receive(&self) -> io::Result<Option<Miss>>;
+
+    /// Takes the back end away from every ring: for when an invalidation
+    /// cannot be delivered.
+    fn halt(&self);
+}
+
+/// A ring that the kernel serves.
+#[derive(Clone)]
+pub struct Ring {
+    /// Its number on the device, for messages.
+    pub number: u16,
+    /// Its addresses.
+    pub layout: Layout,
+    /// Makes the kernel look at it again.
+    pub kick: Arc<EventFd>,
+}
+
+/// A ring, and its progress at its last miss.
+#[derive(Clone)]
+pub(super) struct Running {
+    pub(super) ring: Ring,
+    /// Its used index when it last missed something.
+    pub(super) used_at_miss: Option<u16>,
+}
+
+/// The entries that the kernel holds, and the rings that use them.
+pub(super) struct Table {
+    pub(super) shadow: Shadow,
+    pub(super) rings: BTreeMap<u16, Running>,
+    pub(super) stalled: Stalled,
+    pub(super) outcome: Registration,
+    /// RAM, while the file is attached to an address space.
+    pub(super) ram: Option<Arc<GuestRam>>,
+    /// Errors without a known cause since the last answer.
+    pub(super) strikes: u32,
+}
+
+/// Options of a kernel IOTLB.
+#[derive(Clone, Copy, Debug)]
+pub struct IotlbOptions {
+    /// Entries that the kernel holds; 0 is no limit.
+    pub limit: usize,
+    /// Send new mappings when they are made, if the IOMMU notifies of them.
+    pub prefill: bool,
+    /// Translate every posted buffer of a queue that misses one.
+    pub prefetch: bool,
+}
+
+/// Keeps the kernel's list and the table the same: every message goes through it.
+pub(super) struct Sender {
+    pub(super) name: String,
+    pub(super) channel: Arc<dyn Channel>,
+    pub(super) options: IotlbOptions,
+    pub(super) counters: Counters,
+    pub(super) wake: EventFd,
+    failure: Arc<FailureLatch>,
+    table: Mutex<Table>,
+}
+
+impl Sender {
+    pub(super) fn new(
+        name: &str,
+        channel: Arc<dyn Channel>,
+        options: IotlbOptions,
+        failure: Arc<FailureLatch>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            channel,
+            options,
+            counters: Counters::default(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            failure,
+            table: Mutex::new(Table {
+                shadow: Shadow::new(options.limit),
+                rings: BTreeMap::new(),
+                stalled: Stalled::default(),
+                outcome: Registration {
+                    events: NotifierEvents::NONE,
+                    refused: Vec::new(),
+                },
+                ram: None,
+                strikes: 0,
+            }),
+        })
+    }
+
+    /// Sends a translation unless the kernel has it. With `wake` it is the
+    /// answer to a miss of that byte and sent in any case: the kernel goes on
+    /// only then. Returns whether a message was sent.
+    pub(super) fn push(
+        &self,
+        table: &mut Table,
+        entry: Entry,
+        wake: Option<Iova>,
+    ) -> io::Result<bool> {
+        let at = wake.unwrap_or(entry.iova.first());
+        if let Some(held) = table.shadow.holder(at)
+            && held.agrees_with(&entry)
+        {
+            if wake.is_some() {
+                // A second copy; the first one goes when its turn comes.
+                self.update(table, held)?;
+                return Ok(true);
+            }
+            if held.iova.covers(entry.iova) {
+                return Ok(false);
+            }
+        }
+        if table.shadow.overlaps(entry.iova) {
+            self.invalidate(table, &[entry.iova])?;
+        }
+        self.update(table, entry)?;
+        Ok(true)
+    }
+
+    /// Sends an update. Entries of rings that the kernel would drop next are sent
+    /// again first, so that they stay.
+    fn update(&self, table: &mut Table, entry: Entry) -> io::Result<()> {
+        for _ in 0..8 * table.rings.len() {
+            match table.shadow.next_victim() {
+                Some(victim) if victim != entry && table.is_ring(&victim) => {
+                    self.send_update(table, victim)?;
+                }
+                _ => break,
+            }
+        }
+        self.send_update(table, entry)?;
+        // The kernel wakes every queue that misses a byte of it.
+        table.stalled.wake(&entry);
+        Ok(())
+    }
+
+    fn send_update(&self, table: &mut Table, entry: Entry) -> io::Result<()> {
+        self.channel.send(&Message::Update(entry))?;
+        table.shadow.add(entry);
+        count(&self.counters.updates, 1);
+        Ok(())
+    }
+
+    /// Invalidates the ranges, and sends the parts of entries again that the
+    /// kernel drops besides. The caller holds the gate, so these are still
+    /// translated.
+    pub(super) fn invalidate(&self, table: &mut Table, ranges: &[IovaRange]) -> io::Result<()> {
+        let messages = table.shadow.invalidations(ranges);
+        let saved = ranges.len().saturating_sub(messages.len());
+        count(&self.counters.invalidations_saved, saved);
+        let mut lost = Vec::new();
+        for range in messages {
+            if let Err(error) = self.channel.send(&Message::Invalidate(range)) {
+                self.lose_control(&error);
+                return Err(error);
+            }
+            count(&self.counters.invalidations_sent, 1);
+            lost.extend(table.shadow.remove(range));
+        }
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let gone = merged(ranges);
+        let parts = || lost.iter().flat_map(|entry| entry.without(&gone));
+        let rings = parts().filter(|entry| table.is_ring(entry));
+        let others = parts().filter(|entry| !table.is_ring(entry));
+        let rest: Vec<_> = rings.chain(others).take(MAX_RESTORED).collect();
+        for entry in rest {
+            self.update(table, entry)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn fail(&self, error: DeviceError) {
+        self.failure.record(error);
+        let _ = self.wake.write(1);
+    }
+
+    /// Takes the device away from the kernel, which may go on using entries that
+    /// it must not.
+    pub(super) fn lose_control(&self, error: &io::Error) {
+        self.channel.halt();
+        self.fail(DeviceError::Backend {
+            what: "the host's vhost does not take an invalidation",
+            source: io::Error::new(error.kind(), error.to_string()),
+        });
+    }
+
+    /// Parks a queue at a place that is not mapped.
+    pub(super) fn park(&self, iova: Iova, access: Access, kick: Option<Arc<EventFd>>) {
+        let mut table = self.table();
+        if let Some(pending) = table.stalled.park(iova, access, kick) {
+            self.clear(&mut table, &pending);
+        }
+    }
+
+    pub(super) fn clear_stalled(&self, table: &mut Table) {
+        for pending in table.stalled.take() {
+            self.clear(table, &pending);
+        }
+    }
+
+    /// Makes the kernel drop the misses that it keeps for a place, by an entry
+    /// that permits nothing and is invalidated at once. A queue that still
+    /// accesses the place misses it again.
+    fn clear(&self, table: &mut Table, pending: &Pending) {
+        let Some(ram) = table.ram.clone().filter(|_| pending.unanswered > 0) else {
+            return;
+        };
+        let Ok(byte) = IovaRange::new(pending.iova, pending.iova) else {
+            return;
+        };
+        let whole = ram.iter().next().and_then(|block| {
+            let host = block.get_host_address(MemoryRegionAddress(0)).ok()?;
+            Some(Hva(host.addr() as u64))
+        });
+        let nothing = whole.map(|hva| Entry {
+            iova: byte,
+            hva,
+            perm: Perm::NONE,
+        });
+        if let Some(nothing) = nothing
+            && self.push(table, nothing, None).is_ok()
+        {
+            let _ = self.invalidate(table, &[byte]);
+        }
+    }
+
+    /// Whether a mapping is sent when it is made.
+    pub(super) fn prefills(&self, table: &Table) -> bool {
+        self.options.prefill && table.shadow.len() < self.prefill_limit()
+    }
+
+    /// Entries up to which mappings are sent when they are made; the rest is for
+    /// answers. Beyond it the kernel would drop the buffers that it uses next.
+    fn prefill_limit(&self) -> usize {
+        let limit = self.limit();
+        limit - limit / 8
+    }
+
+    pub(super) fn limit(&self) -> usize {
+        match self.options.limit {
+            0 => DEFAULT_LIMIT,
+            limit => limit,
+        }
+    }
+
+    pub(super) fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// Addresses of the rings.
+    pub(super) fn layouts(&self) -> impl Iterator<Item = &Layout> {
+        self.rings.values().map(|running| &running.ring.layout)
+    }
+
+    fn is_ring(&self, entry: &Entry) -> bool {
+        let parts = self.layouts().filter_map(Layout::parts);
+        parts.flatten().any(|part| part.iova.overlaps(entry.iova))
+    }
+}
+
+pub(super) fn cannot_send(source: io::Error) -> DeviceError {
+    DeviceError::Backend {
+        what: "sending a translation to the host's vhost",
+        source,
+    }
+}
