@@ -88,6 +88,16 @@ pub struct EmptyRange;
 
 /// A range of I/O virtual addresses that is never empty. Both ends are
 /// inclusive, so that the last byte of the address space can be named.
+///
+/// ```
+/// use iommu::{Iova, IovaRange};
+///
+/// let page = IovaRange::from_len(Iova(0x1000), 0x1000)?;
+/// assert_eq!(page.last(), Iova(0x1fff));
+/// assert_eq!(IovaRange::block(Iova(0x1234), 12), page);
+/// assert!(IovaRange::from_len(Iova(u64::MAX), 2).is_err());
+/// # Ok::<(), iommu::EmptyRange>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct IovaRange {
     first: Iova,
@@ -154,8 +164,8 @@ impl IovaRange {
         self.last
     }
 
-    /// How many bytes lie behind the first one: the length less one, which
-    /// also fits for all of the address space.
+    /// The length in bytes less one, which fits 64 bits for all of the address
+    /// space too.
     #[must_use]
     pub const fn extent(self) -> u64 {
         self.last.0 - self.first.0

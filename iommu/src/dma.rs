@@ -22,7 +22,7 @@ const CACHE: usize = 64;
 /// Bytes that share a slot of the cache, as a shift.
 const SLOT_SHIFT: u32 = 12;
 
-/// Answers of the IOMMU, direct-mapped by page, good for one generation of the
+/// Answers of the IOMMU, direct-mapped by page, valid for one generation of the
 /// stream. It is part of the IOMMU's TLB, not a device IOTLB: every
 /// invalidation of the stream empties it.
 #[derive(Debug)]
@@ -33,6 +33,21 @@ struct Cache {
 
 /// A requester's view of guest memory. Each user (a queue, a thread) clones its
 /// own: a clone has its own cache.
+///
+/// ```
+/// use std::sync::Arc;
+/// use iommu::{AddressSpace, GuestRam, StreamId};
+/// use vm_memory::{Bytes as _, GuestAddress};
+///
+/// let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)])?);
+/// let dma = AddressSpace::identity(StreamId(8), ram).dma();
+/// let view = dma.view();
+/// view.write_obj(42_u32, GuestAddress(0x10))?;
+/// assert_eq!(view.read_obj::<u32>(GuestAddress(0x10))?, 42);
+/// assert!(view.read_obj::<u32>(GuestAddress(0x2000)).is_err());
+/// assert_eq!(view.fault().map(|fault| fault.iova.0), Some(0x2000));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct DmaSpace {
     space: AddressSpace,
@@ -77,7 +92,7 @@ impl DmaSpace {
     pub fn view(&self) -> DmaView<'_> {
         let translated = self.space.region().map(|region| {
             let inside = region.enter();
-            // Somebody else on the same clone is rare: do without the cache.
+            // Another thread uses the same clone, which is rare: go without the cache.
             let mut cache = self.cache.try_lock().ok();
             if let Some(cache) = &mut cache {
                 let generation = region.generation();
@@ -124,7 +139,7 @@ impl DmaView<'_> {
         self.fault.get()
     }
 
-    /// Takes the fault, if there was one, so that the next one can be told.
+    /// Removes and returns the fault, so that the next one is recorded.
     pub fn take_fault(&self) -> Option<Fault> {
         self.fault.take()
     }

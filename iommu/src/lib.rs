@@ -1,11 +1,31 @@
 //! A guest's IOMMU as a library: addresses, translation, the notifier chain,
-//! and the models (virtio-iommu, SMMUv3) that stand behind it.
+//! and two models, [`virtio`] and [`smmuv3`].
 //!
 //! The crate has no file descriptor, no thread and no KVM in it. A monitor
-//! gives every requester (a PCI function) an [`AddressSpace`]; a device that it
-//! emulates reaches guest memory through a [`DmaSpace`] made from it, and a
-//! consumer that keeps a copy of translations (vhost, an MSI route) listens to
-//! it by [`IommuRegion::register`].
+//! gives every requester (a PCI function) an [`AddressSpace`]. A device that it
+//! emulates reaches guest memory through a [`DmaSpace`] made from it. A consumer
+//! that keeps translations (vhost, an MSI route) registers an [`IommuNotifier`]
+//! with its [`IommuRegion`].
+//!
+//! ```text
+//!   guest driver: MAP, UNMAP, CMD_TLBI, CMD_ATC_INV, registers
+//!        |
+//!        v                  StreamSink: invalidate, map, reload
+//!   +---------+ ------------------------------> +---------------------+
+//!   |  Iommu  |                                 | IommuRegion(stream) |
+//!   | (model) | <------------------------------ | gate, notifiers     |
+//!   +---------+  translate, lookup, replay,     +---------------------+
+//!                notifier_events_changed          |                 ^
+//!                                                 | NotifierSink:   | enter, translate
+//!                                                 | map, unmap      |
+//!                                                 v                 |
+//!                                              vhost,            DmaSpace (emulated
+//!                                              MSI routes        devices), miss handlers
+//! ```
+//!
+//! The program `examples/notifier_chain.rs` has all of it: two requesters, a
+//! consumer whose first choice of events is refused, and an SMMUv3 whose guest
+//! switches ATS.
 //!
 //! # Locks
 //! From the outermost to the innermost:

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::addr::{Gpa, Iova, IovaRange};
 
-/// What one access does to memory.
+/// Direction of an access to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Access {
@@ -17,13 +17,13 @@ pub enum Access {
     Write,
 }
 
-/// What a mapping permits: any of reading and writing.
+/// Accesses that a mapping permits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Perm(u8);
 
 impl Perm {
-    /// Nothing.
+    /// No access.
     pub const NONE: Self = Self(0);
     /// Reading only.
     pub const READ: Self = Self(1);
@@ -41,7 +41,7 @@ impl Perm {
         }
     }
 
-    /// What both permit.
+    /// Accesses that both permit.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
@@ -64,21 +64,31 @@ impl fmt::Debug for Perm {
     }
 }
 
-/// A run of I/O virtual addresses that lies in one piece in guest-physical
-/// memory.
+/// A run of I/O virtual addresses that is contiguous in guest-physical memory.
+///
+/// ```
+/// use iommu::{Gpa, Iova, IovaRange, Mapping, Perm};
+///
+/// let mapping = Mapping {
+///     iova: IovaRange::block(Iova(0x1000), 12),
+///     gpa: Gpa(0x8000),
+///     perm: Perm::READ,
+/// };
+/// assert_eq!(mapping.gpa_of(Iova(0x1010)), Some(Gpa(0x8010)));
+/// assert_eq!(mapping.gpa_of(Iova(0x2000)), None);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
-    /// The addresses a device uses; both ends inclusive.
+    /// Addresses that the device uses; both ends inclusive.
     pub iova: IovaRange,
-    /// Where the first of them lies. The others follow; the run does not wrap
-    /// around 2^64.
+    /// Guest-physical address of the first one. The run does not wrap around 2^64.
     pub gpa: Gpa,
-    /// What a device may do there.
+    /// Accesses that are permitted.
     pub perm: Perm,
 }
 
 impl Mapping {
-    /// Where `iova` lies, or `None` outside the run.
+    /// Guest-physical address of `iova`, or `None` outside the run.
     #[must_use]
     pub const fn gpa_of(&self, iova: Iova) -> Option<Gpa> {
         if self.iova.contains(iova) {

@@ -1,4 +1,4 @@
-//! Notifiers: how a consumer that keeps translations learns of changes.
+//! Notifiers: how a consumer that keeps translations is notified of changes.
 
 use std::fmt;
 use std::ops::BitOr;
@@ -9,33 +9,41 @@ use serde::{Serialize, Serializer};
 use crate::addr::IovaRange;
 use crate::mapping::Mapping;
 
-/// What a notifier asks for: any of three kinds.
+/// A set of events that a notifier asks for.
+///
+/// ```
+/// use iommu::NotifierEvents;
+///
+/// let events = NotifierEvents::MAP | NotifierEvents::UNMAP;
+/// assert!(events.contains(NotifierEvents::UNMAP));
+/// assert_eq!(events.to_string(), "map+unmap");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct NotifierEvents(u8);
 
 impl NotifierEvents {
-    /// Nothing.
+    /// No event.
     pub const NONE: Self = Self(0);
-    /// "Tell me what was mapped."
+    /// Mappings that appear.
     pub const MAP: Self = Self(1);
-    /// "I keep a cache: tell me what to drop."
+    /// Ranges to drop from a cache of translations.
     pub const UNMAP: Self = Self(2);
-    /// "I have a device IOTLB: tell me when the guest invalidates it."
+    /// Invalidations of the device IOTLB by the guest (ATS).
     pub const DEVIOTLB_UNMAP: Self = Self(4);
 
-    /// Whether all of `other` is asked for.
+    /// Whether every event of `other` is in the set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// What is in both.
+    /// The events that are in both sets.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// Whether nothing is asked for.
+    /// Whether the set has no event.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
@@ -83,58 +91,58 @@ impl Serialize for NotifierEvents {
     }
 }
 
-/// A model will not deliver what was asked for.
+/// Why a model does not deliver events to a stream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{events} refused: {reason}")]
 pub struct Refused {
-    /// The events that cannot be had.
+    /// The events that are not delivered.
     pub events: NotifierEvents,
-    /// Why, for the log and the API.
+    /// The reason, for the log and the API.
     pub reason: &'static str,
 }
 
-/// What a registration came to.
+/// Result of a registration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Registration {
-    /// What the notifier gets; empty when all it asked for was refused.
+    /// Events that are delivered; empty when every set was refused.
     pub events: NotifierEvents,
-    /// What it would have liked better, with the reasons, in its own order.
+    /// The sets that were preferred and refused, in the order of preference.
     pub refused: Vec<Refused>,
 }
 
 /// The consumer's end. Every method is called with the stream's gate held: it
 /// must neither enter the gate nor register, and should return soon, because a
-/// guest's CPU waits for it. [`IommuRegion::lookup`](crate::IommuRegion::lookup)
-/// tells it what is mapped.
+/// vCPU waits for it. [`IommuRegion::lookup`](crate::IommuRegion::lookup) answers
+/// what is mapped.
 pub trait NotifierSink: Send + Sync {
-    /// A mapping appeared (`MAP`), or is shown by a replay.
+    /// A mapping appeared (`MAP`), or is replayed.
     fn map(&self, mapping: &Mapping);
 
-    /// Whether a replay goes on: asked for each mapping. A consumer that has a
-    /// use for some of the mappings only, such as a cache of limited size, says
-    /// `false` where it is full.
+    /// Whether a replay goes on: called for each mapping. A cache of limited size
+    /// returns `false` when it is full.
     fn wants_more(&self) -> bool {
         true
     }
 
-    /// What lies in the ranges is no longer translated as it was (`UNMAP`,
-    /// `DEVIOTLB_UNMAP`). When this returns the consumer uses nothing of it.
+    /// The translation of the ranges changed (`UNMAP`, `DEVIOTLB_UNMAP`). When
+    /// this returns the consumer uses no old translation of them.
     fn unmap(&self, ranges: &[IovaRange]);
 
-    /// The outcome of registering: at first, and again whenever the guest
-    /// changes what the model can deliver. Between two outcomes everything is
-    /// unmapped, so nothing is lost.
+    /// Result of the registration: at first, and again whenever the guest changes
+    /// what the model can deliver. Between two results everything is unmapped, so
+    /// no event is lost.
     fn registered(&self, outcome: &Registration);
 }
 
-/// A wish to be notified.
+/// A registration of a [`NotifierSink`] with a region.
 #[derive(Clone)]
 pub struct IommuNotifier {
-    /// What would serve, best first: the first one that is not refused is had.
+    /// Acceptable event sets in order of preference; the first one that the model
+    /// accepts is used.
     pub wanted: Vec<NotifierEvents>,
-    /// The addresses of interest.
+    /// Addresses to be notified of.
     pub range: IovaRange,
-    /// Who is told.
+    /// The consumer.
     pub sink: Arc<dyn NotifierSink>,
 }
 

@@ -12,7 +12,7 @@ use crate::mapping::{Access, Mapping};
 use crate::notifier::{IommuNotifier, NotifierEvents, NotifierId, Registration, StreamSink};
 use crate::translate::{Fault, FaultReason, Iommu, Request, RequestKind};
 
-/// What happened on a stream, counted with relaxed atomics.
+/// Counters of a stream, relaxed atomics.
 #[derive(Debug, Default)]
 pub struct StreamCounters {
     pub(crate) translations: AtomicU64,
@@ -33,7 +33,7 @@ impl StreamCounters {
 /// A copy of [`StreamCounters`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct StreamStats {
-    /// Requests that were put to the model.
+    /// Requests to the model.
     pub translations: u64,
     /// Requests that the device's own cache of answers served.
     pub hits: u64,
@@ -58,7 +58,32 @@ struct Notifiers {
     list: Vec<Registered>,
 }
 
-/// All of one stream's address space, translated by an [`Iommu`].
+/// One stream's address space, translated by an [`Iommu`].
+///
+/// ```
+/// use std::sync::Arc;
+/// use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
+/// use iommu::{Access, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
+///
+/// struct NoReports;
+/// impl FaultSink for NoReports {
+///     fn report(&self, _report: &FaultReport) {}
+/// }
+///
+/// let ram = Arc::new(GuestRam::from_ranges(&[(vm_memory::GuestAddress(0), 0x10000)])?);
+/// let config = VirtioIommuConfig {
+///     input_range: IovaRange::block(Iova(0), 48),
+///     msi_window: None,
+///     boot_bypass: true,
+///     max_mappings: 1 << 16,
+/// };
+/// let model = Arc::new(VirtioIommu::new(config, ram, Arc::new(NoReports)));
+/// let region = IommuRegion::new(model, StreamId::from_bdf(0, 1, 0));
+/// // Without a domain, and with bypass, an address is guest-physical.
+/// let mapping = region.enter().translate(Iova(0x1000), Access::Read)?;
+/// assert_eq!(mapping.gpa_of(Iova(0x1000)), Some(Gpa(0x1000)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct IommuRegion {
     iommu: Arc<dyn Iommu>,
     stream: StreamId,
@@ -69,7 +94,7 @@ pub struct IommuRegion {
 }
 
 impl IommuRegion {
-    /// The region of `stream`, known to the model from now on.
+    /// The region of `stream`, connected to the model.
     pub fn new(iommu: Arc<dyn Iommu>, stream: StreamId) -> Arc<Self> {
         let region = Arc::new(Self {
             iommu,
@@ -84,13 +109,13 @@ impl IommuRegion {
         region
     }
 
-    /// Whose region it is.
+    /// Stream of the region.
     #[must_use]
     pub fn stream(&self) -> StreamId {
         self.stream
     }
 
-    /// What happened so far.
+    /// Values of the counters.
     #[must_use]
     pub fn stats(&self) -> StreamStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -128,8 +153,9 @@ impl IommuRegion {
         self.iommu.lookup(&request)
     }
 
-    /// Registers a notifier for the best of what it wants, shows it the
-    /// mappings that are there if it gets `MAP`, and tells it the outcome.
+    /// Registers a notifier for the first of its event sets that the model accepts,
+    /// passes the result to the sink, and replays the present mappings if `MAP` is
+    /// in the set.
     pub fn register(&self, notifier: IommuNotifier) -> NotifierId {
         let _closed = self.gate.close();
         let mut notifiers = self.notifiers();
@@ -145,7 +171,7 @@ impl IommuRegion {
         id
     }
 
-    /// Forgets a notifier. When this returns its sink is not called again.
+    /// Removes a notifier. When this returns its sink is not called again.
     pub fn unregister(&self, id: NotifierId) {
         let _closed = self.gate.close();
         self.notifiers().list.retain(|known| known.id != id);
@@ -188,7 +214,7 @@ impl IommuRegion {
         }
     }
 
-    /// The first wish that the model does not refuse. Needs the closed gate.
+    /// The first event set that the model accepts. Needs the closed gate.
     fn negotiate(&self, notifier: &IommuNotifier, old: NotifierEvents) -> Registration {
         let mut refused = Vec::new();
         for &events in &notifier.wanted {
@@ -203,7 +229,7 @@ impl IommuRegion {
         }
     }
 
-    /// Tells a notifier its outcome and shows it what is mapped.
+    /// Passes the result of a registration to its sink, and replays for `MAP`.
     fn admit(&self, notifier: &IommuNotifier, outcome: &Registration) {
         notifier.sink.registered(outcome);
         if outcome.events.contains(NotifierEvents::MAP) {
@@ -211,7 +237,7 @@ impl IommuRegion {
         }
     }
 
-    /// Shows a notifier what is mapped, as much as it wants. Needs the closed
+    /// Replays the present mappings, as many as the sink wants. Needs the closed
     /// gate.
     fn replay(&self, notifier: &IommuNotifier) {
         let mut visit = |mapping: &Mapping| {
@@ -317,7 +343,7 @@ impl Translating<'_> {
         self.ask(iova, access, RequestKind::AtsTranslation)
     }
 
-    /// Looks without leaving a trace.
+    /// Translates without recording an event.
     ///
     /// # Errors
     /// The [`Fault`], recorded nowhere.

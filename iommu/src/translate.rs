@@ -14,23 +14,23 @@ use crate::notifier::{NotifierEvents, Refused, StreamSink};
 pub enum RequestKind {
     /// An access with an untranslated address.
     Untranslated,
-    /// An ATS translation request: the device will keep the answer in its
-    /// device IOTLB until it is told to drop it.
+    /// An ATS translation request: the device keeps the answer in its
+    /// device IOTLB until an invalidation.
     AtsTranslation,
 }
 
-/// One question to an IOMMU.
+/// A translation request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Who asks.
+    /// Stream of the requester.
     pub stream: StreamId,
     /// The SubstreamID (PASID) that comes with the request, if one does.
     pub substream: Option<u32>,
-    /// The address.
+    /// Address to translate.
     pub iova: Iova,
-    /// What the device wants to do there.
+    /// Direction of the access.
     pub access: Access,
-    /// How the request came.
+    /// Kind of the transaction.
     pub kind: RequestKind,
 }
 
@@ -48,20 +48,20 @@ impl Request {
     }
 }
 
-/// Why a request has no translation, in words that every model shares. The
-/// model's own event record says more.
+/// Reason of a fault, common to all models. The model's own event record says
+/// more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FaultReason {
     /// The stream has no domain or its configuration is not valid.
     Configuration,
-    /// Nothing is mapped there.
+    /// The address is not mapped.
     Translation,
     /// The mapping does not permit the access.
     Permission,
     /// The address is outside what the stream may use.
     AddressSize,
-    /// The access flag of the mapping is clear and nobody sets it.
+    /// The access flag of the mapping is clear, and the IOMMU does not set it.
     AccessFlag,
     /// The tables could not be read.
     External,
@@ -89,13 +89,13 @@ impl FaultReason {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{access:?} of {iova} by {stream} faults: {reason:?}")]
 pub struct Fault {
-    /// Who asked.
+    /// Stream of the requester.
     pub stream: StreamId,
-    /// The address.
+    /// Address of the access.
     pub iova: Iova,
-    /// What the device wanted to do there.
+    /// Direction of the access.
     pub access: Access,
-    /// Why it cannot.
+    /// Why it is refused.
     pub reason: FaultReason,
 }
 
