@@ -37,11 +37,14 @@
 //! 4. a model's state (tables, TLB), never held while a gate is taken or a
 //!    sink is called: a sink may look up.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub, clippy::indexing_slicing, clippy::missing_errors_doc)]
 #![cfg_attr(
     test,
     allow(
         clippy::cast_possible_truncation,
-        reason = "tests index small tables by the addresses they made up"
+        clippy::indexing_slicing,
+        unreachable_pub,
+        reason = "tests index small tables by the addresses they made up, and export nothing"
     )
 )]
 

@@ -7,7 +7,7 @@ use super::walk::{Format, Granule, Table};
 
 /// One of the two halves of a virtual address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TtbRegion {
+pub(super) struct TtbRegion {
     /// The table; its input addresses are the low bits of an address.
     pub table: Table,
     /// No walks: every address faults (EPD).
@@ -18,7 +18,7 @@ pub struct TtbRegion {
 
 /// What a valid CD says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cd {
+pub(super) struct Cd {
     /// Addresses from 0 up.
     pub low: TtbRegion,
     /// Addresses from 2^64 down; the EL2 regime has none.
@@ -33,11 +33,11 @@ pub struct Cd {
 
 /// A CD that is ILLEGAL or not valid: `C_BAD_CD`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadCd;
+pub(super) struct BadCd;
 
 /// Where an address is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TableInput<'a> {
+pub(super) struct TableInput<'a> {
     /// In which half.
     pub half: &'a TtbRegion,
     /// As which input address of its table.
@@ -50,7 +50,7 @@ pub struct TableInput<'a> {
 impl TableInput<'_> {
     /// The address with its top byte sign-extended.
     #[must_use]
-    pub const fn canonical(&self) -> u64 {
+    pub(super) const fn canonical(&self) -> u64 {
         self.base | self.input
     }
 }
@@ -61,7 +61,7 @@ impl Cd {
     ///
     /// # Errors
     /// [`BadCd`].
-    pub fn parse(
+    pub(super) fn parse(
         raw: &RawCd,
         config: &SmmuConfig,
         stage1: &Stage1,
@@ -132,7 +132,7 @@ impl Cd {
     /// Where `address` is looked up, or `None` when it lies between the halves
     /// or in one that is disabled (§3.4.1).
     #[must_use]
-    pub fn place(&self, address: u64) -> Option<TableInput<'_>> {
+    pub(super) fn place(&self, address: u64) -> Option<TableInput<'_>> {
         let upper = self.high.is_some() && address >> 55 & 1 != 0;
         let half = if upper {
             self.high.as_ref()?
@@ -154,7 +154,7 @@ impl Cd {
 
     /// Whether any address has others that mean the same.
     #[must_use]
-    pub fn has_aliases(&self) -> bool {
+    pub(super) fn has_aliases(&self) -> bool {
         let half = |half: &TtbRegion| half.ignore_top && !half.disabled;
         half(&self.low) || self.high.as_ref().is_some_and(half)
     }

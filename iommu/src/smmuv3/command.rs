@@ -12,7 +12,7 @@ use crate::addr::{Iova, IovaRange, StreamId};
 
 /// How CMD_SYNC signals its completion (§4.7.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signal {
+pub(super) enum Signal {
     /// Not, or by an event that this SMMU does not offer.
     None,
     /// By an interrupt, and by a message if the address is not 0.
@@ -46,7 +46,7 @@ pub enum Resume {
 
 /// A command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
+pub(super) enum Command {
     /// A hint that is not taken.
     Prefetch,
     /// Configuration of the streams from the first to the last, inclusive.
@@ -120,7 +120,7 @@ impl CommandKind {
 impl Command {
     /// Its kind.
     #[must_use]
-    pub const fn kind(&self) -> CommandKind {
+    pub(super) const fn kind(&self) -> CommandKind {
         match self {
             Self::Prefetch => CommandKind::Prefetch,
             Self::ConfigStreams(..) | Self::ConfigCd(..) | Self::ConfigCds(..) => CommandKind::Cfgi,
@@ -138,7 +138,7 @@ impl Command {
     /// # Errors
     /// [`Cerror::Ill`] for one that this SMMU, as it is configured, does not
     /// know or whose parameters are ILLEGAL.
-    pub fn parse(
+    pub(super) fn parse(
         raw: &RawCommand,
         config: &SmmuConfig,
         registers: &Registers,

@@ -92,7 +92,7 @@ impl EventKind {
 
 /// An event before it is a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
+pub(super) struct Event {
     /// Which.
     pub kind: EventKind,
     /// What address: of a structure or descriptor, or intermediate physical.
@@ -108,13 +108,13 @@ pub struct Event {
 impl Event {
     /// An event about configuration.
     #[must_use]
-    pub const fn configuration(kind: EventKind) -> Self {
+    pub(super) const fn configuration(kind: EventKind) -> Self {
         Self::fetch(kind, 0)
     }
 
     /// An event about a structure at `address`.
     #[must_use]
-    pub const fn fetch(kind: EventKind, address: u64) -> Self {
+    pub(super) const fn fetch(kind: EventKind, address: u64) -> Self {
         Self {
             kind,
             address,
@@ -126,7 +126,7 @@ impl Event {
 
     /// The event of a walk that faults.
     #[must_use]
-    pub const fn walk(stop: &WalkFault) -> Self {
+    pub(super) const fn walk(stop: &WalkFault) -> Self {
         let kind = match stop.cause {
             Cause::Translation => EventKind::FTranslation,
             Cause::AddressSize => EventKind::FAddrSize,
@@ -149,7 +149,7 @@ impl Event {
     /// The record of the event for `request`, stalled as transaction `stag` if
     /// there is one.
     #[must_use]
-    pub fn record(&self, request: &Request, stag: Option<u16>) -> RawEvent {
+    pub(super) fn record(&self, request: &Request, stag: Option<u16>) -> RawEvent {
         let mut record = RawEvent::ZERO;
         let mut put = |field: Field<RawEvent>, value: u64| field.put(&mut record, value);
         put(event::NUMBER, u64::from(self.kind as u8));

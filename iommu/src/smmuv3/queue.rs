@@ -11,7 +11,7 @@ use crate::ram::GuestRam;
 
 /// The registers of a queue, by their offsets, and the size of its entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueRegisters {
+pub(super) struct QueueRegisters {
     base: u64,
     /// Producer index.
     pub prod: u64,
@@ -24,7 +24,7 @@ pub struct QueueRegisters {
 }
 
 /// The command queue (§6.3.26 to §6.3.28).
-pub const CMDQ: QueueRegisters = QueueRegisters {
+pub(super) const CMDQ: QueueRegisters = QueueRegisters {
     base: reg::CMDQ_BASE,
     prod: reg::CMDQ_PROD,
     cons: reg::CMDQ_CONS,
@@ -33,7 +33,7 @@ pub const CMDQ: QueueRegisters = QueueRegisters {
 };
 
 /// The event queue (§6.3.29 to §6.3.31).
-pub const EVENTQ: QueueRegisters = QueueRegisters {
+pub(super) const EVENTQ: QueueRegisters = QueueRegisters {
     base: reg::EVENTQ_BASE,
     prod: reg::EVENTQ_PROD,
     cons: reg::EVENTQ_CONS,
@@ -42,7 +42,7 @@ pub const EVENTQ: QueueRegisters = QueueRegisters {
 };
 
 /// The PRI queue (§6.3.35 to §6.3.37).
-pub const PRIQ: QueueRegisters = QueueRegisters {
+pub(super) const PRIQ: QueueRegisters = QueueRegisters {
     base: reg::PRIQ_BASE,
     prod: reg::PRIQ_PROD,
     cons: reg::PRIQ_CONS,
@@ -52,7 +52,7 @@ pub const PRIQ: QueueRegisters = QueueRegisters {
 
 /// A queue as its base register describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Queue {
+pub(super) struct Queue {
     base: u64,
     log2size: u32,
     entry: u64,
@@ -60,7 +60,7 @@ pub struct Queue {
 
 /// Why an entry is not in its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueWriteError {
+pub(super) enum QueueWriteError {
     /// The queue is full.
     Full,
     /// The memory is not RAM.
@@ -72,7 +72,7 @@ impl Queue {
     /// (§6.3.26), the address cut to `address_bits`, the OAS (§3.4.3), and
     /// aligned to the larger of the capped size and 32 bytes.
     #[must_use]
-    pub fn new(registers: &Registers, of: &QueueRegisters, address_bits: u32) -> Self {
+    pub(super) fn new(registers: &Registers, of: &QueueRegisters, address_bits: u32) -> Self {
         let value = registers.get64(of.base);
         let largest = registers.get(reg::IDR1) >> of.largest & idr1::QUEUE_SIZE;
         let log2size = u32::try_from(value & queue::LOG2SIZE).unwrap_or(0);
@@ -88,19 +88,19 @@ impl Queue {
 
     /// The bits of an index and its wrap bit.
     #[must_use]
-    pub const fn mask(&self) -> u32 {
+    pub(super) const fn mask(&self) -> u32 {
         (2 << self.log2size) - 1
     }
 
     /// How many entries lie between two indices.
     #[must_use]
-    pub const fn used(&self, prod: u32, cons: u32) -> u32 {
+    pub(super) const fn used(&self, prod: u32, cons: u32) -> u32 {
         prod.wrapping_sub(cons) & self.mask()
     }
 
     /// The index after `index`, its other bits kept.
     #[must_use]
-    pub const fn next(&self, index: u32) -> u32 {
+    pub(super) const fn next(&self, index: u32) -> u32 {
         index & !queue::INDEX | index.wrapping_add(1) & self.mask()
     }
 
@@ -110,13 +110,13 @@ impl Queue {
 
     /// Whether nothing more may be written.
     #[must_use]
-    pub const fn is_full(&self, prod: u32, cons: u32) -> bool {
+    pub(super) const fn is_full(&self, prod: u32, cons: u32) -> bool {
         self.used(prod, cons) >= 1 << self.log2size
     }
 
     /// A copy of the entry at `index`, or `None` outside of RAM.
     #[must_use]
-    pub fn read<T: Raw>(&self, ram: &GuestRam, index: u32) -> Option<T> {
+    pub(super) fn read<T: Raw>(&self, ram: &GuestRam, index: u32) -> Option<T> {
         read_raw(ram, self.address(index))
     }
 
@@ -134,7 +134,7 @@ impl Queue {
 
 /// A queue that the SMMU writes.
 #[derive(Clone, Copy, Debug)]
-pub struct Producer {
+pub(super) struct Producer {
     registers: QueueRegisters,
     address_bits: u32,
 }
@@ -143,7 +143,7 @@ impl Producer {
     /// The producer of the queue that `registers` describe, in memory of
     /// `address_bits` bits.
     #[must_use]
-    pub const fn new(registers: QueueRegisters, address_bits: u32) -> Self {
+    pub(super) const fn new(registers: QueueRegisters, address_bits: u32) -> Self {
         Self {
             registers,
             address_bits,
@@ -152,7 +152,7 @@ impl Producer {
 
     /// Whether the guest has to consume an entry first.
     #[must_use]
-    pub fn is_full(&self, registers: &Registers) -> bool {
+    pub(super) fn is_full(&self, registers: &Registers) -> bool {
         let queue = Queue::new(registers, &self.registers, self.address_bits);
         let index = |register| registers.get(register);
         queue.is_full(index(self.registers.prod), index(self.registers.cons))
@@ -162,7 +162,7 @@ impl Producer {
     ///
     /// # Errors
     /// [`QueueWriteError`]; PROD stays.
-    pub fn push<T: Raw>(
+    pub(super) fn push<T: Raw>(
         &self,
         registers: &mut Registers,
         ram: &GuestRam,
@@ -180,13 +180,13 @@ impl Producer {
 
     /// Whether the guest has not acknowledged an overflow (§7.4, §8.1).
     #[must_use]
-    pub fn is_overflowing(&self, registers: &Registers) -> bool {
+    pub(super) fn is_overflowing(&self, registers: &Registers) -> bool {
         let index = |register| registers.get(register);
         (index(self.registers.prod) ^ index(self.registers.cons)) & queue::OVERFLOW != 0
     }
 
     /// Marks that a record was discarded because the queue is full.
-    pub fn overflow(&self, registers: &mut Registers) {
+    pub(super) fn overflow(&self, registers: &mut Registers) {
         if !self.is_overflowing(registers) {
             let prod = registers.get(self.registers.prod) ^ queue::OVERFLOW;
             registers.set(self.registers.prod, prod);
@@ -196,7 +196,7 @@ impl Producer {
 
 /// A copy of a structure in guest memory, or `None` outside of RAM.
 #[must_use]
-pub fn read_raw<T: Raw>(ram: &GuestRam, address: u64) -> Option<T> {
+pub(super) fn read_raw<T: Raw>(ram: &GuestRam, address: u64) -> Option<T> {
     let mut raw = T::ZERO;
     let mut next = address;
     for word in raw.words_mut() {

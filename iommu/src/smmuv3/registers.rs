@@ -21,7 +21,7 @@ const CMDQS: u32 = 12;
 const EVENTQS: u32 = 10;
 const PRIQS: u32 = 10;
 /// Most stalled transactions.
-pub const STALL_MAX: u32 = 32;
+pub(super) const STALL_MAX: u32 = 32;
 
 /// When the guest may write a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +118,7 @@ pub enum SmmuLine {
 
 /// An interrupt that is sent when the state is unlocked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InterruptRequest {
+pub(super) struct InterruptRequest {
     /// The wire.
     pub line: SmmuLine,
     /// Address and data of a message, in place of or (CMD_SYNC) beside the
@@ -128,7 +128,7 @@ pub struct InterruptRequest {
 
 /// The values of all registers, and the interrupts that are due.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Registers {
+pub(super) struct Registers {
     words: Vec<u32>,
     #[serde(skip)]
     due: Vec<InterruptRequest>,
@@ -137,7 +137,7 @@ pub struct Registers {
 impl Registers {
     /// The registers after a reset.
     #[must_use]
-    pub fn new(config: &SmmuConfig) -> Self {
+    pub(super) fn new(config: &SmmuConfig) -> Self {
         let mut registers = Self {
             words: vec![0; WORDS],
             due: Vec::new(),
@@ -155,18 +155,18 @@ impl Registers {
 
     /// The 32-bit word at `offset` of page 0; 0 beyond the registers.
     #[must_use]
-    pub fn get(&self, offset: u64) -> u32 {
+    pub(super) fn get(&self, offset: u64) -> u32 {
         self.words.get(Self::index(offset)).copied().unwrap_or(0)
     }
 
     /// The 64-bit register at `offset`.
     #[must_use]
-    pub fn get64(&self, offset: u64) -> u64 {
+    pub(super) fn get64(&self, offset: u64) -> u64 {
         u64::from(self.get(offset)) | u64::from(self.get(offset + 4)) << 32
     }
 
     /// Sets a word, whatever the guest may do to it.
-    pub fn set(&mut self, offset: u64, value: u32) {
+    pub(super) fn set(&mut self, offset: u64, value: u32) {
         if let Some(word) = self.words.get_mut(Self::index(offset)) {
             *word = value;
         }
@@ -174,24 +174,24 @@ impl Registers {
 
     /// Whether a bit of CR0 is set.
     #[must_use]
-    pub fn enabled(&self, bit: u32) -> bool {
+    pub(super) fn enabled(&self, bit: u32) -> bool {
         self.get(reg::CR0) & bit != 0
     }
 
     /// Whether a bit of CR2 is set.
     #[must_use]
-    pub fn cr2(&self, bit: u32) -> bool {
+    pub(super) fn cr2(&self, bit: u32) -> bool {
         self.get(reg::CR2) & bit != 0
     }
 
     /// Whether a global error is active (§7.5).
     #[must_use]
-    pub fn error_active(&self, bit: u32) -> bool {
+    pub(super) fn error_active(&self, bit: u32) -> bool {
         (self.get(reg::GERROR) ^ self.get(reg::GERRORN)) & bit != 0
     }
 
     /// Activates a global error (§7.5), unless it is active.
-    pub fn global_error(&mut self, bit: u32) {
+    pub(super) fn global_error(&mut self, bit: u32) {
         if self.error_active(bit) {
             return;
         }
@@ -202,7 +202,7 @@ impl Registers {
     }
 
     /// Makes an interrupt due, as IRQ_CTRL and the IRQ_CFG registers say.
-    pub fn interrupt(&mut self, line: SmmuLine) {
+    pub(super) fn interrupt(&mut self, line: SmmuLine) {
         let (enable, base) = match line {
             SmmuLine::Eventq => (irq_ctrl::EVENTQ, reg::EVENTQ_IRQ_CFG0),
             SmmuLine::Priq => (irq_ctrl::PRIQ, reg::PRIQ_IRQ_CFG0),
@@ -223,26 +223,26 @@ impl Registers {
     }
 
     /// Takes the interrupts that are due.
-    pub fn take_interrupts(&mut self) -> Vec<InterruptRequest> {
+    pub(super) fn take_interrupts(&mut self) -> Vec<InterruptRequest> {
         std::mem::take(&mut self.due)
     }
 
     /// A guest's write without effects beyond the register. Ignored where the
     /// guest may not write now.
-    pub fn write(&mut self, offset: u64, value: u32) {
+    pub(super) fn write(&mut self, offset: u64, value: u32) {
         if let Some(value) = self.writable(offset, value) {
             self.set(offset, value);
         }
     }
 
     /// A guest's write to IRQ_CTRL, acknowledged at once (§6.3.17, §6.3.18).
-    pub fn write_irq_ctrl(&mut self, value: u32) {
+    pub(super) fn write_irq_ctrl(&mut self, value: u32) {
         self.write(reg::IRQ_CTRL, value);
         self.set(reg::IRQ_CTRLACK, self.get(reg::IRQ_CTRL));
     }
 
     /// Acknowledges CR0 when its write is complete (§6.3.10).
-    pub fn acknowledge_cr0(&mut self) {
+    pub(super) fn acknowledge_cr0(&mut self) {
         self.set(reg::CR0ACK, self.get(reg::CR0));
     }
 
@@ -278,7 +278,7 @@ impl Registers {
 
     /// The word at `offset` of both pages as the guest reads it.
     #[must_use]
-    pub fn read(&self, offset: u64) -> u32 {
+    pub(super) fn read(&self, offset: u64) -> u32 {
         match offset {
             reg::CIDR0.. if offset < reg::CIDR0 + 16 => {
                 let word = CIDR.get(Self::index(offset - reg::CIDR0));
@@ -292,7 +292,7 @@ impl Registers {
 /// The offset in page 0 of a register that may be in page 1: the indices of
 /// the event and PRI queues (§6.2).
 #[must_use]
-pub const fn in_page_0(offset: u64) -> u64 {
+pub(super) const fn in_page_0(offset: u64) -> u64 {
     match offset.wrapping_sub(reg::PAGE_1) {
         page_1 @ (reg::EVENTQ_PROD | reg::EVENTQ_CONS | reg::PRIQ_PROD | reg::PRIQ_CONS) => page_1,
         _ => offset,
@@ -302,7 +302,7 @@ pub const fn in_page_0(offset: u64) -> u64 {
 /// Whether a 64-bit register starts at `offset` (§6.2.1). A write of one has
 /// no consequences beyond the register.
 #[must_use]
-pub const fn is_64_bit(offset: u64) -> bool {
+pub(super) const fn is_64_bit(offset: u64) -> bool {
     matches!(
         offset,
         reg::GERROR_IRQ_CFG0

@@ -8,7 +8,7 @@ use super::walk::{AccessFlag, Format, Granule, Table};
 
 /// Which regime tags the translations of a stream (§3.3.3 StreamWorld).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum StreamWorld {
+pub(super) enum StreamWorld {
     /// NS-EL1: tagged with VMID and ASID.
     El1,
     /// NS-EL2: not tagged.
@@ -19,7 +19,7 @@ pub enum StreamWorld {
 
 /// What stage 1 needs from the STE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stage1 {
+pub(super) struct Stage1 {
     /// Address of the CD or of the table of CDs; an intermediate physical
     /// address when stage 2 translates.
     pub context: u64,
@@ -35,7 +35,7 @@ pub struct Stage1 {
 
 /// S1DSS (§5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DefaultSubstream {
+pub(super) enum DefaultSubstream {
     /// They are terminated.
     Terminate,
     /// They bypass stage 1.
@@ -46,7 +46,7 @@ pub enum DefaultSubstream {
 
 /// What stage 2 needs from the STE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stage2 {
+pub(super) struct Stage2 {
     /// The table.
     pub table: Table,
     /// Faults stall.
@@ -59,7 +59,7 @@ pub struct Stage2 {
 
 /// What a valid STE says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ste {
+pub(super) struct Ste {
     /// `false`: accesses are aborted and that is all (Config 0b0xx).
     pub passes: bool,
     /// Stage 1, when it translates.
@@ -76,7 +76,7 @@ pub struct Ste {
 
 /// An STE that is ILLEGAL or not valid: `C_BAD_STE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadSte;
+pub(super) struct BadSte;
 
 /// Decodes the encodings of S2TG and TG0.
 pub(super) const fn granule_0(field: u64) -> Option<Granule> {
@@ -118,7 +118,7 @@ impl Ste {
     ///
     /// # Errors
     /// [`BadSte`].
-    pub fn parse(raw: &RawSte, config: &SmmuConfig, cr2: u32) -> Result<Self, BadSte> {
+    pub(super) fn parse(raw: &RawSte, config: &SmmuConfig, cr2: u32) -> Result<Self, BadSte> {
         if !ste::V.is_set(raw) {
             return Err(BadSte);
         }
@@ -154,7 +154,7 @@ impl Ste {
 
     /// Whether neither stage translates.
     #[must_use]
-    pub const fn is_bypass(&self) -> bool {
+    pub(super) const fn is_bypass(&self) -> bool {
         self.passes && self.stage1.is_none() && self.stage2.is_none()
     }
 }

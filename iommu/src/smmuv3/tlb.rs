@@ -9,11 +9,11 @@ use super::ste::StreamWorld;
 use crate::mapping::Perm;
 
 /// Most entries.
-pub const MAX_ENTRIES: usize = 4096;
+pub(super) const MAX_ENTRIES: usize = 4096;
 
 /// Which stages translate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stages {
+pub(super) enum Stages {
     /// Stage 1 only.
     One,
     /// Stage 2 only: addresses are intermediate physical.
@@ -24,7 +24,7 @@ pub enum Stages {
 
 /// What tags a translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Tag {
+pub(super) struct Tag {
     /// Regime.
     pub world: StreamWorld,
     /// VMID; 0 outside of EL1.
@@ -37,7 +37,7 @@ pub struct Tag {
 
 /// What is known of all translations with one tag that somebody may hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TagSummary {
+pub(super) struct TagSummary {
     /// Some are good for every ASID.
     pub global: bool,
     /// An address may have aliases (TBI).
@@ -51,7 +51,7 @@ pub struct TagSummary {
 impl TagSummary {
     /// Both together.
     #[must_use]
-    pub const fn and(self, other: Self) -> Self {
+    pub(super) const fn and(self, other: Self) -> Self {
         Self {
             global: self.global || other.global,
             aliases: self.aliases || other.aliases,
@@ -67,7 +67,7 @@ impl TagSummary {
 
 /// The ASIDs that an invalidation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AsidScope {
+pub(super) enum AsidScope {
     /// All.
     Any,
     /// One.
@@ -78,7 +78,7 @@ pub enum AsidScope {
 
 /// The stages that an invalidation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StageScope {
+pub(super) enum StageScope {
     /// What stage 1 takes part in.
     First,
     /// Stage 2, by intermediate physical address. What combines both stages
@@ -90,7 +90,7 @@ pub enum StageScope {
 
 /// A range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
+pub(super) struct Span {
     /// First address.
     pub first: u64,
     /// Last address, inclusive.
@@ -106,7 +106,7 @@ impl Span {
     /// held: an invalidation of one address of a block takes all of it away,
     /// whatever part of it somebody holds.
     #[must_use]
-    pub const fn grown(self, held: TagSummary) -> (u64, u64) {
+    pub(super) const fn grown(self, held: TagSummary) -> (u64, u64) {
         let limit = if held.grouped {
             self.limit.saturating_add(self.group)
         } else {
@@ -128,7 +128,7 @@ impl Span {
 
 /// What an invalidation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Scope {
+pub(super) struct Scope {
     /// EL1, or (`false`) the EL2 regimes.
     pub el1: bool,
     /// Of the EL2 regimes, only that with (`true`) or without ASIDs.
@@ -145,7 +145,7 @@ pub struct Scope {
 
 /// What of a tag's translations an invalidation reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InvalidationExtent {
+pub(super) enum InvalidationExtent {
     /// Everything.
     All,
     /// A range, both ends inclusive.
@@ -155,7 +155,7 @@ pub enum InvalidationExtent {
 impl Scope {
     /// What the invalidation reaches of translations tagged `tag`.
     #[must_use]
-    pub fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
+    pub(super) fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
         let world = match tag.world {
             StreamWorld::El1 => self.el1,
             StreamWorld::El2 => !self.el1 && self.e2h != Some(true),
@@ -189,7 +189,7 @@ impl Scope {
 
 /// A run of addresses with one translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub(super) struct Entry {
     /// First address, sign-extended where the top byte is ignored.
     pub first: u64,
     /// Last address, inclusive.
@@ -224,7 +224,7 @@ impl Context {
 
 /// The TLB.
 #[derive(Debug, Default)]
-pub struct Tlb {
+pub(super) struct Tlb {
     contexts: BTreeMap<Tag, Context>,
     /// Insertions, oldest first; those since removed are still in it.
     order: VecDeque<(Tag, u64, u64)>,
@@ -235,7 +235,7 @@ pub struct Tlb {
 impl Tlb {
     /// The run that `address` lies in.
     #[must_use]
-    pub fn find(&self, tag: &Tag, address: u64) -> Option<Entry> {
+    pub(super) fn find(&self, tag: &Tag, address: u64) -> Option<Entry> {
         let entries = &self.contexts.get(tag)?.entries;
         let (_, (entry, _)) = entries.range(..=address).next_back()?;
         (address <= entry.last).then_some(*entry)
@@ -243,14 +243,14 @@ impl Tlb {
 
     /// What is known of the translations with one tag.
     #[must_use]
-    pub fn summary(&self, tag: &Tag) -> TagSummary {
+    pub(super) fn summary(&self, tag: &Tag) -> TagSummary {
         self.contexts
             .get(tag)
             .map_or_else(TagSummary::default, |context| context.held)
     }
 
     /// Inserts a run in place of what overlaps it.
-    pub fn insert(&mut self, tag: Tag, entry: Entry, held: TagSummary) {
+    pub(super) fn insert(&mut self, tag: Tag, entry: Entry, held: TagSummary) {
         self.age += 1;
         let context = self.contexts.entry(tag).or_default();
         self.count -= context.remove(entry.first, entry.last);
@@ -283,7 +283,7 @@ impl Tlb {
     }
 
     /// Drops what `scope` reaches.
-    pub fn invalidate(&mut self, scope: &Scope) {
+    pub(super) fn invalidate(&mut self, scope: &Scope) {
         let count = &mut self.count;
         self.contexts.retain(|tag, context| {
             match scope.extent(tag, context.held) {
@@ -302,7 +302,7 @@ impl Tlb {
 
     /// How many entries there are.
     #[must_use]
-    pub fn entries(&self) -> usize {
+    pub(super) fn entries(&self) -> usize {
         self.count
     }
 }

@@ -16,7 +16,7 @@ const WINDOW: u64 = 512;
 
 /// Translation granule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Granule {
+pub(super) enum Granule {
     /// 4 KiB
     K4,
     /// 16 KiB
@@ -28,7 +28,7 @@ pub enum Granule {
 impl Granule {
     /// Bits of an offset in a page.
     #[must_use]
-    pub const fn bits(self) -> u32 {
+    pub(super) const fn bits(self) -> u32 {
         match self {
             Self::K4 => 12,
             Self::K16 => 14,
@@ -58,7 +58,7 @@ impl Granule {
 
 /// What a clear access flag means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AccessFlag {
+pub(super) enum AccessFlag {
     /// The access faults.
     Fault,
     /// Nothing: it counts as set (`AFFD`).
@@ -69,7 +69,7 @@ pub enum AccessFlag {
 
 /// How a table's permissions are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(super) enum Format {
     /// Stage 1.
     Stage1 {
         /// AP\[1\] says whether unprivileged accesses, which is all that
@@ -87,7 +87,7 @@ pub enum Format {
 
 /// A translation table and the rules of walking it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Table {
+pub(super) struct Table {
     /// Granule.
     pub granule: Granule,
     /// Address of the starting-level table, aligned to its size.
@@ -110,7 +110,7 @@ pub struct Table {
 
 /// What a walk is for.
 #[derive(Clone, Copy, Debug)]
-pub struct WalkRequest {
+pub(super) struct WalkRequest {
     /// The access.
     pub access: Access,
     /// Whether flags in descriptors may be updated. Otherwise an access that
@@ -124,7 +124,7 @@ pub struct WalkRequest {
 
 /// Where a walk ended well: a run of input addresses with one translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leaf {
+pub(super) struct Leaf {
     /// First input address.
     pub first: u64,
     /// Last input address, inclusive.
@@ -147,14 +147,14 @@ pub struct Leaf {
 impl Leaf {
     /// Output address of `input`, which lies in the run.
     #[must_use]
-    pub const fn output_of(&self, input: u64) -> u64 {
+    pub(super) const fn output_of(&self, input: u64) -> u64 {
         self.output.wrapping_add(input.wrapping_sub(self.first))
     }
 }
 
 /// Why a walk faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cause {
+pub(super) enum Cause {
     /// `F_TRANSLATION`
     Translation,
     /// `F_ADDR_SIZE`
@@ -169,7 +169,7 @@ pub enum Cause {
 
 /// What the access was for at which a fault arose: CLASS of an event (§7.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
+pub(super) enum Class {
     /// Fetching a context descriptor.
     Cd = 0,
     /// Reading or updating a stage 1 table.
@@ -180,7 +180,7 @@ pub enum Class {
 
 /// A walk that faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WalkFault {
+pub(super) struct WalkFault {
     /// Why.
     pub cause: Cause,
     /// At stage 2.
@@ -248,7 +248,7 @@ impl Table {
     /// Bytes of the starting-level table's alignment (DDI 0487 §D8.2.5): its
     /// size, at least 16, or 64 when addresses have 52 bits.
     #[must_use]
-    pub const fn alignment(&self) -> u64 {
+    pub(super) const fn alignment(&self) -> u64 {
         let entries = 1_u64 << (self.input_bits - self.granule.shift(self.start_level));
         let least = if self.output_bits > 48 { 64 } else { 16 };
         let size = entries * 8;
@@ -382,7 +382,7 @@ struct Walk<'a> {
 /// # Errors
 /// The [`WalkFault`], with [`Class::Input`] for the faults of stage 2 that do not
 /// come from `under`.
-pub fn walk(
+pub(super) fn walk(
     ram: &GuestRam,
     table: &Table,
     under: Option<(&Table, bool)>,
@@ -406,7 +406,7 @@ pub fn walk(
 ///
 /// # Errors
 /// The [`WalkFault`] of stage 2, with `class`.
-pub fn through_stage2(
+pub(super) fn through_stage2(
     ram: &GuestRam,
     (table, protect): (&Table, bool),
     ipa: u64,

@@ -7,7 +7,7 @@ use crate::addr::StreamId;
 
 /// A domain: it exists while an endpoint is attached to it.
 #[derive(Clone, Debug, Default)]
-pub struct Domain {
+pub(super) struct Domain {
     /// Every address is itself; it has no mappings.
     pub bypass: bool,
     /// Endpoints that are attached.

@@ -25,7 +25,7 @@ struct Pending {
 }
 
 /// The state, and the requests that change it.
-pub struct Executor {
+pub(super) struct Executor {
     config: VirtioIommuConfig,
     pending: Mutex<Pending>,
     state: RwLock<State>,
@@ -33,7 +33,7 @@ pub struct Executor {
 
 impl Executor {
     /// The state without a driver.
-    pub fn new(config: VirtioIommuConfig) -> Self {
+    pub(super) fn new(config: VirtioIommuConfig) -> Self {
         Self {
             config,
             pending: Mutex::default(),
@@ -44,12 +44,12 @@ impl Executor {
         }
     }
 
-    pub fn config(&self) -> &VirtioIommuConfig {
+    pub(super) fn config(&self) -> &VirtioIommuConfig {
         &self.config
     }
 
     /// Changes `bypass` of the configuration (§5.13.4.2).
-    pub fn set_bypass(&self, value: u8) {
+    pub(super) fn set_bypass(&self, value: u8) {
         let mut pending = self.command();
         let bypass = value == 1;
         {
@@ -74,7 +74,7 @@ impl Executor {
 
     /// Back to before negotiation: no domain, no mapping. `bypass` keeps its
     /// value (§5.13.5).
-    pub fn reset(&self) {
+    pub(super) fn reset(&self) {
         let mut pending = self.command();
         pending.ranges.clear();
         let (attached, gone) = {
@@ -105,7 +105,7 @@ impl Executor {
     /// The request may be shown as used after the next [`flush`](Self::flush),
     /// not before: unmapped ranges wait for it, so that neighbours are
     /// invalidated together.
-    pub fn handle(&self, request: &[u8], reply: &mut [u8]) -> usize {
+    pub(super) fn handle(&self, request: &[u8], reply: &mut [u8]) -> usize {
         let Some(&kind) = request.first().filter(|kind| self.is_available(**kind)) else {
             return 0;
         };
@@ -135,7 +135,7 @@ impl Executor {
 
     /// Completes every request that was handled: when it returns, no consumer
     /// uses what they unmapped.
-    pub fn flush(&self) {
+    pub(super) fn flush(&self) {
         self.flush_pending(&mut self.command());
     }
 
@@ -257,12 +257,12 @@ impl Executor {
     }
 
     /// The state, for lookups.
-    pub fn read(&self) -> RwLockReadGuard<'_, State> {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state, to be changed without a notification.
-    pub fn write(&self) -> RwLockWriteGuard<'_, State> {
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, State> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,7 +16,7 @@ use crate::mapping::Mapping;
 
 /// Mappings that do not overlap, in the order of their addresses.
 #[derive(Clone, Debug, Default)]
-pub struct Mappings<const CHUNK: usize = 128> {
+pub(super) struct Mappings<const CHUNK: usize = 128> {
     /// By the lowest address that a mapping of the chunk may start at: the
     /// chunk ends where the next one begins. The first key is 0, and only its
     /// chunk may be empty.
@@ -27,19 +27,19 @@ pub struct Mappings<const CHUNK: usize = 128> {
 /// Chunks whose mappings are removed and whose memory is not yet freed. To free
 /// that of 2^20 mappings takes longer than a request may.
 #[derive(Debug, Default)]
-pub struct Removed {
+pub(super) struct Removed {
     chunks: Vec<Vec<Mapping>>,
     len: usize,
 }
 
 impl Removed {
     /// Mappings whose memory is not yet freed.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 
     /// Frees up to `count` chunks.
-    pub fn free(&mut self, count: usize) {
+    pub(super) fn free(&mut self, count: usize) {
         let kept = self.chunks.len().saturating_sub(count);
         for chunk in self.chunks.drain(kept..) {
             self.len -= chunk.len();
@@ -83,12 +83,12 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
     const JOINED: usize = CHUNK * 3 / 4;
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 
     /// The mapping that `iova` lies in.
-    pub fn find(&self, iova: Iova) -> Option<Mapping> {
+    pub(super) fn find(&self, iova: Iova) -> Option<Mapping> {
         self.last_up_to(iova)
             .filter(|mapping| mapping.iova.contains(iova))
             .copied()
@@ -98,7 +98,7 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
     ///
     /// # Errors
     /// `INVAL`: it overlaps one.
-    pub fn insert(&mut self, mapping: Mapping) -> Result<(), Status> {
+    pub(super) fn insert(&mut self, mapping: Mapping) -> Result<(), Status> {
         let iova = mapping.iova;
         let below = self.last_up_to(iova.last());
         if below.is_some_and(|below| below.iova.last() >= iova.first()) {
@@ -123,7 +123,11 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
     ///
     /// # Errors
     /// `RANGE`: one of them would have to be split.
-    pub fn remove(&mut self, range: IovaRange, removed: &mut Removed) -> Result<usize, Status> {
+    pub(super) fn remove(
+        &mut self,
+        range: IovaRange,
+        removed: &mut Removed,
+    ) -> Result<usize, Status> {
         let (first, last) = (range.first(), range.last());
         let Some(highest) = self.last_up_to(last).map(|mapping| mapping.iova) else {
             return Ok(0);
@@ -154,14 +158,14 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
     }
 
     /// Gives the memory of all mappings to `removed`.
-    pub fn discard(self, removed: &mut Removed) {
+    pub(super) fn discard(self, removed: &mut Removed) {
         self.chunks
             .into_values()
             .for_each(|chunk| removed.push(chunk));
     }
 
     /// Those that overlap `range`, in order.
-    pub fn iter(&self, range: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
+    pub(super) fn iter(&self, range: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
         let reaching_in = self.find(range.first());
         let first = reaching_in.map_or(range.first(), |mapping| mapping.iova.first());
         let chunk = self.chunks.range(..=first).next_back();

@@ -12,7 +12,7 @@ use crate::mapping::{Mapping, Perm};
 use crate::notifier::StreamSink;
 
 /// The smallest page, as a shift.
-pub const PAGE_SHIFT: u32 = 12;
+pub(super) const PAGE_SHIFT: u32 = 12;
 
 /// Configuration that is fixed while the machine runs.
 #[derive(Clone, Copy, Debug)]
@@ -30,14 +30,14 @@ pub struct VirtioIommuConfig {
 }
 
 /// An endpoint, and the domain that it is attached to.
-pub struct Endpoint {
+pub(super) struct Endpoint {
     pub domain: Option<u32>,
     pub sink: Weak<dyn StreamSink>,
 }
 
 /// The state. Its owner keeps it under a lock.
 #[derive(Default)]
-pub struct State {
+pub(super) struct State {
     /// The negotiated features.
     pub features: u64,
     /// `bypass` of the configuration.
@@ -49,7 +49,7 @@ pub struct State {
 }
 
 /// What an endpoint sees.
-pub enum View<'a> {
+pub(super) enum View<'a> {
     Blocked,
     Bypass,
     Domain(&'a Domain),
@@ -57,7 +57,7 @@ pub enum View<'a> {
 
 /// An endpoint that has another view of memory than before.
 #[derive(Default)]
-pub struct Moved {
+pub(super) struct Moved {
     pub sink: Option<Arc<dyn StreamSink>>,
     /// The domain that ceased to exist.
     pub gone: Option<Domain>,
@@ -65,7 +65,7 @@ pub struct Moved {
 
 impl State {
     /// What an endpoint sees.
-    pub fn view(&self, stream: StreamId) -> View<'_> {
+    pub(super) fn view(&self, stream: StreamId) -> View<'_> {
         let Some(endpoint) = self.endpoints.get(&stream) else {
             return View::Blocked;
         };
@@ -78,7 +78,7 @@ impl State {
     }
 
     /// The sinks of the endpoints that are attached to a domain.
-    pub fn attached(&self, domain: u32) -> Vec<Arc<dyn StreamSink>> {
+    pub(super) fn attached(&self, domain: u32) -> Vec<Arc<dyn StreamSink>> {
         let domain = self.domains.get(&domain);
         let streams = domain.into_iter().flat_map(|domain| &domain.endpoints);
         streams
@@ -91,7 +91,7 @@ impl State {
     }
 
     /// §5.13.6.3.2. `None`: it is attached to that domain already.
-    pub fn attach(
+    pub(super) fn attach(
         &mut self,
         id: u32,
         stream: StreamId,
@@ -126,7 +126,7 @@ impl State {
     }
 
     /// §5.13.6.4.2
-    pub fn detach(&mut self, id: u32, stream: StreamId) -> Result<Moved, Status> {
+    pub(super) fn detach(&mut self, id: u32, stream: StreamId) -> Result<Moved, Status> {
         let endpoint = self.endpoints.get(&stream).ok_or(Status::Noent)?;
         if endpoint.domain != Some(id) {
             return Err(Status::Inval);
@@ -135,7 +135,7 @@ impl State {
     }
 
     /// §5.13.6.5.2. `unfreed` mappings are removed, and count.
-    pub fn map(
+    pub(super) fn map(
         &mut self,
         config: &VirtioIommuConfig,
         unfreed: usize,
@@ -174,7 +174,7 @@ impl State {
 
     /// §5.13.6.6.2. Returns whether there was a mapping. The ends of the range
     /// need no alignment, and it may reach beyond the input range.
-    pub fn unmap(
+    pub(super) fn unmap(
         &mut self,
         id: u32,
         iova: IovaRange,
@@ -215,7 +215,7 @@ fn is_aligned(iova: IovaRange, gpa: Gpa) -> bool {
 }
 
 /// The permissions that the flags of a MAP request name.
-pub fn perm_of(flags: u32) -> Perm {
+pub(super) fn perm_of(flags: u32) -> Perm {
     let perm = |flag, perm| {
         if flags & flag != 0 { perm } else { Perm::NONE }
     };

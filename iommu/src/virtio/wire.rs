@@ -6,7 +6,7 @@ use crate::addr::{Gpa, Iova, IovaRange, StreamId};
 use crate::mapping::Access;
 
 /// Bytes of the properties and the tail of a PROBE request.
-pub const PROBE_REPLY_SIZE: usize = PROBE_SIZE as usize + request::TAIL_SIZE;
+pub(super) const PROBE_REPLY_SIZE: usize = PROBE_SIZE as usize + request::TAIL_SIZE;
 
 /// A request that has every field of its type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ impl Fields<'_> {
 
 /// The feature that a request of this type needs, 0 for none; `None` where
 /// there is no such type.
-pub fn needed_feature(kind: u8) -> Option<u64> {
+pub(super) fn needed_feature(kind: u8) -> Option<u64> {
     match kind {
         request::ATTACH | request::DETACH => Some(0),
         request::MAP | request::UNMAP => Some(feature::MAP_UNMAP),
@@ -95,7 +95,7 @@ pub fn needed_feature(kind: u8) -> Option<u64> {
 /// Bytes that the device writes of a device-writable part of `room` bytes: the
 /// properties of a PROBE request, and the tail at their end. `None`: the tail
 /// has no room, so that nothing can be written.
-pub fn reply_size(kind: u8, room: usize) -> Option<usize> {
+pub(super) fn reply_size(kind: u8, room: usize) -> Option<usize> {
     if room < request::TAIL_SIZE {
         None
     } else if kind == request::PROBE {
@@ -164,7 +164,7 @@ fn write(bytes: &mut [u8], fields: impl Iterator<Item = u8>) {
 
 /// The device configuration (§5.13.4): addresses from `input_range` in pages of
 /// `1 << page_shift` bytes, and every domain ID.
-pub fn config_space(
+pub(super) fn config_space(
     input_range: IovaRange,
     page_shift: u32,
     bypass: bool,
@@ -187,7 +187,7 @@ pub fn config_space(
 
 /// Writes the RESV_MEM property of the MSI window to the front of `properties`
 /// (§5.13.6.7).
-pub fn write_msi_window(properties: &mut [u8], window: IovaRange) {
+pub(super) fn write_msi_window(properties: &mut [u8], window: IovaRange) {
     let fields = property::RESV_MEM
         .to_le_bytes()
         .into_iter()

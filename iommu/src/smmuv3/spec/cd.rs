@@ -12,52 +12,52 @@ raw! {
 }
 
 /// Valid.
-pub const L1_V: Field<RawL1Cd> = Field::new(0, 0);
+pub(crate) const L1_V: Field<RawL1Cd> = Field::new(0, 0);
 /// Address of the level 2 table, in place.
-pub const L2PTR: Field<RawL1Cd> = Field::new(55, 12);
+pub(crate) const L2PTR: Field<RawL1Cd> = Field::new(55, 12);
 /// Size of the space that TTB0 translates.
-pub const T0SZ: Field<RawCd> = Field::new(5, 0);
+pub(crate) const T0SZ: Field<RawCd> = Field::new(5, 0);
 /// Granule of TTB0.
-pub const TG0: Field<RawCd> = Field::new(7, 6);
+pub(crate) const TG0: Field<RawCd> = Field::new(7, 6);
 /// No walks through TTB0.
-pub const EPD0: Field<RawCd> = Field::new(14, 14);
+pub(crate) const EPD0: Field<RawCd> = Field::new(14, 14);
 /// Big-endian tables.
-pub const ENDI: Field<RawCd> = Field::new(15, 15);
+pub(crate) const ENDI: Field<RawCd> = Field::new(15, 15);
 /// Size of the space that TTB1 translates.
-pub const T1SZ: Field<RawCd> = Field::new(21, 16);
+pub(crate) const T1SZ: Field<RawCd> = Field::new(21, 16);
 /// Granule of TTB1.
-pub const TG1: Field<RawCd> = Field::new(23, 22);
+pub(crate) const TG1: Field<RawCd> = Field::new(23, 22);
 /// No walks through TTB1.
-pub const EPD1: Field<RawCd> = Field::new(30, 30);
+pub(crate) const EPD1: Field<RawCd> = Field::new(30, 30);
 /// Valid.
-pub const V: Field<RawCd> = Field::new(31, 31);
+pub(crate) const V: Field<RawCd> = Field::new(31, 31);
 /// Size of the intermediate address space.
-pub const IPS: Field<RawCd> = Field::new(34, 32);
+pub(crate) const IPS: Field<RawCd> = Field::new(34, 32);
 /// The access flag does not fault.
-pub const AFFD: Field<RawCd> = Field::new(35, 35);
+pub(crate) const AFFD: Field<RawCd> = Field::new(35, 35);
 /// The top byte of TTB0's addresses is ignored.
-pub const TBI0: Field<RawCd> = Field::new(38, 38);
+pub(crate) const TBI0: Field<RawCd> = Field::new(38, 38);
 /// The top byte of TTB1's addresses is ignored.
-pub const TBI1: Field<RawCd> = Field::new(39, 39);
+pub(crate) const TBI1: Field<RawCd> = Field::new(39, 39);
 /// AArch64 tables.
-pub const AA64: Field<RawCd> = Field::new(41, 41);
+pub(crate) const AA64: Field<RawCd> = Field::new(41, 41);
 /// The SMMU updates dirty state.
-pub const HD: Field<RawCd> = Field::new(42, 42);
+pub(crate) const HD: Field<RawCd> = Field::new(42, 42);
 /// The SMMU updates the access flag.
-pub const HA: Field<RawCd> = Field::new(43, 43);
+pub(crate) const HA: Field<RawCd> = Field::new(43, 43);
 /// Faults stall.
-pub const S: Field<RawCd> = Field::new(44, 44);
+pub(crate) const S: Field<RawCd> = Field::new(44, 44);
 /// Faults are recorded.
-pub const R: Field<RawCd> = Field::new(45, 45);
+pub(crate) const R: Field<RawCd> = Field::new(45, 45);
 /// Faults abort.
-pub const A: Field<RawCd> = Field::new(46, 46);
+pub(crate) const A: Field<RawCd> = Field::new(46, 46);
 /// ASID.
-pub const ASID: Field<RawCd> = Field::new(63, 48);
+pub(crate) const ASID: Field<RawCd> = Field::new(63, 48);
 /// Table descriptors of TTB0 carry no attributes.
-pub const HAD0: Field<RawCd> = Field::new(65, 65);
+pub(crate) const HAD0: Field<RawCd> = Field::new(65, 65);
 /// Address of TTB0, in place.
-pub const TTB0: Field<RawCd> = Field::new(115, 68);
+pub(crate) const TTB0: Field<RawCd> = Field::new(115, 68);
 /// Table descriptors of TTB1 carry no attributes.
-pub const HAD1: Field<RawCd> = Field::new(129, 129);
+pub(crate) const HAD1: Field<RawCd> = Field::new(129, 129);
 /// Address of TTB1, in place.
-pub const TTB1: Field<RawCd> = Field::new(179, 132);
+pub(crate) const TTB1: Field<RawCd> = Field::new(179, 132);

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 /// A structure of 64-bit words, in the byte order of this machine.
-pub trait Raw: Copy {
+pub(crate) trait Raw: Copy {
     /// All words zero.
     const ZERO: Self;
     /// Bytes of the structure.
@@ -18,7 +18,7 @@ macro_rules! raw {
     ($(#[$doc:meta])* $name:ident, $words:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub struct $name(pub [u64; $words]);
+        pub(crate) struct $name(pub(crate) [u64; $words]);
 
         impl $crate::smmuv3::spec::field::Raw for $name {
             const ZERO: Self = Self([0; $words]);
@@ -38,7 +38,7 @@ pub(super) use raw;
 
 /// A field of the structure `T`.
 #[derive(Clone, Copy, Debug)]
-pub struct Field<T> {
+pub(crate) struct Field<T> {
     word: usize,
     low: u32,
     bits: u32,
@@ -67,7 +67,7 @@ impl<T: Raw> Field<T> {
     }
 
     /// The value of the field, at the bottom of the word.
-    pub fn of(self, raw: &T) -> u64 {
+    pub(crate) fn of(self, raw: &T) -> u64 {
         (self.word(raw) >> self.low) & self.mask()
     }
 
@@ -76,7 +76,7 @@ impl<T: Raw> Field<T> {
         clippy::cast_possible_truncation,
         reason = "used for fields of at most 32 bits, and asserted"
     )]
-    pub fn of32(self, raw: &T) -> u32 {
+    pub(crate) fn of32(self, raw: &T) -> u32 {
         assert!(self.bits <= 32);
         self.of(raw) as u32
     }
@@ -86,24 +86,24 @@ impl<T: Raw> Field<T> {
         clippy::cast_possible_truncation,
         reason = "used for fields of at most 16 bits, and asserted"
     )]
-    pub fn of16(self, raw: &T) -> u16 {
+    pub(crate) fn of16(self, raw: &T) -> u16 {
         assert!(self.bits <= 16);
         self.of(raw) as u16
     }
 
     /// Whether any bit of the field is set.
-    pub fn is_set(self, raw: &T) -> bool {
+    pub(crate) fn is_set(self, raw: &T) -> bool {
         self.of(raw) != 0
     }
 
     /// The bits of the field at their position in the word, the others zero: for
     /// addresses.
-    pub fn in_place(self, raw: &T) -> u64 {
+    pub(crate) fn in_place(self, raw: &T) -> u64 {
         self.word(raw) & (self.mask() << self.low)
     }
 
     /// Sets the field to the low bits of `value`.
-    pub fn put(self, raw: &mut T, value: u64) {
+    pub(crate) fn put(self, raw: &mut T, value: u64) {
         let mask = self.mask() << self.low;
         if let Some(word) = raw.words_mut().get_mut(self.word) {
             *word = *word & !mask | (value << self.low) & mask;

@@ -1,15 +1,15 @@
 //! The layouts of IHI 0070: registers, structures, commands and records.
 //! Nothing else.
 
-pub mod cd;
-pub mod command;
-pub mod event;
+pub(super) mod cd;
+pub(super) mod command;
+pub(super) mod event;
 mod field;
-pub mod pri;
+pub(super) mod pri;
 mod registers;
-pub mod ste;
+pub(super) mod ste;
 
-pub use field::{Field, Raw};
-pub use registers::{
+pub(super) use field::{Field, Raw};
+pub(super) use registers::{
     MSI_ADDRESS, cr0, cr2, gbpa, gerror, idr0, idr1, idr3, idr5, irq_ctrl, queue, reg, strtab,
 };

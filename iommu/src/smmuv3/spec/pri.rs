@@ -8,18 +8,18 @@ raw! {
 }
 
 /// StreamID.
-pub const SID: Field<RawPageRequest> = Field::new(31, 0);
+pub(crate) const SID: Field<RawPageRequest> = Field::new(31, 0);
 /// SubstreamID.
-pub const SSID: Field<RawPageRequest> = Field::new(51, 32);
+pub(crate) const SSID: Field<RawPageRequest> = Field::new(51, 32);
 /// Reading is asked for.
-pub const READ: Field<RawPageRequest> = Field::new(60, 60);
+pub(crate) const READ: Field<RawPageRequest> = Field::new(60, 60);
 /// Writing is asked for.
-pub const WRITE: Field<RawPageRequest> = Field::new(61, 61);
+pub(crate) const WRITE: Field<RawPageRequest> = Field::new(61, 61);
 /// Last of its group.
-pub const LAST: Field<RawPageRequest> = Field::new(62, 62);
+pub(crate) const LAST: Field<RawPageRequest> = Field::new(62, 62);
 /// There is a SubstreamID.
-pub const SSV: Field<RawPageRequest> = Field::new(63, 63);
+pub(crate) const SSV: Field<RawPageRequest> = Field::new(63, 63);
 /// Group.
-pub const PRG_INDEX: Field<RawPageRequest> = Field::new(72, 64);
+pub(crate) const PRG_INDEX: Field<RawPageRequest> = Field::new(72, 64);
 /// Address, in place.
-pub const ADDRESS: Field<RawPageRequest> = Field::new(127, 76);
+pub(crate) const ADDRESS: Field<RawPageRequest> = Field::new(127, 76);

@@ -1,266 +1,266 @@
 //! Registers (IHI 0070 §6.2, §6.3).
 
 /// Registers (§6.2, §6.3): offsets in page 0, in bytes.
-pub mod reg {
+pub(crate) mod reg {
     /// Offset of page 1 (§6.2).
-    pub const PAGE_1: u64 = 0x1_0000;
+    pub(crate) const PAGE_1: u64 = 0x1_0000;
     /// §6.3.1
-    pub const IDR0: u64 = 0x00;
+    pub(crate) const IDR0: u64 = 0x00;
     /// §6.3.2
-    pub const IDR1: u64 = 0x04;
+    pub(crate) const IDR1: u64 = 0x04;
     /// §6.3.4
-    pub const IDR3: u64 = 0x0c;
+    pub(crate) const IDR3: u64 = 0x0c;
     /// §6.3.6
-    pub const IDR5: u64 = 0x14;
+    pub(crate) const IDR5: u64 = 0x14;
     /// §6.3.8
-    pub const AIDR: u64 = 0x1c;
+    pub(crate) const AIDR: u64 = 0x1c;
     /// §6.3.9
-    pub const CR0: u64 = 0x20;
+    pub(crate) const CR0: u64 = 0x20;
     /// §6.3.10
-    pub const CR0ACK: u64 = 0x24;
+    pub(crate) const CR0ACK: u64 = 0x24;
     /// §6.3.11
-    pub const CR1: u64 = 0x28;
+    pub(crate) const CR1: u64 = 0x28;
     /// §6.3.12
-    pub const CR2: u64 = 0x2c;
+    pub(crate) const CR2: u64 = 0x2c;
     /// §6.3.14
-    pub const GBPA: u64 = 0x44;
+    pub(crate) const GBPA: u64 = 0x44;
     /// §6.3.17
-    pub const IRQ_CTRL: u64 = 0x50;
+    pub(crate) const IRQ_CTRL: u64 = 0x50;
     /// §6.3.18
-    pub const IRQ_CTRLACK: u64 = 0x54;
+    pub(crate) const IRQ_CTRLACK: u64 = 0x54;
     /// §6.3.19
-    pub const GERROR: u64 = 0x60;
+    pub(crate) const GERROR: u64 = 0x60;
     /// §6.3.20
-    pub const GERRORN: u64 = 0x64;
+    pub(crate) const GERRORN: u64 = 0x64;
     /// §6.3.21, 64 bits
-    pub const GERROR_IRQ_CFG0: u64 = 0x68;
+    pub(crate) const GERROR_IRQ_CFG0: u64 = 0x68;
     /// §6.3.22
-    pub const GERROR_IRQ_CFG1: u64 = 0x70;
+    pub(crate) const GERROR_IRQ_CFG1: u64 = 0x70;
     /// §6.3.23
-    pub const GERROR_IRQ_CFG2: u64 = 0x74;
+    pub(crate) const GERROR_IRQ_CFG2: u64 = 0x74;
     /// §6.3.24, 64 bits
-    pub const STRTAB_BASE: u64 = 0x80;
+    pub(crate) const STRTAB_BASE: u64 = 0x80;
     /// §6.3.25
-    pub const STRTAB_BASE_CFG: u64 = 0x88;
+    pub(crate) const STRTAB_BASE_CFG: u64 = 0x88;
     /// §6.3.26, 64 bits
-    pub const CMDQ_BASE: u64 = 0x90;
+    pub(crate) const CMDQ_BASE: u64 = 0x90;
     /// §6.3.27
-    pub const CMDQ_PROD: u64 = 0x98;
+    pub(crate) const CMDQ_PROD: u64 = 0x98;
     /// §6.3.28
-    pub const CMDQ_CONS: u64 = 0x9c;
+    pub(crate) const CMDQ_CONS: u64 = 0x9c;
     /// §6.3.29, 64 bits
-    pub const EVENTQ_BASE: u64 = 0xa0;
+    pub(crate) const EVENTQ_BASE: u64 = 0xa0;
     /// §6.3.30; it and CONS belong to page 1
-    pub const EVENTQ_PROD: u64 = 0xa8;
+    pub(crate) const EVENTQ_PROD: u64 = 0xa8;
     /// §6.3.31
-    pub const EVENTQ_CONS: u64 = 0xac;
+    pub(crate) const EVENTQ_CONS: u64 = 0xac;
     /// §6.3.32, 64 bits
-    pub const EVENTQ_IRQ_CFG0: u64 = 0xb0;
+    pub(crate) const EVENTQ_IRQ_CFG0: u64 = 0xb0;
     /// §6.3.33
-    pub const EVENTQ_IRQ_CFG1: u64 = 0xb8;
+    pub(crate) const EVENTQ_IRQ_CFG1: u64 = 0xb8;
     /// §6.3.34
-    pub const EVENTQ_IRQ_CFG2: u64 = 0xbc;
+    pub(crate) const EVENTQ_IRQ_CFG2: u64 = 0xbc;
     /// §6.3.35, 64 bits
-    pub const PRIQ_BASE: u64 = 0xc0;
+    pub(crate) const PRIQ_BASE: u64 = 0xc0;
     /// §6.3.36; it and CONS belong to page 1
-    pub const PRIQ_PROD: u64 = 0xc8;
+    pub(crate) const PRIQ_PROD: u64 = 0xc8;
     /// §6.3.37
-    pub const PRIQ_CONS: u64 = 0xcc;
+    pub(crate) const PRIQ_CONS: u64 = 0xcc;
     /// §6.3.38, 64 bits
-    pub const PRIQ_IRQ_CFG0: u64 = 0xd0;
+    pub(crate) const PRIQ_IRQ_CFG0: u64 = 0xd0;
     /// §6.3.39
-    pub const PRIQ_IRQ_CFG1: u64 = 0xd8;
+    pub(crate) const PRIQ_IRQ_CFG1: u64 = 0xd8;
     /// §6.3.40
-    pub const PRIQ_IRQ_CFG2: u64 = 0xdc;
+    pub(crate) const PRIQ_IRQ_CFG2: u64 = 0xdc;
     /// End of the registers that hold something, in bytes.
-    pub const END: u64 = 0x100;
+    pub(crate) const END: u64 = 0x100;
     /// CIDR0 to CIDR3 (§6.2, CoreSight identification).
-    pub const CIDR0: u64 = 0xff0;
+    pub(crate) const CIDR0: u64 = 0xff0;
 }
 
 /// IDR0 (§6.3.1).
-pub mod idr0 {
+pub(crate) mod idr0 {
     /// Stage 2.
-    pub const S2P: u32 = 1 << 0;
+    pub(crate) const S2P: u32 = 1 << 0;
     /// Stage 1.
-    pub const S1P: u32 = 1 << 1;
+    pub(crate) const S1P: u32 = 1 << 1;
     /// Tables in the AArch64 format.
-    pub const TTF_AARCH64: u32 = 2 << 2;
+    pub(crate) const TTF_AARCH64: u32 = 2 << 2;
     /// Walks and queues are coherent with the CPUs' caches.
-    pub const COHACC: u32 = 1 << 4;
+    pub(crate) const COHACC: u32 = 1 << 4;
     /// Hardware updates access flag and dirty state.
-    pub const HTTU_DIRTY: u32 = 2 << 6;
+    pub(crate) const HTTU_DIRTY: u32 = 2 << 6;
     /// EL2 commands and StreamWorlds.
-    pub const HYP: u32 = 1 << 9;
+    pub(crate) const HYP: u32 = 1 << 9;
     /// ATS.
-    pub const ATS: u32 = 1 << 10;
+    pub(crate) const ATS: u32 = 1 << 10;
     /// ATS at all stages only: no split-stage ATS.
-    pub const NS1ATS: u32 = 1 << 11;
+    pub(crate) const NS1ATS: u32 = 1 << 11;
     /// 16-bit ASIDs.
-    pub const ASID16: u32 = 1 << 12;
+    pub(crate) const ASID16: u32 = 1 << 12;
     /// The SMMU's own interrupts may be messages.
-    pub const MSI: u32 = 1 << 13;
+    pub(crate) const MSI: u32 = 1 << 13;
     /// PRI.
-    pub const PRI: u32 = 1 << 16;
+    pub(crate) const PRI: u32 = 1 << 16;
     /// VMID wildcards.
-    pub const VMW: u32 = 1 << 17;
+    pub(crate) const VMW: u32 = 1 << 17;
     /// 16-bit VMIDs.
-    pub const VMID16: u32 = 1 << 18;
+    pub(crate) const VMID16: u32 = 1 << 18;
     /// 2-level context descriptor tables.
-    pub const CD2L: u32 = 1 << 19;
+    pub(crate) const CD2L: u32 = 1 << 19;
     /// Tables are little-endian.
-    pub const TTENDIAN_LITTLE: u32 = 2 << 21;
+    pub(crate) const TTENDIAN_LITTLE: u32 = 2 << 21;
     /// `CR2.REC_CFG_ATS` works.
-    pub const ATSRECERR: u32 = 1 << 23;
+    pub(crate) const ATSRECERR: u32 = 1 << 23;
     /// Faulting accesses that are terminated are aborted, never RAZ/WI.
-    pub const TERM_MODEL: u32 = 1 << 26;
+    pub(crate) const TERM_MODEL: u32 = 1 << 26;
     /// 2-level stream tables.
-    pub const ST_LEVEL_2: u32 = 1 << 27;
+    pub(crate) const ST_LEVEL_2: u32 = 1 << 27;
 }
 
 /// IDR1 (§6.3.2): shifts of the size fields.
-pub mod idr1 {
+pub(crate) mod idr1 {
     /// Bits of a StreamID.
-    pub const SIDSIZE: u32 = 0;
+    pub(crate) const SIDSIZE: u32 = 0;
     /// Bits of a SubstreamID.
-    pub const SSIDSIZE: u32 = 6;
+    pub(crate) const SSIDSIZE: u32 = 6;
     /// Most entries of the PRI queue, as a power of two.
-    pub const PRIQS: u32 = 11;
+    pub(crate) const PRIQS: u32 = 11;
     /// Most entries of the event queue, as a power of two.
-    pub const EVENTQS: u32 = 16;
+    pub(crate) const EVENTQS: u32 = 16;
     /// Most entries of the command queue, as a power of two.
-    pub const CMDQS: u32 = 21;
+    pub(crate) const CMDQS: u32 = 21;
     /// Mask of the three size fields of queues.
-    pub const QUEUE_SIZE: u32 = 0x1f;
+    pub(crate) const QUEUE_SIZE: u32 = 0x1f;
 }
 
 /// IDR3 (§6.3.4).
-pub mod idr3 {
+pub(crate) mod idr3 {
     /// `CD.HAD0` and `CD.HAD1` work.
-    pub const HAD: u32 = 1 << 2;
+    pub(crate) const HAD: u32 = 1 << 2;
     /// Stage 2 has separate execute permissions.
-    pub const XNX: u32 = 1 << 4;
+    pub(crate) const XNX: u32 = 1 << 4;
     /// Automatic page responses carry the PASID of the request.
-    pub const PPS: u32 = 1 << 5;
+    pub(crate) const PPS: u32 = 1 << 5;
     /// `STE.S2FWB` works.
-    pub const FWB: u32 = 1 << 8;
+    pub(crate) const FWB: u32 = 1 << 8;
     /// Range invalidation and level hints.
-    pub const RIL: u32 = 1 << 10;
+    pub(crate) const RIL: u32 = 1 << 10;
     /// Break-before-make level 2.
-    pub const BBML2: u32 = 2 << 11;
+    pub(crate) const BBML2: u32 = 2 << 11;
 }
 
 /// IDR5 (§6.3.6).
-pub mod idr5 {
+pub(crate) mod idr5 {
     /// Granules of 4, 16 and 64 KiB.
-    pub const GRANULES: u32 = 7 << 4;
+    pub(crate) const GRANULES: u32 = 7 << 4;
     /// 52-bit virtual addresses.
-    pub const VAX_52: u32 = 1 << 10;
+    pub(crate) const VAX_52: u32 = 1 << 10;
     /// Shift of the largest number of stalled transactions.
-    pub const STALL_MAX: u32 = 16;
+    pub(crate) const STALL_MAX: u32 = 16;
 }
 
 /// CR0 (§6.3.9).
-pub mod cr0 {
+pub(crate) mod cr0 {
     /// Translation.
-    pub const SMMUEN: u32 = 1 << 0;
+    pub(crate) const SMMUEN: u32 = 1 << 0;
     /// The PRI queue.
-    pub const PRIQEN: u32 = 1 << 1;
+    pub(crate) const PRIQEN: u32 = 1 << 1;
     /// The event queue.
-    pub const EVENTQEN: u32 = 1 << 2;
+    pub(crate) const EVENTQEN: u32 = 1 << 2;
     /// The command queue.
-    pub const CMDQEN: u32 = 1 << 3;
+    pub(crate) const CMDQEN: u32 = 1 << 3;
     /// Checks of translated accesses.
-    pub const ATSCHK: u32 = 1 << 4;
+    pub(crate) const ATSCHK: u32 = 1 << 4;
     /// VMID wildcards: how many low bits are ignored.
-    pub const VMW: u32 = 7 << 6;
+    pub(crate) const VMW: u32 = 7 << 6;
     /// Shift of [`VMW`].
-    pub const VMW_SHIFT: u32 = 6;
+    pub(crate) const VMW_SHIFT: u32 = 6;
 }
 
 /// CR2 (§6.3.12).
-pub mod cr2 {
+pub(crate) mod cr2 {
     /// EL2 has ASIDs and two tables.
-    pub const E2H: u32 = 1 << 0;
+    pub(crate) const E2H: u32 = 1 << 0;
     /// `C_BAD_STREAMID` is recorded.
-    pub const RECINVSID: u32 = 1 << 1;
+    pub(crate) const RECINVSID: u32 = 1 << 1;
     /// Private TLB maintenance: without `IDR0.BTM`, nothing.
-    pub const PTM: u32 = 1 << 2;
+    pub(crate) const PTM: u32 = 1 << 2;
     /// Configuration errors of ATS requests are recorded.
-    pub const REC_CFG_ATS: u32 = 1 << 3;
+    pub(crate) const REC_CFG_ATS: u32 = 1 << 3;
 }
 
 /// GBPA (§6.3.14).
-pub mod gbpa {
+pub(crate) mod gbpa {
     /// Accesses are aborted while `SMMUEN` is 0.
-    pub const ABORT: u32 = 1 << 20;
+    pub(crate) const ABORT: u32 = 1 << 20;
     /// The write is an update; reads as 0 when it is complete.
-    pub const UPDATE: u32 = 1 << 31;
+    pub(crate) const UPDATE: u32 = 1 << 31;
     /// Memory attributes, kept and not used: every access is coherent.
-    pub const ATTRIBUTES: u32 = 0x000f_3f1f;
+    pub(crate) const ATTRIBUTES: u32 = 0x000f_3f1f;
     /// "Use incoming" attributes, no abort.
-    pub const RESET: u32 = 1 << 12;
+    pub(crate) const RESET: u32 = 1 << 12;
 }
 
 /// IRQ_CTRL (§6.3.17).
-pub mod irq_ctrl {
+pub(crate) mod irq_ctrl {
     /// Global errors.
-    pub const GERROR: u32 = 1 << 0;
+    pub(crate) const GERROR: u32 = 1 << 0;
     /// The PRI queue.
-    pub const PRIQ: u32 = 1 << 1;
+    pub(crate) const PRIQ: u32 = 1 << 1;
     /// The event queue.
-    pub const EVENTQ: u32 = 1 << 2;
+    pub(crate) const EVENTQ: u32 = 1 << 2;
 }
 
 /// GERROR and GERRORN (§6.3.19, §7.5).
-pub mod gerror {
+pub(crate) mod gerror {
     /// A command cannot be carried out.
-    pub const CMDQ: u32 = 1 << 0;
+    pub(crate) const CMDQ: u32 = 1 << 0;
     /// The event queue cannot be written.
-    pub const EVENTQ_ABT: u32 = 1 << 2;
+    pub(crate) const EVENTQ_ABT: u32 = 1 << 2;
     /// The PRI queue cannot be written.
-    pub const PRIQ_ABT: u32 = 1 << 3;
+    pub(crate) const PRIQ_ABT: u32 = 1 << 3;
     /// CMD_SYNC's message cannot be written.
-    pub const MSI_CMDQ_ABT: u32 = 1 << 4;
+    pub(crate) const MSI_CMDQ_ABT: u32 = 1 << 4;
     /// The event queue's message cannot be written.
-    pub const MSI_EVENTQ_ABT: u32 = 1 << 5;
+    pub(crate) const MSI_EVENTQ_ABT: u32 = 1 << 5;
     /// The PRI queue's message cannot be written.
-    pub const MSI_PRIQ_ABT: u32 = 1 << 6;
+    pub(crate) const MSI_PRIQ_ABT: u32 = 1 << 6;
     /// The message of a global error cannot be written.
-    pub const MSI_GERROR_ABT: u32 = 1 << 7;
+    pub(crate) const MSI_GERROR_ABT: u32 = 1 << 7;
     /// Bits that exist.
-    pub const ALL: u32 = 0xfd;
+    pub(crate) const ALL: u32 = 0xfd;
 }
 
 /// STRTAB_BASE and STRTAB_BASE_CFG (§6.3.24, §6.3.25).
-pub mod strtab {
+pub(crate) mod strtab {
     /// Address of the table, in place.
-    pub const ADDRESS: u64 = 0x000f_ffff_ffff_ffc0;
+    pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_ffc0;
     /// Mask of LOG2SIZE.
-    pub const LOG2SIZE: u32 = 0x3f;
+    pub(crate) const LOG2SIZE: u32 = 0x3f;
     /// Shift of SPLIT.
-    pub const SPLIT: u32 = 6;
+    pub(crate) const SPLIT: u32 = 6;
     /// Shift of FMT.
-    pub const FMT: u32 = 16;
+    pub(crate) const FMT: u32 = 16;
     /// FMT of a 2-level table.
-    pub const FMT_2_LEVEL: u32 = 1;
+    pub(crate) const FMT_2_LEVEL: u32 = 1;
 }
 
 /// Queue registers (§6.3.26 ff.).
-pub mod queue {
+pub(crate) mod queue {
     /// Address of a queue, in place.
-    pub const ADDRESS: u64 = 0x000f_ffff_ffff_ffe0;
+    pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_ffe0;
     /// Mask of LOG2SIZE in a base register.
-    pub const LOG2SIZE: u64 = 0x1f;
+    pub(crate) const LOG2SIZE: u64 = 0x1f;
     /// An index with its wrap bit, at most.
-    pub const INDEX: u32 = 0x000f_ffff;
+    pub(crate) const INDEX: u32 = 0x000f_ffff;
     /// OVFLG and OVACKFLG.
-    pub const OVERFLOW: u32 = 1 << 31;
+    pub(crate) const OVERFLOW: u32 = 1 << 31;
     /// Shift of CMDQ_CONS.ERR.
-    pub const ERR: u32 = 24;
+    pub(crate) const ERR: u32 = 24;
     /// Mask of CMDQ_CONS.ERR.
-    pub const ERR_MASK: u32 = 0x7f << ERR;
+    pub(crate) const ERR_MASK: u32 = 0x7f << ERR;
 }
 
 /// Address field of the `*_IRQ_CFG0` registers, in place.
-pub const MSI_ADDRESS: u64 = 0x000f_ffff_ffff_fffc;
+pub(crate) const MSI_ADDRESS: u64 = 0x000f_ffff_ffff_fffc;
