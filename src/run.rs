@@ -29,8 +29,8 @@ const MAX_CONFIG: usize = 1 << 20;
 #[derive(Debug, Args)]
 #[command(after_help = RUN_STATUS)]
 pub struct RunArgs {
-    /// Kernel: a vmlinux or bzImage (x86_64), an Image, gzip'd Image or EFI
-    /// zboot vmlinuz (aarch64)
+    /// Kernel: on x86_64 a vmlinux or a bzImage; on aarch64 an Image, as it is or
+    /// compressed with gzip or zstd, or an EFI zboot vmlinuz with such a payload
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial ramdisk

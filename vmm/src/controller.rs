@@ -513,7 +513,7 @@ impl Controller {
         }
         let left = output.flush(OUTPUT_PATIENCE);
         if left != 0 {
-            log::warn!("console: nobody reads the last {left} bytes");
+            log::warn!("console: the last {left} bytes were not read, and are lost");
         }
         terminal::restore();
     }

@@ -44,7 +44,8 @@ struct Buffer {
     idle: bool,
     /// [`SerialSink::ready`] said no since there was last room.
     refused: bool,
-    /// Nobody reads any more.
+    /// The reader closed the file, or the file has its size limit: output is
+    /// dropped.
     broken: bool,
 }
 
@@ -213,7 +214,7 @@ impl Sink {
             }
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                log::info!("console: nobody reads the output any more; dropping it");
+                log::info!("console: the reader closed the file; dropping further output");
                 return Written::NeverAgain;
             }
             Err(error) => {
@@ -226,7 +227,7 @@ impl Sink {
         if beyond.is_empty() {
             return Written::GoOn;
         }
-        log::warn!("console: the file has the size that it may have; dropping further output");
+        log::warn!("console: the file is as long as its limit; dropping further output");
         Written::NeverAgain
     }
 }
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn output_is_dropped_when_nobody_reads() {
+    fn output_is_dropped_after_the_reader_closed_the_file() {
         let (reader, output) = pipe();
         drop(reader);
         for _ in 0..2 * LIMIT {
