@@ -1,7 +1,7 @@
 //! Counters of the devices and their back ends.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::vhost::IotlbMonitor;
 
@@ -44,4 +44,28 @@ pub struct NetCounters {
     pub control_errors: AtomicU64,
     /// `VIRTIO_NET_S_LINK_UP` (virtio 1.2 §5.1.4).
     pub link_up: AtomicBool,
+}
+
+impl NetCounters {
+    /// Counts a command of the control queue; `done` without an error.
+    pub(super) fn count_command(&self, done: bool) {
+        self.control_commands.fetch_add(1, Ordering::Relaxed);
+        let errors = u64::from(!done);
+        self.control_errors.fetch_add(errors, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_and_their_errors_are_counted() {
+        let counters = NetCounters::default();
+        for done in [true, false, false] {
+            counters.count_command(done);
+        }
+        let counted = [&counters.control_commands, &counters.control_errors];
+        assert_eq!(counted.map(|it| it.load(Ordering::Relaxed)), [3, 2]);
+    }
 }

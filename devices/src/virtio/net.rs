@@ -368,9 +368,7 @@ impl Shared {
                 },
                 Command::Unknown => false,
             };
-            counters.control_commands.fetch_add(1, Ordering::Relaxed);
-            let errors = u64::from(!done);
-            counters.control_errors.fetch_add(errors, Ordering::Relaxed);
+            counters.count_command(done);
             done
         });
         if let Err(error) = served {

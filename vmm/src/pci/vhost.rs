@@ -132,3 +132,62 @@ pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
     });
     iotlbs.chain(nets).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+
+    use super::*;
+
+    #[test]
+    fn every_counter_of_an_iotlb_is_shown() {
+        let stats = IotlbStats {
+            misses: 2,
+            updates: 3,
+            prefills: 5,
+            prefetched: 7,
+            invalidations_sent: 11,
+            invalidations_saved: 13,
+            faults: 17,
+            stalled: 19,
+            entries: 23,
+            ..IotlbStats::default()
+        };
+        let shown = IOTLB_METRICS.map(|(name, .., value)| (name, value(&stats)));
+        let expected = [
+            ("portcullis_iotlb_prefetches_total", 7),
+            ("portcullis_iotlb_faults_total", 17),
+            ("portcullis_iotlb_entries", 23),
+        ];
+        assert_eq!(shown, expected);
+        // The files of a device add up.
+        let mut counters = EndpointCounters::default();
+        add_counters(&mut counters, &[stats.clone(), stats]);
+        let expected = EndpointCounters {
+            misses: 4,
+            updates: 6,
+            prefills: 24,
+            invalidations_sent: 22,
+            invalidations_saved: 26,
+            stalled_queues: 38,
+            ..EndpointCounters::default()
+        };
+        assert_eq!(counters, expected);
+    }
+
+    #[test]
+    fn every_counter_of_a_network_device_is_a_metric() {
+        let counters = NetCounters {
+            control_commands: AtomicU64::new(3),
+            control_errors: AtomicU64::new(2),
+            link_up: AtomicBool::new(true),
+        };
+        let shown = NET_METRICS.map(|(name, .., value)| (name, value(&counters)));
+        let expected = [
+            ("portcullis_net_control_commands_total", 3),
+            ("portcullis_net_control_errors_total", 2),
+            ("portcullis_net_link_up", 1),
+        ];
+        assert_eq!(shown, expected);
+    }
+}

@@ -70,3 +70,95 @@ fn pages_lead_to_every_mapping_however_the_guest_lays_out_its_tables() {
     let page = mappings_page(&iommu, STREAM, Some(u64::MAX), 1);
     assert_eq!(page, MappingsPage::default());
 }
+
+#[test]
+fn every_counter_of_an_endpoint_a_stream_and_a_disk_is_a_metric() {
+    let counters = EndpointCounters {
+        translations: 2,
+        hits: 3,
+        misses: 5,
+        updates: 7,
+        prefills: 11,
+        invalidations_sent: 13,
+        invalidations_saved: 17,
+        ..EndpointCounters::default()
+    };
+    let shown = ENDPOINT_METRICS.map(|(name, _, value)| (name, value(&counters)));
+    let expected = [
+        ("portcullis_iommu_translations_total", 2),
+        ("portcullis_iommu_hits_total", 3),
+        ("portcullis_iotlb_misses_total", 5),
+        ("portcullis_iotlb_updates_total", 7),
+        ("portcullis_iotlb_prefills_total", 11),
+        ("portcullis_iotlb_invalidations_sent_total", 13),
+        ("portcullis_iotlb_invalidations_saved_total", 17),
+    ];
+    assert_eq!(shown, expected);
+    let stats = StreamStats {
+        invalidations: 19,
+        maps: 23,
+        ..StreamStats::default()
+    };
+    let shown = STREAM_METRICS.map(|(name, _, value)| (name, value(&stats)));
+    let expected = [
+        ("portcullis_iommu_invalidations_total", 19),
+        ("portcullis_iommu_maps_total", 23),
+    ];
+    assert_eq!(shown, expected);
+    let disk = BlockCounters {
+        requests: AtomicU64::new(29),
+        errors: AtomicU64::new(31),
+        read_bytes: AtomicU64::new(37),
+        written_bytes: AtomicU64::new(41),
+    };
+    let shown =
+        BLOCK_METRICS.map(|(name, _, counter)| (name, counter(&disk).load(Ordering::Relaxed)));
+    let expected = [
+        ("portcullis_block_requests_total", 29),
+        ("portcullis_block_errors_total", 31),
+        ("portcullis_block_read_bytes_total", 37),
+        ("portcullis_block_written_bytes_total", 41),
+    ];
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn faults_behind_a_virtio_iommu_are_shown_by_the_specifications_reasons() {
+    let events = Arc::<devices::virtio::iommu::EventQueue>::default();
+    let config = ::iommu::virtio::VirtioIommuConfig {
+        input_range: IovaRange::ALL,
+        msi_window: None,
+        boot_bypass: false,
+        max_mappings: 16,
+    };
+    let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap());
+    let sink = Arc::clone(&events) as Arc<dyn ::iommu::virtio::FaultSink>;
+    let model = Arc::new(VirtioIommu::new(config, ram, sink));
+    let dynamic = Arc::clone(&model) as Arc<dyn ::iommu::Iommu>;
+    let region = ::iommu::IommuRegion::new(dynamic, STREAM);
+    for _ in 0..3 {
+        assert!(
+            region
+                .enter()
+                .translate(Iova(0x5000), Access::Read)
+                .is_err()
+        );
+    }
+    let mut info = EndpointInfo {
+        id: "disk".into(),
+        device: DeviceKind::Block,
+        pci_address: String::new(),
+        stream_id: STREAM.0,
+        state: EndpointState::Direct,
+        domain: None,
+        asid: None,
+        vmid: None,
+        ats: None,
+        registration: None,
+        counters: EndpointCounters::default(),
+    };
+    virtio_endpoint(&model, STREAM, &region.stats(), &mut info);
+    assert_eq!(info.state, EndpointState::Blocked);
+    let faults: Vec<_> = info.counters.faults.into_iter().collect();
+    assert_eq!(faults, [("VIRTIO_IOMMU_FAULT_R_DOMAIN".to_owned(), 3)]);
+}
