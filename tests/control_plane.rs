@@ -3,19 +3,84 @@
 
 mod support;
 
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use support::checks::{self, BLOCK, ENTROPY, part};
-use support::host;
+use support::host::{self, Job};
 use support::{Guest, Machine, TempDir};
 use vmm::action::{InstanceInfo, MachineState};
 
 /// The virtio type of an IOMMU (virtio 1.2 §5).
 const IOMMU: u16 = 23;
 
+/// Requests of a [`Client`] whose latencies are reported together.
+const REQUESTS: u32 = 20;
+
 struct Ctl {
     socket: String,
+}
+
+/// A client of the API that stays connected.
+struct Client(BufReader<UnixStream>);
+
+impl Client {
+    fn connect(socket: &str) -> Self {
+        let stream = UnixStream::connect(socket).expect("the API accepts connections");
+        let limit = stream.set_read_timeout(Some(support::time_limit()));
+        limit.expect("a socket has a time limit");
+        Self(BufReader::new(stream))
+    }
+
+    /// Sends a request without a body, and waits for no response.
+    fn send(&mut self, request: &str) {
+        let sent = write!(self.0.get_mut(), "{request}\r\nHost: localhost\r\n\r\n");
+        sent.expect("the API reads requests");
+    }
+
+    /// The body of `GET /`.
+    fn instance(&mut self) -> InstanceInfo {
+        self.send("GET / HTTP/1.1");
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            let read = self.0.read_line(&mut line);
+            assert_ne!(read.expect("GET / is answered"), 0, "no response to GET /");
+            let line = line.trim_end().to_ascii_lowercase();
+            if line.is_empty() {
+                break;
+            }
+            if let Some(value) = line.strip_prefix("content-length:") {
+                length = value.trim().parse().expect("a length");
+            }
+        }
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body).expect("a whole response");
+        serde_json::from_slice(&body).expect("an instance")
+    }
+
+    /// Asks `GET /` again and again; each response must say that the machine runs. Reports how
+    /// long they took: nothing depends on it.
+    #[track_caller]
+    fn is_answered(&mut self, during: &str) {
+        let mut times: Vec<_> = (0..REQUESTS)
+            .map(|_| {
+                let start = Instant::now();
+                assert_eq!(self.instance().state, MachineState::Running);
+                start.elapsed()
+            })
+            .collect();
+        times.sort_unstable();
+        let [.., last] = times.as_slice() else { return };
+        let median = times[times.len() / 2];
+        part(&format!(
+            "GET / {during}: {REQUESTS} responses, median {median:?}, longest {last:?}"
+        ));
+    }
 }
 
 impl Ctl {
@@ -89,7 +154,8 @@ fn rings(guest: &mut Guest) -> u64 {
 fn control_plane_stays_live(mappings: u32) {
     let files = TempDir::new("flood");
     let (mut guest, ctl) = flooded(&files, mappings);
-    assert_eq!(ctl.state(), MachineState::Running);
+    let mut client = Client::connect(&ctl.socket);
+    client.is_answered("while a vCPU is inside the virtio-iommu");
     for _ in 0..3 {
         ctl.done(&["pause"]);
         assert_eq!(ctl.state(), MachineState::Paused);
@@ -105,6 +171,7 @@ fn control_plane_stays_live(mappings: u32) {
     }
     ctl.done(&["iommu"]);
     ctl.done(&["metrics"]);
+    client.is_answered("after three pauses");
     let start = Instant::now();
     guest.signal("TERM").expect_exit(0);
     part(&format!("SIGTERM took {} ms", start.elapsed().as_millis()));
@@ -119,6 +186,111 @@ fn full_rings_of_a_virtio_iommu_delay_no_pause_and_no_end() {
 #[ignore = "long: cargo xtask test --long"]
 fn full_rings_over_a_million_mappings_delay_no_pause_and_no_end() {
     control_plane_stays_live(1 << 20);
+}
+
+/// A thread of the monitor.
+struct Thread(String);
+
+impl Thread {
+    /// The thread of this name.
+    #[track_caller]
+    fn named(guest: &Guest, name: &str) -> Self {
+        let tasks = format!("/proc/{}/task", guest.process_id());
+        let tasks = fs::read_dir(tasks).expect("the monitor runs");
+        let mut paths = tasks.map(|task| task.expect("a thread").path().display().to_string());
+        let path = paths.find(|path| read(&format!("{path}/comm")).trim() == name);
+        Self(path.unwrap_or_else(|| panic!("the monitor has no thread {name}")))
+    }
+
+    /// Waits until the thread is inside this system call.
+    #[track_caller]
+    fn wait_for_call(&self, number: libc::c_long) {
+        let path = format!("{}/syscall", self.0);
+        let is_inside = || read(&path).split(' ').next() == Some(&number.to_string());
+        eventually(&format!("system call {number} of {}", self.0), is_inside);
+    }
+
+    /// Makes the thread sleep for ten minutes in front of each system call of this name.
+    fn hold_at(&self, call: &str) -> Job {
+        let (_, id) = self.0.rsplit_once('/').expect("a path");
+        let job = Job::start(&format!(
+            "strace -qq -o /dev/null -p {id} -e trace={call} -e inject={call}:delay_enter=600000000"
+        ));
+        let path = format!("{}/status", self.0);
+        eventually("a traced thread", || {
+            !read(&path).contains("TracerPid:\t0\n")
+        });
+        job
+    }
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+#[track_caller]
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + support::time_limit();
+    while !is_so() {
+        assert!(Instant::now() < deadline, "no {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The host does not complete a read of a disk, and a vCPU waits for it with the disk's registers
+/// locked: it resets the function.
+#[test]
+fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
+    let files = TempDir::new("stuck");
+    let (disk, socket) = (files.path("disk"), files.path("api"));
+    host::sparse(&disk, 16);
+    let machine = Machine::new()
+        .tools()
+        .with("--cpus", 2)
+        .with("--disk", format!("path={disk},id=data"))
+        .with("--api-socket", &socket);
+    let arguments = machine.arguments();
+    let launch = || Guest::launch_on_terminal(&support::portcullis(), &arguments);
+    let mut guest = machine.boot_by(launch);
+    guest.quieten();
+    assert!(guest.terminal().mode().is_raw());
+    let address = checks::pci_address(&mut guest, BLOCK, 0);
+    let mut client = Client::connect(&socket);
+    client.is_answered("while nothing is stuck");
+
+    let worker = Thread::named(&guest, "disk-data");
+    let held = worker.hold_at("lseek");
+    guest.in_background("dd if=/dev/vda of=/dev/null bs=4096 skip=1024 count=1");
+    worker.wait_for_call(libc::SYS_lseek);
+    let vcpu = Thread::named(&guest, "vcpu1");
+    // Initiate Function Level Reset (PCIe 6.0 §7.5.3.4).
+    guest.in_background(&format!(
+        "taskset -c 1 setpci -s {address} CAP_EXP+8.w=8000"
+    ));
+    vcpu.wait_for_call(libc::SYS_futex);
+    client.is_answered("while a vCPU is stuck inside a device");
+    // Waits for the vCPU, and so for ever.
+    Client::connect(&socket).send("GET /metrics HTTP/1.1");
+    let ctl = Ctl { socket };
+    let mut pause = Command::new(support::portcullis());
+    pause.args(["ctl", "--api-socket", &ctl.socket, "pause"]);
+    let pause = thread::spawn(move || support::run_to_end(&mut pause));
+    client.is_answered("while a pause waits for it, too");
+    vcpu.wait_for_call(libc::SYS_futex);
+
+    let start = Instant::now();
+    guest.signal("TERM");
+    let status = format!("/proc/{}/status", guest.process_id());
+    eventually("end", || read(&status).contains("State:\tZ"));
+    part(&format!("SIGTERM took {} ms", start.elapsed().as_millis()));
+    // All threads have ended. Its parent learns of it when the tracer is gone, too.
+    drop(held);
+    guest.expect_exit(0);
+    assert!(guest.terminal().mode().is_cooked());
+    let said = guest.said();
+    assert!(said.contains("a vCPU does not stop"), "{said}");
+    let paused = pause.join().expect("ctl has ended");
+    assert_eq!(paused.status, Some(1), "{paused:?}");
 }
 
 /// Three busy vCPUs and a watchdog that reports what stands still for longer than twice this.
