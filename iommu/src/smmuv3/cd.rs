@@ -1,9 +1,9 @@
 //! Context descriptors (IHI 0070 §5.4).
 
 use super::config::SmmuConfig;
+use super::descriptor::{Format, Granule, Table};
 use super::spec::cd::{self, RawCd};
 use super::ste::{Stage1, StreamWorld, address_bits, flags, granule_0};
-use super::walk::{Format, Granule, Table};
 
 /// One of the two halves of a virtual address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,11 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::config::SmmuConfig;
+use super::descriptor::Granule;
 use super::registers::Registers;
 use super::spec::command::{self as cmd, Cerror, RawCommand, op};
 use super::spec::{cr0, cr2, reg};
 use super::tlb::{AsidScope, Scope, Span, StageScope};
-use super::walk::Granule;
 use crate::addr::{Iova, IovaRange, StreamId};
 
 /// How CMD_SYNC signals its completion (§4.7.3).

@@ -5,7 +5,7 @@
 //! * `registers`, `command_queue`, `event_queue` (with the stalled transactions),
 //!   `pri_queue`, `caches` and `streams` each own a part of the state, and
 //!   `state` holds them under one lock;
-//! * `command` decodes, `ste`, `cd` and `walk` are the steps of a translation,
+//! * `command` decodes, `ste`, `cd`, `descriptor` and `walk` are the steps of a translation,
 //!   none of them with state, and `translate` puts the steps in order;
 //! * `tlb` says which translations an invalidation reaches;
 //! * `inspect` lists configuration and mappings for the API.
@@ -23,6 +23,7 @@ mod cd;
 mod command;
 mod command_queue;
 mod config;
+mod descriptor;
 mod event;
 mod event_queue;
 mod inspect;

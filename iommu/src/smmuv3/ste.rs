@@ -2,9 +2,9 @@
 //! (§5.2).
 
 use super::config::SmmuConfig;
+use super::descriptor::{AccessFlag, Format, Granule, Table};
 use super::spec::cr2;
 use super::spec::ste::{self, RawSte};
-use super::walk::{AccessFlag, Format, Granule, Table};
 
 /// Which regime tags the translations of a stream (§3.3.3 StreamWorld).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

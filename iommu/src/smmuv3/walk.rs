@@ -5,6 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileMemory as _};
 
+use super::descriptor::{
+    ACCESSED, Above, AccessFlag, CONTIGUOUS, Format, Granule, Kind, NOT_GLOBAL, SOFTWARE,
+    TABLE_READ_ONLY, TABLE_UNPRIVILEGED_OFF, Table,
+};
 use crate::mapping::{Access, Perm};
 use crate::ram::GuestRam;
 
@@ -14,101 +18,7 @@ const MAX_RETRIES: u32 = 16;
 /// Neighbours are read in the 4 KiB around a descriptor: 512 descriptors.
 const WINDOW: u64 = 512;
 
-/// Translation granule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Granule {
-    /// 4 KiB
-    K4,
-    /// 16 KiB
-    K16,
-    /// 64 KiB
-    K64,
-}
-
-impl Granule {
-    /// Bits of an offset in a page.
-    #[must_use]
-    pub(super) const fn bits(self) -> u32 {
-        match self {
-            Self::K4 => 12,
-            Self::K16 => 14,
-            Self::K64 => 16,
-        }
-    }
-
-    /// Bits that one level resolves.
-    pub(super) const fn stride(self) -> u32 {
-        self.bits() - 3
-    }
-
-    /// How many entries at `level` the contiguous hint joins, as a power of two.
-    pub(super) const fn contiguous(self, level: u32) -> u32 {
-        match (self, level) {
-            (Self::K4, _) => 4,
-            (Self::K16, 3) => 7,
-            (Self::K16 | Self::K64, _) => 5,
-        }
-    }
-
-    /// Bits of an offset in what one entry at `level` maps.
-    pub(super) const fn shift(self, level: u32) -> u32 {
-        self.bits() + (3 - level) * self.stride()
-    }
-}
-
-/// What a clear access flag means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AccessFlag {
-    /// The access faults.
-    Fault,
-    /// Nothing: it counts as set (`AFFD`).
-    Ignore,
-    /// It is set by the walk (`HA`).
-    Update,
-}
-
-/// How a table's permissions are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
-    /// Stage 1.
-    Stage1 {
-        /// AP\[1\] says whether unprivileged accesses, which is all that
-        /// devices make, are permitted. Not so in the EL2 regime.
-        unprivileged: bool,
-        /// Table descriptors restrict what lies below them (not with `HAD`).
-        hierarchical: bool,
-    },
-    /// Stage 2.
-    Stage2 {
-        /// Memory attributes are in the format of `S2FWB`.
-        forced_attributes: bool,
-    },
-}
-
-/// A translation table and the rules of walking it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Table {
-    /// Granule.
-    pub granule: Granule,
-    /// Address of the starting-level table, aligned to its size.
-    pub base: u64,
-    /// Bits of an input address.
-    pub input_bits: u32,
-    /// Level at which a walk starts.
-    pub start_level: u32,
-    /// Bits of an output address, and of a table's address.
-    pub output_bits: u32,
-    /// Descriptors of 64 KiB tables hold bits 51:48 of an address.
-    pub wide: bool,
-    /// What a clear access flag means.
-    pub access_flag: AccessFlag,
-    /// The walk updates dirty state (`HD`).
-    pub dirty: bool,
-    /// How permissions are read.
-    pub format: Format,
-}
-
-/// What a walk is for.
+/// Parameters of a walk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WalkRequest {
     /// The access.
@@ -122,7 +32,7 @@ pub(super) struct WalkRequest {
     pub gap: bool,
 }
 
-/// Where a walk ended well: a run of input addresses with one translation.
+/// Result of a walk: a run of input addresses with one translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Leaf {
     /// First input address.
@@ -131,9 +41,9 @@ pub(super) struct Leaf {
     pub last: u64,
     /// Output address of the first.
     pub output: u64,
-    /// What a device may do there.
+    /// Accesses that are permitted.
     pub perm: Perm,
-    /// Good for every ASID (nG clear).
+    /// Valid for every ASID (nG clear).
     pub global: bool,
     /// Bits of an offset in the page, block or contiguous group that the walk
     /// ended at: what one invalidation by address takes away.
@@ -152,7 +62,7 @@ impl Leaf {
     }
 }
 
-/// Why a walk faults.
+/// Cause of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
     /// `F_TRANSLATION`
@@ -167,7 +77,7 @@ pub(super) enum Cause {
     External,
 }
 
-/// What the access was for at which a fault arose: CLASS of an event (§7.3).
+/// Purpose of the access that faulted: CLASS of an event (§7.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     /// Fetching a context descriptor.
@@ -181,11 +91,11 @@ pub(super) enum Class {
 /// A walk that faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct WalkFault {
-    /// Why.
+    /// Cause.
     pub cause: Cause,
     /// At stage 2.
     pub stage2: bool,
-    /// On behalf of what.
+    /// Purpose of the access.
     pub class: Class,
     /// Input address of stage 2; of no meaning at stage 1.
     pub ipa: u64,
@@ -223,149 +133,7 @@ fn exchange(ram: &GuestRam, address: u64, old: u64, new: u64) -> Option<bool> {
     Some(changed.is_ok())
 }
 
-const VALID: u64 = 1 << 0;
-const TABLE_OR_PAGE: u64 = 1 << 1;
-const UNPRIVILEGED: u64 = 1 << 6;
-const READ_ONLY: u64 = 1 << 7;
-const S2_READ: u64 = 1 << 6;
-const S2_WRITE: u64 = 1 << 7;
-const ACCESSED: u64 = 1 << 10;
-const NOT_GLOBAL: u64 = 1 << 11;
-const DIRTY_MODIFIER: u64 = 1 << 51;
-const CONTIGUOUS: u64 = 1 << 52;
-const SOFTWARE: u64 = 0xf << 55;
-const TABLE_UNPRIVILEGED_OFF: u64 = 1 << 61;
-const TABLE_READ_ONLY: u64 = 1 << 62;
-
-/// What a descriptor is.
-enum Kind {
-    Invalid,
-    Table,
-    Leaf,
-}
-
-impl Table {
-    /// Bytes of the starting-level table's alignment (DDI 0487 §D8.2.5): its
-    /// size, at least 16, or 64 when addresses have 52 bits.
-    #[must_use]
-    pub(super) const fn alignment(&self) -> u64 {
-        let entries = 1_u64 << (self.input_bits - self.granule.shift(self.start_level));
-        let least = if self.output_bits > 48 { 64 } else { 16 };
-        let size = entries * 8;
-        if size > least { size } else { least }
-    }
-
-    const fn kind(&self, descriptor: u64, level: u32) -> Kind {
-        if descriptor & VALID == 0 {
-            return Kind::Invalid;
-        }
-        let table_or_page = descriptor & TABLE_OR_PAGE != 0;
-        if level == 3 {
-            return if table_or_page {
-                Kind::Leaf
-            } else {
-                Kind::Invalid
-            };
-        }
-        if table_or_page {
-            return Kind::Table;
-        }
-        let block = match self.granule {
-            Granule::K4 => level == 1 || level == 2,
-            Granule::K16 => level == 2,
-            Granule::K64 => level == 2 || level == 1 && self.wide,
-        };
-        if block { Kind::Leaf } else { Kind::Invalid }
-    }
-
-    /// The address in a descriptor whose low `bits` bits are not part of it.
-    const fn address(&self, descriptor: u64, bits: u32) -> u64 {
-        let low = descriptor & 0x0000_ffff_ffff_ffff & !((1 << bits) - 1);
-        if self.wide && matches!(self.granule, Granule::K64) {
-            low | (descriptor >> 12 & 0xf) << 48
-        } else {
-            low
-        }
-    }
-
-    const fn in_range(&self, address: u64) -> bool {
-        address >> self.output_bits == 0
-    }
-
-    fn index(&self, input: u64, level: u32) -> u64 {
-        let bits = if level == self.start_level {
-            self.input_bits - self.granule.shift(level)
-        } else {
-            self.granule.stride()
-        };
-        input >> self.granule.shift(level) & ((1 << bits) - 1)
-    }
-
-    /// What a leaf permits (DDI 0487 §D8.4), and whether writing is only held
-    /// back by a clean dirty state.
-    fn permissions(&self, descriptor: u64, above: Above) -> (Perm, bool) {
-        let clean = self.dirty && descriptor & DIRTY_MODIFIER != 0;
-        match self.format {
-            Format::Stage1 { unprivileged, .. } => {
-                let reachable =
-                    !unprivileged || descriptor & UNPRIVILEGED != 0 && above.unprivileged;
-                if !reachable {
-                    return (Perm::NONE, false);
-                }
-                let writable = descriptor & READ_ONLY == 0;
-                if !above.writable || !writable && !clean {
-                    (Perm::READ, false)
-                } else if writable {
-                    (Perm::READ_WRITE, false)
-                } else {
-                    (Perm::READ, true)
-                }
-            }
-            Format::Stage2 { .. } => {
-                let read = if descriptor & S2_READ != 0 {
-                    Perm::READ
-                } else {
-                    Perm::NONE
-                };
-                if descriptor & S2_WRITE != 0 {
-                    (read | Perm::WRITE, false)
-                } else {
-                    (read, clean)
-                }
-            }
-        }
-    }
-
-    /// Stage 2: whether the memory is Device (DDI 0487 §D8.6).
-    fn is_device(&self, descriptor: u64) -> bool {
-        match self.format {
-            Format::Stage1 { .. } => false,
-            Format::Stage2 {
-                forced_attributes: false,
-            } => descriptor >> 4 & 3 == 0,
-            Format::Stage2 {
-                forced_attributes: true,
-            } => descriptor >> 4 & 1 == 0,
-        }
-    }
-
-    /// `descriptor` marked as written to.
-    const fn dirtied(&self, descriptor: u64) -> u64 {
-        match self.format {
-            Format::Stage1 { .. } => descriptor & !READ_ONLY,
-            Format::Stage2 { .. } => descriptor | S2_WRITE,
-        }
-    }
-}
-
-/// What the table descriptors above a leaf leave permitted.
-#[derive(Clone, Copy)]
-struct Above {
-    writable: bool,
-    unprivileged: bool,
-}
-
-/// One walk under way.
+/// One walk.
 struct Walk<'a> {
     ram: &'a GuestRam,
     table: &'a Table,

@@ -1,10 +1,10 @@
 //! Errors of stream table entries and context descriptors, and the faults of
 //! translation, each with its event.
 
+use super::super::descriptor::Granule;
 use super::super::spec::{
     Field, Raw, cd, cd::RawCd, command as cmd, cr0, event, gbpa, reg, ste, ste::RawSte, strtab,
 };
-use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
 use crate::{Access, FaultReason, Iova, Perm};

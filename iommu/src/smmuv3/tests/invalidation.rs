@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
+use super::super::descriptor::Granule;
 use super::super::spec::{
     Raw as _, cd, command as cmd, command::RawCommand, cr0, cr2, reg, ste, ste::RawSte,
 };
 use super::super::tlb::{
     AsidScope, Entry, MAX_ENTRIES, Scope, Span, StageScope, Tag, TagSummary, Tlb,
 };
-use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
 use crate::{Access, AddressSpace, Iova, IovaRange, Mapping, NotifierEvents, NotifierSink, Perm};

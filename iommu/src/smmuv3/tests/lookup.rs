@@ -1,7 +1,7 @@
 //! What a lookup and a listing may change, and what they show.
 
+use super::super::descriptor::Granule;
 use super::super::spec::{command as cmd, gbpa, reg};
-use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova, Perm};

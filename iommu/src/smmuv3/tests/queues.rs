@@ -3,10 +3,10 @@
 
 use std::sync::atomic::Ordering;
 
+use super::super::descriptor::Granule;
 use super::super::spec::{
     cd, command as cmd, command::RawCommand, cr0, event, gerror, irq_ctrl, pri, queue, reg,
 };
-use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova};

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes as _, GuestAddress};
 
+use super::super::descriptor::Granule;
 use super::super::spec::{
     Field, Raw, cd, cd::RawCd, command as cmd, command::RawCommand, cr0, cr2, event,
     event::RawEvent, irq_ctrl, pri::RawPageRequest, reg, ste, ste::RawSte,
 };
-use super::super::walk::Granule;
 use super::super::*;
 use crate::{
     Access, AddressSpace, Gpa, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping,

@@ -1,8 +1,8 @@
 //! Stalled transactions whose records find the event queue full (IHI 0070
 //! §3.12.2, §7.2.1, §7.4).
 
+use super::super::descriptor::Granule;
 use super::super::spec::{cd, command as cmd, command::RawCommand, event, queue, reg};
-use super::super::walk::Granule;
 use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova};

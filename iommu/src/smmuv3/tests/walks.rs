@@ -4,8 +4,9 @@
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use super::super::descriptor::{AccessFlag, Format, Granule, Table};
 use super::super::spec::{Raw as _, cd, event, ste, ste::RawSte};
-use super::super::walk::{AccessFlag, Format, Granule, Table, WalkRequest, walk};
+use super::super::walk::{WalkRequest, walk};
 use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova, Perm};
