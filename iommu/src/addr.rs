@@ -57,7 +57,7 @@ impl From<Gpa> for vm_memory::GuestAddress {
     }
 }
 
-/// Which requester a transaction comes from, as its IOMMU sees it. For a PCI
+/// Requester of a transaction, as its IOMMU sees it. For a PCI
 /// function it is the requester ID: bus in bits 15:8, device in 7:3, function
 /// in 2:0.
 #[derive(
@@ -195,13 +195,13 @@ impl IovaRange {
         self.first.0 <= other.last.0 && other.first.0 <= self.last.0
     }
 
-    /// What the two share.
+    /// Addresses that are in both.
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.first.max(other.first), self.last.min(other.last)).ok()
     }
 
-    /// The two as one range, when they overlap or lie next to each other.
+    /// Both as one range, when they overlap or are adjacent.
     #[must_use]
     pub fn joined(self, other: Self) -> Option<Self> {
         let (low, high) = if self.first <= other.first {

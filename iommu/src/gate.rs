@@ -1,14 +1,14 @@
 //! The gate of a stream: what makes an invalidation complete.
 //!
-//! Whoever translates and then uses or publishes the answer holds the gate
-//! shared for as long as the answer is in use. Whoever takes a translation
-//! away changes the tables first, then closes the gate (which waits for those
-//! inside to leave), tells the listeners, and opens it again. So:
+//! A thread that translates and then uses or publishes the answer holds the gate
+//! shared while the answer is in use. An invalidation changes the tables first,
+//! then closes the gate (which waits until no thread holds it), notifies, and
+//! opens it again. So:
 //!
 //! * an access that began under the old translation has ended when the
 //!   invalidation returns (invariant 3);
-//! * an answer that was published to a listener was published before the
-//!   invalidation that the listener sees, never after it (invariant 4).
+//! * an answer is published to a consumer before the invalidation that the
+//!   consumer sees, never after it (invariant 4).
 
 #[cfg(loom)]
 use loom::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -19,23 +19,23 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 #[derive(Debug, Default)]
 pub struct Gate(RwLock<()>);
 
-/// Held by those who translate and use.
+/// Shared hold, for translating and using the answer.
 pub type Entered<'a> = RwLockReadGuard<'a, ()>;
-/// Held by the one who invalidates.
+/// Exclusive hold, for an invalidation.
 pub type Closed<'a> = RwLockWriteGuard<'a, ()>;
 
 impl Gate {
     /// Enters: from here until the guard is dropped, an answer of the IOMMU
-    /// for this stream stays good enough to be used.
+    /// for this stream stays valid.
     pub fn enter(&self) -> Entered<'_> {
-        // The lock protects no data, so a poisoned one is as good as new.
+        // The lock protects no data, so a poisoned one is still valid.
         #[cfg(not(loom))]
         return self.0.read().unwrap_or_else(PoisonError::into_inner);
         #[cfg(loom)]
         self.0.read().expect("loom does not poison")
     }
 
-    /// Waits until everybody has left and keeps them out.
+    /// Waits until no thread holds the gate, and holds it exclusively.
     pub fn close(&self) -> Closed<'_> {
         #[cfg(not(loom))]
         return self.0.write().unwrap_or_else(PoisonError::into_inner);

@@ -80,7 +80,7 @@ impl Caches {
         self.tlb.insert(tag, entry, summary);
     }
 
-    /// What the TLB's translations with one tag have in common.
+    /// Summary of the TLB's translations with one tag.
     pub(super) fn summary(&self, tag: &Tag) -> TagSummary {
         self.tlb.summary(tag)
     }

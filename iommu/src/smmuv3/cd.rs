@@ -16,7 +16,7 @@ pub(super) struct TtbRegion {
     pub ignore_top: bool,
 }
 
-/// What a valid CD says.
+/// A valid CD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cd {
     /// Addresses from 0 up.
@@ -35,12 +35,12 @@ pub(super) struct Cd {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BadCd;
 
-/// Where an address is looked up.
+/// Input of a table walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TableInput<'a> {
-    /// In which half.
+    /// TTB0 or TTB1 region.
     pub half: &'a TtbRegion,
-    /// As which input address of its table.
+    /// Input address of the table.
     pub input: u64,
     /// What an address of this half has above the input, when its top byte is
     /// a sign extension.
@@ -129,7 +129,7 @@ impl Cd {
         })
     }
 
-    /// Where `address` is looked up, or `None` when it lies between the halves
+    /// Table input of `address`, or `None` when it lies between the halves
     /// or in one that is disabled (§3.4.1).
     #[must_use]
     pub(super) fn place(&self, address: u64) -> Option<TableInput<'_>> {

@@ -1,4 +1,4 @@
-//! Commands: what their bytes say (IHI 0070 §4).
+//! Decoding of commands (IHI 0070 §4).
 
 use serde::{Deserialize, Serialize};
 
@@ -13,13 +13,13 @@ use crate::addr::{Iova, IovaRange, StreamId};
 /// How CMD_SYNC signals its completion (§4.7.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Signal {
-    /// Not, or by an event that this SMMU does not offer.
+    /// None, or an event that this SMMU does not offer.
     None,
     /// By an interrupt, and by a message if the address is not 0.
     Interrupt {
-        /// Where the message is written.
+        /// Address of the message.
         address: u64,
-        /// What is written.
+        /// Data of the message.
         data: u32,
     },
 }
@@ -27,11 +27,11 @@ pub(super) enum Signal {
 /// Answer to a page request group (§4.5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PageResponse {
-    /// The device shall not ask again.
+    /// The device shall not repeat the request.
     Failure,
-    /// A page is not there.
+    /// A page is not present.
     Invalid,
-    /// The pages are there.
+    /// The pages are present.
     Success,
 }
 
@@ -47,7 +47,7 @@ pub enum Resume {
 /// A command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// A hint that is not taken.
+    /// A hint that has no effect.
     Prefetch,
     /// Configuration of the streams from the first to the last, inclusive.
     ConfigStreams(StreamId, StreamId),
@@ -68,11 +68,11 @@ pub(super) enum Command {
     },
     /// Answer to a page request group.
     PageResponse {
-        /// Who asked.
+        /// Stream of the request.
         stream: StreamId,
-        /// With which SubstreamID.
+        /// SubstreamID of the request.
         substream: Option<u32>,
-        /// Which group.
+        /// Page request group index.
         group: u16,
         /// The answer.
         response: PageResponse,
@@ -81,7 +81,7 @@ pub(super) enum Command {
     Resume(StreamId, u16, Resume),
     /// Aborts every stalled transaction of a stream.
     StallTerm(StreamId),
-    /// Completes everything before it.
+    /// Completes all earlier commands.
     Sync(Signal),
 }
 
@@ -101,7 +101,7 @@ pub enum CommandKind {
 }
 
 impl CommandKind {
-    /// The specification's name, without what tells its variants apart.
+    /// The specification's name, without the suffix of the variant.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -118,7 +118,7 @@ impl CommandKind {
 }
 
 impl Command {
-    /// Its kind.
+    /// Kind of the command.
     #[must_use]
     pub(super) const fn kind(&self) -> CommandKind {
         match self {

@@ -174,8 +174,8 @@ impl Table {
         input >> self.granule.shift(level) & ((1 << bits) - 1)
     }
 
-    /// What a leaf permits (DDI 0487 §D8.4), and whether writing is only held
-    /// back by a clean dirty state.
+    /// Accesses that a leaf permits (DDI 0487 §D8.4), and whether only a clean
+    /// dirty state prevents writes.
     pub(super) fn permissions(&self, descriptor: u64, above: Above) -> (Perm, bool) {
         let clean = self.dirty && descriptor & DIRTY_MODIFIER != 0;
         match self.format {
@@ -231,7 +231,7 @@ impl Table {
     }
 }
 
-/// What the table descriptors above a leaf leave permitted.
+/// Accesses that the table descriptors above a leaf permit.
 #[derive(Clone, Copy)]
 pub(super) struct Above {
     pub(super) writable: bool,

@@ -67,7 +67,7 @@ impl EventKind {
         }
     }
 
-    /// What it is in words that every model shares.
+    /// The reason that all models share.
     #[must_use]
     pub const fn reason(self) -> FaultReason {
         match self {
@@ -90,16 +90,16 @@ impl EventKind {
     }
 }
 
-/// An event before it is a record.
+/// An event from which a record is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Event {
-    /// Which.
+    /// Event number.
     pub kind: EventKind,
-    /// What address: of a structure or descriptor, or intermediate physical.
+    /// Address of a structure or descriptor, or intermediate physical address.
     pub address: u64,
-    /// At stage 2.
+    /// The fault is of stage 2.
     pub stage2: bool,
-    /// On behalf of what.
+    /// Purpose of the access.
     pub class: Class,
     /// TTRnW: reading a descriptor, not updating it.
     pub table_read: bool,

@@ -20,7 +20,7 @@ const WALK: u64 = 16;
 /// Neighbours that a walk looks at, at most.
 const NEIGHBOURS: u64 = 512;
 
-/// What becomes of a stream's accesses.
+/// Treatment of a stream's accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StreamMode {
@@ -38,10 +38,10 @@ pub enum StreamMode {
     Nested,
 }
 
-/// How a stream is configured.
+/// Configuration of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamState {
-    /// What becomes of its accesses without a SubstreamID.
+    /// Treatment of accesses without a SubstreamID.
     pub mode: StreamMode,
     /// Its ASID, with stage 1.
     pub asid: Option<u16>,
@@ -55,7 +55,7 @@ pub struct StreamState {
     pub device_iotlb: bool,
 }
 
-/// How a stream's accesses without a SubstreamID are translated.
+/// Translation of a stream's accesses without a SubstreamID.
 pub(super) enum View {
     Bypass,
     Blocked,
@@ -168,7 +168,7 @@ pub(super) fn mappings(
     (found, next)
 }
 
-/// What is at `address`.
+/// The mapping or the gap at `address`.
 fn step(ram: &GuestRam, view: &View, address: u64) -> Step {
     match view {
         View::Bypass | View::Blocked => Step::gap(u64::MAX),

@@ -65,15 +65,14 @@ use crate::notifier::{NotifierEvents, Refused, StreamSink};
 use crate::ram::GuestRam;
 use crate::translate::{Fault, Iommu, Request};
 
-/// Where the model's signals go. Called with none of its state locked, but
-/// perhaps with a stream's gate held shared: it must not translate, and must
-/// not call back into the model.
+/// Receives the model's signals. Called without the state lock, perhaps with a
+/// stream's gate held shared: it must neither translate nor call the model.
 pub trait SmmuWires: Send + Sync {
     /// An edge on a wired interrupt.
     fn pulse(&self, line: SmmuLine);
 
     /// Writes a message-signalled interrupt to an address that is not RAM;
-    /// `false` when nobody answers there.
+    /// `false` when the address is no doorbell.
     fn message(&self, address: Gpa, data: u32) -> bool;
 
     /// The guest answered a page request group.
@@ -114,7 +113,7 @@ pub struct SmmuStats {
     pub events_dropped: u64,
 }
 
-/// What a snapshot keeps. Caches are not part of it.
+/// State of a snapshot, without the caches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SmmuState {
     registers: Registers,
@@ -145,14 +144,14 @@ impl Smmu {
         }
     }
 
-    /// What it offers.
+    /// Configuration of the model.
     #[must_use]
     pub const fn config(&self) -> &SmmuConfig {
         &self.config
     }
 
     /// Reads the 32-bit word at `offset` from the start of page 0 (§6.2).
-    /// What is reserved reads as zero.
+    /// Reserved words read as zero.
     #[must_use]
     pub fn read(&self, offset: u64) -> u32 {
         self.lock().registers.read(offset)
@@ -220,7 +219,7 @@ impl Smmu {
         self.deliver(&mut pending);
     }
 
-    /// The queue whose error is acknowledged goes on (§7.5).
+    /// Acknowledges errors; the command queue continues (§7.5).
     fn write_gerrorn(&self, value: u32) {
         let mut pending = self.command();
         self.lock().registers.write(reg::GERRORN, value);
@@ -331,7 +330,7 @@ impl Smmu {
         inspect::mappings(&self.ram, &view, from, limit)
     }
 
-    /// What a snapshot keeps. The machine is paused.
+    /// State for a snapshot. The machine is paused.
     #[must_use]
     pub fn save(&self) -> SmmuState {
         let state = self.lock();

@@ -246,8 +246,8 @@ impl Registers {
         self.set(reg::CR0ACK, self.get(reg::CR0));
     }
 
-    /// What a write of `value` to the word at `offset` leaves there, or `None`
-    /// when the guest may not write it now.
+    /// Value of the word at `offset` after a write of `value`, or `None` when the
+    /// guest may not write it now.
     fn writable(&self, offset: u64, value: u32) -> Option<u32> {
         let (_, mask, guard) = WRITABLE.iter().find(|(known, ..)| *known == offset)?;
         let free = match guard {
@@ -315,7 +315,7 @@ pub(super) const fn is_64_bit(offset: u64) -> bool {
     )
 }
 
-/// What the identification registers say, all of it implemented.
+/// Values of the identification registers; every feature is implemented.
 fn identification(config: &SmmuConfig) -> [(u64, u32); 5] {
     let when = |condition: bool, bits: u32| if condition { bits } else { 0 };
     let both = config.stage1() && config.stage2();

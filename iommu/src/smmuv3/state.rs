@@ -20,7 +20,7 @@ use crate::translate::Request;
 const FIRST_STREAM: StreamId = StreamId(0);
 const LAST_STREAM: StreamId = StreamId(u32::MAX);
 
-/// What a step of the command queue leaves to be done with the state unlocked.
+/// Result of a step of the command queue: work for the unlocked state.
 #[derive(Debug)]
 pub(super) enum Step {
     /// The queue is empty, or an error stopped it.

@@ -17,7 +17,7 @@ pub(super) enum StreamWorld {
     El2E2h,
 }
 
-/// What stage 1 needs from the STE.
+/// Fields of the STE for stage 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stage1 {
     /// Address of the CD or of the table of CDs; an intermediate physical
@@ -27,7 +27,7 @@ pub(super) struct Stage1 {
     pub split: Option<u32>,
     /// Bits of a SubstreamID; 0 when there are none.
     pub substream_bits: u32,
-    /// What becomes of accesses without a SubstreamID when there are some.
+    /// Treatment of accesses without a SubstreamID where CDs are per SubstreamID.
     pub default_substream: DefaultSubstream,
     /// CDs must not stall.
     pub stall_disabled: bool,
@@ -44,7 +44,7 @@ pub(super) enum DefaultSubstream {
     Zero,
 }
 
-/// What stage 2 needs from the STE.
+/// Fields of the STE for stage 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stage2 {
     /// The table.
@@ -57,7 +57,7 @@ pub(super) struct Stage2 {
     pub protect_walks: bool,
 }
 
-/// What a valid STE says.
+/// A valid STE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ste {
     /// `false`: accesses are aborted and that is all (Config 0b0xx).

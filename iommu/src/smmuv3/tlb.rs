@@ -1,4 +1,4 @@
-//! The TLB, and what an invalidation reaches (IHI 0070 §3.17, §4.4).
+//! The TLB and its invalidation (IHI 0070 §3.17, §4.4).
 //!
 //! It lives under the model's state lock, as does every walk that fills it.
 //! So no walk that began before an invalidation can insert after it.
@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::ste::StreamWorld;
 use crate::mapping::Perm;
 
-/// Most entries.
+/// Upper bound on entries.
 pub(super) const MAX_ENTRIES: usize = 4096;
 
 /// Which stages translate.
@@ -22,7 +22,7 @@ pub(super) enum Stages {
     Nested,
 }
 
-/// What tags a translation.
+/// Tag of a translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Tag {
     /// Regime.
@@ -35,10 +35,10 @@ pub(super) struct Tag {
     pub asid: u16,
 }
 
-/// What is known of all translations with one tag that somebody may hold.
+/// Summary of all translations with one tag that a cache or consumer may hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TagSummary {
-    /// Some are good for every ASID.
+    /// Some are valid for every ASID.
     pub global: bool,
     /// An address may have aliases (TBI).
     pub aliases: bool,
@@ -72,7 +72,7 @@ pub(super) enum AsidScope {
     Any,
     /// One.
     Only(u16),
-    /// One, and what is good for every ASID.
+    /// One, and translations that are valid for every ASID.
     OrGlobal(u16),
 }
 
@@ -104,7 +104,7 @@ pub(super) struct Span {
 impl Span {
     /// The range grown to whole pages, blocks or groups of those that are
     /// held: an invalidation of one address of a block takes all of it away,
-    /// whatever part of it somebody holds.
+    /// whatever part of it is held.
     #[must_use]
     pub(super) const fn grown(self, held: TagSummary) -> (u64, u64) {
         let limit = if held.grouped {
@@ -126,7 +126,7 @@ impl Span {
     }
 }
 
-/// What an invalidation is for.
+/// Selection of an invalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Scope {
     /// EL1, or (`false`) the EL2 regimes.
@@ -143,7 +143,7 @@ pub(super) struct Scope {
     pub span: Option<Span>,
 }
 
-/// What of a tag's translations an invalidation reaches.
+/// The part of a tag's translations that an invalidation removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InvalidationExtent {
     /// Everything.
@@ -153,7 +153,7 @@ pub(super) enum InvalidationExtent {
 }
 
 impl Scope {
-    /// What the invalidation reaches of translations tagged `tag`.
+    /// The part of the translations tagged `tag` that is removed.
     #[must_use]
     pub(super) fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
         let world = match tag.world {
@@ -196,7 +196,7 @@ pub(super) struct Entry {
     pub last: u64,
     /// Output address of the first.
     pub output: u64,
-    /// What a device may do there.
+    /// Accesses that are permitted.
     pub perm: Perm,
 }
 
@@ -241,7 +241,7 @@ impl Tlb {
         (address <= entry.last).then_some(*entry)
     }
 
-    /// What is known of the translations with one tag.
+    /// Summary of the translations with one tag.
     #[must_use]
     pub(super) fn summary(&self, tag: &Tag) -> TagSummary {
         self.contexts

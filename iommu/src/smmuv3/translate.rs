@@ -22,9 +22,9 @@ use crate::translate::{FaultReason, Request, RequestKind};
 /// A request that gets no translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Failure {
-    /// In words that every model shares.
+    /// The reason that all models share.
     pub(super) reason: FaultReason,
-    /// What happened, where the specification has a name for it.
+    /// The event, where the specification has one.
     pub(super) event: Option<Event>,
     /// Whether it goes to the event queue.
     pub(super) record: bool,
@@ -52,7 +52,7 @@ impl Failure {
     }
 }
 
-/// What is translated, and what may change by it.
+/// A request, and whether its translation may change state.
 #[derive(Clone, Copy)]
 pub(super) struct TranslationContext<'a> {
     pub(super) request: &'a Request,

@@ -8,10 +8,10 @@ use crate::addr::StreamId;
 /// A domain: it exists while an endpoint is attached to it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Domain {
-    /// Every address is itself; it has no mappings.
+    /// Addresses are guest-physical; there are no mappings.
     pub bypass: bool,
     /// Endpoints that are attached.
     pub endpoints: BTreeSet<StreamId>,
-    /// What is mapped.
+    /// Mappings of the domain.
     pub mappings: Mappings,
 }

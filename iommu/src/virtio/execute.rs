@@ -194,7 +194,7 @@ impl Executor {
         }
     }
 
-    /// Drops the old view of an endpoint everywhere and shows the new one.
+    /// Invalidates the old view of an endpoint and replays the new one.
     fn moved(&self, pending: &mut Pending, moved: Moved) {
         if let Some(region) = moved.sink {
             region.reload();

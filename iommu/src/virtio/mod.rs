@@ -1,5 +1,5 @@
 //! The virtio-iommu as a model (virtio 1.2 §5.13): domains, mappings and
-//! endpoints. Its queues and registers are the transport's business.
+//! endpoints. The transport has its queues and registers.
 
 mod domain;
 mod execute;
@@ -48,7 +48,7 @@ pub struct VirtioIommu {
 }
 
 impl VirtioIommu {
-    /// A virtio-iommu before any driver came.
+    /// A virtio-iommu without a driver.
     #[must_use]
     pub fn new(config: VirtioIommuConfig, ram: Arc<GuestRam>, faults: Arc<dyn FaultSink>) -> Self {
         Self {

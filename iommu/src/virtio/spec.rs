@@ -53,7 +53,7 @@ pub mod request {
     pub const TAIL_SIZE: usize = 4;
 }
 
-/// What the tail of a request says (§5.13.6).
+/// Status in the tail of a request (§5.13.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Status {
@@ -101,7 +101,7 @@ pub mod property {
 
 /// Bytes of the device configuration (§5.13.4).
 pub const CONFIG_SIZE: usize = 40;
-/// Where `bypass` lies in it.
+/// Offset of `bypass` in the configuration, in bytes.
 pub const CONFIG_BYPASS: usize = 36;
 /// Bytes for the properties of a PROBE request.
 pub const PROBE_SIZE: u32 = 512;

@@ -1,5 +1,5 @@
-//! What the driver has set up, and how requests change it (§5.13.6). Nothing
-//! here notifies: the caller does, without the state's lock.
+//! Endpoints, domains and mappings, and the changes that requests make
+//! (§5.13.6). The caller notifies, without the state's lock.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -48,7 +48,7 @@ pub(super) struct State {
     pub mapped: usize,
 }
 
-/// What an endpoint sees.
+/// View of memory of an endpoint.
 pub(super) enum View<'a> {
     Blocked,
     Bypass,
@@ -64,7 +64,7 @@ pub(super) struct Moved {
 }
 
 impl State {
-    /// What an endpoint sees.
+    /// View of memory of an endpoint.
     pub(super) fn view(&self, stream: StreamId) -> View<'_> {
         let Some(endpoint) = self.endpoints.get(&stream) else {
             return View::Blocked;

@@ -15,7 +15,7 @@ pub enum Request {
     Attach {
         /// The domain to attach to, created when it does not exist.
         domain: u32,
-        /// Who is attached.
+        /// Endpoint to attach.
         endpoint: StreamId,
         /// [`request::ATTACH_BYPASS`], perhaps more.
         flags: u32,
@@ -24,25 +24,25 @@ pub enum Request {
     Detach {
         /// The domain to detach from.
         domain: u32,
-        /// Who is detached.
+        /// Endpoint to detach.
         endpoint: StreamId,
     },
     /// §5.13.6.5
     Map {
-        /// Where it is mapped.
+        /// Domain of the mapping.
         domain: u32,
         /// First address.
         first: Iova,
         /// Last address, inclusive.
         last: Iova,
-        /// Where the first address lies.
+        /// Guest-physical address of the first address.
         gpa: Gpa,
         /// `MAP_READ`, `MAP_WRITE`, `MAP_MMIO`, perhaps more.
         flags: u32,
     },
     /// §5.13.6.6
     Unmap {
-        /// Where it is unmapped.
+        /// Domain of the mappings.
         domain: u32,
         /// First address.
         first: Iova,
@@ -51,7 +51,7 @@ pub enum Request {
     },
     /// §5.13.6.7
     Probe {
-        /// Whose properties are asked for.
+        /// Endpoint with the properties.
         endpoint: StreamId,
     },
 }
@@ -203,11 +203,11 @@ pub(super) fn write_msi_window(properties: &mut [u8], window: IovaRange) {
 pub struct FaultReport {
     /// [`spec::fault::REASON_DOMAIN`] or [`spec::fault::REASON_MAPPING`].
     pub reason: u8,
-    /// Who did it.
+    /// Endpoint of the access.
     pub endpoint: StreamId,
-    /// What it wanted to do.
+    /// Direction of the access.
     pub access: Access,
-    /// Where.
+    /// Address of the access.
     pub address: Iova,
 }
 

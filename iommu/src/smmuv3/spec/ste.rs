@@ -26,7 +26,7 @@ pub(crate) const S1FMT: Field<RawSte> = Field::new(5, 4);
 pub(crate) const S1CONTEXTPTR: Field<RawSte> = Field::new(55, 6);
 /// Bits of a SubstreamID.
 pub(crate) const S1CDMAX: Field<RawSte> = Field::new(63, 59);
-/// What becomes of accesses without a SubstreamID.
+/// Treatment of accesses without a SubstreamID.
 pub(crate) const S1DSS: Field<RawSte> = Field::new(65, 64);
 /// Stage 2 memory attributes are forced.
 pub(crate) const S2FWB: Field<RawSte> = Field::new(89, 89);
