@@ -16,9 +16,7 @@ const MOST: usize = 450;
 /// A file above this is named in the table.
 const LONG: usize = 400;
 /// Files that may be longer, each with the reason.
-const LONGER: [(&str, &str); 2] = [
-    ("vmm/src/controller.rs", TO_BE_SPLIT),
-];
+const LONGER: [(&str, &str); 1] = [("vmm/src/controller.rs", TO_BE_SPLIT)];
 const TO_BE_SPLIT: &str = "to be split";
 
 /// A tree to count.
