@@ -18,6 +18,7 @@ use log::warn;
 
 use crate::interrupt::{MsiMessage, MsiVector};
 
+use retranslate::Retranslate;
 pub use retranslate::{MsiRetranslator, MsiThread};
 
 /// What a PCI function is to the rest of the machine: its memory view and its
@@ -35,18 +36,24 @@ impl Requester {
     /// its interrupts while their doorbells are not mapped.
     #[must_use]
     pub fn new(space: AddressSpace, retranslator: &Arc<MsiRetranslator>) -> Self {
-        let msi = Arc::new_cyclic(|target| MsiTarget {
+        let msi = Arc::new_cyclic(|target: &Weak<MsiTarget>| MsiTarget {
             sink: Arc::new(RequesterVectors {
                 requester: space.requester(),
                 region: space.region().map(Arc::downgrade).unwrap_or_default(),
                 routes: Mutex::default(),
-                number: retranslator.add(target),
+                number: retranslator.add(target.clone()),
                 retranslator: Arc::clone(retranslator),
             }),
             pages: Mutex::default(),
             space: space.clone(),
         });
         Self { space, msi }
+    }
+}
+
+impl Retranslate for MsiTarget {
+    fn retranslate(&self, source: usize) {
+        self.retry(source);
     }
 }
 

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use iommu::Iova;
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use super::{ConfigSpace, MsiTarget};
 use crate::bus::{read_words, write_words};
@@ -16,6 +18,16 @@ const FUNCTION_MASK: u16 = 1 << 14;
 pub const MSIX_ENTRY_SIZE: u64 = 16;
 /// Bit 0 of an entry's vector control.
 const ENTRY_MASK: u32 = 1;
+
+/// The capability without its PCI header (PCIe 6.0 §7.7.2). Offsets have the number
+/// of their BAR, 0, in bits 2:0.
+#[derive(IntoBytes, FromZeros, Immutable)]
+#[repr(C)]
+struct MsixCap {
+    control: U16,
+    table: U32,
+    pending: U32,
+}
 
 /// A table entry as the guest wrote it: address low and high, data, control.
 type Entry = [u32; 4];
@@ -48,19 +60,18 @@ impl Msix {
         sources: usize,
         (table, pending): (u32, u32),
     ) -> Self {
-        let mut body = [0; 10];
-        let fields = (entries - 1).to_le_bytes().into_iter();
-        let fields = fields
-            .chain(table.to_le_bytes())
-            .chain(pending.to_le_bytes());
-        for (byte, value) in body.iter_mut().zip(fields) {
-            *byte = value;
-        }
-        let mut writable = [0; 10];
-        writable[1] = 0xc0;
+        let body = MsixCap {
+            control: entries.saturating_sub(1).into(),
+            table: table.into(),
+            pending: pending.into(),
+        };
+        let writable = MsixCap {
+            control: (ENABLE | FUNCTION_MASK).into(),
+            ..MsixCap::new_zeroed()
+        };
         Self {
             target,
-            capability: config.add_capability(CAPABILITY, &body, &writable),
+            capability: config.add_capability(CAPABILITY, body.as_bytes(), writable.as_bytes()),
             entries: vec![[0, 0, 0, ENTRY_MASK]; usize::from(entries)],
             sources: vec![None; sources],
             control: 0,

@@ -2,6 +2,7 @@
 //! `include/uapi/linux/vhost_types.h`), as bytes.
 
 use iommu::{Access, Iova, IovaRange, Perm};
+use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
 use super::shadow::Entry;
 
@@ -16,31 +17,36 @@ const INVALIDATE: u8 = 3;
 const READ: u8 = 1;
 const WRITE: u8 = 2;
 
-// Where the fields lie: the same in both versions.
-const IOVA: usize = 8;
-#[cfg(test)]
-const BYTES: usize = 16;
-#[cfg(test)]
-const HVA: usize = 24;
-const PERM: usize = 32;
-const KIND: usize = 33;
+/// `struct vhost_msg_v2`; the fields lie in the same places in version 1.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct RawMessage {
+    version: u32,
+    asid: u32,
+    iova: u64,
+    size: u64,
+    uaddr: u64,
+    perm: u8,
+    kind: u8,
+    padding: [u8; 38],
+}
 
-/// What we tell the kernel.
+/// A message to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Here is a translation.
+    /// Adds a translation.
     Update(Entry),
-    /// Drop every translation that overlaps the range. All of the address
+    /// Drops every translation that overlaps the range. All of the address
     /// space has no length that fits and takes two messages.
     Invalidate(IovaRange),
 }
 
-/// What the kernel asks: the first byte that it could not translate.
+/// A message of the kernel: the first byte that it could not translate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Miss {
-    /// The byte.
+    /// Its address.
     pub iova: Iova,
-    /// What the queue wants to do there.
+    /// The queue's access.
     pub access: Access,
 }
 
@@ -57,17 +63,15 @@ impl Message {
             Self::Update(entry) => (entry.iova, entry.hva.0, perm_bits(entry.perm), UPDATE),
             Self::Invalidate(range) => (*range, 0, 0, INVALIDATE),
         };
-        let fields = (VERSION_2.to_ne_bytes().into_iter())
-            .chain([0; 4])
-            .chain(range.first().0.to_ne_bytes())
-            .chain(range.size()?.to_ne_bytes())
-            .chain(hva.to_ne_bytes())
-            .chain([perm, kind]);
-        let mut bytes = [0; SIZE];
-        for (byte, value) in bytes.iter_mut().zip(fields) {
-            *byte = value;
-        }
-        Some(bytes)
+        Some(zerocopy::transmute!(RawMessage {
+            version: VERSION_2,
+            iova: range.first().0,
+            size: range.size()?,
+            uaddr: hva,
+            perm,
+            kind,
+            ..RawMessage::new_zeroed()
+        }))
     }
 }
 
@@ -82,43 +86,36 @@ impl Miss {
     /// # Errors
     /// [`UnknownMessage`] when it is short or no miss.
     pub fn parse(bytes: &[u8]) -> Result<Self, UnknownMessage> {
-        let version = u32::from_ne_bytes(field(bytes, 0)?);
-        let [kind] = field(bytes, KIND)?;
-        let [perm] = field(bytes, PERM)?;
-        let access = match perm {
+        let raw = RawMessage::read_from_bytes(bytes).map_err(|_| UnknownMessage)?;
+        let access = match raw.perm {
             READ => Access::Read,
-            // The kernel asks for one of the two; who wants both must be able
-            // to write, and we never grant less than the mapping has.
+            // The kernel asks for one of the two. Both together need write
+            // permission, and an answer has all that the mapping permits.
             WRITE | 3 => Access::Write,
             _ => return Err(UnknownMessage),
         };
-        if !matches!(version, VERSION_1 | VERSION_2) || kind != MISS || bytes.len() != SIZE {
+        if !matches!(raw.version, VERSION_1 | VERSION_2) || raw.kind != MISS {
             return Err(UnknownMessage);
         }
         Ok(Self {
-            iova: Iova(u64::from_ne_bytes(field(bytes, IOVA)?)),
+            iova: Iova(raw.iova),
             access,
         })
     }
-}
-
-fn field<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], UnknownMessage> {
-    let rest = bytes.get(at..).ok_or(UnknownMessage)?;
-    rest.first_chunk().copied().ok_or(UnknownMessage)
 }
 
 /// Reads back what [`Message::to_bytes`] wrote: the kernel's end, for tests.
 #[cfg(test)]
 pub fn parse_message(bytes: &[u8; SIZE]) -> Option<Message> {
     use iommu::Hva;
-    let word = |at| field(bytes, at).map(u64::from_ne_bytes).ok();
-    let range = IovaRange::from_len(Iova(word(IOVA)?), word(BYTES)?).ok()?;
+    let raw: RawMessage = zerocopy::transmute!(*bytes);
+    let range = IovaRange::from_len(Iova(raw.iova), raw.size).ok()?;
     let perms = [Perm::NONE, Perm::READ, Perm::WRITE, Perm::READ_WRITE];
-    match bytes[KIND] {
+    match raw.kind {
         UPDATE => Some(Message::Update(Entry {
             iova: range,
-            hva: Hva(word(HVA)?),
-            perm: *perms.get(usize::from(bytes[PERM]))?,
+            hva: Hva(raw.uaddr),
+            perm: *perms.get(usize::from(raw.perm))?,
         })),
         INVALIDATE => Some(Message::Invalidate(range)),
         _ => None,
@@ -130,7 +127,13 @@ mod tests {
     use iommu::Hva;
     use proptest::prelude::*;
 
+    use std::mem::offset_of;
+
     use super::*;
+
+    const IOVA: usize = offset_of!(RawMessage, iova);
+    const PERM: usize = offset_of!(RawMessage, perm);
+    const KIND: usize = offset_of!(RawMessage, kind);
 
     fn miss_bytes(version: u32, iova: u64, perm: u8, kind: u8) -> [u8; SIZE] {
         let mut bytes = [0xee; SIZE];

@@ -22,30 +22,19 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT as _;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromZeros, IntoBytes};
 
 use self::image::SECTOR;
 pub use self::image::{Image, ImageError};
 pub use self::request::{Disk, Served};
+use self::request::{MAX_CLEAR_SECTORS, QUEUE_SIZE, SEG_MAX, SIZE_MAX};
 use super::counters::{BlockCounters, DeviceCounters};
 use super::device::{VirtioDevice, read_image};
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::chain::RINGS_OUTSIDE;
 use crate::queue::{QueuePosition, RunningQueue};
 
-const QUEUE_SIZE: u16 = 256;
-/// Most data segments of a request (`seg_max`): a ring's worth without header
-/// and status.
-const SEG_MAX: u16 = QUEUE_SIZE - 2;
-/// Most descriptors of a request: its segments, header and status.
-const MAX_DESCRIPTORS: u16 = SEG_MAX + 2;
-/// Most bytes of a segment (`size_max`), and most bytes that move while the
-/// stream's gate is held.
-const SIZE_MAX: u32 = 1 << 20;
-/// Most bytes of a request: what `seg_max` and `size_max` allow together.
-const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
-/// Most sectors of one discard or write-zeroes segment (128 MiB): a host that
-/// has to write the zeros is done with them in a moment.
-const MAX_CLEAR_SECTORS: u32 = 1 << 18;
 /// Token of the eventfd that ends the worker; queues have their index.
 const STOP: u64 = u64::MAX;
 
@@ -153,27 +142,43 @@ fn offered(config: &BlockConfig, image: &Image) -> u64 {
     features
 }
 
-/// The device configuration (§5.2.4).
+/// `struct virtio_blk_config` (§5.2.4).
+#[derive(IntoBytes, FromZeros)]
+#[repr(C)]
+struct Config {
+    capacity: U64,
+    size_max: U32,
+    seg_max: U32,
+    geometry: [u8; 4],
+    blk_size: U32,
+    topology: [u8; 8],
+    writeback: u8,
+    unused0: u8,
+    num_queues: U16,
+    max_discard_sectors: U32,
+    max_discard_seg: U32,
+    discard_sector_alignment: U32,
+    max_write_zeroes_sectors: U32,
+    max_write_zeroes_seg: U32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+}
+
 fn config_space(sectors: u64, queues: u16) -> [u8; 60] {
-    let mut config = [0; 60];
-    let mut put = |at: usize, bytes: &[u8]| {
-        let field = config.iter_mut().skip(at).zip(bytes);
-        field.for_each(|(to, from)| *to = *from);
-    };
-    put(0, &sectors.to_le_bytes());
-    put(8, &SIZE_MAX.to_le_bytes());
-    put(12, &u32::from(SEG_MAX).to_le_bytes());
-    put(20, &u32::try_from(SECTOR).unwrap_or(512).to_le_bytes());
-    put(34, &queues.to_le_bytes());
-    // Discard: sectors, segments, alignment in sectors.
-    put(36, &MAX_CLEAR_SECTORS.to_le_bytes());
-    put(40, &1_u32.to_le_bytes());
-    put(44, &8_u32.to_le_bytes());
-    // Write zeroes: sectors, segments, may unmap.
-    put(48, &MAX_CLEAR_SECTORS.to_le_bytes());
-    put(52, &1_u32.to_le_bytes());
-    put(56, &[1]);
-    config
+    zerocopy::transmute!(Config {
+        capacity: sectors.into(),
+        size_max: SIZE_MAX.into(),
+        seg_max: u32::from(SEG_MAX).into(),
+        blk_size: u32::try_from(SECTOR).unwrap_or(512).into(),
+        num_queues: queues.into(),
+        max_discard_sectors: MAX_CLEAR_SECTORS.into(),
+        max_discard_seg: 1.into(),
+        discard_sector_alignment: 8.into(),
+        max_write_zeroes_sectors: MAX_CLEAR_SECTORS.into(),
+        max_write_zeroes_seg: 1.into(),
+        write_zeroes_may_unmap: 1,
+        ..Config::new_zeroed()
+    })
 }
 
 impl VirtioDevice for Block {

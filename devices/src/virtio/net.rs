@@ -16,10 +16,12 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_STATUS,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
+use zerocopy::little_endian::U16;
+use zerocopy::{Immutable, IntoBytes};
 
 use self::control::{CONTROL_SIZE, Command};
 use self::rings::{Pair, PairsError, Ring, State, ring_total, split};
@@ -46,6 +48,17 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// Queue pairs, at least one.
     pub pairs: u16,
+}
+
+/// `struct virtio_net_config` (§5.1.4). The only bit of the status is
+/// `VIRTIO_NET_S_LINK_UP`, 1.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Config {
+    mac: [u8; 6],
+    status: U16,
+    max_virtqueue_pairs: U16,
+    mtu: U16,
 }
 
 /// The device.
@@ -209,16 +222,14 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let [link_up, ..] = VIRTIO_NET_S_LINK_UP.to_le_bytes();
         let up = self.shared.counters.link_up.load(Ordering::Relaxed);
-        let status = if up { link_up } else { 0 };
-        let [a, b, c, d, e, f] = self.config.mac;
-        let [pairs_low, pairs_high] = self.config.pairs.to_le_bytes();
-        let [mtu_low, mtu_high] = self.config.mtu.unwrap_or(0).to_le_bytes();
-        let config = [
-            a, b, c, d, e, f, status, 0, pairs_low, pairs_high, mtu_low, mtu_high,
-        ];
-        read_image(&config, offset, data);
+        let config = Config {
+            mac: self.config.mac,
+            status: u16::from(up).into(),
+            max_virtqueue_pairs: self.config.pairs.into(),
+            mtu: self.config.mtu.unwrap_or(0).into(),
+        };
+        read_image(config.as_bytes(), offset, data);
     }
 
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {

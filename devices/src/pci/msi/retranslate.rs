@@ -15,8 +15,6 @@ use std::{io, thread};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::MsiTarget;
-
 /// The token of the eventfd that ends the thread. The others are the number of
 /// a target in the high half and that of its source in the low half.
 const EXIT: u64 = u64::MAX;
@@ -24,11 +22,17 @@ const TARGET_SHIFT: u32 = 32;
 /// Signals that one wait returns at most.
 const EVENTS: usize = 32;
 
+/// A target with interrupts whose doorbells may not be mapped.
+pub(super) trait Retranslate: Send + Sync {
+    /// Source `source` is signalled: translates its doorbell again.
+    fn retranslate(&self, source: usize);
+}
+
 /// Watches the interrupts whose doorbells are not mapped.
 pub struct MsiRetranslator {
     epoll: Epoll,
     exit: EventFd,
-    targets: Mutex<Vec<Weak<MsiTarget>>>,
+    targets: Mutex<Vec<Weak<dyn Retranslate>>>,
 }
 
 impl MsiRetranslator {
@@ -63,9 +67,9 @@ impl MsiRetranslator {
     }
 
     /// Adds a target. Returns its number.
-    pub(super) fn add(&self, target: &Weak<MsiTarget>) -> u32 {
+    pub(super) fn add(&self, target: Weak<dyn Retranslate>) -> u32 {
         let mut targets = self.lock();
-        targets.push(Weak::clone(target));
+        targets.push(target);
         u32::try_from(targets.len() - 1).unwrap_or(u32::MAX)
     }
 
@@ -115,11 +119,11 @@ impl MsiRetranslator {
         let source = usize::try_from(token & u64::from(u32::MAX)).unwrap_or(usize::MAX);
         let target = self.lock().get(number).and_then(Weak::upgrade);
         if let Some(target) = target {
-            target.retry(source);
+            target.retranslate(source);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Weak<MsiTarget>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<dyn Retranslate>>> {
         self.targets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -13,20 +13,50 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
 use super::image::{Image, SECTOR};
-use super::{MAX_CLEAR_SECTORS, MAX_DESCRIPTORS, MAX_REQUEST, SIZE_MAX};
 use crate::queue::chain::{Buffer, Chain, RINGS_OUTSIDE, scatter, total};
 use crate::virtio::BlockCounters;
 
-/// Bytes of the header: type, reserved, sector.
-const HEADER: usize = 16;
-/// Bytes of a discard or write-zeroes segment: sector, count, flags.
-const SEGMENT: usize = 16;
+/// Largest size of a queue.
+pub(super) const QUEUE_SIZE: u16 = 256;
+/// Upper bound on data segments of a request (`seg_max`): a ring's worth without header
+/// and status.
+pub(super) const SEG_MAX: u16 = QUEUE_SIZE - 2;
+/// Upper bound on descriptors of a request: its segments, header and status.
+pub(super) const MAX_DESCRIPTORS: u16 = SEG_MAX + 2;
+/// Upper bound on bytes of a segment (`size_max`), and on bytes that move while the
+/// stream's gate is held.
+pub(super) const SIZE_MAX: u32 = 1 << 20;
+/// Upper bound on bytes of a request: what `seg_max` and `size_max` allow together.
+pub(super) const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
+/// Upper bound on sectors of one discard or write-zeroes segment (128 MiB): a host that
+/// has to write the zeros is done with them in a moment.
+pub(super) const MAX_CLEAR_SECTORS: u32 = 1 << 18;
 /// The only flag of a write-zeroes segment: it may be unmapped.
 const UNMAP: u32 = 1;
 /// Bytes of a disk's name as the guest sees it.
 const ID: usize = 20;
+
+/// The header of `struct virtio_blk_req`.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct Header {
+    kind: U32,
+    reserved: U32,
+    sector: U64,
+}
+
+/// `struct virtio_blk_discard_write_zeroes`.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct Segment {
+    sector: U64,
+    num_sectors: U32,
+    flags: U32,
+}
 
 /// A request of the driver, without its header.
 struct Request {
@@ -49,15 +79,14 @@ impl Request {
             mut writable,
         } = chain;
         let status = take_last_byte(&mut writable).ok_or("a request has no status byte")?;
-        let mut header = [0; HEADER];
-        if !take_front(view, &mut readable, &mut header) {
+        let mut header = Header::new_zeroed();
+        if !take_front(view, &mut readable, header.as_mut_bytes()) {
             return Err("a request has no header");
         }
-        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         Ok(Self {
             head,
-            kind: u32::from_le_bytes([a, b, c, d]),
-            sector: u64::from_le_bytes(sector),
+            kind: header.kind.get(),
+            sector: header.sector.get(),
             readable,
             writable,
             status,
@@ -285,8 +314,9 @@ impl Disk {
             }
             VIRTIO_BLK_T_GET_ID => self.write_name(dma, &request.writable),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-                let mut segment = [0; SEGMENT];
-                let whole = take_front(&dma.view(), &mut request.readable, &mut segment);
+                let mut segment = Segment::new_zeroed();
+                let bytes = segment.as_mut_bytes();
+                let whole = take_front(&dma.view(), &mut request.readable, bytes);
                 if !whole || total(&request.readable) != 0 {
                     return Err(Refusal::Invalid("it needs exactly one segment"));
                 }
@@ -367,11 +397,8 @@ impl Disk {
     }
 
     /// Discards or clears one segment.
-    fn clear(&mut self, segment: &[u8; SEGMENT], discard: bool) -> Result<(), Refusal> {
-        let [first @ .., a, b, c, d, e, f, g, h] = *segment;
-        let first = u64::from_le_bytes(first);
-        let count = u32::from_le_bytes([a, b, c, d]);
-        let flags = u32::from_le_bytes([e, f, g, h]);
+    fn clear(&mut self, segment: &Segment, discard: bool) -> Result<(), Refusal> {
+        let (count, flags) = (segment.num_sectors.get(), segment.flags.get());
         if flags & !UNMAP != 0 || discard && flags != 0 {
             return Err(Refusal::Unsupported);
         }
@@ -379,7 +406,7 @@ impl Disk {
             return Err(Refusal::Invalid("its segment is too long"));
         }
         let bytes = u64::from(count) * SECTOR;
-        let offset = self.image.offset(first, bytes);
+        let offset = self.image.offset(segment.sector.get(), bytes);
         let offset = offset.ok_or(Refusal::Invalid("its segment goes beyond the disk"))?;
         if bytes == 0 {
             return Ok(());

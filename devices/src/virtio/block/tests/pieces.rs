@@ -10,6 +10,7 @@ use iommu::{
 
 use super::*;
 use crate::rig::{INDIRECT, WRITE};
+use crate::virtio::block::request::MAX_REQUEST;
 
 const TABLE: u64 = 0x10_0000;
 const MIB: u64 = 1 << 20;
