@@ -7,7 +7,9 @@
 //! `validate` looks at the values alone: no file is opened and no host device is touched.
 
 mod arguments;
+mod check;
 mod devices;
+mod error;
 mod host;
 mod iommu;
 mod json;
@@ -15,219 +17,30 @@ mod kernel_arguments;
 mod keys;
 mod machine;
 mod suggest;
+mod unsupported;
 
 pub use arguments::{Argument, ArgumentError, CpuCount, MemorySize};
+pub use check::MAX_QUEUES;
 pub use devices::{
     CacheType, Drive, Entropy, IoEngine, MacAddress, NetworkInterface, Serial, Vsock,
 };
+pub use error::ConfigError;
 pub use host::{LogLevel, Logger, Metrics};
 pub use iommu::{Iommu, IommuModel, Stage};
 pub use json::parse_json;
 pub use keys::{Key, Omitted, Value};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
 pub use suggest::{closest, either};
+pub use unsupported::{RateLimiter, TokenBucket, Unsupported};
 
-use ::devices::error::Chain;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use check::element;
+use error::require;
+
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::error::Error;
-use std::path::Path;
 
 /// Most PCI functions a machine can have behind its root bus: 32 slots less the host bridge.
 pub const MAX_DEVICES: usize = 31;
-
-/// Most queues (or queue pairs, for a network interface) a device can be given.
-pub const MAX_QUEUES: u16 = 16;
-
-/// Longest identifier of a device, in bytes.
-const MAX_ID_LEN: usize = 64;
-
-/// A value that cannot be accepted: where it is and what to do about it, in one line.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {problem}")]
-pub struct ConfigError {
-    /// The field at fault, with its section if known: `drives[rootfs].io_engine`.
-    pub field: String,
-    /// What is wrong with it, and the fix.
-    pub problem: String,
-}
-
-impl ConfigError {
-    /// An error in `field`. What came from a client may be part of either text, so control
-    /// characters are escaped: the error stays one line, in the log too.
-    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
-        Self {
-            field: one_line(field.into()),
-            problem: one_line(problem.into()),
-        }
-    }
-
-    /// An error in `field`, which names a file that cannot be used.
-    pub fn of_file(field: impl Into<String>, path: &Path, error: &dyn Error) -> Self {
-        Self::new(field, format!("{} {}", path.display(), Chain(error)))
-    }
-
-    /// The same error seen from the section that holds the field.
-    #[must_use]
-    pub fn within(self, section: &str) -> Self {
-        Self {
-            field: format!("{section}.{}", self.field),
-            ..self
-        }
-    }
-}
-
-fn one_line(text: String) -> String {
-    if !text.contains(char::is_control) {
-        return text;
-    }
-    let escape = |character: char| {
-        if character.is_control() {
-            character.escape_default().to_string()
-        } else {
-            character.to_string()
-        }
-    };
-    text.chars().map(escape).collect()
-}
-
-/// Refuses `field` unless `ok`.
-fn require(ok: bool, field: &str, problem: &str) -> Result<(), ConfigError> {
-    if ok {
-        Ok(())
-    } else {
-        Err(ConfigError::new(field, problem))
-    }
-}
-
-/// A field or section of Firecracker's that has no counterpart here. Absent, `null` and `[]` are
-/// read as "not asked for"; anything else is remembered and refused by `validate`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Unsupported {
-    given: bool,
-}
-
-impl Unsupported {
-    fn refuse(self, field: &str, hint: &str) -> Result<(), ConfigError> {
-        require(!self.given, field, hint)
-    }
-
-    fn is_absent(&self) -> bool {
-        !self.given
-    }
-}
-
-impl<'de> Deserialize<'de> for Unsupported {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        use serde_json::Value;
-        let given = match Value::deserialize(deserializer)? {
-            Value::Null => false,
-            Value::Array(items) => !items.is_empty(),
-            _ => true,
-        };
-        Ok(Self { given })
-    }
-}
-
-impl Serialize for Unsupported {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_none()
-    }
-}
-
-/// Firecracker's token bucket: `size` tokens refilled over `refill_time` milliseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TokenBucket {
-    /// Tokens the bucket holds.
-    pub size: u64,
-    /// Extra tokens at the start.
-    #[serde(default)]
-    pub one_time_burst: Option<u64>,
-    /// Milliseconds to refill the bucket.
-    pub refill_time: u64,
-}
-
-impl TokenBucket {
-    /// Firecracker reads a bucket without size or refill time as no limit.
-    fn limits(&self) -> bool {
-        self.size != 0 && self.refill_time != 0
-    }
-}
-
-/// Firecracker's pair of token buckets. Only the value that limits nothing is accepted.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RateLimiter {
-    /// Bytes.
-    #[serde(default)]
-    pub bandwidth: Option<TokenBucket>,
-    /// Operations.
-    #[serde(default)]
-    pub ops: Option<TokenBucket>,
-}
-
-impl RateLimiter {
-    fn refuse_limits(limiter: Option<&Self>, field: &str) -> Result<(), ConfigError> {
-        let limits = limiter.is_some_and(|limiter| {
-            [&limiter.bandwidth, &limiter.ops]
-                .into_iter()
-                .flatten()
-                .any(TokenBucket::limits)
-        });
-        require(
-            !limits,
-            field,
-            "rate limits are not supported; leave it out and limit on the host (tc, io.max)",
-        )
-    }
-}
-
-/// Checks an identifier: letters, digits, `_`, `-` and `.`, at most 64 of them.
-fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
-    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
-    require(!id.is_empty(), field, "is empty; give the device a name")?;
-    require(
-        id.len() <= MAX_ID_LEN && id.bytes().all(legal),
-        field,
-        "use 1 to 64 letters, digits, '_', '-' or '.'",
-    )
-}
-
-/// Names an element of a list by its identifier, or by its index if it has no proper one.
-fn element(list: &str, index: usize, id: &str) -> String {
-    match check_id("", id) {
-        Ok(()) => format!("{list}[{id}]"),
-        Err(_) => format!("{list}[{index}]"),
-    }
-}
-
-/// Checks a path that the host will open: not empty, no control character.
-fn check_path(field: &str, path: &str) -> Result<(), ConfigError> {
-    require(!path.is_empty(), field, "is empty; give a path")?;
-    require(
-        !path.contains(char::is_control),
-        field,
-        "contains a control character; rename the file",
-    )
-}
-
-/// Checks a number of queues.
-fn check_queues(num_queues: u16) -> Result<(), ConfigError> {
-    require(
-        (1..=MAX_QUEUES).contains(&num_queues),
-        "num_queues",
-        "use 1 to 16",
-    )
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn one() -> u16 {
-    1
-}
 
 /// A whole machine: what `--config FILE` holds and `GET /vm/config` returns. Section names are
 /// Firecracker's, with `iommu` and `serial` added.

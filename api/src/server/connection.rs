@@ -1,6 +1,6 @@
 //! One client: bytes in, at most one request in hand, bytes out.
 
-use super::Limits;
+use super::limits::Limits;
 use crate::http::{self, Parsed, Request, Response};
 use crate::route::View;
 use std::io::{ErrorKind, Read, Write};

@@ -1,6 +1,8 @@
 //! The way from whoever asks to the controller and back.
 
-use super::{Action, ActionError, Outcome};
+use super::error::ActionError;
+use super::reply::Outcome;
+use super::request::Action;
 use devices::error::Chain;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

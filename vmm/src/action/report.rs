@@ -1,6 +1,6 @@
 //! What the IOMMU says of itself and its endpoints.
 
-use super::ActionError;
+use super::error::ActionError;
 use crate::config::IommuModel;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::collections::BTreeMap;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, VmConfig};
 use std::sync::mpsc;
 use std::thread;
 

@@ -1,12 +1,13 @@
 //! The command line's spelling of the same types: `--disk path=FILE,readonly=on` and the like.
 
+use super::check::{check_id, check_path};
 use super::devices::{MAX_SERIAL_MIB, check_tap};
 use super::keys::{self, Key, Omitted, Value};
 use super::machine::{MAX_VCPUS, MEMORY_MIB, memory_fix};
 use super::suggest::{closest, either};
 use super::{
     CacheType, ConfigError, Drive, Iommu, IommuModel, MAX_QUEUES, MacAddress, NetworkInterface,
-    Serial, Stage, Vsock, check_id, check_path,
+    Serial, Stage, Vsock,
 };
 use ::devices::error::Chain;
 use std::str::FromStr;

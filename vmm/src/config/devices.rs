@@ -1,10 +1,9 @@
 //! The devices a machine can have.
 
+use super::check::{check_id, check_path, check_queues, default_one, default_true};
+use super::error::{ConfigError, require};
 use super::json::{optional_whole, whole};
-use super::{
-    ConfigError, RateLimiter, TokenBucket, Unsupported, check_id, check_path, check_queues, one,
-    require, yes,
-};
+use super::unsupported::{RateLimiter, TokenBucket, Unsupported};
 use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
@@ -69,10 +68,10 @@ pub struct Drive {
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub socket: Unsupported,
     /// Whether it is behind the machine's IOMMU.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub iommu: bool,
     /// Request queues, 1 to 16.
-    #[serde(default = "one", deserialize_with = "whole")]
+    #[serde(default = "default_one", deserialize_with = "whole")]
     pub num_queues: u16,
 }
 
@@ -228,10 +227,10 @@ pub struct NetworkInterface {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
     /// Whether it is behind the machine's IOMMU.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub iommu: bool,
     /// Queue pairs, 1 to 16. More than one needs a tap device made with `multi_queue`.
-    #[serde(default = "one", deserialize_with = "whole")]
+    #[serde(default = "default_one", deserialize_with = "whole")]
     pub num_queues: u16,
     /// The MTU to tell the guest of; left out, none is told.
     #[serde(
@@ -297,7 +296,7 @@ pub struct Vsock {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
     /// Whether it is behind the machine's IOMMU.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub iommu: bool,
 }
 
@@ -324,7 +323,7 @@ pub struct Entropy {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
     /// Whether it is behind the machine's IOMMU.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub iommu: bool,
 }
 

@@ -1,6 +1,7 @@
 //! What the monitor tells its host: log and metrics.
 
-use super::{ConfigError, check_path, require};
+use super::check::check_path;
+use super::error::{ConfigError, require};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::str::FromStr;

@@ -1,6 +1,7 @@
 //! The IOMMU of a machine.
 
-use super::{ConfigError, require, yes};
+use super::check::default_true;
+use super::error::{ConfigError, require};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -69,11 +70,11 @@ pub struct Iommu {
     pub stage: Stage,
     /// Sends new mappings to vhost when they are made, where the model learns of them
     /// (virtio-iommu does): vhost does not miss them then.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub prefill: bool,
     /// Answers a miss of vhost together with buffers that are posted on the queue, up to 256
     /// entries.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub prefetch: bool,
 }
 

@@ -1,6 +1,6 @@
 //! JSON documents: one reader for `--config` and for the bodies of requests.
 
-use super::ConfigError;
+use super::error::ConfigError;
 use super::suggest::{closest, either};
 use ::devices::error::Chain;
 use serde::de::{DeserializeOwned, Deserializer, Error, Visitor};

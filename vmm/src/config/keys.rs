@@ -20,7 +20,7 @@ pub enum Value<T> {
     /// Text; the first field names it in the help. The error is the fix.
     Text(
         &'static str,
-        fn(&mut T, String) -> Result<(), super::ConfigError>,
+        fn(&mut T, String) -> Result<(), super::error::ConfigError>,
     ),
     /// `on` or `off`.
     Switch(fn(&mut T, bool)),

@@ -1,8 +1,9 @@
 //! Processors, memory and what they boot.
 
+use super::check::check_path;
+use super::error::{ConfigError, require};
 use super::json::{optional_whole, whole};
 use super::kernel_arguments::{self, Unsuitable};
-use super::{ConfigError, check_path, require};
 use arch::layout;
 use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;

@@ -15,7 +15,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
 
-use super::{Error, Vcpu, failed};
+use super::error::{Error, failed};
 use crate::host_caches;
 
 pub(super) const CAPABILITIES: &[(Cap, &str)] = &[
@@ -74,10 +74,10 @@ pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
 }
 
 /// The GIC is initialized after all vCPUs exist, and before any irqfd.
-pub(super) fn create_controller(
+pub(super) fn create_controller<V>(
     vm: &VmFd,
-    vcpus: impl FnOnce() -> Result<Vec<Vcpu>, Error>,
-) -> Result<(Controller, Vec<Vcpu>), Error> {
+    vcpus: impl FnOnce() -> Result<V, Error>,
+) -> Result<(Controller, V), Error> {
     let vcpus = vcpus()?;
     let gic = create_device(vm, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3)
         .map_err(|_| Error::MissingCapability("an emulated GICv3"))?;

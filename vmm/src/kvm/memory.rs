@@ -11,7 +11,7 @@ use iommu::GuestRam;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
-use super::Error;
+use super::error::Error;
 
 /// What guest RAM consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,8 +10,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
+use super::error::{Error, failed};
 use super::native;
-use super::{Error, failed};
 
 /// Why a vCPU stopped running the guest.
 #[derive(Debug)]

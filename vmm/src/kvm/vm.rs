@@ -12,9 +12,11 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::error::{Error, failed};
 use super::native;
-use super::routes::Routes;
-use super::{Error, Vcpu, failed, open};
+use super::open::open;
+use super::routes::{self, Routes};
+use super::vcpu::Vcpu;
 
 /// A virtual machine. Dropping the last reference, and all [`Vcpu`]s, ends it.
 #[derive(Debug)]
@@ -49,8 +51,7 @@ impl Vm {
             _controller: controller,
             _ram: ram.clone(),
         };
-        vm.set_routing(&Routes::default())
-            .map_err(failed("KVM_SET_GSI_ROUTING"))?;
+        routes::install(&vm.fd, &Routes::default()).map_err(failed("KVM_SET_GSI_ROUTING"))?;
         Ok((Arc::new(vm), vcpus))
     }
 

@@ -7,7 +7,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-use super::{Error, Vcpu, failed};
+use super::error::{Error, failed};
 
 pub(super) const CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
@@ -66,10 +66,10 @@ pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
 
 /// The in-kernel PIC, I/O APIC and local APICs must exist before vCPUs do. No
 /// PIT: a hardware-reduced Linux uses the local APIC's timer.
-pub(super) fn create_controller(
+pub(super) fn create_controller<V>(
     vm: &VmFd,
-    vcpus: impl FnOnce() -> Result<Vec<Vcpu>, Error>,
-) -> Result<(Controller, Vec<Vcpu>), Error> {
+    vcpus: impl FnOnce() -> Result<V, Error>,
+) -> Result<(Controller, V), Error> {
     vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
     Ok(((), vcpus()?))
 }

@@ -1,0 +1,45 @@
+//! Answers to actions.
+
+use super::error::ActionError;
+use super::metrics::MetricFamily;
+use super::report::{EndpointInfo, IommuInfo, MappingsPage};
+use super::state::MachineState;
+use crate::config::VmConfig;
+use serde::{Deserialize, Serialize};
+
+/// What a machine says of itself (`GET /`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceInfo {
+    /// The monitor's name.
+    pub app_name: String,
+    /// The machine's name.
+    pub id: String,
+    /// Where it is in its life.
+    pub state: MachineState,
+    /// The monitor's version.
+    pub vmm_version: String,
+}
+
+/// What an [`Action`](super::Action) is answered with when it succeeds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    /// Nothing to say but that it is done.
+    Done,
+    /// To [`Query::InstanceInfo`](super::Query::InstanceInfo).
+    InstanceInfo(InstanceInfo),
+    /// To [`Query::Version`](super::Query::Version): the monitor's version.
+    Version(String),
+    /// To [`Query::VmConfig`](super::Query::VmConfig).
+    VmConfig(Box<VmConfig>),
+    /// To [`Query::Metrics`](super::Query::Metrics).
+    Metrics(Vec<MetricFamily>),
+    /// To [`Query::Iommu`](super::Query::Iommu).
+    Iommu(IommuInfo),
+    /// To [`Query::Endpoint`](super::Query::Endpoint).
+    Endpoint(Box<EndpointInfo>),
+    /// To [`Query::Mappings`](super::Query::Mappings).
+    Mappings(MappingsPage),
+}
+
+/// How an action ended.
+pub type Outcome = Result<Reply, ActionError>;

@@ -1,0 +1,161 @@
+//! Interrupts: wired lines and message-signalled ones, as irqfds.
+//!
+//! Raising an interrupt is one write to an eventfd. The routing table is set only
+//! when the address, data or requester of a message changes.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::interrupt::{IrqLine, MsiAllocator, MsiMessage, MsiVector};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::error::{Error, failed};
+use super::routes::{self, Routes};
+use super::vm::Vm;
+
+impl Vm {
+    /// A wired, edge-triggered interrupt. `gsi` is one of `arch::layout`'s.
+    ///
+    /// # Errors
+    /// No eventfd is to be had or the kernel refuses it.
+    pub fn line(&self, gsi: u32) -> Result<Line, Error> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(failed("creating an eventfd"))?;
+        self.fd()
+            .register_irqfd(&event, gsi)
+            .map_err(failed("KVM_IRQFD"))?;
+        Ok(Line { event })
+    }
+
+    /// Gives out message-signalled interrupts.
+    pub fn msi_allocator(self: &Arc<Self>) -> Arc<dyn MsiAllocator> {
+        Arc::new(Sink(Arc::clone(self)))
+    }
+
+    fn set_message(&self, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut routes = self.routes();
+        if !routes.set(gsi, message) {
+            return Ok(());
+        }
+        // The lock is held, so that an older table never replaces a newer one.
+        let told = routes::install(self.fd(), &routes);
+        if told.is_err() {
+            // The kernel refuses the whole table: the messages of other
+            // vectors must not fail with this one.
+            routes.set(gsi, None);
+        }
+        told
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        // The table is whole between any two of its operations.
+        self.route_table()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A wired interrupt. All of them are edge-triggered, so it is an irqfd: one
+/// system call an edge.
+#[derive(Debug)]
+pub struct Line {
+    event: EventFd,
+}
+
+impl IrqLine for Line {
+    fn set(&self, high: bool) {
+        if high && let Err(error) = self.event.write(1) {
+            // The counter is full: an edge is pending anyway.
+            log::debug!("raising an interrupt line: {error}");
+        }
+    }
+}
+
+struct Sink(Arc<Vm>);
+
+impl MsiAllocator for Sink {
+    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let gsi = self.0.routes().allocate();
+        let gsi = gsi.ok_or_else(|| io::Error::other("all interrupt routes are in use"))?;
+        let vm = Arc::clone(&self.0);
+        Ok(Arc::new(Vector {
+            vm,
+            gsi,
+            event,
+            attached: Mutex::new(false),
+        }))
+    }
+}
+
+/// A message-signalled interrupt. Gives back its GSI when dropped.
+struct Vector {
+    vm: Arc<Vm>,
+    gsi: u32,
+    event: EventFd,
+    /// Whether the kernel consumes the eventfd. Taken before the table's lock.
+    attached: Mutex<bool>,
+}
+
+impl Vector {
+    fn attached(&self) -> MutexGuard<'_, bool> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the eventfd away from the kernel, which has delivered what it had
+    /// consumed when this returns.
+    fn detach(&self, attached: &mut bool) -> io::Result<()> {
+        if *attached {
+            self.vm.fd().unregister_irqfd(&self.event, self.gsi)?;
+            *attached = false;
+        }
+        Ok(())
+    }
+}
+
+impl MsiVector for Vector {
+    fn eventfd(&self) -> &EventFd {
+        &self.event
+    }
+
+    fn route(&self, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut attached = self.attached();
+        match message {
+            Some(_) => {
+                let told = self.vm.set_message(self.gsi, message);
+                if told.is_err() {
+                    // Nothing may go to the message from before.
+                    self.detach(&mut attached)?;
+                }
+                told?;
+                if !*attached {
+                    self.vm.fd().register_irqfd(&self.event, self.gsi)?;
+                    *attached = true;
+                }
+                Ok(())
+            }
+            None => self.detach(&mut attached),
+        }
+    }
+
+    fn pending(&self) -> bool {
+        let attached = self.attached();
+        // Nobody else reads the counter while it is not attached, so it may be
+        // taken and put back.
+        !*attached
+            && match self.event.read() {
+                Ok(count) => self.event.write(count).is_ok(),
+                Err(_) => false,
+            }
+    }
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        if let Err(error) = self.route(None) {
+            log::warn!("interrupt route {}: {error}", self.gsi);
+        }
+        // The kernel forgets the entry with the next change of the table; no
+        // irqfd uses it any more.
+        self.vm.routes().free(self.gsi);
+    }
+}
