@@ -124,18 +124,24 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// An address space nobody claims any address of.
+    /// An empty address space.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Gives the `len` bytes from `base` to `device`.
+    ///
+    /// # Errors
+    /// The range is invalid or overlaps another.
     pub fn insert(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
         Self::place(&mut self.lock_mut(), base, len, device)
     }
 
     /// Takes away the range that starts at `base`. An access already running
     /// in the device may still be running when this returns.
+    ///
+    /// # Errors
+    /// No range starts there.
     pub fn remove(&self, base: u64) -> Result<(), BusError> {
         let removed = self.lock_mut().remove(&base);
         removed.map(drop).ok_or(BusError::Unknown(base))
@@ -144,6 +150,9 @@ impl Bus {
     /// Moves the range that starts at `base` to `new_base`, at once for every
     /// vCPU: none sees the range at neither or at both places. The range stays
     /// where it was when it does not fit at `new_base`.
+    ///
+    /// # Errors
+    /// No range starts at `base`, or the new place is invalid or taken.
     pub fn relocate(&self, base: u64, new_base: u64) -> Result<(), BusError> {
         let mut ranges = self.lock_mut();
         let entry = ranges.remove(&base).ok_or(BusError::Unknown(base))?;
@@ -157,7 +166,7 @@ impl Bus {
         moved
     }
 
-    /// Reads `data.len()` bytes at `address`. Addresses nobody claims, and
+    /// Reads `data.len()` bytes at `address`. Addresses of no device, and
     /// accesses that leave the range they start in, read as all ones. Returns
     /// whether a device answered.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
@@ -173,8 +182,8 @@ impl Bus {
         }
     }
 
-    /// Writes `data` at `address`; nothing happens where nobody claims all of
-    /// it. Returns whether a device took it.
+    /// Writes `data` at `address`; nothing happens where no device has all of
+    /// them. Returns whether a device took it.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {

@@ -4,6 +4,10 @@
 //! requester, and never see KVM: interrupts and doorbells come as the traits
 //! of [`interrupt`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
+#![cfg_attr(
+    not(test),
+    warn(unreachable_pub, clippy::missing_errors_doc, clippy::indexing_slicing)
+)]
 
 pub mod bus;
 pub mod error;

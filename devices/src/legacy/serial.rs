@@ -119,7 +119,7 @@ impl SerialPort {
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut port = self.lock();
         let taken = bytes.len().min(INPUT_LIMIT - port.waiting.len());
-        port.waiting.extend(&bytes[..taken]);
+        port.waiting.extend(bytes.iter().take(taken));
         port.input_refused = taken < bytes.len();
         port.feed();
         taken
