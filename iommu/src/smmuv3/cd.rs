@@ -49,7 +49,6 @@ pub(super) struct TableInput<'a> {
 
 impl TableInput<'_> {
     /// The address with its top byte sign-extended.
-    #[must_use]
     pub(super) const fn canonical(&self) -> u64 {
         self.base | self.input
     }
@@ -131,7 +130,6 @@ impl Cd {
 
     /// Table input of `address`, or `None` when it lies between the halves
     /// or in one that is disabled (§3.4.1).
-    #[must_use]
     pub(super) fn place(&self, address: u64) -> Option<TableInput<'_>> {
         let upper = self.high.is_some() && address >> 55 & 1 != 0;
         let half = if upper {
@@ -153,7 +151,6 @@ impl Cd {
     }
 
     /// Whether any address has others that mean the same.
-    #[must_use]
     pub(super) fn has_aliases(&self) -> bool {
         let half = |half: &TtbRegion| half.ignore_top && !half.disabled;
         half(&self.low) || self.high.as_ref().is_some_and(half)

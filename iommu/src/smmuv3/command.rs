@@ -119,7 +119,6 @@ impl CommandKind {
 
 impl Command {
     /// Kind of the command.
-    #[must_use]
     pub(super) const fn kind(&self) -> CommandKind {
         match self {
             Self::Prefetch => CommandKind::Prefetch,

@@ -15,7 +15,6 @@ pub(super) enum Granule {
 
 impl Granule {
     /// Bits of an offset in a page.
-    #[must_use]
     pub(super) const fn bits(self) -> u32 {
         match self {
             Self::K4 => 12,
@@ -120,7 +119,6 @@ pub(super) enum Kind {
 impl Table {
     /// Bytes of the starting-level table's alignment (DDI 0487 §D8.2.5): its
     /// size, at least 16, or 64 when addresses have 52 bits.
-    #[must_use]
     pub(super) const fn alignment(&self) -> u64 {
         let entries = 1_u64 << (self.input_bits - self.granule.shift(self.start_level));
         let least = if self.output_bits > 48 { 64 } else { 16 };

@@ -107,13 +107,11 @@ pub(super) struct Event {
 
 impl Event {
     /// An event about configuration.
-    #[must_use]
     pub(super) const fn configuration(kind: EventKind) -> Self {
         Self::fetch(kind, 0)
     }
 
     /// An event about a structure at `address`.
-    #[must_use]
     pub(super) const fn fetch(kind: EventKind, address: u64) -> Self {
         Self {
             kind,
@@ -125,7 +123,6 @@ impl Event {
     }
 
     /// The event of a walk that faults.
-    #[must_use]
     pub(super) const fn walk(stop: &WalkFault) -> Self {
         let kind = match stop.cause {
             Cause::Translation => EventKind::FTranslation,
@@ -148,7 +145,6 @@ impl Event {
 
     /// The record of the event for `request`, stalled as transaction `stag` if
     /// there is one.
-    #[must_use]
     pub(super) fn record(&self, request: &Request, stag: Option<u16>) -> RawEvent {
         let mut record = RawEvent::ZERO;
         let mut put = |field: Field<RawEvent>, value: u64| field.put(&mut record, value);

@@ -1,12 +1,13 @@
 //! Circular queues in guest memory (IHI 0070 §3.5).
 
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::Bytes as _;
 
 use super::registers::Registers;
 use super::spec::command::RawCommand;
 use super::spec::event::RawEvent;
 use super::spec::pri::RawPageRequest;
 use super::spec::{Raw, idr1, queue, reg};
+use crate::addr::Gpa;
 use crate::ram::GuestRam;
 
 /// The registers of a queue, by their offsets, and the size of its entries.
@@ -71,7 +72,6 @@ impl Queue {
     /// The queue that `of` describes. LOG2SIZE is capped at the value in IDR1
     /// (§6.3.26), the address cut to `address_bits`, the OAS (§3.4.3), and
     /// aligned to the larger of the capped size and 32 bytes.
-    #[must_use]
     pub(super) fn new(registers: &Registers, of: &QueueRegisters, address_bits: u32) -> Self {
         let value = registers.get64(of.base);
         let largest = registers.get(reg::IDR1) >> of.largest & idr1::QUEUE_SIZE;
@@ -87,35 +87,30 @@ impl Queue {
     }
 
     /// The bits of an index and its wrap bit.
-    #[must_use]
     pub(super) const fn mask(&self) -> u32 {
         (2 << self.log2size) - 1
     }
 
     /// How many entries lie between two indices.
-    #[must_use]
     pub(super) const fn used(&self, prod: u32, cons: u32) -> u32 {
         prod.wrapping_sub(cons) & self.mask()
     }
 
     /// The index after `index`, its other bits kept.
-    #[must_use]
     pub(super) const fn next(&self, index: u32) -> u32 {
         index & !queue::INDEX | index.wrapping_add(1) & self.mask()
     }
 
-    const fn address(&self, index: u32) -> u64 {
-        self.base + (index & (self.mask() >> 1)) as u64 * self.entry
+    const fn address(&self, index: u32) -> Gpa {
+        Gpa(self.base + (index & (self.mask() >> 1)) as u64 * self.entry)
     }
 
     /// Whether nothing more may be written.
-    #[must_use]
     pub(super) const fn is_full(&self, prod: u32, cons: u32) -> bool {
         self.used(prod, cons) >= 1 << self.log2size
     }
 
     /// A copy of the entry at `index`, or `None` outside of RAM.
-    #[must_use]
     pub(super) fn read<T: Raw>(&self, ram: &GuestRam, index: u32) -> Option<T> {
         read_raw(ram, self.address(index))
     }
@@ -124,9 +119,9 @@ impl Queue {
         let mut address = self.address(index);
         for word in entry.words() {
             let bytes = word.to_le_bytes();
-            ram.write_slice(&bytes, GuestAddress(address))
+            ram.write_slice(&bytes, address.into())
                 .map_err(|_| QueueWriteError::Abort)?;
-            address += 8;
+            address = address.checked_add(8).ok_or(QueueWriteError::Abort)?;
         }
         Ok(())
     }
@@ -142,7 +137,6 @@ pub(super) struct Producer {
 impl Producer {
     /// The producer of the queue that `registers` describe, in memory of
     /// `address_bits` bits.
-    #[must_use]
     pub(super) const fn new(registers: QueueRegisters, address_bits: u32) -> Self {
         Self {
             registers,
@@ -151,7 +145,6 @@ impl Producer {
     }
 
     /// Whether the guest has to consume an entry first.
-    #[must_use]
     pub(super) fn is_full(&self, registers: &Registers) -> bool {
         let queue = Queue::new(registers, &self.registers, self.address_bits);
         let index = |register| registers.get(register);
@@ -179,7 +172,6 @@ impl Producer {
     }
 
     /// Whether the guest has not acknowledged an overflow (§7.4, §8.1).
-    #[must_use]
     pub(super) fn is_overflowing(&self, registers: &Registers) -> bool {
         let index = |register| registers.get(register);
         (index(self.registers.prod) ^ index(self.registers.cons)) & queue::OVERFLOW != 0
@@ -195,13 +187,12 @@ impl Producer {
 }
 
 /// A copy of a structure in guest memory, or `None` outside of RAM.
-#[must_use]
-pub(super) fn read_raw<T: Raw>(ram: &GuestRam, address: u64) -> Option<T> {
+pub(super) fn read_raw<T: Raw>(ram: &GuestRam, address: Gpa) -> Option<T> {
     let mut raw = T::ZERO;
     let mut next = address;
     for word in raw.words_mut() {
         let mut bytes = [0; 8];
-        ram.read_slice(&mut bytes, GuestAddress(next)).ok()?;
+        ram.read_slice(&mut bytes, next.into()).ok()?;
         *word = u64::from_le_bytes(bytes);
         next = next.checked_add(8)?;
     }

@@ -136,7 +136,6 @@ pub(super) struct Registers {
 
 impl Registers {
     /// The registers after a reset.
-    #[must_use]
     pub(super) fn new(config: &SmmuConfig) -> Self {
         let mut registers = Self {
             words: vec![0; WORDS],
@@ -154,13 +153,11 @@ impl Registers {
     }
 
     /// The 32-bit word at `offset` of page 0; 0 beyond the registers.
-    #[must_use]
     pub(super) fn get(&self, offset: u64) -> u32 {
         self.words.get(Self::index(offset)).copied().unwrap_or(0)
     }
 
     /// The 64-bit register at `offset`.
-    #[must_use]
     pub(super) fn get64(&self, offset: u64) -> u64 {
         u64::from(self.get(offset)) | u64::from(self.get(offset + 4)) << 32
     }
@@ -173,19 +170,16 @@ impl Registers {
     }
 
     /// Whether a bit of CR0 is set.
-    #[must_use]
     pub(super) fn enabled(&self, bit: u32) -> bool {
         self.get(reg::CR0) & bit != 0
     }
 
     /// Whether a bit of CR2 is set.
-    #[must_use]
     pub(super) fn cr2(&self, bit: u32) -> bool {
         self.get(reg::CR2) & bit != 0
     }
 
     /// Whether a global error is active (§7.5).
-    #[must_use]
     pub(super) fn error_active(&self, bit: u32) -> bool {
         (self.get(reg::GERROR) ^ self.get(reg::GERRORN)) & bit != 0
     }
@@ -277,7 +271,6 @@ impl Registers {
     }
 
     /// The word at `offset` of both pages as the guest reads it.
-    #[must_use]
     pub(super) fn read(&self, offset: u64) -> u32 {
         match offset {
             reg::CIDR0.. if offset < reg::CIDR0 + 16 => {
@@ -291,7 +284,6 @@ impl Registers {
 
 /// The offset in page 0 of a register that may be in page 1: the indices of
 /// the event and PRI queues (§6.2).
-#[must_use]
 pub(super) const fn in_page_0(offset: u64) -> u64 {
     match offset.wrapping_sub(reg::PAGE_1) {
         page_1 @ (reg::EVENTQ_PROD | reg::EVENTQ_CONS | reg::PRIQ_PROD | reg::PRIQ_CONS) => page_1,
@@ -301,7 +293,6 @@ pub(super) const fn in_page_0(offset: u64) -> u64 {
 
 /// Whether a 64-bit register starts at `offset` (§6.2.1). A write of one has
 /// no consequences beyond the register.
-#[must_use]
 pub(super) const fn is_64_bit(offset: u64) -> bool {
     matches!(
         offset,

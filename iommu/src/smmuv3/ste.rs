@@ -153,7 +153,6 @@ impl Ste {
     }
 
     /// Whether neither stage translates.
-    #[must_use]
     pub(super) const fn is_bypass(&self) -> bool {
         self.passes && self.stage1.is_none() && self.stage2.is_none()
     }

@@ -50,7 +50,6 @@ pub(super) struct TagSummary {
 
 impl TagSummary {
     /// Both together.
-    #[must_use]
     pub(super) const fn and(self, other: Self) -> Self {
         Self {
             global: self.global || other.global,
@@ -105,7 +104,6 @@ impl Span {
     /// The range grown to whole pages, blocks or groups of those that are
     /// held: an invalidation of one address of a block takes all of it away,
     /// whatever part of it is held.
-    #[must_use]
     pub(super) const fn grown(self, held: TagSummary) -> (u64, u64) {
         let limit = if held.grouped {
             self.limit.saturating_add(self.group)
@@ -154,7 +152,6 @@ pub(super) enum InvalidationExtent {
 
 impl Scope {
     /// The part of the translations tagged `tag` that is removed.
-    #[must_use]
     pub(super) fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
         let world = match tag.world {
             StreamWorld::El1 => self.el1,
@@ -234,7 +231,6 @@ pub(super) struct Tlb {
 
 impl Tlb {
     /// The run that `address` lies in.
-    #[must_use]
     pub(super) fn find(&self, tag: &Tag, address: u64) -> Option<Entry> {
         let entries = &self.contexts.get(tag)?.entries;
         let (_, (entry, _)) = entries.range(..=address).next_back()?;
@@ -242,7 +238,6 @@ impl Tlb {
     }
 
     /// Summary of the translations with one tag.
-    #[must_use]
     pub(super) fn summary(&self, tag: &Tag) -> TagSummary {
         self.contexts
             .get(tag)
@@ -301,7 +296,6 @@ impl Tlb {
     }
 
     /// How many entries there are.
-    #[must_use]
     pub(super) fn entries(&self) -> usize {
         self.count
     }

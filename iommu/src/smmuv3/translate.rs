@@ -155,7 +155,8 @@ impl Translator<'_> {
             return Ok(known);
         }
         let address = self.ste_address(stream)?;
-        let raw = read_raw(self.ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
+        let raw =
+            read_raw(self.ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address.0))?;
         let parsed = Ste::parse(&raw, self.config, self.registers.get(reg::CR2))
             .map_err(|_| Event::configuration(EventKind::CBadSte))?;
         if update {
@@ -164,7 +165,7 @@ impl Translator<'_> {
         Ok(parsed)
     }
 
-    fn ste_address(&self, stream: StreamId) -> Result<u64, Event> {
+    fn ste_address(&self, stream: StreamId) -> Result<Gpa, Event> {
         let bad_stream = Event::configuration(EventKind::CBadStreamid);
         let cfg = self.registers.get(reg::STRTAB_BASE_CFG);
         let base = self.registers.get64(reg::STRTAB_BASE) & strtab::ADDRESS;
@@ -177,16 +178,16 @@ impl Translator<'_> {
             return Err(bad_stream);
         }
         if cfg >> strtab::FMT != strtab::FMT_2_LEVEL {
-            return Ok(aligned(base, literal + 6) + index * 64);
+            return Ok(Gpa(aligned(base, literal + 6) + index * 64));
         }
         let split = match cfg >> strtab::SPLIT & 0x1f {
             split @ (8 | 10) => split,
             _ => 6,
         };
         let level_1 = literal.saturating_sub(split);
-        let address = aligned(base, level_1 + 3) + (index >> split) * 8;
+        let address = Gpa(aligned(base, level_1 + 3) + (index >> split) * 8);
         let descriptor: RawL1Std =
-            read_raw(self.ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address))?;
+            read_raw(self.ram, address).ok_or(Event::fetch(EventKind::FSteFetch, address.0))?;
         let span = SPAN.of32(&descriptor);
         if span == 0 || span > 11 || span > split + 1 {
             return Err(bad_stream);
@@ -196,7 +197,7 @@ impl Translator<'_> {
             return Err(bad_stream);
         }
         let table = L1_STE_POINTER.in_place(&descriptor) & !((64 << (span - 1)) - 1);
-        Ok(table + entry * 64)
+        Ok(Gpa(table + entry * 64))
     }
 
     /// The CD at `index` of a stream (§5.3, §5.4). A valid one is cached if
@@ -496,7 +497,7 @@ impl CdFetch<'_> {
                     .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?
             }
         };
-        read_raw(self.ram, place)
+        read_raw(self.ram, Gpa(place))
             .ok_or_else(|| Failure::event(Event::fetch(EventKind::FCdFetch, place)))
     }
 }

@@ -56,7 +56,6 @@ pub(super) struct Leaf {
 
 impl Leaf {
     /// Output address of `input`, which lies in the run.
-    #[must_use]
     pub(super) const fn output_of(&self, input: u64) -> u64 {
         self.output.wrapping_add(input.wrapping_sub(self.first))
     }

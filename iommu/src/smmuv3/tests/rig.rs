@@ -284,7 +284,7 @@ impl Rig {
 
     /// The structure at `address`.
     pub fn raw<T: Raw>(&self, address: u64) -> T {
-        super::super::queue::read_raw(&self.ram, address).unwrap()
+        super::super::queue::read_raw(&self.ram, Gpa(address)).unwrap()
     }
 
     /// Fresh, zeroed memory, aligned to its size.
