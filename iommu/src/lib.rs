@@ -51,6 +51,7 @@
 mod addr;
 pub mod dma;
 pub mod gate;
+pub mod lock;
 mod mapping;
 mod notifier;
 mod ram;

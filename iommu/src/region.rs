@@ -2,12 +2,13 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use serde::Serialize;
 
 use crate::addr::{Iova, IovaRange, StreamId};
 use crate::gate::{Entered, Gate};
+use crate::lock::RankedMutex;
 use crate::mapping::{Access, Mapping};
 use crate::notifier::{IommuNotifier, NotifierEvents, NotifierId, Registration, StreamSink};
 use crate::translate::{Fault, FaultReason, Iommu, Request, RequestKind};
@@ -89,7 +90,7 @@ pub struct IommuRegion {
     stream: StreamId,
     gate: Gate,
     generation: AtomicU64,
-    notifiers: Mutex<Notifiers>,
+    notifiers: RankedMutex<Notifiers, 7>,
     counters: StreamCounters,
 }
 
@@ -101,7 +102,7 @@ impl IommuRegion {
             stream,
             gate: Gate::default(),
             generation: AtomicU64::new(0),
-            notifiers: Mutex::default(),
+            notifiers: RankedMutex::default(),
             counters: StreamCounters::default(),
         });
         let sink: Weak<dyn StreamSink> = Arc::<Self>::downgrade(&region);
@@ -158,7 +159,7 @@ impl IommuRegion {
     /// in the set.
     pub fn register(&self, notifier: IommuNotifier) -> NotifierId {
         let _closed = self.gate.close();
-        let mut notifiers = self.notifiers();
+        let mut notifiers = self.notifiers.lock();
         let id = NotifierId(notifiers.next_id);
         notifiers.next_id += 1;
         let outcome = self.negotiate(&notifier, NotifierEvents::NONE);
@@ -174,7 +175,7 @@ impl IommuRegion {
     /// Removes a notifier. When this returns its sink is not called again.
     pub fn unregister(&self, id: NotifierId) {
         let _closed = self.gate.close();
-        self.notifiers().list.retain(|known| known.id != id);
+        self.notifiers.lock().list.retain(|known| known.id != id);
     }
 
     /// Changes with every invalidation. Read with the gate held, it is fixed
@@ -195,7 +196,7 @@ impl IommuRegion {
     fn notify_unmap(&self, ranges: &[IovaRange], kinds: NotifierEvents) {
         self.generation.fetch_add(1, Ordering::Release);
         self.counters.invalidations.fetch_add(1, Ordering::Relaxed);
-        for known in &self.notifiers().list {
+        for known in &self.notifiers.lock().list {
             if known.events.and(kinds).is_empty() {
                 continue;
             }
@@ -252,19 +253,13 @@ impl IommuRegion {
         };
         self.iommu.replay(self.stream, notifier.range, &mut visit);
     }
-
-    fn notifiers(&self) -> MutexGuard<'_, Notifiers> {
-        self.notifiers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl StreamSink for IommuRegion {
     fn renegotiate(&self) {
         let _closed = self.gate.close();
         self.generation.fetch_add(1, Ordering::Release);
-        for known in &mut self.notifiers().list {
+        for known in &mut self.notifiers.lock().list {
             let outcome = self.negotiate(&known.notifier, known.events);
             if outcome.events != known.events {
                 known.notifier.sink.unmap(&[known.notifier.range]);
@@ -291,7 +286,7 @@ impl StreamSink for IommuRegion {
         let _closed = self.gate.close();
         let both = NotifierEvents::UNMAP | NotifierEvents::DEVIOTLB_UNMAP;
         self.notify_unmap(&[IovaRange::ALL], both);
-        for known in &self.notifiers().list {
+        for known in &self.notifiers.lock().list {
             if known.events.contains(NotifierEvents::MAP) {
                 self.replay(&known.notifier);
             }
@@ -301,7 +296,7 @@ impl StreamSink for IommuRegion {
     fn map(&self, mapping: &Mapping) {
         let _inside = self.gate.enter();
         self.counters.maps.fetch_add(1, Ordering::Relaxed);
-        for known in &self.notifiers().list {
+        for known in &self.notifiers.lock().list {
             if known.events.contains(NotifierEvents::MAP)
                 && let Some(part) = mapping.clipped(known.notifier.range)
             {

@@ -16,12 +16,14 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
+
+use iommu::lock::RankedMutex;
 
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
@@ -70,7 +72,7 @@ pub struct SerialCounters {
 
 /// A serial port on a bus.
 pub struct SerialPort {
-    port: Mutex<Port>,
+    port: RankedMutex<Port, 2>,
     counters: Arc<SerialCounters>,
 }
 
@@ -109,7 +111,7 @@ impl SerialPort {
             transmitter_busy: false,
         };
         Self {
-            port: Mutex::new(port),
+            port: RankedMutex::new(port),
             counters,
         }
     }
@@ -117,7 +119,7 @@ impl SerialPort {
     /// Queues bytes for the guest, in order. Returns how many were taken: all
     /// of them unless 64 KiB already wait.
     pub fn input(&self, bytes: &[u8]) -> usize {
-        let mut port = self.lock();
+        let mut port = self.port.lock();
         let taken = bytes.len().min(INPUT_LIMIT - port.waiting.len());
         port.waiting.extend(bytes.iter().take(taken));
         port.input_refused = taken < bytes.len();
@@ -127,14 +129,10 @@ impl SerialPort {
 
     /// Tells the guest, if it waits for that, that it may transmit again.
     pub fn transmitter_ready(&self) {
-        let mut port = self.lock();
+        let mut port = self.port.lock();
         if std::mem::take(&mut port.transmitter_busy) {
             port.raise_transmitter_interrupt();
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Port> {
-        self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -143,13 +141,13 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let (Ok(offset), [value]) = (u8::try_from(offset), data) {
-            *value = self.lock().read(offset, &self.counters);
+            *value = self.port.lock().read(offset, &self.counters);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), &[value]) = (u8::try_from(offset), data) {
-            self.lock().write(offset, value);
+            self.port.lock().write(offset, value);
         }
     }
 }
@@ -290,6 +288,7 @@ impl io::Write for Transmitter {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::sync::atomic::AtomicBool;
 
     use super::*;

@@ -8,8 +8,9 @@
 
 mod retranslate;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
+use iommu::lock::RankedMutex;
 use iommu::{
     Access, AddressSpace, Gpa, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping,
     NotifierEvents, NotifierId, NotifierSink, Registration, StreamId, Translating,
@@ -40,11 +41,11 @@ impl Requester {
             sink: Arc::new(RequesterVectors {
                 requester: space.requester(),
                 region: space.region().map(Arc::downgrade).unwrap_or_default(),
-                routes: Mutex::default(),
+                routes: RankedMutex::default(),
                 number: retranslator.add(target.clone()),
                 retranslator: Arc::clone(retranslator),
             }),
-            pages: Mutex::default(),
+            pages: RankedMutex::default(),
             space: space.clone(),
         });
         Self { space, msi }
@@ -89,20 +90,16 @@ struct RequesterVectors {
     requester: StreamId,
     /// Empty without an IOMMU. Weak: the region holds its sinks.
     region: Weak<IommuRegion>,
-    routes: Mutex<Vec<Route>>,
+    routes: RankedMutex<Vec<Route>, 8>,
     /// The number of the target at the retranslator.
     number: u32,
     retranslator: Arc<MsiRetranslator>,
 }
 
 impl RequesterVectors {
-    fn lock(&self) -> MutexGuard<'_, Vec<Route>> {
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The doorbells of the sources that `choose` picks.
     fn doorbells(&self, choose: impl Fn(usize, &Route) -> bool) -> Vec<Doorbell> {
-        let routes = self.lock();
+        let routes = self.routes.lock();
         let chosen = routes.iter().enumerate().filter_map(|(at, route)| {
             let (iova, _) = route.wanted?;
             choose(at, route).then_some((at, iova))
@@ -114,7 +111,7 @@ impl RequesterVectors {
     /// stays as it is costs nothing. The gate is held, and has been since the
     /// doorbells were translated.
     fn apply(&self, translated: &[(Doorbell, Option<Gpa>)]) {
-        let mut routes = self.lock();
+        let mut routes = self.routes.lock();
         for &((at, iova), gpa) in translated {
             if let Some(route) = routes.get_mut(at)
                 && route.wanted.is_some_and(|(wanted, _)| wanted == iova)
@@ -148,7 +145,7 @@ impl RequesterVectors {
     /// Whether the fault of a source has not been recorded; it counts as
     /// recorded from now on.
     fn first_fault_of(&self, at: usize) -> bool {
-        let mut routes = self.lock();
+        let mut routes = self.routes.lock();
         let route = routes.get_mut(at);
         route.is_some_and(|route| !std::mem::replace(&mut route.recorded, true))
     }
@@ -226,13 +223,13 @@ pub struct MsiTarget {
     sink: Arc<RequesterVectors>,
     /// The pages of the doorbells in use, and who listens to each. Taken
     /// outside of the gate.
-    pages: Mutex<Vec<(Iova, NotifierId)>>,
+    pages: RankedMutex<Vec<(Iova, NotifierId)>, 5>,
 }
 
 impl MsiTarget {
     /// Adds a source, sent nowhere. Returns its number, from 0 on.
     pub fn add(&self, vector: Arc<dyn MsiVector>) -> usize {
-        let mut routes = self.sink.lock();
+        let mut routes = self.sink.routes.lock();
         routes.push(Route {
             vector,
             wanted: None,
@@ -251,7 +248,7 @@ impl MsiTarget {
         }
         {
             let inside = self.space.region().map(|region| region.enter());
-            if let Some(route) = self.sink.lock().get_mut(number) {
+            if let Some(route) = self.sink.routes.lock().get_mut(number) {
                 route.wanted = wanted;
                 (route.refused, route.recorded) = (false, false);
                 if wanted.is_none() {
@@ -265,7 +262,7 @@ impl MsiTarget {
 
     /// Drops what source `number` has signalled and nobody is told of yet.
     pub fn forget(&self, number: usize) {
-        if let Some(route) = self.sink.lock().get(number)
+        if let Some(route) = self.sink.routes.lock().get(number)
             && route.current.is_none()
         {
             let _ = route.vector.eventfd().read();
@@ -289,7 +286,7 @@ impl MsiTarget {
     /// Whether source `number` has signalled something that is held back.
     #[must_use]
     pub fn pending(&self, number: usize) -> bool {
-        let routes = self.sink.lock();
+        let routes = self.sink.routes.lock();
         routes
             .get(number)
             .is_some_and(|route| route.vector.pending())
@@ -325,7 +322,7 @@ impl MsiTarget {
             return;
         };
         let page = page_of(doorbell);
-        let mut pages = self.pages();
+        let mut pages = self.pages.lock();
         if pages.iter().all(|(known, _)| *known != page.first()) {
             let id = region.register(IommuNotifier {
                 wanted: vec![
@@ -346,21 +343,17 @@ impl MsiTarget {
             return;
         };
         let used: Vec<Iova> = {
-            let routes = self.sink.lock();
+            let routes = self.sink.routes.lock();
             let wanted = routes.iter().filter_map(|route| route.wanted);
             wanted.map(|(iova, _)| page_of(iova).first()).collect()
         };
-        self.pages().retain(|(page, id)| {
+        self.pages.lock().retain(|(page, id)| {
             let keep = used.contains(page);
             if !keep {
                 region.unregister(*id);
             }
             keep
         });
-    }
-
-    fn pages(&self) -> MutexGuard<'_, Vec<(Iova, NotifierId)>> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,3 +1,4 @@
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -370,13 +371,13 @@ fn guest_that_goes_through_doorbells_leaves_no_listeners_behind() {
     for page in 0..1000 {
         let doorbell = Iova(PAGE + page * 0x1000);
         machine.target.set(0, Some((doorbell, 5)));
-        assert_eq!(machine.target.pages().len(), 1);
+        assert_eq!(machine.target.pages.lock().len(), 1);
     }
     machine.target.set(1, Some((Iova(DOORBELL), 5)));
-    assert_eq!(machine.target.pages().len(), 2);
+    assert_eq!(machine.target.pages.lock().len(), 2);
     machine.target.set(0, None);
     machine.target.set(1, None);
-    assert!(machine.target.pages().is_empty());
+    assert!(machine.target.pages.lock().is_empty());
     // The last doorbell is listened to like the first.
     machine.map(FRAME);
     machine.send(2);
