@@ -16,9 +16,9 @@ use iommu::GuestRam;
 pub(crate) use self::boot::BootFiles;
 pub(crate) use self::function::{AcquiredFunction, Refusal, acquire, vhost_context};
 use crate::build_error::BuildError;
-use crate::config::{ConfigError, HugePages, MemBacking};
+use crate::config::{ConfigError, HugePages};
 use crate::console::Output;
-use crate::kvm::{self, Backing, Vcpu, Vm};
+use crate::kvm::{self, Vcpu, Vm};
 use crate::plan::{Console, MachinePlan};
 
 /// The resources of one machine. Dropping them releases all.
@@ -75,12 +75,8 @@ impl HostResources {
 }
 
 fn allocate_ram(plan: &MachinePlan) -> Result<GuestRam, kvm::Error> {
-    let backing = match plan.mem_backing {
-        MemBacking::Anonymous => Backing::Anonymous,
-        MemBacking::Memfd => Backing::Memfd,
-    };
     let huge = plan.huge_pages == HugePages::TwoMib;
-    kvm::allocate(&plan.ram_ranges(), backing, huge)
+    kvm::allocate(&plan.ram_ranges(), plan.mem_backing, huge)
 }
 
 /// Opens the console's output. Returns the number of bytes that it has room

@@ -12,15 +12,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::error::Error;
-
-/// What guest RAM consists of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Backing {
-    /// Private anonymous memory.
-    Anonymous,
-    /// A memfd, which another process can map.
-    Memfd,
-}
+use crate::config::MemBacking;
 
 const HUGE_PAGE: u64 = 2 << 20;
 const NAME: &CStr = c"portcullis-ram";
@@ -30,7 +22,7 @@ const NAME: &CStr = c"portcullis-ram";
 /// # Errors
 /// The system has no such memory; with `huge`, also when a range is not a
 /// multiple of 2 MiB or not enough 2 MiB pages are free right now.
-pub fn allocate(ranges: &[Range], backing: Backing, huge: bool) -> Result<GuestRam, Error> {
+pub fn allocate(ranges: &[Range], backing: MemBacking, huge: bool) -> Result<GuestRam, Error> {
     let bytes: u64 = ranges.iter().map(|range| range.size).sum();
     let mib = bytes >> 20;
     build(ranges, backing, huge, bytes).map_err(|source| {
@@ -42,27 +34,27 @@ pub fn allocate(ranges: &[Range], backing: Backing, huge: bool) -> Result<GuestR
     })
 }
 
-fn build(ranges: &[Range], backing: Backing, huge: bool, bytes: u64) -> io::Result<GuestRam> {
+fn build(ranges: &[Range], backing: MemBacking, huge: bool, bytes: u64) -> io::Result<GuestRam> {
     let odd = |range: &Range| !range.size.is_multiple_of(HUGE_PAGE);
     if huge && ranges.iter().any(odd) {
         return Err(io::Error::other("not a multiple of 2 MiB"));
     }
     let file = match backing {
-        Backing::Anonymous => None,
-        Backing::Memfd => Some(memfd(bytes, huge)?),
+        MemBacking::Anonymous => None,
+        MemBacking::Memfd => Some(memfd(bytes, huge)?),
     };
     let mut offset = 0;
     let mut regions = Vec::with_capacity(ranges.len());
     for range in ranges {
         let size = usize::try_from(range.size).map_err(io::Error::other)?;
         let mut flags = match backing {
-            Backing::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            Backing::Memfd => libc::MAP_SHARED,
+            MemBacking::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            MemBacking::Memfd => libc::MAP_SHARED,
         };
         match (huge, backing) {
             // Pages that are not there must fail now, not as SIGBUS later.
-            (true, Backing::Anonymous) => flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
-            (true, Backing::Memfd) => {}
+            (true, MemBacking::Anonymous) => flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+            (true, MemBacking::Memfd) => {}
             (false, _) => flags |= libc::MAP_NORESERVE,
         }
         let mut builder = MmapRegionBuilder::new_with_bitmap(size, ())
@@ -109,7 +101,7 @@ mod tests {
 
     #[test]
     fn memory_is_zeroed_and_where_it_was_asked_for() {
-        for backing in [Backing::Anonymous, Backing::Memfd] {
+        for backing in [MemBacking::Anonymous, MemBacking::Memfd] {
             let ram = allocate(&RANGES, backing, false).unwrap();
             assert_eq!(ram.num_regions(), 2);
             assert_eq!(ram.read_obj::<u64>(GuestAddress(4 << 30)).unwrap(), 0);
@@ -121,7 +113,7 @@ mod tests {
 
     #[test]
     fn ranges_of_a_memfd_follow_one_another_in_the_file() {
-        let ram = allocate(&RANGES, Backing::Memfd, false).unwrap();
+        let ram = allocate(&RANGES, MemBacking::Memfd, false).unwrap();
         let offsets: Vec<u64> = ram
             .iter()
             .map(|region| region.file_offset().unwrap().start())
@@ -132,7 +124,7 @@ mod tests {
     #[test]
     fn a_size_that_huge_pages_cannot_have_is_refused() {
         let odd = [Range::new(0, HUGE_PAGE + 4096)];
-        for backing in [Backing::Anonymous, Backing::Memfd] {
+        for backing in [MemBacking::Anonymous, MemBacking::Memfd] {
             let error = allocate(&odd, backing, true).unwrap_err();
             let text = Chain(&error).to_string();
             assert_eq!(text.matches("not a multiple of 2 MiB").count(), 1, "{text}");
@@ -142,7 +134,7 @@ mod tests {
     #[test]
     fn more_huge_pages_than_there_are_is_an_error_with_a_hint() {
         let huge = [Range::new(0, 1 << 46)];
-        for backing in [Backing::Anonymous, Backing::Memfd] {
+        for backing in [MemBacking::Anonymous, MemBacking::Memfd] {
             let error = allocate(&huge, backing, true).unwrap_err();
             let text = Chain(&error).to_string();
             assert!(text.contains("nr_hugepages"), "{text}");

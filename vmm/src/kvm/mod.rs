@@ -24,7 +24,7 @@ mod native;
 
 pub use error::Error;
 pub use interrupts::Line;
-pub use memory::{Backing, allocate};
+pub use memory::allocate;
 pub use vcpu::{Exit, Vcpu};
 pub use vcpus::{Buses, End, Vcpus};
 pub use vm::Vm;
