@@ -209,7 +209,7 @@ impl VhostIotlb {
         }
     }
 
-    /// Answers the misses that are there, up to [`MAX_BATCH`]: more stay with
+    /// Answers the misses that are there, up to `MAX_BATCH`: more stay with
     /// the kernel, whose file is still readable. `false` when the kernel sends
     /// what we do not understand.
     pub fn service(&self) -> bool {

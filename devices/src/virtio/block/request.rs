@@ -217,7 +217,7 @@ impl Disk {
     /// whose data is still on its way is left in the queue: it is carried out
     /// from its beginning when the queue starts from that position again.
     ///
-    /// The stream's gate is held while at most [`SIZE_MAX`] bytes move, and not
+    /// The stream's gate is held while at most `SIZE_MAX` bytes move, and not
     /// while the host flushes or clears: an unmap of the guest waits for no more
     /// than that.
     ///

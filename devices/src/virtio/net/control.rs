@@ -55,7 +55,7 @@ struct Asked {
 
 /// Carries out the next commands with `execute`, which is called while no view
 /// of memory is open and says whether it succeeded. If more than
-/// [`MAX_COMMANDS`] may be posted, the queue kicks itself: the thread serves
+/// `MAX_COMMANDS` may be posted, the queue kicks itself: the thread serves
 /// others in between.
 ///
 /// # Errors
