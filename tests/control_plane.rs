@@ -101,6 +101,16 @@ impl Ctl {
         said.stdout
     }
 
+    /// The value of a metric, by its name and labels.
+    #[track_caller]
+    fn metric(&self, name: &str) -> u64 {
+        let metrics = self.done(&["metrics"]);
+        let mut lines = metrics.lines().filter_map(|line| line.rsplit_once(' '));
+        let value = lines.find(|(found, _)| *found == name);
+        let value = value.and_then(|(_, value)| value.parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in {metrics}"))
+    }
+
     #[track_caller]
     fn state(&self) -> MachineState {
         let text = self.done(&["GET", "/"]);
@@ -170,7 +180,12 @@ fn control_plane_stays_live(mappings: u32) {
         guest.run(&answered);
     }
     ctl.done(&["iommu"]);
-    ctl.done(&["metrics"]);
+    // The guest takes one away and puts it back, again and again.
+    let mapped = ctl.metric("portcullis_virtio_iommu_mappings");
+    assert!(
+        [mappings - 1, mappings].map(u64::from).contains(&mapped),
+        "{mapped}"
+    );
     client.is_answered("after three pauses");
     let start = Instant::now();
     guest.signal("TERM").expect_exit(0);
@@ -257,10 +272,15 @@ fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
     let address = checks::pci_address(&mut guest, BLOCK, 0);
     let mut client = Client::connect(&socket);
     client.is_answered("while nothing is stuck");
+    let ctl = Ctl { socket };
+    let read_bytes = || ctl.metric("portcullis_block_read_bytes_total{device=\"data\"}");
+    let before = read_bytes();
+    guest.run("dd if=/dev/vda of=/dev/null bs=64k skip=64 count=16");
+    assert!(read_bytes() >= before + (1 << 20), "a read is not counted");
 
     let worker = Thread::named(&guest, "disk-data");
     let held = worker.hold_at("lseek");
-    guest.in_background("dd if=/dev/vda of=/dev/null bs=4096 skip=1024 count=1");
+    guest.in_background("dd if=/dev/vda of=/dev/null bs=4096 skip=3072 count=1");
     worker.wait_for_call(libc::SYS_lseek);
     let vcpu = Thread::named(&guest, "vcpu1");
     // Initiate Function Level Reset (PCIe 6.0 §7.5.3.4).
@@ -270,8 +290,7 @@ fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
     vcpu.wait_for_call(libc::SYS_futex);
     client.is_answered("while a vCPU is stuck inside a device");
     // Waits for the vCPU, and so for ever.
-    Client::connect(&socket).send("GET /metrics HTTP/1.1");
-    let ctl = Ctl { socket };
+    Client::connect(&ctl.socket).send("GET /metrics HTTP/1.1");
     let mut pause = Command::new(support::portcullis());
     pause.args(["ctl", "--api-socket", &ctl.socket, "pause"]);
     let pause = thread::spawn(move || support::run_to_end(&mut pause));
