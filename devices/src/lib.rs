@@ -18,6 +18,7 @@ pub mod legacy;
 pub mod pause;
 pub mod pci;
 pub mod queue;
+pub mod random;
 #[cfg(test)]
 mod rig;
 pub mod smmuv3;

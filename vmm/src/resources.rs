@@ -51,7 +51,7 @@ impl HostResources {
         let (file, room) = open_output(&plan.console)?;
         let output = Output::start(file, room).map_err(BuildError::Console)?;
         let mut seed = [0; 32];
-        getrandom::fill(&mut seed).map_err(io::Error::from)?;
+        devices::random::fill(&mut seed)?;
         let vhost = vhost_context(plan, &ram)?;
         let mut functions = Vec::new();
         for function in &plan.functions {

@@ -12,6 +12,7 @@ use crate::failure::DeviceError;
 use crate::pause::Deferral;
 use crate::queue::chain::{Chain, RINGS_OUTSIDE, scatter, total};
 use crate::queue::{QueuePosition, RunningQueue};
+use crate::random;
 
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 const QUEUE_SIZE: u16 = 64;
@@ -27,13 +28,12 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// The device over getrandom(2), which needs no file: a process in a chroot
-    /// without `/dev` has it too.
+    /// The device over [`random::fill`].
     ///
     /// # Errors
     /// The host does not give random bytes (a system call filter, say).
     pub fn new() -> io::Result<Self> {
-        getrandom::fill(&mut [0])?;
+        random::fill(&mut [0])?;
         Ok(Self {
             running: None,
             deferral: Deferral::default(),
@@ -117,10 +117,10 @@ fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), DeviceErr
 /// Fills a chain's buffers from the front. Returns the number of bytes written.
 fn fill_chain(view: &DmaView<'_>, chain: &Chain) -> Result<u32, &'static str> {
     let len = usize::try_from(total(&chain.writable)).unwrap_or(MAX_BYTES);
-    let mut random = [0; MAX_BYTES];
-    let (random, _) = random.split_at_mut(len.min(MAX_BYTES));
-    getrandom::fill(random).map_err(|_| "the host gives no random bytes")?;
-    let written = scatter(view, &chain.writable, random);
+    let mut bytes = [0; MAX_BYTES];
+    let (bytes, _) = bytes.split_at_mut(len.min(MAX_BYTES));
+    random::fill(bytes).map_err(|_| "the host gives no random bytes")?;
+    let written = scatter(view, &chain.writable, bytes);
     let written = written.map_err(|_| "a buffer is not in memory")?;
     Ok(u32::try_from(written).unwrap_or(0))
 }

@@ -158,7 +158,13 @@ impl Lists {
         };
         *words = rest;
         if *first != "(" {
-            return self.allow.iter().any(|allowed| allowed == first);
+            let mut license = (*first).to_owned();
+            if let ["WITH", exception, rest @ ..] = *words {
+                *words = rest;
+                license += " WITH ";
+                license += exception;
+            }
+            return self.allow.contains(&license);
         }
         let met = self.any(words);
         if let [")", rest @ ..] = *words {
@@ -195,6 +201,7 @@ mod tests {
             "GPL-2.0 OR MIT",
             "MIT/GPL-2.0",
             "(GPL-2.0 OR MIT) AND Unicode-3.0",
+            "GPL-2.0 WITH x OR GPL-2.0 OR MIT",
         ] {
             assert!(lists().allows(license), "{license}");
         }
