@@ -1,8 +1,8 @@
-//! What can be asked of a machine, and what it answers, as plain data.
+//! Actions on a machine and the replies to them, as plain data.
 //!
-//! The API thread and the command line make [`Action`]s; the controller, on the event loop,
-//! takes them from an [`Inbox`] and answers each with a [`Reply`] or an [`ActionError`]. Neither
-//! side knows the other's types: no HTTP here, no KVM there.
+//! The API thread and the command line create [`Action`]s. The controller, on the event loop, takes
+//! them from an [`Inbox`] and answers each with a [`Reply`] or an [`ActionError`]. These types
+//! contain neither HTTP nor KVM.
 
 mod channel;
 mod error;

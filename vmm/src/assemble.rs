@@ -27,11 +27,11 @@ const KEYBOARD_COMMAND_PORT: u64 = 0x64;
 
 /// A machine. Dropping it ends the guest.
 ///
-/// Fields are dropped in order: the processors first, which use all else.
+/// Fields are dropped in order: first the vCPUs, which use all others.
 pub struct Machine {
-    /// The processors' threads, held until resumed.
+    /// The vCPU threads, paused until resumed.
     pub vcpus: Vcpus,
-    /// The PCI bus and what is on it.
+    /// The PCI bus and its functions.
     pub pci: Option<Arc<PciBus>>,
     output: Arc<Output>,
     /// Owns guest memory.
@@ -45,7 +45,7 @@ impl Machine {
         Arc::clone(&self.output)
     }
 
-    /// A machine of these parts, without a VM.
+    /// Creates a machine of these parts, without a VM.
     #[cfg(test)]
     pub(crate) fn of(vcpus: Vcpus, pci: Option<PciBus>, output: Arc<Output>) -> Self {
         Self {
@@ -57,16 +57,16 @@ impl Machine {
     }
 }
 
-/// A machine and what the event loop serves for it.
+/// A machine and the console input that the event loop serves.
 pub struct Assembled {
-    /// The machine, held.
+    /// The machine, paused.
     pub machine: Machine,
-    /// The console's input; `None` when the console has no keyboard.
+    /// Input of the console; `None` when the console has no keyboard.
     pub input: Option<Input>,
 }
 
-/// Connects what was acquired for `plan`. The machine is held at its first
-/// instruction. `reporter` is notified of its end.
+/// Connects the resources acquired for `plan`. The machine is paused at its
+/// first instruction. `reporter` receives its end.
 ///
 /// # Errors
 /// Two devices claim one address, the guest cannot boot the files, or the host
@@ -163,8 +163,8 @@ fn add_clock(buses: &Buses) -> Result<(), BuildError> {
     place(buses, layout::RTC, clock)
 }
 
-/// x86's sleep and reset registers. Elsewhere firmware calls take their place,
-/// and KVM answers those.
+/// The x86 sleep and reset registers. aarch64 has firmware calls (PSCI)
+/// instead, which KVM handles.
 fn add_power(buses: &Buses, reporter: &Reporter) -> Result<(), BuildError> {
     let Some(ports) = layout::POWER else {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Why a machine cannot be built.
+//! Errors of building a machine.
 
 use std::io;
 
@@ -7,10 +7,10 @@ use devices::bus::BusError;
 use crate::config::ConfigError;
 use crate::kvm;
 
-/// Why a machine cannot be built. One line for the user.
+/// Error of building a machine: one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// A value of the configuration, by its field.
+    /// A value of the configuration is refused, by its field.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// KVM or guest memory is not available.

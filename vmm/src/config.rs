@@ -1,20 +1,20 @@
-//! What a machine is made of: the types behind `--config`, `GET /vm/config` and every `PUT`.
+//! Configuration of a machine: the types of `--config`, `GET /vm/config` and every `PUT`.
 //!
-//! Names and shapes are Firecracker's where it has the resource. A field of its that has no
-//! meaning here (rate limiters, CPU templates, …) is accepted at its default and refused by
-//! name otherwise, so that nobody believes in a limit that is not there.
+//! Names and shapes are Firecracker's where it has the resource. Its fields without a meaning here
+//! (rate limiters, CPU templates, …) are accepted at their defaults only. Any other value is an
+//! error that names the field, so that no limit is ignored silently.
 //!
-//! `validate` looks at the values alone: no file is opened and no host device is touched.
+//! `validate` checks values only: it opens no file and touches no host device.
 
 mod arguments;
 mod check;
 mod devices;
 mod error;
-mod host;
 mod iommu;
 mod json;
 mod kernel_arguments;
 mod keys;
+mod logging;
 mod machine;
 mod suggest;
 mod unsupported;
@@ -25,10 +25,10 @@ pub use devices::{
     CacheType, Drive, Entropy, IoEngine, MacAddress, NetworkInterface, Serial, Vsock,
 };
 pub use error::ConfigError;
-pub use host::{LogLevel, Logger, Metrics};
 pub use iommu::{Iommu, IommuModel, Stage};
 pub use json::parse_json;
 pub use keys::{Key, Omitted, Value};
+pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
 pub use suggest::{closest, either};
 pub use unsupported::{RateLimiter, TokenBucket, Unsupported};
@@ -39,11 +39,11 @@ use error::require;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// Most PCI functions a machine can have behind its root bus: 32 slots less the host bridge.
+/// Upper bound on the PCI functions of a machine: 32 slots less the host bridge.
 pub const MAX_DEVICES: usize = 31;
 
-/// A whole machine: what `--config FILE` holds and `GET /vm/config` returns. Section names are
-/// Firecracker's, with `iommu` and `serial` added.
+/// Configuration of a machine: the document of `--config FILE` and of `GET /vm/config`. Section
+/// names are Firecracker's, with `iommu` and `serial` added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
@@ -53,7 +53,7 @@ pub struct VmConfig {
     /// Processors and memory.
     #[serde(default)]
     pub machine_config: MachineConfig,
-    /// The IOMMU that stands between the devices and guest memory.
+    /// The IOMMU in front of the PCI functions.
     #[serde(default)]
     pub iommu: Iommu,
     /// Block devices, in the order of their PCI functions.
@@ -68,13 +68,13 @@ pub struct VmConfig {
     /// The entropy device, if any.
     #[serde(default)]
     pub entropy: Option<Entropy>,
-    /// Where the console goes.
+    /// Output of the serial console.
     #[serde(default)]
     pub serial: Option<Serial>,
-    /// Where the log goes, and how much of it.
+    /// Destination and level of the log.
     #[serde(default)]
     pub logger: Option<Logger>,
-    /// Where metrics are written.
+    /// Destination of the metrics.
     #[serde(default)]
     pub metrics: Option<Metrics>,
     /// Not supported.
@@ -95,16 +95,16 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// Reads the JSON of `--config` and validates it. The error is one line and names the field,
-    /// or the line and column where the text stops being such a document.
+    /// Reads and validates the JSON of `--config`. The error is one line and names the field, or
+    /// the line and column of the syntax error.
     pub fn from_json(text: &str) -> Result<Self, ConfigError> {
         let config: Self = parse_json(text.as_bytes())?;
         config.validate()?;
         Ok(config)
     }
 
-    /// Checks every section and what they promise each other. A missing boot source is not an
-    /// error here, because the API fills a machine in piece by piece: see
+    /// Checks every section, and the sections against one another. A missing boot source is not an
+    /// error here, because the API configures a machine in steps: see
     /// [`VmConfig::validate_for_start`].
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.refuse_unsupported_sections()?;
@@ -133,7 +133,7 @@ impl VmConfig {
         self.validate_together()
     }
 
-    /// [`VmConfig::validate`], and that the machine has something to boot.
+    /// Calls [`VmConfig::validate`] and requires a boot source.
     pub fn validate_for_start(&self) -> Result<&BootSource, ConfigError> {
         self.validate()?;
         self.boot_source.as_ref().ok_or_else(|| {

@@ -1,10 +1,9 @@
 //! The serial console on standard input and output.
 //!
-//! Input is read only as fast as the guest takes it. On a terminal every key
-//! goes to the guest as it is typed (raw mode), except for those of
-//! [`keys`]; from a pipe or file bytes pass unchanged, and the end of the input
-//! ends nothing. In the background the terminal is left alone, and looked at
-//! twice a second until it is ours again.
+//! Input is read only as fast as the guest consumes it. On a terminal (raw mode) every key goes to
+//! the guest as it is typed, except those of [`keys`]. From a pipe or file bytes pass unchanged,
+//! and the end of the input ends nothing. A background job does not use the terminal, and checks
+//! twice a second whether it is in the foreground.
 
 mod keys;
 mod output;
@@ -28,24 +27,23 @@ use crate::logger;
 
 /// Bytes read at a time.
 const CHUNK: usize = 4096;
-/// How often a job in the background looks whether the terminal is its own.
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval of a background job's checks for the foreground.
+const FOREGROUND_POLL: Duration = Duration::from_millis(500);
 
-/// Puts the terminal back into its own mode, if it is in ours. To be called on
-/// every way out of the process; calling it twice does nothing.
+/// Restores the original mode of the terminal, if raw mode is set. Call it on every way out of the
+/// process; a second call does nothing.
 pub fn restore_terminal() {
     terminal::restore();
 }
 
-/// Makes a panic, on any thread, end the process with status 1, the terminal
-/// restored and the panic reported: a machine that lost a thread is worth
-/// nothing, and one that hangs is worse.
+/// Makes a panic, on any thread, restore the terminal, report the panic and end the process with
+/// status 1: a machine without one of its threads must not go on.
 pub fn end_process_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         terminal::restore();
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("without a name").to_owned();
-        // Not by the standard hook, which waits for the reader of standard error.
+        // Not by the standard hook, which blocks on the reader of standard error.
         logger::write_last_line(&format!("thread '{name}' {panic}"));
         let backtrace = Backtrace::capture();
         if backtrace.status() == BacktraceStatus::Captured {
@@ -55,43 +53,43 @@ pub fn end_process_on_panic() {
     }));
 }
 
-/// Standard input, on its way to the guest: a subscriber of the event loop.
+/// Standard input for the guest: a subscriber of the event loop.
 pub struct Input {
     stdin: File,
-    /// Standard input is a terminal, and these are the monitor's keys on it.
+    /// Keys for the monitor; `None` when standard input is not a terminal.
     keys: Option<Keys>,
     source: Source,
     serial: Arc<SerialPort>,
     /// The port has room for [`Input::held`].
     drained: EventFd,
-    /// Read and not yet taken by the port.
+    /// Bytes that the port has not accepted yet.
     held: Vec<u8>,
-    /// Somebody thinks the terminal may have become ours.
+    /// Signalled when the process may be in the foreground again.
     attention: EventFd,
     look: TimerFd,
     on_quit: Box<dyn Fn() + Send>,
 }
 
-/// How to know that there is something to read.
+/// How readable input is detected.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
     /// By an event of the loop.
     Watched,
-    /// By an event of the loop, which is not asked for now: the guest has yet
-    /// to take what was read, or the terminal is not ours.
+    /// By an event of the loop that is disabled now: the port has not accepted the last bytes, or
+    /// the process is in the background.
     Unwatched,
-    /// It can always be read, and so cannot be watched: a file, or /dev/null.
+    /// Always readable, and refused by epoll: a file, or /dev/null.
     File,
-    /// There will never be more.
+    /// At its end.
     Ended,
 }
 
 impl Input {
-    /// Standard input for `serial`, whose "input drained" event is `drained`.
-    /// `on_quit` is called on the event loop when the user quits.
+    /// Creates the input of `serial`, whose "input drained" event is `drained`. `on_quit` is called
+    /// on the event loop when the user quits.
     ///
     /// # Errors
-    /// No more file descriptors.
+    /// No file descriptor is left.
     pub fn new(
         serial: Arc<SerialPort>,
         drained: EventFd,
@@ -111,17 +109,17 @@ impl Input {
         })
     }
 
-    /// An event to signal when the process was continued, and so may have been
-    /// brought to the foreground.
+    /// Returns an event to signal when the process was continued (SIGCONT), and so may be in the
+    /// foreground.
     ///
     /// # Errors
-    /// No more file descriptors.
+    /// No file descriptor is left.
     pub fn attention(&self) -> io::Result<EventFd> {
         self.attention.try_clone()
     }
 
-    /// Takes the terminal if it is ours, and keeps off it if it is not.
-    fn attend(&mut self, ops: &mut EventOps) {
+    /// Sets raw mode in the foreground; does not use the terminal in the background.
+    fn update_mode(&mut self, ops: &mut EventOps) {
         if self.keys.is_none() || self.source == Source::Ended {
             return;
         }
@@ -133,7 +131,7 @@ impl Input {
             self.watch(ops);
         } else {
             self.unwatch(ops);
-            let _ = self.look.reset(LOOK, Some(LOOK));
+            let _ = self.look.reset(FOREGROUND_POLL, Some(FOREGROUND_POLL));
         }
     }
 
@@ -165,14 +163,14 @@ impl Input {
     fn read(&mut self, ops: &mut EventOps, events: EventSet) {
         let mut bytes = [0; CHUNK];
         match self.stdin.read(&mut bytes) {
-            // A terminal reads as nothing when somebody else took the key.
+            // A terminal reads as empty when another process took the key.
             Ok(0) if self.keys.is_some() && !events.contains(EventSet::HANG_UP) => {}
             Ok(0) => self.end(ops),
             Ok(count) => self.deliver(&bytes[..count], ops),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // The terminal is another job's now.
-            Err(_) if self.keys.is_some() && !terminal::is_ours() => self.attend(ops),
+            // The process is in the background now.
+            Err(_) if self.keys.is_some() && !terminal::is_ours() => self.update_mode(ops),
             Err(error) => {
                 log::info!("console: no more input: {error}");
                 self.end(ops);
@@ -193,7 +191,7 @@ impl Input {
         self.pass_on(ops);
     }
 
-    /// Gives the port what it takes, and reads on only when it took all.
+    /// Passes bytes to the port, and reads on only when it accepted all.
     fn pass_on(&mut self, ops: &mut EventOps) {
         let taken = self.serial.input(&self.held);
         self.held.drain(..taken);
@@ -212,7 +210,7 @@ impl MutEventSubscriber for Input {
         let added = ops.add(Events::new(&self.look, EventSet::IN));
         added.expect("a timer fd can be watched");
         if self.keys.is_some() {
-            self.attend(ops);
+            self.update_mode(ops);
         } else {
             self.watch(ops);
         }
@@ -227,17 +225,17 @@ impl MutEventSubscriber for Input {
             let _ = self.drained.read();
             self.pass_on(ops);
             if self.keys.is_some() {
-                self.attend(ops);
+                self.update_mode(ops);
             } else {
                 self.watch(ops);
             }
         } else if fd == self.attention.as_raw_fd() {
             let _ = self.attention.read();
-            self.attend(ops);
+            self.update_mode(ops);
         } else {
             // Not read, which could block: setting or clearing the timer makes
-            // it unreadable again, and `attend` does one of them.
-            self.attend(ops);
+            // it unreadable again, and `update_mode` does one of them.
+            self.update_mode(ops);
         }
     }
 }

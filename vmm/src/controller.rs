@@ -1,15 +1,15 @@
-//! The machine's owner: one event loop, on the thread that calls
+//! Owns the machine: one event loop, on the thread that calls
 //! [`Controller::run`].
 //!
-//! Everything that changes the machine passes through [`Controller::handle`],
-//! whoever asks: the command line, the API, a signal. After each round of
-//! device events the loop looks at signals, endings and actions, so a guest
-//! that floods a device delays them by one round at most.
+//! Every change of the machine passes through [`Controller::handle`]: from the
+//! command line, the API or a signal. After each round of device events the
+//! loop polls signals, endings and actions, so that a guest that floods a
+//! device delays them by one round at most.
 //!
 //! The loop never waits for a vCPU, nor for a lock that a vCPU holds inside a
-//! device. A pause and the end of the machine are requests to the vCPU threads,
-//! and the action is answered when the last of them has followed. What reads
-//! the devices' state is for the [query thread](crate::queries).
+//! device. A pause and the end of the machine are requests to the vCPU threads.
+//! The action is answered when the last of them has stopped. Queries that read
+//! the devices' state run on the [query thread](crate::queries).
 
 mod life;
 mod recorder;
@@ -48,23 +48,23 @@ use crate::resources::HostResources;
 use crate::sandbox;
 use crate::signals::{Signal, Signals};
 
-/// What the event loop serves: the console and the devices.
+/// A subscriber of the event loop: the console or a device.
 pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
-/// Actions answered before device events get their turn again.
+/// Upper bound on the actions answered in one round of device events.
 const ACTIONS_A_ROUND: usize = 16;
-/// How long vCPUs and devices may take to end when the user stops the machine.
-/// One that is inside the host's kernel may take for ever.
+/// Time for vCPUs and devices to stop after the user stops the machine. One
+/// that is inside the host's kernel may never stop.
 const STOP_PATIENCE: Duration = Duration::from_millis(1500);
-/// The same when the guest ended the machine.
+/// Time for vCPUs and devices to stop after the guest ended the machine.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-/// How often signals are looked at while the devices end.
-const SIGNAL_LOOK: Duration = Duration::from_millis(100);
-/// How long the end of the console output may stand still before it is given
-/// up on, when the machine has ended.
+/// Interval between polls of the signals while the devices stop.
+const SIGNAL_POLL: Duration = Duration::from_millis(100);
+/// Time without progress after which the last console output of an ended
+/// machine is dropped.
 const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Why there is no controller.
+/// Error of creating a controller.
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
     /// Signals cannot be handled.
@@ -93,26 +93,26 @@ pub struct Controller {
     waiting: WaitingActions,
     /// Queries passed to the query thread so far.
     asked: u64,
-    /// The query whose answer is the minute's line of the metrics file.
+    /// Number of the query whose answer is the periodic line of the metrics file.
     minute: Option<u64>,
-    /// Tells the console that the process was continued.
+    /// Signalled when the process was continued; for the console.
     attention: Option<EventFd>,
-    /// There may be more actions than were answered in the last round.
+    /// More actions may be queued than the last round answered.
     more_actions: bool,
 }
 
-/// How far an action is.
+/// Progress of an action.
 enum Progress {
     Done(Reply),
-    /// It is answered when this happens.
+    /// The action is answered at this event.
     Until(Event),
 }
 
 impl Controller {
-    /// A controller of a machine that is not started.
+    /// Creates a controller without a machine.
     ///
     /// # Errors
-    /// The process's signals or file descriptors are not to be had.
+    /// Signal handlers or file descriptors are not available.
     pub fn new() -> Result<Self, ControllerError> {
         let signals = Signals::install().map_err(ControllerError::Signals)?;
         let (reporter, reports) = reports::channel().map_err(ControllerError::Events)?;
@@ -120,7 +120,7 @@ impl Controller {
         let recorder = Recorder::new().map_err(ControllerError::Events)?;
         let mut events: EventManager<Subscriber> =
             EventManager::new().map_err(ControllerError::Manager)?;
-        events.add_subscriber(Box::new(Wakes(vec![
+        events.add_subscriber(Box::new(ControlEvents(vec![
             signals.as_raw_fd(),
             reports.as_raw_fd(),
             inbox.as_raw_fd(),
@@ -145,15 +145,15 @@ impl Controller {
         })
     }
 
-    /// Where other threads ask for actions.
+    /// Returns a client for another thread.
     pub fn client(&self) -> Client {
         self.client.clone()
     }
 
-    /// Takes a whole configuration, as a series of changes would.
+    /// Applies a whole configuration, as a series of changes.
     ///
     /// # Errors
-    /// The first value that cannot be accepted.
+    /// The first value that is refused.
     pub fn configure(&mut self, config: VmConfig) -> Result<(), ConfigError> {
         config.validate()?;
         inspect::config(&config)?;
@@ -171,7 +171,7 @@ impl Controller {
     /// Builds the machine and runs it.
     ///
     /// # Errors
-    /// It cannot be built; nothing has changed then.
+    /// The machine cannot be built; nothing has changed.
     pub fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
         let resources = HostResources::acquire(&plan)?;
@@ -195,7 +195,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Serves the machine until it ends, then takes it apart.
+    /// Serves the machine until it ends, then shuts it down.
     pub fn run(mut self) -> Ending {
         let departure = loop {
             if let Err(error) = self.events.run_with_timeout(self.patience()) {
@@ -213,7 +213,7 @@ impl Controller {
         departure.ending
     }
 
-    /// Milliseconds to wait for events; -1 without a limit.
+    /// Timeout of the event loop in milliseconds; -1 without a limit.
     fn patience(&self) -> i32 {
         match self.life.patience() {
             _ if self.more_actions => 0,
@@ -222,7 +222,7 @@ impl Controller {
         }
     }
 
-    /// Handles what came in besides device events.
+    /// Handles signals, endings, answers of queries and actions.
     fn poll_control(&mut self) {
         for signal in self.signals.take() {
             match signal {
@@ -231,7 +231,7 @@ impl Controller {
                 Signal::Continue => {}
             }
             if let Some(attention) = &self.attention {
-                // A full counter has its reader's attention.
+                // A full counter is readable already.
                 let _ = attention.write(1);
             }
         }
@@ -264,8 +264,8 @@ impl Controller {
         self.more_actions = true;
     }
 
-    /// Does what is asked, and answers now or when it is done. All actions are
-    /// logged and counted by [`Pending::finish`].
+    /// Performs the action, and answers it now or when it is complete.
+    /// [`Pending::finish`] logs and counts every action.
     pub fn handle(&mut self, call: Call) {
         let (action, answer) = call.split();
         let pending = Pending {
@@ -284,7 +284,7 @@ impl Controller {
         }
     }
 
-    /// Refuses changes to a machine that ends.
+    /// Refuses changes while the machine ends.
     fn check_departure(&self, action: &Action) -> Result<(), ActionError> {
         match action {
             Action::Query(_) | Action::Lifecycle(Lifecycle::Stop) => Ok(()),
@@ -354,7 +354,7 @@ impl Controller {
         if self.life.pause() {
             return Ok(Progress::Done(Reply::Done));
         }
-        // No vCPU wakes the loop when none executed.
+        // Without an executing vCPU, no vCPU thread wakes the loop.
         Ok(match self.complete_pause() {
             true => Progress::Done(Reply::Done),
             false => Progress::Until(Event::Paused),
@@ -376,7 +376,7 @@ impl Controller {
         complete
     }
 
-    /// Begins to end the machine. The first ending counts.
+    /// Starts the end of the machine. Of several endings the first one counts.
     fn end(&mut self, ending: Ending, patience: Duration) {
         self.life.end(ending, patience);
         self.fail_pauses("the machine ended while it was being paused");
@@ -422,8 +422,8 @@ impl Controller {
         })
     }
 
-    /// Writes a line of metrics. Returns the number of the query, if the line
-    /// waits for its answer.
+    /// Writes a line of metrics. Returns the number of the query whose answer
+    /// completes the line, if there are devices.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -436,7 +436,8 @@ impl Controller {
         Ok(None)
     }
 
-    /// The same where no action waits for the result: an error is logged.
+    /// Calls [`Self::record_metrics`] where no action waits for the result, and
+    /// logs an error.
     fn record_metrics_unasked(&mut self) -> Option<u64> {
         self.record_metrics().unwrap_or_else(|error| {
             log::warn!("{}", Chain(&error));
@@ -452,7 +453,7 @@ impl Controller {
         self.asked
     }
 
-    /// Passes an answer of the query thread to the actions that wait for it.
+    /// Delivers an answer of the query thread to the actions that wait for it.
     fn deliver(&mut self, answered: Answered) {
         let number = answered.number;
         let outcome = answered.outcome.map(|reply| self.complete(reply));
@@ -474,7 +475,7 @@ impl Controller {
         self.finish_all(Event::Answer(number), &outcome);
     }
 
-    /// Adds to a reply what the controller itself knows.
+    /// Adds the controller's own data to a reply.
     fn complete(&self, reply: Reply) -> Reply {
         match reply {
             Reply::Metrics(devices) => Reply::Metrics(self.with_own_metrics(devices)),
@@ -494,7 +495,7 @@ impl Controller {
         }
     }
 
-    /// Ends the guest, and lets its last output out.
+    /// Stops the guest, and flushes its last output.
     fn shut_down(mut self, deadline: Instant) {
         let Some(Running { machine, queries }) = self.life.take() else {
             if self.recorder.check().is_ok() {
@@ -518,11 +519,12 @@ impl Controller {
         terminal::restore();
     }
 
-    /// Waits for a message until `deadline`, or for less when a signal comes.
+    /// Waits for a message until `deadline`. A terminating signal shortens it
+    /// to [`STOP_PATIENCE`].
     fn wait_until(&self, mut deadline: Instant, message: &Receiver<()>) -> bool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match message.recv_timeout(left.min(SIGNAL_LOOK)) {
+            match message.recv_timeout(left.min(SIGNAL_POLL)) {
                 Ok(()) => return true,
                 Err(RecvTimeoutError::Timeout) if !left.is_zero() => {}
                 Err(_) => return false,
@@ -538,7 +540,7 @@ impl Controller {
     }
 
     fn record_last_metrics(&mut self, queries: &QueryThread, deadline: Instant) {
-        // No signal is looked at meanwhile.
+        // Signals are not polled here.
         let deadline = deadline.min(Instant::now() + STOP_PATIENCE);
         self.asked += 1;
         let number = self.asked;
@@ -557,11 +559,11 @@ impl Controller {
     }
 }
 
-/// Makes the loop return when there is something for the controller to look
-/// at; the controller itself takes it.
-struct Wakes(Vec<RawFd>);
+/// ControlEvents the event loop when one of the controller's descriptors is readable;
+/// [`Controller::poll_control`] reads it.
+struct ControlEvents(Vec<RawFd>);
 
-impl MutEventSubscriber for Wakes {
+impl MutEventSubscriber for ControlEvents {
     fn init(&mut self, ops: &mut EventOps) {
         for &fd in &self.0 {
             let added = ops.add(Events::new_raw(fd, EventSet::IN));

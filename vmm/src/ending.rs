@@ -1,8 +1,8 @@
-//! How a machine ends, and what the process's exit status says about it.
+//! Endings of a machine, and the exit status of the process.
 
 use std::fmt;
 
-/// How a machine ended.
+/// Ending of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// The guest powered off.
@@ -11,15 +11,16 @@ pub enum Ending {
     Stopped,
     /// The guest reset.
     Reset,
-    /// The guest's processor could not go on (triple fault, KVM internal error),
-    /// or the guest says it crashed. In one line; the registers are in the log.
+    /// The guest's processor cannot continue (triple fault, KVM internal
+    /// error), or the guest reports a crash. One line; the registers are in the
+    /// log.
     Crashed(String),
-    /// The monitor could not go on.
+    /// The monitor cannot continue; one line.
     Failed(String),
 }
 
 impl Ending {
-    /// The process's exit status. Scripts rely on it.
+    /// Exit status of the process. Scripts depend on it.
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {

@@ -7,17 +7,17 @@ use std::path::Path;
 
 use arch::{Cache, CacheKind};
 
-/// Has a directory `index0`, `index1`, … for each cache.
+/// Contains a directory `index0`, `index1`, … for each cache.
 #[cfg(target_arch = "aarch64")]
 pub const SYSFS: &str = "/sys/devices/system/cpu/cpu0/cache";
 
-/// Upper bound on directories that are looked at.
+/// Upper bound on the directories that are read.
 const MAX_CACHES: usize = 16;
-/// Upper bound on the bytes of a file.
+/// Upper bound on the bytes that are read of a file.
 const MAX_TEXT: u64 = 4096;
 
-/// Reads the caches below `directory`. One that the host describes in part has
-/// zeros; one without level or type is left out.
+/// Reads the caches below `directory`. Fields that the host does not describe
+/// are zero; a cache without level or type is left out.
 pub fn read(directory: &Path) -> Vec<Cache> {
     let indices = (0..MAX_CACHES).map(|index| directory.join(format!("index{index}")));
     indices.filter_map(|index| read_one(&index)).collect()
@@ -47,7 +47,7 @@ fn read_one(index: &Path) -> Option<Cache> {
     })
 }
 
-/// `32K` in bytes.
+/// Converts a size such as `32K` to bytes.
 fn bytes(size: &str) -> Option<u32> {
     size.strip_suffix('K')?
         .parse::<u32>()

@@ -1,8 +1,8 @@
-//! Looks at the files and devices of the host that a configuration names.
+//! Checks the files and devices of the host that a configuration names.
 //!
-//! A file that is missing is refused when it is configured, as Firecracker does,
-//! and not only when the machine starts. [`machine`] looks closer, for
-//! `portcullis check`: it acquires what a start would and lets go of it.
+//! A missing file is refused when it is configured, as Firecracker does, and
+//! not only when the machine starts. [`machine`] checks more, for `portcullis
+//! check`: it acquires what a start acquires, and releases it.
 
 use std::io;
 use std::path::Path;
@@ -21,11 +21,11 @@ use crate::resources::{BootFiles, Refusal, acquire, vhost_context};
 
 const CONSOLE_FIELD: &str = "serial.serial_out_path";
 
-/// Refuses a change that names a file which cannot be used. Opens what exists,
-/// makes nothing, takes no lock.
+/// Refuses a change that names an unusable file. Opens what exists, creates
+/// nothing, takes no lock.
 ///
 /// # Errors
-/// The file, by its field.
+/// The file cannot be used; named by its field.
 pub fn change(change: &Configure) -> Result<(), ConfigError> {
     match change {
         Configure::BootSource(source) => boot_source(source),
@@ -35,12 +35,11 @@ pub fn change(change: &Configure) -> Result<(), ConfigError> {
     }
 }
 
-/// Refuses a configuration that names a file which cannot be used, as
-/// [`change`] does. Log and metrics are opened at once by the
-/// controller that takes the configuration.
+/// Refuses a configuration that names an unusable file, as [`change`] does. The
+/// controller that receives the configuration opens log and metrics at once.
 ///
 /// # Errors
-/// The first such file, by its field.
+/// The first such file, named by its field.
 pub fn config(config: &VmConfig) -> Result<(), ConfigError> {
     config.boot_source.iter().try_for_each(boot_source)?;
     config.drives.iter().try_for_each(image)?;
@@ -67,7 +66,7 @@ fn console(serial: &Serial) -> Result<(), ConfigError> {
     }
 }
 
-/// Whether an output exists; one that exists and cannot be appended to is
+/// Whether an output exists. One that exists and cannot be appended to is
 /// refused.
 fn existing_output(field: &str, path: &Path) -> Result<bool, ConfigError> {
     if !path.exists() {
@@ -78,22 +77,21 @@ fn existing_output(field: &str, path: &Path) -> Result<bool, ConfigError> {
     Ok(true)
 }
 
-/// What [`machine`] has to say of a machine that can be built.
+/// Result of [`machine`] for a machine that can be built.
 #[derive(Debug, Default)]
 pub struct Findings {
-    /// What the user may not have meant, one line each.
+    /// Settings that may be mistakes, one line each.
     pub doubts: Vec<String>,
-    /// What only a start will show, one line each.
+    /// Resources that only a start can check, one line each.
     pub not_examined: Vec<String>,
 }
 
-/// Acquires what the machine needs of the host and may have without being
-/// started, all at once, and releases it: kernel, initial ramdisk, images with
-/// their locks, taps, vhost devices. Nothing is made but taps that do not exist,
-/// which go away again.
+/// Acquires and releases the resources of a start that are available without
+/// one, all at once: kernel, initial ramdisk, images with their locks, taps,
+/// vhost devices. Creates nothing but missing taps, which are removed again.
 ///
 /// # Errors
-/// The first that cannot be used, by its field.
+/// The first resource that cannot be used, named by its field.
 pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, BuildError> {
     let mut findings = Findings::default();
     BootFiles::open(&plan.boot.kernel, plan.boot.initrd.as_deref())?;
@@ -117,10 +115,10 @@ pub fn machine(plan: &MachinePlan, config: &VmConfig) -> Result<Findings, BuildE
     Ok(findings)
 }
 
-/// Acquires the resources of all functions at once, so that no two share one,
-/// and releases them.
+/// Acquires the resources of all functions at once, so that two functions with
+/// the same resource are refused, and releases them.
 fn acquire_functions(plan: &MachinePlan, findings: &mut Findings) -> Result<(), BuildError> {
-    // A vhost file needs memory to be told of; one page is enough.
+    // A vhost file needs a memory table; one page is enough.
     let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).map_err(io::Error::other)?;
     let vhost = vhost_context(plan, &Arc::new(ram))?;
     let mut acquired = Vec::new();

@@ -1,10 +1,10 @@
-//! The machine: configuration, actions, controller, KVM. Knows no HTTP.
+//! The machine: configuration, actions, controller, KVM. It contains no HTTP.
 //!
-//! A [`config::VmConfig`] describes what the user wants, a
-//! [`plan::MachinePlan`] what is built. [`resources`] acquires what the host
-//! has to give, [`sandbox`] confines the process, [`assemble`] connects what was
-//! acquired, and a [`controller::Controller`] owns the machine and answers every
-//! [`action::Action`].
+//! A [`config::VmConfig`] is the user's configuration, a [`plan::MachinePlan`]
+//! the machine that is built from it. [`resources`] acquires the host's
+//! resources, [`sandbox`] confines the process, [`assemble`] connects the
+//! resources, and a [`controller::Controller`] owns the machine and answers
+//! every [`action::Action`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 pub mod action;

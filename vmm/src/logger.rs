@@ -1,9 +1,9 @@
 //! The log: lines on standard error, or appended to a file.
 //!
 //! A line is `[seconds since start] level module: text`, at most [`MAX_LINE`]
-//! bytes. Nothing here waits for a reader: where standard error or a FIFO is
-//! full, lines are lost, and their number is written with the next one that is
-//! not. What one place of the program says often is left out, and counted too.
+//! bytes. Logging never waits for a reader: while standard error or a FIFO is
+//! full, lines are lost, and the next written line reports their number.
+//! Frequent lines of one call site are omitted, and counted too.
 
 mod rate;
 mod stream;
@@ -21,7 +21,7 @@ use self::rate::{CallSite, Limiter};
 use self::stream::Stream;
 use crate::config::{self, ConfigError};
 
-/// Most bytes of a line. Linux writes as many to a pipe at once or not at all
+/// Upper bound on the bytes of a line. Linux writes as many to a pipe at once or not at all
 /// (`PIPE_BUF`), so that lines of several writers do not mix.
 const MAX_LINE: usize = 4096;
 
@@ -34,16 +34,16 @@ struct Logger {
 }
 
 struct State {
-    /// Takes the place of standard error.
+    /// Replaces standard error.
     file: Option<File>,
-    /// `None` when the process has none.
+    /// `None` when the process has no standard error.
     standard_error: Option<Stream>,
     show_level: bool,
     show_origin: bool,
-    /// Only modules whose path starts with this.
+    /// Only modules whose path starts with this text are logged.
     module: String,
     limiter: Limiter,
-    /// Lines that could not be written since one was.
+    /// Lines that could not be written since the last written one.
     lost: u64,
 }
 
@@ -72,10 +72,10 @@ pub fn start() {
     }
 }
 
-/// Changes what `settings` gives and leaves the rest.
+/// Changes the settings that are present in `settings`.
 ///
 /// # Errors
-/// The file cannot be opened; nothing has changed then.
+/// The file cannot be opened; nothing has changed.
 pub fn configure(settings: &config::Logger) -> Result<(), ConfigError> {
     let file = match &settings.log_path {
         Some(path) => {
@@ -134,7 +134,7 @@ impl Log for Logger {
         state.write(now, record.level(), origin, &record.args().to_string());
     }
 
-    /// Says what was left out and has no later line to say so.
+    /// Writes the counts of omitted and lost lines that no later line reports.
     fn flush(&self) {
         let mut state = self.lock();
         let now = self.start.elapsed();
@@ -147,12 +147,12 @@ impl Log for Logger {
 }
 
 impl State {
-    /// Writes a line, behind one that tells of those that were lost.
+    /// Writes a line, after one that reports the lost lines.
     fn write(&mut self, now: Duration, level: Level, origin: &str, text: &str) {
         if self.lost != 0 {
-            let told = format!("{} lines of the log were lost", self.lost);
-            let told = self.line(now, Level::Warn, module_path!(), &told);
-            if self.put(&told).is_ok() {
+            let report = format!("{} lines of the log were lost", self.lost);
+            let report = self.line(now, Level::Warn, module_path!(), &report);
+            if self.put(&report).is_ok() {
                 self.lost = 0;
             }
         }
@@ -170,7 +170,7 @@ impl State {
         }
     }
 
-    /// One line, for one write: two processes may append to one file.
+    /// Formats one line, for one write: two processes may append to one file.
     fn line(&self, now: Duration, level: Level, origin: &str, text: &str) -> String {
         use std::fmt::Write as _;
         let mut line = format!("[{:11.6}] ", now.as_secs_f64());
@@ -181,7 +181,7 @@ impl State {
         if self.show_origin {
             let _ = write!(line, "{origin}: ");
         }
-        // A file name or a guest's string makes no lines and moves no cursor.
+        // A file name or a guest's string adds no line and moves no cursor.
         for character in text.chars() {
             if line.len() + character.len_utf8() >= MAX_LINE {
                 break;
@@ -197,20 +197,20 @@ impl State {
     }
 }
 
-/// Says what was left out of the log and has no later line to say so. Called
-/// when the process ends.
+/// Writes the counts of omitted lines that no later line reports. Called when
+/// the process ends.
 pub fn finish() {
     log::logger().flush();
 }
 
-/// Writes a line to standard error, before the logger is started too, without
-/// waiting for its reader. For what ends the process.
+/// Writes a line to standard error without waiting for its reader, also before
+/// the logger is started. For an error that ends the process.
 pub fn write_last_line(line: &str) {
     let line = format!("{line}\n");
     // A thread that panics inside the logger holds its lock.
     let mut state = LOGGER.get().and_then(|it| it.state.try_lock().ok());
     let open = state.as_mut().and_then(|it| it.standard_error.as_mut());
-    // There is nowhere left to say that it cannot be written.
+    // A failed write has no other place to be reported.
     let _ = match open {
         Some(stream) => stream.write(line.as_bytes()),
         None => stream::standard_error().map_or(Ok(()), |mut it| it.write(line.as_bytes())),
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_one_line_with_what_was_asked_for() {
+    fn a_record_is_one_line_with_the_configured_parts() {
         assert_eq!(
             formatted(true, true, "a\nb"),
             "[   1.500000] warn vmm::x: a b\n"
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn line_is_never_longer_than_a_pipe_takes_at_once() {
+    fn line_is_never_longer_than_an_atomic_write_to_a_pipe() {
         let line = formatted(true, true, &"\u{20ac}".repeat(3000));
         assert!(
             (MAX_LINE - 3..=MAX_LINE).contains(&line.len()),

@@ -1,5 +1,5 @@
-//! Counters of the monitor: plain atomics, counted where things happen and
-//! read when somebody asks.
+//! Counters of the monitor: plain atomics, incremented where the event happens
+//! and read on request.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -13,19 +13,19 @@ use devices::legacy::SerialCounters;
 
 use crate::action::{MachineState, MetricFamily, MetricKind, metrics_json};
 
-/// What the monitor counts.
+/// Counters of the monitor.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Actions that were done.
+    /// Actions that succeeded.
     pub actions_done: AtomicU64,
     /// Actions that were refused or failed.
     pub actions_failed: AtomicU64,
-    /// The serial port.
+    /// Counters of the serial port.
     pub serial: Arc<SerialCounters>,
 }
 
 impl Metrics {
-    /// All metrics, as they are now.
+    /// Returns all metrics with their current values.
     pub fn families(&self, state: MachineState) -> Vec<MetricFamily> {
         let counter = |name, help, value: &AtomicU64| {
             let value = value.load(Ordering::Relaxed);
@@ -72,10 +72,10 @@ impl Metrics {
 pub struct MetricsFile(File);
 
 impl MetricsFile {
-    /// Opens it to append to.
+    /// Opens `path` for appending.
     ///
     /// # Errors
-    /// It cannot be opened or made.
+    /// The file cannot be opened or created.
     pub fn open(path: &Path) -> Result<Self, FileError> {
         host_file::open_output(path).map(Self)
     }
@@ -83,9 +83,10 @@ impl MetricsFile {
     /// Appends a line.
     ///
     /// # Errors
-    /// It cannot be written now: a FIFO nobody reads, or a full file system.
+    /// The line cannot be written now: a FIFO without a reader, or a full file
+    /// system.
     pub fn append(&mut self, families: &[MetricFamily]) -> io::Result<()> {
-        // Before 1970 it is 1970.
+        // A clock before 1970 counts as 1970.
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or(u64::MAX);
         let mut line = metrics_json(families, now);

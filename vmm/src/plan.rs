@@ -1,9 +1,9 @@
-//! What was said becomes what will be done.
+//! Converts a configuration into the machine to build.
 //!
-//! [`VmConfig`] is what the user gave, by command line, file or API;
+//! [`VmConfig`] is the user's configuration, from command line, file or API.
 //! [`MachinePlan`] is the machine that will be built: every default filled in,
-//! every address assigned. [`MachinePlan::resolve`] is the one conversion, and
-//! the one place where it can fail. Printed as JSON by `portcullis check`.
+//! every address assigned. Only [`MachinePlan::resolve`] converts, and can
+//! fail. `portcullis check` prints the plan as JSON.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -20,8 +20,8 @@ use crate::config::{
     VmConfig,
 };
 
-/// Console and behaviour of a guest whose command line was left out: log and
-/// login on the serial port; a kernel panic resets at once instead of hanging.
+/// Default command line: log and login on the serial port; a kernel panic
+/// resets at once instead of hanging.
 #[cfg(target_arch = "x86_64")]
 const DEFAULT_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 panic=-1";
 #[cfg(target_arch = "aarch64")]
@@ -31,24 +31,24 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 const MIN_MAPPINGS: usize = 1 << 16;
 const MAX_MAPPINGS: usize = 1 << 21;
 
-/// A machine as it will be built.
+/// Plan of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MachinePlan {
     /// Virtual processors, all present at boot.
     pub vcpus: u8,
     /// Guest memory, ascending and disjoint.
     pub memory: Vec<MemoryRange>,
-    /// What guest memory is a mapping of.
+    /// Kind of the mapping that is guest memory.
     pub mem_backing: MemBacking,
-    /// The pages of guest memory.
+    /// Page size of guest memory.
     pub huge_pages: HugePages,
-    /// What it boots.
+    /// Kernel, initial ramdisk and command line.
     pub boot: Boot,
-    /// Where the serial console is.
+    /// Output of the serial console.
     pub console: Console,
-    /// The IOMMU before the PCI functions.
+    /// The IOMMU in front of the PCI functions.
     pub iommu: Iommu,
-    /// The functions on the PCI bus; there is no bus without one.
+    /// Functions on the PCI bus; without any there is no bus.
     pub functions: Vec<FunctionPlan>,
 }
 
@@ -57,15 +57,15 @@ pub struct MachinePlan {
 pub struct FunctionPlan {
     /// The device number on bus 0.
     pub slot: u8,
-    /// The name that the user gave it.
+    /// Name in the configuration.
     pub id: String,
     /// Whether it is behind the IOMMU.
     pub iommu: bool,
-    /// What it is.
+    /// Type of the device, with its settings.
     pub device: DevicePlan,
 }
 
-/// What a PCI function is.
+/// Type of a PCI function's device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DevicePlan {
@@ -73,9 +73,9 @@ pub enum DevicePlan {
     VirtioIommu,
     /// A disk.
     Block {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// Never written.
+        /// The guest can only read.
         read_only: bool,
         /// Request queues.
         queues: u16,
@@ -84,7 +84,7 @@ pub enum DevicePlan {
     },
     /// A network interface.
     Net {
-        /// The tap on the host.
+        /// Name of the tap on the host.
         tap: String,
         /// The guest's Ethernet address.
         mac: MacAddress,
@@ -118,7 +118,7 @@ pub struct Boot {
     pub kernel: PathBuf,
     /// File of the initial ramdisk.
     pub initrd: Option<PathBuf>,
-    /// The whole command line the guest sees.
+    /// The whole command line for the guest.
     pub cmdline: String,
 }
 
@@ -130,15 +130,15 @@ pub enum Console {
     Stdio,
     /// A file or FIFO, and no keyboard.
     File {
-        /// Where it is.
+        /// Path of the file.
         path: PathBuf,
-        /// Most bytes it may have.
+        /// Upper bound on the size of the file, in bytes.
         max_bytes: Option<u64>,
     },
 }
 
 impl MachinePlan {
-    /// Decides what to build. Touches neither files nor the host.
+    /// Plans the machine. Touches neither files nor the host.
     ///
     /// # Errors
     /// The first value that cannot be built, by its name in the configuration.
@@ -176,8 +176,8 @@ impl MachinePlan {
 
     /// Upper bound on the mappings of a virtio-iommu: two for each 4 KiB of
     /// RAM, since a driver maps halves of a page separately, and a page for
-    /// several devices. Small machines may have what the queues and buffers of
-    /// all devices need, large ones what costs 174 MiB at most.
+    /// several devices. The least value covers the queues and buffers of all
+    /// devices of a small machine; the greatest costs 174 MiB.
     #[must_use]
     pub fn max_mappings(&self) -> usize {
         let ram = self.memory.iter().map(|range| range.size.0);
@@ -222,7 +222,7 @@ fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
 /// The command line, with `root=` for the drive that is the root device.
 fn cmdline(given: Option<String>, drives: &[Drive]) -> String {
     let mut cmdline = given.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned());
-    // Beyond vdz there is vdaa; a bus has no room for more than those.
+    // A drive after vdz is vdaa; a bus has no slot for one.
     let names = ('a'..='z').map(String::from);
     let names = names.chain(('a'..='z').map(|letter| format!("a{letter}")));
     let root = drives
@@ -241,8 +241,8 @@ fn cmdline(given: Option<String>, drives: &[Drive]) -> String {
     cmdline
 }
 
-/// Gives every function its slot: the IOMMU first, so that its driver can be
-/// there before the others' need it.
+/// Assigns a slot to every function: the IOMMU has the first, so that its
+/// driver can probe before the others need it.
 fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
     let mut devices = Vec::new();
     if config.iommu.model == IommuModel::VirtioIommu {
@@ -262,7 +262,7 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
             tap: interface.host_dev_name.clone(),
             mac: match interface.mac()? {
                 Some(mac) => mac,
-                None => made_mac(&host_id(), &interface.host_dev_name),
+                None => derived_mac(&host_id(), &interface.host_dev_name),
             },
             mtu: interface.mtu,
             pairs: interface.num_queues,
@@ -291,18 +291,18 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
     Ok(functions.collect())
 }
 
-/// Where a host keeps what tells it from others, in order of preference: two
-/// that last, and one that is another after each start of the host.
+/// Files that identify a host, in order of preference: two that are permanent,
+/// and one that changes with each start of the host.
 const HOST_IDS: [&str; 3] = [
     "/etc/machine-id",
     "/var/lib/dbus/machine-id",
     "/proc/sys/kernel/random/boot_id",
 ];
 
-/// Bytes of a host's identifier that are read.
+/// Upper bound on the bytes that are read of a host's identifier.
 const HOST_ID_BYTES: u64 = 128;
 
-/// What tells this host from others (machine-id(5)); empty where nothing does.
+/// Identifier of this host (machine-id(5)); empty without one.
 fn host_id() -> String {
     let ids = HOST_IDS.iter().map(|path| read_line(Path::new(path)));
     ids.flatten()
@@ -312,7 +312,7 @@ fn host_id() -> String {
 
 fn read_line(path: &Path) -> Option<String> {
     let mut text = String::new();
-    // Non-blocking: a FIFO must not hold up the control plane.
+    // Non-blocking: a FIFO must not block the control plane.
     let opened = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
@@ -321,11 +321,11 @@ fn read_line(path: &Path) -> Option<String> {
     read.ok().map(|_| text.trim().to_owned())
 }
 
-/// A locally administered address for the guest's end of a tap: another for
-/// each tap of a host and for each host, and the same whenever the machine
-/// starts.
-fn made_mac(host: &str, tap: &str) -> MacAddress {
-    // FNV-1a, so that the toolchain has no say in it. No text has a byte 0xff.
+/// Derives a locally administered address for the guest's end of a tap: unique
+/// for each tap of a host and for each host, and the same at each start.
+fn derived_mac(host: &str, tap: &str) -> MacAddress {
+    // FNV-1a, so that the address does not depend on the toolchain. No text has
+    // a byte 0xff.
     let bytes = host.bytes().chain([0xff]).chain(tap.bytes());
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_left_out_gets_a_console() {
+    fn an_omitted_command_line_gets_a_console() {
         let plan = MachinePlan::resolve(&config()).unwrap();
         assert!(plan.boot.cmdline.contains("console=ttyS0"));
         assert_eq!(plan.console, Console::Stdio);
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_line_that_was_given_is_taken_as_it_is() {
+    fn a_given_command_line_is_used_unchanged() {
         let mut config = config();
         config.boot_source.as_mut().unwrap().boot_args = Some("quiet".into());
         let plan = MachinePlan::resolve(&config).unwrap();
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_beyond_4_gib_is_all_there() {
+    fn memory_beyond_4_gib_is_complete() {
         let mut config = config();
         config.machine_config.mem_size_mib = 6 << 10;
         let plan = MachinePlan::resolve(&config).unwrap();
@@ -419,8 +419,8 @@ mod tests {
     }
 
     #[test]
-    fn a_made_mac_is_the_hosts_and_the_taps() {
-        let made = |host: &str, tap: &str| made_mac(host, tap).octets();
+    fn a_derived_mac_is_unique_to_the_host_and_the_tap() {
+        let made = |host: &str, tap: &str| derived_mac(host, tap).octets();
         assert_eq!(made("a", "tap0"), made("a", "tap0"));
         assert_ne!(made("a", "tap0"), made("a", "tap1"));
         assert_ne!(made("a", "tap0"), made("b", "tap0"));

@@ -1,9 +1,9 @@
-//! The thread `queries`, which may wait for devices.
+//! The thread `queries`, which may block on devices.
 //!
 //! A vCPU inside a device holds locks of that device and of its IOMMU for as
-//! long as the host's kernel takes. The event loop takes none of them: queries
-//! that read the devices' state, and dropping the machine at its end, are jobs
-//! of this thread.
+//! long as the host's kernel takes. The event loop takes none of them. This
+//! thread performs the queries that read the devices' state, and drops the
+//! machine at its end.
 
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -17,8 +17,8 @@ use crate::config::IommuModel;
 use crate::pci::PciBus;
 use crate::reports::Reporter;
 
-/// The thread. It is never joined: it ends after its last job, when this is
-/// dropped.
+/// Handle of the thread. It is never joined: the thread ends after its last
+/// job, once this is dropped.
 pub struct QueryThread {
     jobs: Sender<Job>,
     results: Receiver<Answered>,
@@ -36,11 +36,11 @@ enum Job {
     },
 }
 
-/// The answer to a query.
+/// Answer to a query.
 pub struct Answered {
-    /// The number it was asked with.
+    /// Number of the query.
     pub number: u64,
-    /// The answer. [`Reply::Metrics`] has the devices' metrics only.
+    /// Result. [`Reply::Metrics`] has the devices' metrics only.
     pub outcome: Outcome,
 }
 
@@ -66,7 +66,7 @@ impl QueryThread {
                     } => {
                         let pci = pci.as_ref().and_then(Weak::upgrade);
                         let outcome = answer(pci.as_deref(), model, &query);
-                        // A loop that has left waits for no answer.
+                        // An event loop that has ended waits for no answer.
                         let _ = sender.send(Answered { number, outcome });
                         reporter.wake();
                     }
@@ -80,8 +80,8 @@ impl QueryThread {
         Ok(Self { jobs, results })
     }
 
-    /// Asks for the answer to `query`, which reads the devices' state. The
-    /// caller bounds how many are asked at a time.
+    /// Queues `query`, which reads the devices' state. The caller bounds the
+    /// number of queued queries.
     pub fn ask(&self, number: u64, query: Query, model: IommuModel) {
         // The thread ends only after this object.
         let _ = self.jobs.send(Job::Query {
@@ -91,19 +91,20 @@ impl QueryThread {
         });
     }
 
-    /// The next answer; never waits.
+    /// Returns the next answer, or `None`. Never blocks.
     pub fn next_answer(&self) -> Option<Answered> {
         self.results.try_recv().ok()
     }
 
-    /// The next answer that comes until `deadline`.
+    /// Returns the next answer that comes before `deadline`.
     pub fn answer_until(&self, deadline: Instant) -> Option<Answered> {
         let left = deadline.saturating_duration_since(Instant::now());
         self.results.recv_timeout(left).ok()
     }
 
-    /// Drops the machine. A message comes when it is dropped, which may be
-    /// never: a vCPU or a device's thread may be inside the host's kernel.
+    /// Drops the machine. The receiver gets a message when it is dropped, which
+    /// may be never: a vCPU or a device's thread may be inside the host's
+    /// kernel.
     pub fn tear_down(self, machine: Machine) -> Receiver<()> {
         let (done, is_done) = mpsc::channel();
         let machine = Box::new(machine);
@@ -112,7 +113,7 @@ impl QueryThread {
     }
 }
 
-/// Whether only devices know the answer to `query`.
+/// Whether the answer to `query` depends on the devices' state.
 #[must_use]
 pub fn concerns_devices(query: &Query) -> bool {
     match query {
@@ -121,8 +122,8 @@ pub fn concerns_devices(query: &Query) -> bool {
     }
 }
 
-/// Answers a query that concerns devices; without a bus there are none. Takes
-/// the devices' locks.
+/// Answers a query about devices; without a bus there are none. Takes the
+/// devices' locks.
 pub fn answer(pci: Option<&PciBus>, model: IommuModel, query: &Query) -> Outcome {
     let info = || match pci {
         Some(pci) => pci.iommu_info(model),

@@ -1,4 +1,4 @@
-//! What other threads tell the event loop.
+//! Reports from other threads to the event loop.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,25 +8,26 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::ending::Ending;
 
-/// Where a thread that sees the machine end says so. Never blocks; of several
-/// reports the first counts.
+/// Reports the machine's end to the event loop, from any thread. Never blocks;
+/// of several reports the first counts.
 #[derive(Debug)]
 pub struct Reporter {
     reports: Sender<Ending>,
     wake: EventFd,
 }
 
-/// Where the event loop hears it. Readable as a file when there may be one.
+/// The event loop's end of the channel. Its descriptor is readable when a
+/// report may be there.
 #[derive(Debug)]
 pub struct Reports {
     reports: Receiver<Ending>,
     wake: EventFd,
 }
 
-/// A way from any thread to the event loop.
+/// Creates the channel from other threads to the event loop.
 ///
 /// # Errors
-/// No more file descriptors.
+/// No file descriptor is left.
 pub fn channel() -> io::Result<(Reporter, Reports)> {
     let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let (sender, receiver) = mpsc::channel();
@@ -42,10 +43,10 @@ pub fn channel() -> io::Result<(Reporter, Reports)> {
 }
 
 impl Reporter {
-    /// Another way to the same event loop.
+    /// Creates another sender to the same event loop.
     ///
     /// # Errors
-    /// No more file descriptors.
+    /// No file descriptor is left.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             reports: self.reports.clone(),
@@ -53,26 +54,26 @@ impl Reporter {
         })
     }
 
-    /// Makes the event loop look at what changed.
+    /// Makes the event loop poll its control events.
     pub fn wake(&self) {
         // A full counter is readable.
         let _ = self.wake.write(1);
     }
 
-    /// Says how the machine ended.
+    /// Reports the machine's ending.
     pub fn ended(&self, ending: Ending) {
-        // A loop that has left has heard of an earlier ending.
+        // An event loop that has ended has received an earlier ending.
         let _ = self.reports.send(ending);
         self.wake();
     }
 }
 
 impl Reports {
-    /// The first report since the last call, if there is one.
+    /// Returns the first report since the last call, if there is one.
     pub fn take(&self) -> Option<Ending> {
         let _ = self.wake.read();
         let first = self.reports.try_recv().ok()?;
-        // A guest may report endings faster than it is ended.
+        // A guest may cause reports faster than the loop ends it.
         while self.reports.try_recv().is_ok() {}
         Some(first)
     }

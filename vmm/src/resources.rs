@@ -1,5 +1,5 @@
-//! What a machine needs of the host: opened, allocated and created in one step,
-//! before anything is connected.
+//! The host's resources for a machine: opened, allocated and created in one
+//! step, before they are connected.
 
 mod boot;
 mod function;
@@ -21,19 +21,19 @@ use crate::console::Output;
 use crate::kvm::{self, Vcpu, Vm};
 use crate::plan::{Console, MachinePlan};
 
-/// The resources of one machine. Dropping them releases all.
+/// The resources of one machine, released when dropped.
 pub struct HostResources {
     pub(crate) boot: BootFiles,
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) vm: Arc<Vm>,
-    /// Of the VM, not yet set up.
+    /// vCPUs that are not set up yet.
     pub(crate) vcpus: Vec<Vcpu>,
-    /// As [`Vcpu::caches`] returns them.
+    /// Caches of the vCPUs, from [`Vcpu::caches`].
     pub(crate) caches: Vec<Cache>,
     /// Random bytes for the guest, which may have no other source of entropy.
     pub(crate) seed: [u8; 32],
     pub(crate) output: Arc<Output>,
-    /// In the order of [`MachinePlan::functions`].
+    /// The devices of [`MachinePlan::functions`], in their order.
     pub(crate) functions: Vec<AcquiredFunction>,
 }
 
@@ -79,8 +79,8 @@ fn allocate_ram(plan: &MachinePlan) -> Result<GuestRam, kvm::Error> {
     kvm::allocate(&plan.ram_ranges(), plan.mem_backing, huge)
 }
 
-/// Opens the console's output. Returns the number of bytes that it has room
-/// for, if it is limited.
+/// Opens the console's output. Returns the number of bytes that it may still
+/// receive, if that is limited.
 fn open_output(console: &Console) -> Result<(File, Option<u64>), BuildError> {
     match console {
         Console::Stdio => {

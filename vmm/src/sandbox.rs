@@ -2,12 +2,12 @@
 
 use std::io;
 
-/// Takes from the process what assembling and running a machine does not need.
-/// It takes nothing yet.
+/// Drops privileges that assembling and running a machine does not need. It
+/// drops none yet.
 ///
-/// After it the machine opens nothing by path: every file, device, tap, vhost
-/// file and image is in [`HostResources`](crate::resources::HostResources).
-/// The vCPU threads, `msi` and `queries` start later.
+/// Afterwards the machine opens nothing by path: every file, device, tap, vhost
+/// file and image is in [`HostResources`](crate::resources::HostResources). The
+/// vCPU threads, `msi` and `queries` start later.
 ///
 /// # Errors
 /// The host refuses the restriction.

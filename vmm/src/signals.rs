@@ -1,4 +1,4 @@
-//! Signals from the host, as events of the loop.
+//! Signals of the host, as events of the loop.
 #![allow(unsafe_code)] // Asks the kernel for the disposition of a signal.
 
 use std::io;
@@ -17,18 +17,17 @@ use vmm_sys_util::signal::{block_signal, register_signal_handler};
 
 use crate::console::terminal;
 
-/// Signalled by the handler. Never closed: a signal may come at any time.
+/// Written by the signal handler. Never closed: a signal may arrive at any time.
 static WAKE: OnceLock<EventFd> = OnceLock::new();
-/// Signals that arrived since [`Signals::take`], one bit a number.
+/// Signals that arrived since [`Signals::take`], one bit for each number.
 static PENDING: AtomicU64 = AtomicU64::new(0);
-/// When the first terminating signal arrived, in milliseconds since 1970; 0
-/// before it.
+/// Arrival of the first terminating signal, in milliseconds since 1970; 0 without one.
 static TERMINATING: AtomicU64 = AtomicU64::new(0);
-/// Signals this close to the first are the same request: `timeout` and shells
-/// send one to the process and one to its group.
+/// Signals within this time of the first are the same request: `timeout` and shells send one to the
+/// process and one to its group.
 const SAME_REQUEST_MS: u64 = 1_000;
 
-/// What the host asks of the process.
+/// Request of the host to the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
     /// End (SIGTERM, SIGINT, SIGQUIT, SIGHUP).
@@ -46,9 +45,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Installs the handlers. The first terminating signal is an event; should
-    /// the event loop not get to it, one a second later ends the process at
-    /// once.
+    /// Installs the handlers. The first terminating signal is an event. If the event loop does not
+    /// handle it, another one a second later ends the process at once.
     ///
     /// A signal that is ignored stays so: `nohup` and a shell without job control
     /// start a process that way.
@@ -58,7 +56,7 @@ impl Signals {
     /// it, instead of being stopped.
     ///
     /// # Errors
-    /// No event fd, or a handler cannot be installed.
+    /// No eventfd is available, or a handler cannot be installed.
     pub fn install() -> io::Result<Self> {
         let wake = match WAKE.get() {
             Some(wake) => wake,
@@ -68,7 +66,7 @@ impl Signals {
             }
         };
         for number in [SIGTTIN, SIGTTOU] {
-            // The only failure is that it was blocked already.
+            // Its only error is that the signal is blocked already.
             let _ = block_signal(number);
         }
         for number in [SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGTSTP, SIGCONT] {
@@ -81,9 +79,9 @@ impl Signals {
         Ok(Self { wake })
     }
 
-    /// The signals since the last call, in the order they are to be handled.
+    /// Returns the signals since the last call, in the order to handle them.
     pub fn take(&self) -> impl Iterator<Item = Signal> + use<> {
-        // Empty when a spurious wake-up: nothing is pending then either.
+        // Empty after a spurious wake-up: then no signal is pending.
         let _ = self.wake.read();
         let pending = PENDING.swap(0, Ordering::SeqCst);
         let any = move |numbers: &[c_int]| numbers.iter().any(|&n| pending & bit(n) != 0);
@@ -97,12 +95,11 @@ impl Signals {
     }
 }
 
-/// Turns a write beyond the process's file size limit (`ulimit -f`) into an
-/// error, EFBIG, in this thread and those it starts: SIGXFSZ would end the
-/// process, and a guest can write to a disk as far as that. To be called before
-/// anything else.
+/// Turns a write beyond the process's file size limit (`ulimit -f`) into the error EFBIG, in this
+/// thread and those it starts. SIGXFSZ would end the process, and a guest can write to a disk up to
+/// that limit. Call it first.
 pub fn survive_file_size_limit() {
-    // The only failure is that it was blocked already.
+    // Its only error is that the signal is blocked already.
     let _ = block_signal(SIGXFSZ);
 }
 
@@ -112,7 +109,7 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Whether the process ignores a signal. Inherited over `execve`.
+/// Whether the process ignores a signal, a disposition that execve(2) inherits.
 fn is_ignored(number: c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: a null pointer changes nothing, and the other is valid for writes
@@ -126,7 +123,7 @@ fn bit(number: c_int) -> u64 {
     1 << (number & 63)
 }
 
-/// Runs on any thread, at any time: only async-signal-safe calls.
+/// The signal handler: it runs on any thread, and calls async-signal-safe functions only.
 extern "C" fn handle(number: c_int, _: *mut siginfo_t, _: *mut c_void) {
     if !matches!(number, SIGTSTP | SIGCONT) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -144,7 +141,7 @@ extern "C" fn handle(number: c_int, _: *mut siginfo_t, _: *mut c_void) {
     }
 }
 
-/// Held by a test while it takes the process's signals.
+/// Locks the process's signals for one test.
 #[cfg(test)]
 pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -161,7 +158,7 @@ mod tests {
     fn a_signal_becomes_an_event_once() {
         let _alone = alone();
         let signals = Signals::install().unwrap();
-        // As the kernel would call it; the arguments are not looked at.
+        // As the kernel calls it; the arguments are not read.
         handle(SIGCONT, std::ptr::null_mut(), std::ptr::null_mut());
         assert_eq!(signals.take().collect::<Vec<_>>(), [Signal::Continue]);
         assert_eq!(signals.take().count(), 0);

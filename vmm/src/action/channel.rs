@@ -1,4 +1,4 @@
-//! The way from whoever asks to the controller and back.
+//! The queue of actions for the controller, with a callback for each outcome.
 
 use super::error::ActionError;
 use super::reply::Outcome;
@@ -10,28 +10,28 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Most calls that can wait for the controller at a time.
+/// Upper bound on calls that wait for the controller.
 const MAX_WAITING: usize = 64;
 
-/// Why a call could not be handed to the controller.
+/// Error of [`Client::send`]: the action was not queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
-    /// Too many calls wait already.
+    /// The queue is full.
     #[error("too many requests wait for the machine; try again")]
     Full,
-    /// The controller is gone.
+    /// The [`Inbox`] was dropped.
     #[error("the machine has ended")]
     Gone,
 }
 
-/// An action on its way, with the way back for its outcome.
+/// An action and the callback for its outcome.
 pub struct Call {
-    /// What is asked.
+    /// The action to perform.
     pub action: Action,
     answer: Answer,
 }
 
-/// Sends an outcome once; if it is dropped before, [`ActionError::Unanswered`].
+/// Sends an outcome once. Dropped without one, it sends [`ActionError::Unanswered`].
 struct Answer(Option<Box<dyn FnOnce(Outcome) + Send>>);
 
 impl Answer {
@@ -49,19 +49,19 @@ impl Drop for Answer {
 }
 
 impl Call {
-    /// Takes the call apart, so that the action can be consumed before it is answered.
+    /// Splits the call, so that the action can be consumed before the outcome is sent.
     pub fn split(self) -> (Action, impl FnOnce(Outcome) + Send) {
         let Self { action, mut answer } = self;
         (action, move |outcome| answer.send(outcome))
     }
 
-    /// Answers without taking the action apart.
+    /// Sends the outcome and drops the action.
     pub fn answer(mut self, outcome: Outcome) {
         self.answer.send(outcome);
     }
 }
 
-/// Where calls are made. Cheap to clone, one for each thread that asks.
+/// Queues actions for the controller. Cheap to clone: one for each thread.
 #[derive(Clone)]
 pub struct Client {
     calls: SyncSender<Call>,
@@ -69,8 +69,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Hands `action` to the controller and returns at once. `deliver` is called exactly once,
-    /// on the controller's thread, unless this returns an error; it must not block.
+    /// Queues `action` and returns at once. `deliver` is called exactly once, on the controller's
+    /// thread, unless this returns an error; it must not block.
     pub fn send(
         &self,
         action: Action,
@@ -93,7 +93,7 @@ impl Client {
         Err(error)
     }
 
-    /// Asks and waits for the outcome. Never call it on the controller's own thread.
+    /// Sends `action` and waits for its outcome. On the controller's own thread it deadlocks.
     pub fn call(&self, action: Action) -> Outcome {
         let (deliver, outcome) = mpsc::sync_channel(1);
         self.send(action, move |outcome| {
@@ -104,26 +104,26 @@ impl Client {
     }
 }
 
-/// Where the controller takes calls from.
+/// The controller's end of the queue.
 pub struct Inbox {
     calls: Receiver<Call>,
     wake: Arc<EventFd>,
 }
 
 impl Inbox {
-    /// Forgets earlier wake-ups. Call it when [`AsRawFd`]'s descriptor is readable and before
-    /// taking calls with [`Inbox::next_call`], so that none made meanwhile is overlooked.
+    /// Clears the wake-up event. Call it when [`AsRawFd`]'s descriptor is readable and before
+    /// [`Inbox::next_call`]: a later call then signals the event again.
     pub fn acknowledge(&self) {
         // It fails only when there was none.
         let _ = self.wake.read();
     }
 
-    /// The next waiting call; `None` when there is none. Never waits.
+    /// Returns the next queued call, or `None`. Never blocks.
     pub fn next_call(&self) -> Option<Call> {
         self.calls.try_recv().ok()
     }
 
-    /// The next call; waits for it, and returns `None` when every [`Client`] is gone.
+    /// Blocks until a call is queued; `None` when every [`Client`] is dropped.
     pub fn wait(&self) -> Option<Call> {
         self.calls.recv().ok()
     }
@@ -136,7 +136,7 @@ impl AsRawFd for Inbox {
     }
 }
 
-/// Makes a way to a controller.
+/// Creates the queue of a controller.
 ///
 /// # Errors
 /// The host has no file descriptor left.

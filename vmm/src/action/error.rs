@@ -1,29 +1,29 @@
-//! Why an action is refused or fails.
+//! Errors of actions.
 
 use super::state::MachineState;
 use crate::config::ConfigError;
 
-/// Why an [`Action`](super::Action) was not done. The text is one line, for the user.
+/// Error of an [`Action`](super::Action): one line, for the user.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ActionError {
-    /// A value cannot be accepted.
+    /// A value of the configuration is refused.
     #[error(transparent)]
     Invalid(#[from] ConfigError),
-    /// The machine is in a state where this cannot be done.
+    /// The machine's state does not permit the action.
     #[error("{action} is not possible: the machine is {state}")]
     WrongState {
-        /// What was asked, as a noun.
+        /// The action, as a noun.
         action: &'static str,
-        /// The state the machine is in.
+        /// The machine's state.
         state: MachineState,
     },
-    /// There is no such thing.
+    /// No device or file of this name is configured.
     #[error("{0}")]
     NotFound(String),
-    /// It was tried and failed.
+    /// The action failed for this reason.
     #[error("{0}")]
     Failed(String),
-    /// The controller went away without an answer, as it does when the machine ends.
+    /// The controller ended without an answer, as it does when the machine ends.
     #[error("the machine ended before it answered")]
     Unanswered,
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-/// What a metric does over time.
+/// Prometheus type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricKind {
     /// It only rises; its name ends in `_total`.
@@ -23,18 +23,18 @@ pub struct Sample {
 /// A metric and all its samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MetricFamily {
-    /// Its name as Prometheus would have it: `portcullis_iotlb_misses_total`.
+    /// Name in Prometheus' form: `portcullis_iotlb_misses_total`.
     pub name: &'static str,
-    /// One sentence on what it counts, on one line.
+    /// One sentence for the `# HELP` line.
     pub help: &'static str,
-    /// What it does over time.
+    /// Counter or gauge.
     pub kind: MetricKind,
-    /// Its values.
+    /// One sample for each combination of label values.
     pub samples: Vec<Sample>,
 }
 
 impl MetricFamily {
-    /// A metric with these values.
+    /// Creates a metric with these samples.
     #[must_use]
     pub fn new(
         name: &'static str,
@@ -50,7 +50,7 @@ impl MetricFamily {
         }
     }
 
-    /// A metric with a single value and no labels.
+    /// Creates a metric with one sample and no labels.
     #[must_use]
     pub fn single(name: &'static str, help: &'static str, kind: MetricKind, value: u64) -> Self {
         let labels = Vec::new();
@@ -87,7 +87,7 @@ fn insert<'a>(
         let entry = object
             .entry(key)
             .or_insert_with(|| Value::Object(Map::new()));
-        // A family that mixes labelled and unlabelled samples: the first one stands.
+        // A family that mixes labelled and unlabelled samples keeps the first one.
         let Value::Object(inner) = entry else { return };
         object = inner;
         key = next;

@@ -1,4 +1,4 @@
-//! Answers to actions.
+//! Replies to actions.
 
 use super::error::ActionError;
 use super::metrics::MetricFamily;
@@ -7,23 +7,23 @@ use super::state::MachineState;
 use crate::config::VmConfig;
 use serde::{Deserialize, Serialize};
 
-/// What a machine says of itself (`GET /`).
+/// Identity and state of a machine (`GET /`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceInfo {
     /// The monitor's name.
     pub app_name: String,
     /// The machine's name.
     pub id: String,
-    /// Where it is in its life.
+    /// State of the machine.
     pub state: MachineState,
     /// The monitor's version.
     pub vmm_version: String,
 }
 
-/// What an [`Action`](super::Action) is answered with when it succeeds.
+/// Reply to an [`Action`](super::Action) that succeeded.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// Nothing to say but that it is done.
+    /// The action is done and returns no data.
     Done,
     /// To [`Query::InstanceInfo`](super::Query::InstanceInfo).
     InstanceInfo(InstanceInfo),
@@ -41,5 +41,5 @@ pub enum Reply {
     Mappings(MappingsPage),
 }
 
-/// How an action ended.
+/// Result of an action.
 pub type Outcome = Result<Reply, ActionError>;

@@ -1,4 +1,4 @@
-//! What the IOMMU says of itself and its endpoints.
+//! Reports of the IOMMU and its endpoints.
 
 use super::error::ActionError;
 use crate::config::IommuModel;
@@ -26,7 +26,7 @@ impl FromStr for Hex {
             Some(digits) => (digits, 16),
             None => (text, 10),
         };
-        // from_str_radix would take a sign.
+        // from_str_radix accepts a sign.
         let number = match digits.bytes().next() {
             Some(b'+' | b'-') | None => None,
             Some(_) => u64::from_str_radix(digits, radix).ok(),
@@ -53,11 +53,11 @@ impl<'de> Deserialize<'de> for Hex {
 /// The IOMMU as a whole (`GET /iommu`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IommuInfo {
-    /// Which one it is.
+    /// Model of the IOMMU.
     pub model: IommuModel,
     /// Whether the guest has switched it on: `CR0.SMMUEN`, or `DRIVER_OK` of virtio-iommu.
     pub enabled: bool,
-    /// What it offers and what of it the guest uses.
+    /// Offered features, and which of them the guest uses.
     pub features: Vec<Feature>,
     /// The devices, in the order of their stream identifiers. Those that are not behind the
     /// IOMMU are listed too.
@@ -73,7 +73,7 @@ pub struct Feature {
     pub negotiated: Option<bool>,
 }
 
-/// What kind of device an endpoint is.
+/// Type of the device of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
@@ -98,18 +98,18 @@ impl fmt::Display for DeviceKind {
     }
 }
 
-/// What happens to an endpoint's accesses now.
+/// Current translation state of an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EndpointState {
-    /// It is not behind the IOMMU.
+    /// The endpoint is not behind the IOMMU.
     Direct,
-    /// They pass untranslated.
+    /// Accesses pass untranslated.
     #[default]
     Bypass,
-    /// They are translated.
+    /// Accesses are translated.
     Translated,
-    /// They all fault.
+    /// Every access faults.
     Blocked,
 }
 
@@ -133,7 +133,7 @@ pub struct Ats {
     pub enabled: bool,
 }
 
-/// The kind of invalidations an endpoint's back end is registered for.
+/// Invalidations that an endpoint's back end is registered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RegistrationKind {
@@ -141,7 +141,7 @@ pub enum RegistrationKind {
     DevIotlb,
     /// Every unmap or TLB invalidation that concerns the stream.
     Unmap,
-    /// Those, and every new mapping.
+    /// Unmaps as for `Unmap`, and every new mapping.
     MapUnmap,
 }
 
@@ -155,20 +155,20 @@ impl fmt::Display for RegistrationKind {
     }
 }
 
-/// What an endpoint's back end got from the notifier chain, and why.
+/// Registration of an endpoint's back end with the notifier chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
-    /// What it got.
+    /// Invalidations that the back end receives.
     pub kind: RegistrationKind,
-    /// Why it got that: `"virtio-iommu has no device IOTLB"`.
+    /// Reason for the kind: `"virtio-iommu has no device IOTLB"`.
     pub reason: String,
 }
 
-/// Counters of one endpoint, all from its creation on and wrapping never in practice.
+/// Counters of one endpoint since its creation: 64 bits, which do not wrap in practice.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EndpointCounters {
-    /// Translations asked of the IOMMU.
+    /// Translations requested of the IOMMU.
     pub translations: u64,
     /// Of those, answered from a cache.
     pub hits: u64,
@@ -180,17 +180,17 @@ pub struct EndpointCounters {
     pub prefills: u64,
     /// Invalidations sent to the back end.
     pub invalidations_sent: u64,
-    /// Invalidations not sent, because the back end held nothing of their range.
+    /// Invalidations not sent, because the back end had no entry in their range.
     pub invalidations_saved: u64,
     /// Faults by the specification's name of their type.
     pub faults: BTreeMap<String, u64>,
-    /// Queues that stand still now, waiting for a mapping that does not exist. Not a count
-    /// from the beginning.
+    /// Queues that are stalled now, waiting for a mapping that does not exist. A gauge, not a
+    /// counter.
     pub stalled_queues: u32,
 }
 
 impl EndpointCounters {
-    /// Faults of all types.
+    /// Sum of the faults of all types.
     #[must_use]
     pub fn all_faults(&self) -> u64 {
         self.faults
@@ -199,19 +199,19 @@ impl EndpointCounters {
     }
 }
 
-/// One device as the IOMMU sees it (`GET /iommu/endpoints/{id}`).
+/// One device and its translation (`GET /iommu/endpoints/{id}`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointInfo {
     /// The device's name in the configuration: a `drive_id`, an `iface_id`, `vsock` or
     /// `entropy`.
     pub id: String,
-    /// What kind of device it is.
+    /// Type of the device.
     pub device: DeviceKind,
     /// Its PCI address in the guest: `00:03.0`.
     pub pci_address: String,
     /// Its stream identifier (SMMUv3), or endpoint identifier (virtio-iommu).
     pub stream_id: u32,
-    /// What happens to its accesses now.
+    /// Current translation state of its accesses.
     pub state: EndpointState,
     /// The virtio-iommu domain it is attached to.
     pub domain: Option<u32>,
@@ -221,16 +221,16 @@ pub struct EndpointInfo {
     pub vmid: Option<u16>,
     /// Its ATS capability; `null` if the IOMMU offers none.
     pub ats: Option<Ats>,
-    /// How its back end registered; `null` for a device without one.
+    /// Registration of its back end; `null` for a device without one.
     pub registration: Option<Registration>,
-    /// What has happened to it.
+    /// Counters since its creation.
     pub counters: EndpointCounters,
 }
 
 impl IommuInfo {
-    /// The endpoint a user means by `name`: its `id`, its PCI address, or its stream identifier
-    /// as `0x` and hexadecimal digits, tried in that order. A drive and a network interface may
-    /// have the same `id`; then only the other two names tell them apart.
+    /// Finds an endpoint by its `id`, its PCI address, or its stream identifier as `0x` and
+    /// hexadecimal digits, tried in that order. A drive and a network interface may have the same
+    /// `id`; then only the other two names are unique.
     pub fn find(&self, name: &str) -> Result<&EndpointInfo, ActionError> {
         let endpoints = || self.endpoints.iter();
         let mut named = endpoints().filter(|endpoint| endpoint.id == name);
@@ -263,7 +263,7 @@ impl IommuInfo {
     }
 }
 
-/// What a mapping permits.
+/// Accesses that a mapping permits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Permissions {
     /// The device may read.
@@ -281,7 +281,7 @@ pub struct Mapping {
     pub end: Hex,
     /// Guest physical address that `start` maps to.
     pub target: Hex,
-    /// What the device may do there.
+    /// Accesses that the device may make.
     pub permissions: Permissions,
     /// The range is for MSIs and not for memory (virtio-iommu `MAP_F_MMIO`).
     #[serde(default)]
@@ -294,7 +294,6 @@ pub struct Mapping {
 pub struct MappingsPage {
     /// The mappings. Adjacent ones may be shown as one.
     pub mappings: Vec<Mapping>,
-    /// If there may be more: the `after` that continues with the next page. A
-    /// page can be empty and have one.
+    /// `after` of the next page; `None` on the last page. A page can be empty and have a next one.
     pub next: Option<Hex>,
 }

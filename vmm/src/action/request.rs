@@ -7,17 +7,17 @@ use crate::config::{
     Metrics, NetworkInterface, Serial, VmConfig, Vsock,
 };
 
-/// Most mappings one [`MappingsPage`] can hold.
+/// Upper bound on the mappings of one [`MappingsPage`].
 pub const MAX_MAPPINGS_PAGE: u32 = 1000;
 
 /// A request to the controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Changes what the machine will be. Possible before it starts, but for log and metrics.
+    /// Changes the configuration. Only before the start, except for log and metrics.
     Configure(Box<Configure>),
-    /// Starts, holds, releases or ends the machine.
+    /// Starts, pauses, resumes or ends the machine.
     Lifecycle(Lifecycle),
-    /// Asks, and changes nothing. Possible in every state.
+    /// Reads state and changes nothing. Possible in every state.
     Query(Query),
 }
 
@@ -28,7 +28,7 @@ pub enum Configure {
     MachineConfig(MachineConfig),
     /// Changes some fields of processors and memory.
     MachineConfigUpdate(MachineConfigUpdate),
-    /// Sets what to boot.
+    /// Sets kernel, initial ramdisk and command line.
     BootSource(BootSource),
     /// Sets the IOMMU.
     Iommu(Iommu),
@@ -40,22 +40,22 @@ pub enum Configure {
     Vsock(Vsock),
     /// Sets the entropy device.
     Entropy(Entropy),
-    /// Sets where the console goes.
+    /// Sets the output of the serial console.
     Serial(Serial),
     /// Sets the log. Possible in every state; takes effect at once.
     Logger(Logger),
-    /// Sets where metrics are written. Possible in every state; takes effect at once.
+    /// Sets the metrics file. Possible in every state; takes effect at once.
     Metrics(Metrics),
 }
 
-/// A step in the life of a machine.
+/// A change of the machine's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lifecycle {
     /// Builds the machine and runs it.
     Start,
-    /// Holds the processors. Without effect on a paused machine.
+    /// Pauses the vCPUs. Without effect on a paused machine.
     Pause,
-    /// Releases the processors. Without effect on a running machine.
+    /// Resumes the vCPUs. Without effect on a running machine.
     Resume,
     /// Ends the machine and the monitor, in any state; the exit status is 0.
     Stop,
@@ -65,7 +65,7 @@ pub enum Lifecycle {
     FlushMetrics,
 }
 
-/// A question.
+/// A request that reads state; each variant names its reply.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Query {
     /// [`Reply::InstanceInfo`](super::Reply::InstanceInfo).
@@ -86,18 +86,18 @@ pub enum Query {
         endpoint: String,
         /// Only mappings that start above this IOVA; from the lowest if left out.
         after: Option<u64>,
-        /// Most mappings to return, 1 to [`MAX_MAPPINGS_PAGE`].
+        /// Upper bound on the mappings of the page, 1 to [`MAX_MAPPINGS_PAGE`], inclusive.
         limit: u32,
     },
 }
 
 impl Action {
-    /// A configuration action.
+    /// Creates a configuration action.
     pub fn configure(change: Configure) -> Self {
         Self::Configure(Box::new(change))
     }
 
-    /// What is asked, as a noun for logs and errors.
+    /// Name of the action, as a noun for logs and errors.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -112,7 +112,7 @@ impl Action {
         }
     }
 
-    /// Refuses what cannot be done in `state`. The controller calls it before all else.
+    /// Refuses an action that `state` does not permit. The controller calls it first.
     pub fn check_state(&self, state: MachineState) -> Result<(), ActionError> {
         let possible = match self {
             Self::Configure(change) => match **change {
@@ -138,7 +138,7 @@ impl Action {
 }
 
 impl Configure {
-    /// What is changed, as a noun for logs and errors.
+    /// Name of the changed section, as a noun for logs and errors.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -155,8 +155,8 @@ impl Configure {
         }
     }
 
-    /// Makes the change in `config`, or leaves `config` untouched and says why. The whole
-    /// machine is validated with the change in it.
+    /// Applies the change to `config` and validates the whole machine. On an error `config` is
+    /// unchanged.
     pub fn apply_to(self, config: &mut VmConfig) -> Result<(), ConfigError> {
         let mut changed = config.clone();
         match self {

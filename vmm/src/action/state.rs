@@ -1,18 +1,18 @@
-//! The states of a machine.
+//! State of a machine.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Where a machine is in its life. The names are Firecracker's.
+/// State of a machine. The names are Firecracker's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MachineState {
-    /// It is being configured.
+    /// Configured, but not started.
     #[default]
     #[serde(rename = "Not started")]
     NotStarted,
-    /// Its processors run.
+    /// The vCPUs run.
     Running,
-    /// Its processors are held; its devices answer no guest.
+    /// The vCPUs are paused, so that no device receives an access.
     Paused,
 }
 

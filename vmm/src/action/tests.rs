@@ -22,7 +22,7 @@ fn a_device_with_a_known_identifier_is_replaced_in_place() {
 }
 
 #[test]
-fn a_refused_change_leaves_the_configuration_as_it_was() {
+fn a_refused_change_leaves_the_configuration_unchanged() {
     let mut config = VmConfig::default();
     apply(
         &mut config,
@@ -54,7 +54,7 @@ fn an_update_changes_only_the_fields_it_gives() {
 }
 
 #[test]
-fn each_state_permits_what_makes_sense_in_it() {
+fn each_state_permits_its_actions() {
     use MachineState::{NotStarted, Paused, Running};
     let boot = Action::configure(Configure::BootSource(BootSource::default()));
     let logger = Action::configure(Configure::Logger(Logger::default()));
@@ -107,7 +107,7 @@ fn calls_arrive_in_order_and_each_is_answered() {
 }
 
 #[test]
-fn a_call_dropped_by_the_controller_is_answered_as_unanswered() {
+fn a_call_that_the_controller_drops_is_answered_as_unanswered() {
     let (client, inbox) = channel().unwrap();
     let (outcomes, outcome) = mpsc::channel();
     let action = Action::Query(Query::Version);

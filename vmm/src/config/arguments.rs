@@ -1,4 +1,4 @@
-//! The command line's spelling of the same types: `--disk path=FILE,readonly=on` and the like.
+//! Command-line form of the configuration types: `--disk path=FILE,readonly=on`.
 
 use super::check::{check_id, check_path};
 use super::devices::{MAX_SERIAL_MIB, check_tap};
@@ -12,7 +12,7 @@ use super::{
 use ::devices::error::Chain;
 use std::str::FromStr;
 
-/// Why an argument cannot be read: one line that names the key and the fix.
+/// Error of an argument: one line that names the key and the fix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ArgumentError(String);
@@ -23,12 +23,12 @@ impl From<ConfigError> for ArgumentError {
     }
 }
 
-/// A type that an argument of `key=value` pairs describes.
+/// A type with an argument of `key=value` pairs.
 pub trait Argument: Sized + 'static {
-    /// Its keys; the first one is what a value without `=` is taken to mean.
+    /// Keys of the argument; a value without `=` belongs to the first one.
     const KEYS: &'static [Key<Self>];
 
-    /// The keys as lines of a help text.
+    /// Help text, one line for each key.
     #[must_use]
     fn help() -> String {
         keys::help(Self::KEYS)
@@ -37,10 +37,10 @@ pub trait Argument: Sized + 'static {
 
 const IOMMU_SWITCH: &str = "behind the machine's IOMMU";
 
-/// Numbers of queues: [`MAX_QUEUES`].
+/// Upper bound on queues: [`MAX_QUEUES`].
 const QUEUES: u32 = MAX_QUEUES as u32;
 
-/// The tables bound every number to what its field holds.
+/// Converts a number that the range of its key keeps within 16 bits.
 fn narrow(number: u32) -> u16 {
     u16::try_from(number).unwrap_or(u16::MAX)
 }
@@ -334,12 +334,12 @@ impl FromStr for Iommu {
     }
 }
 
-/// A number of virtual processors, 1 to 32.
+/// A number of vCPUs, 1 to 32, inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuCount(u8);
 
 impl CpuCount {
-    /// The number.
+    /// Number of vCPUs, 1 to 32.
     #[must_use]
     pub fn get(self) -> u8 {
         self.0
@@ -358,15 +358,15 @@ impl FromStr for CpuCount {
     }
 }
 
-/// An amount of guest memory: `512M`, `2G`, or a plain number of MiB. A whole number of MiB
-/// within what the memory layout takes.
+/// A size of guest memory: `512M`, `2G`, or a plain number of MiB. A whole number of MiB within the
+/// limits of the memory layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySize {
     mib: u64,
 }
 
 impl MemorySize {
-    /// The amount in MiB.
+    /// Size in MiB.
     #[must_use]
     pub fn mib(self) -> u64 {
         self.mib
@@ -383,7 +383,7 @@ impl FromStr for MemorySize {
             .find(|character: char| !character.is_ascii_digit())
             .unwrap_or(text.len());
         let (number, unit) = text.split_at(unit_at);
-        // Powers of 1024 in every spelling, as memory has them.
+        // Every unit is a power of 1024, in each spelling.
         let mib_per_unit: u64 = match unit.to_ascii_lowercase().as_str() {
             "" | "m" | "mb" | "mib" => 1,
             "g" | "gb" | "gib" => 1 << 10,
@@ -393,7 +393,7 @@ impl FromStr for MemorySize {
         if number.is_empty() {
             return Err(form());
         }
-        // More digits than 64 bits hold are too much memory, too.
+        // A number beyond 64 bits is above the upper bound too.
         let mib = number.parse().unwrap_or(u64::MAX);
         let mib = mib.saturating_mul(mib_per_unit);
         if !MEMORY_MIB.contains(&mib) {

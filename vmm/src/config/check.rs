@@ -2,10 +2,10 @@
 
 use super::error::{ConfigError, require};
 
-/// Most queues (or queue pairs, for a network interface) a device can be given.
+/// Upper bound on the queues of a device (queue pairs of a network interface).
 pub const MAX_QUEUES: u16 = 16;
 
-/// Longest identifier of a device, in bytes.
+/// Upper bound on the length of an identifier, in bytes.
 const MAX_ID_LEN: usize = 64;
 
 /// Checks an identifier: letters, digits, `_`, `-` and `.`, at most 64 of them.
@@ -19,7 +19,7 @@ pub(super) fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
     )
 }
 
-/// Names an element of a list by its identifier, or by its index if it has no proper one.
+/// Names an element of a list by its identifier, or by its index if that is not valid.
 pub(super) fn element(list: &str, index: usize, id: &str) -> String {
     match check_id("", id) {
         Ok(()) => format!("{list}[{id}]"),
@@ -37,7 +37,7 @@ pub(super) fn check_path(field: &str, path: &str) -> Result<(), ConfigError> {
     )
 }
 
-/// Checks a number of queues.
+/// Checks a number of queues: 1 to [`MAX_QUEUES`], inclusive.
 pub(super) fn check_queues(num_queues: u16) -> Result<(), ConfigError> {
     require(
         (1..=MAX_QUEUES).contains(&num_queues),

@@ -1,4 +1,4 @@
-//! The devices a machine can have.
+//! Configuration of the devices.
 
 use super::check::{check_id, check_path, check_queues, default_one, default_true};
 use super::error::{ConfigError, require};
@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
 
-/// Longest name of a host network device: `IFNAMSIZ` less the NUL.
+/// Upper bound on the name of a host network device, in bytes: `IFNAMSIZ` less the NUL.
 const MAX_IFNAME: usize = 15;
 
-/// Most MiB that can be given as a limit of the console's file: 1 TiB.
+/// Upper bound on the size limit of the console's file, in MiB: 1 TiB.
 pub(super) const MAX_SERIAL_MIB: u32 = 1 << 20;
 
-/// The MTU range of virtio 1.2 §5.1.4.1: the least an IPv4 host must take, to what 16 bits hold.
+/// MTUs in bytes, inclusive (virtio 1.2 §5.1.4.1): 68, which IPv4 requires of a host, to the
+/// highest 16-bit number.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65535;
 
 /// Whether the guest can flush a drive's writes.
@@ -33,7 +34,7 @@ pub enum IoEngine {
     /// `preadv` and `pwritev`.
     #[default]
     Sync,
-    /// Another word, which [`Drive::validate`] refuses: `Async` (io_uring), say.
+    /// Any other word, such as `Async` (io_uring): [`Drive::validate`] refuses it.
     #[serde(other)]
     Unsupported,
 }
@@ -44,18 +45,18 @@ pub enum IoEngine {
 pub struct Drive {
     /// Its name, unique among the drives.
     pub drive_id: String,
-    /// The image.
+    /// Path of the image.
     pub path_on_host: String,
     /// Adds `root=` to the kernel command line. At most one drive can be the root device.
     #[serde(default)]
     pub is_root_device: bool,
-    /// Offered to the guest as read-only and opened so.
+    /// Read-only for the guest, and opened read-only.
     #[serde(default)]
     pub is_read_only: bool,
-    /// For a root device: `root=PARTUUID=` this, and not the whole disk.
+    /// For a root device: partition UUID for `root=PARTUUID=`, instead of the whole disk.
     #[serde(default)]
     pub partuuid: Option<String>,
-    /// Whether the guest can flush.
+    /// Cache mode, which decides whether the guest can flush.
     #[serde(default)]
     pub cache_type: CacheType,
     /// Accepted as `"Sync"` only.
@@ -70,7 +71,7 @@ pub struct Drive {
     /// Whether it is behind the machine's IOMMU.
     #[serde(default = "default_true")]
     pub iommu: bool,
-    /// Request queues, 1 to 16.
+    /// Request queues, 1 to 16, inclusive.
     #[serde(default = "default_one", deserialize_with = "whole")]
     pub num_queues: u16,
 }
@@ -122,12 +123,12 @@ impl Drive {
     }
 }
 
-/// An Ethernet address of one station (the group bit is clear).
+/// A unicast Ethernet address (the group bit is clear).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct MacAddress([u8; 6]);
 
 impl MacAddress {
-    /// The six octets, in the order they are sent.
+    /// The six octets, in order of transmission.
     #[must_use]
     pub fn octets(self) -> [u8; 6] {
         self.0
@@ -213,11 +214,11 @@ pub(super) fn check_tap(field: &str, name: &str) -> Result<(), ConfigError> {
 pub struct NetworkInterface {
     /// Its name, unique among the interfaces.
     pub iface_id: String,
-    /// The tap device on the host. One that does not exist is made, where that is permitted, and
+    /// Name of the tap device on the host. A missing one is created, where that is permitted, and
     /// removed at the end.
     pub host_dev_name: String,
-    /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. Left out, one is
-    /// made from the tap's name and the host's machine-id.
+    /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. If omitted, it is
+    /// derived from the tap's name and the host's machine-id.
     #[serde(default)]
     pub guest_mac: Option<String>,
     /// Accepted without limits only.
@@ -229,10 +230,11 @@ pub struct NetworkInterface {
     /// Whether it is behind the machine's IOMMU.
     #[serde(default = "default_true")]
     pub iommu: bool,
-    /// Queue pairs, 1 to 16. More than one needs a tap device made with `multi_queue`.
+    /// Queue pairs, 1 to 16, inclusive. More than one needs a tap device created with
+    /// `multi_queue`.
     #[serde(default = "default_one", deserialize_with = "whole")]
     pub num_queues: u16,
-    /// The MTU to tell the guest of; left out, none is told.
+    /// MTU offered to the guest, in bytes; if omitted, none is offered.
     #[serde(
         default,
         deserialize_with = "optional_whole",
@@ -257,7 +259,7 @@ impl Default for NetworkInterface {
 }
 
 impl NetworkInterface {
-    /// The guest's Ethernet address, if one is configured.
+    /// Parses the guest's Ethernet address; `None` if none is configured.
     pub fn mac(&self) -> Result<Option<MacAddress>, ConfigError> {
         let parse = |text: &String| {
             text.parse()
@@ -286,7 +288,7 @@ impl NetworkInterface {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
-    /// The guest's context identifier, 3 to 4294967294.
+    /// The guest's context identifier, 3 to 4294967294, inclusive.
     #[serde(deserialize_with = "whole")]
     pub guest_cid: u32,
     /// Not supported: the host side is `AF_VSOCK`.
@@ -337,7 +339,7 @@ impl Default for Entropy {
 }
 
 impl Entropy {
-    /// Checks the values.
+    /// Checks that the rate limiter has no limit.
     pub fn validate(&self) -> Result<(), ConfigError> {
         RateLimiter::refuse_limits(self.rate_limiter.as_ref(), "rate_limiter")
     }
@@ -347,12 +349,12 @@ impl Entropy {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
-    /// A file or FIFO that receives the output. Left out, it is standard output, and standard
+    /// A file or FIFO that receives the output. If omitted, it is standard output, and standard
     /// input is the guest's keyboard.
     #[serde(default)]
     pub serial_out_path: Option<String>,
-    /// Most MiB that the file may have, 1 to 1048576, what it had before the start included; the
-    /// rest of the output is dropped. Left out, there is no limit. Not in Firecracker's API.
+    /// Upper bound on the size of the file in MiB, 1 to 1048576, inclusive; its size at the start
+    /// counts. Output beyond it is dropped. If omitted, there is no limit. Not in Firecracker's API.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial_out_max_mib: Option<u32>,
     /// Accepted without limits only.

@@ -1,22 +1,22 @@
-//! Why a configuration is refused.
+//! Errors of the configuration.
 
 use devices::error::Chain;
 use std::error::Error;
 use std::path::Path;
 
-/// A value that cannot be accepted: where it is and what to do about it, in one line.
+/// A refused value: its field and the fix, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
 pub struct ConfigError {
-    /// The field at fault, with its section if known: `drives[rootfs].io_engine`.
+    /// Path of the field, with its section if known: `drives[rootfs].io_engine`.
     pub field: String,
-    /// What is wrong with it, and the fix.
+    /// The fault and the fix.
     pub problem: String,
 }
 
 impl ConfigError {
-    /// An error in `field`. What came from a client may be part of either text, so control
-    /// characters are escaped: the error stays one line, in the log too.
+    /// Creates an error in `field`. Both texts may contain bytes of a client, so control characters
+    /// are escaped: the error stays one line, in the log too.
     pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self {
             field: one_line(field.into()),
@@ -24,12 +24,12 @@ impl ConfigError {
         }
     }
 
-    /// An error in `field`, which names a file that cannot be used.
+    /// Creates an error in `field`, which names a file that cannot be used.
     pub fn of_file(field: impl Into<String>, path: &Path, error: &dyn Error) -> Self {
         Self::new(field, format!("{} {}", path.display(), Chain(error)))
     }
 
-    /// The same error seen from the section that holds the field.
+    /// Adds the section that contains the field.
     #[must_use]
     pub fn within(self, section: &str) -> Self {
         Self {

@@ -5,7 +5,7 @@ use super::error::{ConfigError, require};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Which IOMMU the guest finds.
+/// Model of the IOMMU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IommuModel {
@@ -54,11 +54,11 @@ impl fmt::Display for Stage {
     }
 }
 
-/// The IOMMU (`PUT /iommu`). Every device that does not say `"iommu": false` is behind it.
+/// The IOMMU (`PUT /iommu`). Every device is behind it, except those with `"iommu": false`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Iommu {
-    /// Which one.
+    /// Model of the IOMMU.
     #[serde(default)]
     pub model: IommuModel,
     /// SMMUv3 only: offers ATS (`IDR0.ATS`, and the capability on each device), so that the
@@ -68,11 +68,11 @@ pub struct Iommu {
     /// SMMUv3 only: the stages offered.
     #[serde(default)]
     pub stage: Stage,
-    /// Sends new mappings to vhost when they are made, where the model learns of them
-    /// (virtio-iommu does): vhost does not miss them then.
+    /// Sends each new mapping to vhost, which then does not miss it. Only a model that is notified
+    /// of mappings (virtio-iommu) can do so.
     #[serde(default = "default_true")]
     pub prefill: bool,
-    /// Answers a miss of vhost together with buffers that are posted on the queue, up to 256
+    /// Answers a miss of vhost together with the buffers that are available on the queue, up to 256
     /// entries.
     #[serde(default = "default_true")]
     pub prefetch: bool,

@@ -1,4 +1,4 @@
-//! JSON documents: one reader for `--config` and for the bodies of requests.
+//! JSON documents: one parser for `--config` and for the bodies of requests.
 
 use super::error::ConfigError;
 use super::suggest::{closest, either};
@@ -8,17 +8,17 @@ use serde_path_to_error::{Path, Segment};
 use std::fmt;
 use std::marker::PhantomData;
 
-/// Reads one JSON document and nothing after it. The error names the field at fault, by its path
-/// from the outside in (`drives[1].iommu`), which `serde_json` alone does not for a wrong type.
+/// Reads exactly one JSON document. The error names the field by its path from the outside in
+/// (`drives[1].iommu`), which `serde_json` alone does not for a wrong type.
 ///
 /// # Errors
-/// The bytes are not JSON, or not of the shape of `T`. A list in the place of an object is not,
-/// although serde would take its elements for the fields in their order.
+/// The bytes are not JSON, or do not have the shape of `T`. A list in the place of an object is
+/// refused, although serde accepts its elements as the fields in their order.
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
     let shape = serde_json::from_slice(bytes)
         .map_err(|error| ConfigError::new(DOCUMENT, Chain(&error).to_string()))?;
     refuse_lists(&shape, "")?;
-    // From the bytes again: a field that is given twice is there once in `shape`.
+    // From the bytes again: `shape` has a duplicate field only once.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| explain(path_of(error.path()), error.inner()))
@@ -28,8 +28,8 @@ pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConfigError> {
 const DOCUMENT: &str = "JSON";
 
 impl ConfigError {
-    /// As [`within`](Self::within), for an error of [`parse_json`] in a document that is a part
-    /// of the configuration. What is wrong with the document as a whole stays so.
+    /// As [`within`](Self::within), for an error of [`parse_json`] in a document that is one
+    /// section of the configuration. An error of the whole document keeps its name.
     #[must_use]
     pub fn in_document(self, section: &str) -> Self {
         if self.field == DOCUMENT {
@@ -39,7 +39,7 @@ impl ConfigError {
     }
 }
 
-/// The path as the documents write it. What the reader did not get to know is left out.
+/// Formats the path as the documents write it. Elements that the parser did not reach are omitted.
 fn path_of(path: &Path) -> String {
     path.iter()
         .fold(String::new(), |text, segment| match segment {
@@ -54,11 +54,11 @@ fn joined(path: &str, name: &str) -> String {
     format!("{path}{dot}{name}")
 }
 
-/// The reader's error about a value of a well-formed document, in the words of the configuration and with the fix.
+/// Converts the parser's error about a value into the words of the configuration, with the fix.
 fn explain(path: String, error: &serde_json::Error) -> ConfigError {
     let text = Chain(error).to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
-    // The field says where it is.
+    // The field replaces the position.
     let text = text.strip_suffix(&place).unwrap_or(&text);
     let mut names = text.split('`').skip(1).step_by(2);
     let name = names.next().unwrap_or_default();
@@ -71,11 +71,11 @@ fn explain(path: String, error: &serde_json::Error) -> ConfigError {
             let fix = instead(name, &known);
             (false, format!("unknown value `{name}`; {fix}"))
         }
-        // What the reader says of `null`, a number or a list where a word is needed.
+        // The parser's text for `null`, a number or a list in place of a word.
         "expected value" => (false, "invalid type, expected a string".to_owned()),
         _ => (false, other_type(text)),
     };
-    // The reader counts some names as a part of the path and others not.
+    // The parser counts only some names as a part of the path.
     let is_last = path == name || path.ends_with(&format!(".{name}"));
     let field = match path.as_str() {
         path if of_name && !is_last => joined(path, name),
@@ -85,7 +85,7 @@ fn explain(path: String, error: &serde_json::Error) -> ConfigError {
     ConfigError::new(field, problem)
 }
 
-/// The name that was meant, or all there are.
+/// The closest known name, or the list of all names.
 fn instead(name: &str, known: &[&str]) -> String {
     match closest(name, known.iter().copied()) {
         Some(near) => format!("did you mean `{near}`?"),
@@ -110,7 +110,7 @@ fn other_type(text: &str) -> String {
     format!("{start}, expected {expected}")
 }
 
-/// What the reader calls a type, and what the documents call it.
+/// The parser's names of types, and those of the documents.
 const TYPES: [(&str, &str); 5] = [
     ("u64", "a whole number"),
     ("a boolean", "true or false"),
@@ -141,8 +141,8 @@ fn refuse_lists(value: &serde_json::Value, path: &str) -> Result<(), ConfigError
     }
 }
 
-/// Reads a whole number. One that its field cannot hold is read as 0, which is out of the range
-/// of every field that uses this: the range's own check refuses it then and names the range.
+/// Reads a whole number. A number that `T` cannot hold is read as 0, which is out of the range of
+/// every field that uses this: the field's own check then names the range.
 pub(super) fn whole<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -151,7 +151,7 @@ where
     deserializer.deserialize_u64(Whole(PhantomData))
 }
 
-/// [`whole`], or `null`.
+/// Reads a whole number as [`whole`] does, or `null`.
 pub(super) fn optional_whole<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,

@@ -1,20 +1,20 @@
-//! Kernel arguments that fit another machine and would leave this one without
-//! devices or console (Linux `Documentation/admin-guide/kernel-parameters.txt`).
+//! Kernel arguments that suit other machines and hide the devices or the console of this one (Linux
+//! `Documentation/admin-guide/kernel-parameters.txt`).
 //!
 //! Clients of Firecracker's API send `pci=off` and `nomodule` with every guest,
 //! because its devices are on no PCI bus and its kernels have their drivers built
 //! in. `iommu=off` is not among them: it switches off the processor vendors'
 //! IOMMUs and x86's bounce buffers, not a virtio-iommu or an SMMUv3.
 
-/// An argument and what the guest loses by it.
+/// An argument and its effect on the guest.
 struct Argument {
-    /// The architecture on which Linux understands it, if only one does.
+    /// The only architecture on which Linux reads it; `None` for both.
     arch: Option<&'static str>,
-    /// What is in front of `=`, or the whole word.
+    /// The text up to `=`, or the whole word.
     name: &'static str,
-    /// One of the values, which are separated by commas. Empty: there is none.
+    /// One of the comma-separated values; empty if the argument has none.
     value: &'static str,
-    /// What happens, for the log.
+    /// Effect on the guest, for the log.
     effect: &'static str,
 }
 
@@ -52,20 +52,20 @@ impl Argument {
     }
 }
 
-/// An argument of a command line that does not fit the machine.
+/// An argument of a command line that does not suit the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Unsuitable {
-    /// As Linux would read it alone: `pci=off`.
+    /// The argument alone, as Linux reads it: `pci=off`.
     pub argument: String,
-    /// What the guest loses by it.
+    /// Effect on the guest.
     pub effect: &'static str,
 }
 
-/// Splits `command_line` into what fits a machine of `arch` and what does not.
-/// Where all of it fits, it comes back as it is.
+/// Splits `command_line` into the part that suits a machine of `arch` and the unsuitable arguments.
+/// Without any, it is returned unchanged.
 ///
-/// Words are separated by spaces outside double quotes. What follows `--` is for
-/// the guest's init.
+/// Words are separated by spaces outside double quotes. Words after `--` belong to the guest's
+/// init.
 pub(super) fn split(arch: &str, command_line: &str) -> (String, Vec<Unsuitable>) {
     let mut unsuitable = Vec::new();
     let mut quoted = false;
@@ -89,7 +89,7 @@ pub(super) fn split(arch: &str, command_line: &str) -> (String, Vec<Unsuitable>)
     (kept.join(" "), unsuitable)
 }
 
-/// What of `word` fits, if anything; the rest is added to `unsuitable`.
+/// Returns the part of `word` that suits, if any; appends the rest to `unsuitable`.
 fn fitting(arch: &str, word: &str, unsuitable: &mut Vec<Unsuitable>) -> Option<String> {
     let Some((name, values)) = word.split_once('=') else {
         let found = Argument::find(arch, word, "");
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_hide_devices_or_the_console_is_found_on_each_architecture() {
+    fn arguments_that_hide_devices_or_the_console_are_found_on_each_architecture() {
         let all = "console=ttyS0 acpi=off pci=off noapic nomodule nolapic iommu=off acpi=force";
         let (x86, left_out) = kept("x86_64", all);
         assert_eq!(x86, "console=ttyS0 iommu=off acpi=force");
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_looks_alike_is_passed_on_as_it_is() {
+    fn similar_words_are_passed_on_unchanged() {
         for line in [
             "",
             "pci=offset  x=pci=off",

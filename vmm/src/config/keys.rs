@@ -1,8 +1,7 @@
-//! Arguments of the form `key=value,key=value`, read by tables.
+//! Arguments of the form `key=value,key=value`, parsed by tables.
 //!
-//! The table of a type says each key's name, form, range, default and meaning. Parsing and the
-//! help text both come from it, so the help shows every key there is. A comma in a value is
-//! doubled.
+//! The table of a type gives each key's name, form, range, default and meaning. The parser and the
+//! help text both use it, so that the help lists every key. A comma in a value is doubled.
 
 use super::suggest::{closest, either};
 
@@ -11,32 +10,32 @@ pub struct Key<T> {
     pub(super) name: &'static str,
     pub(super) value: Value<T>,
     pub(super) omitted: Omitted,
-    /// What it does, for the help.
+    /// Effect of the key, for the help.
     pub(super) meaning: &'static str,
 }
 
-/// What values a key has, and how to store one.
+/// Form of a key's value, and the function that stores it.
 pub enum Value<T> {
-    /// Text; the first field names it in the help. The error is the fix.
+    /// Text; the first field names it in the help. The function's error is the fix.
     Text(
         &'static str,
         fn(&mut T, String) -> Result<(), super::error::ConfigError>,
     ),
     /// `on` or `off`.
     Switch(fn(&mut T, bool)),
-    /// One of some words, given by its index.
+    /// One of these words, stored by its index.
     Choice(&'static [&'static str], fn(&mut T, usize)),
-    /// A whole number within a range, both ends included.
+    /// A whole number within an inclusive range.
     Number(u32, u32, fn(&mut T, u32)),
 }
 
-/// What holds without the key.
+/// Meaning of an omitted key.
 pub enum Omitted {
-    /// The argument is refused.
+    /// An error.
     Refused,
-    /// As if this value were given.
+    /// The same as this value.
     Is(&'static str),
-    /// As this text says.
+    /// The behaviour that this text describes.
     Means(&'static str),
 }
 
@@ -84,7 +83,7 @@ impl<T> Key<T> {
     }
 }
 
-/// Stores the pairs of `text` in `target`.
+/// Parses the pairs of `text` and stores their values in `target`.
 pub(super) fn parse<T>(text: &str, keys: &[Key<T>], target: &mut T) -> Result<(), Problem> {
     let mut given: Vec<&str> = Vec::new();
     for (index, item) in split_commas(text).into_iter().enumerate() {
@@ -120,7 +119,7 @@ pub(super) fn parse<T>(text: &str, keys: &[Key<T>], target: &mut T) -> Result<()
     }
 }
 
-/// Why an item without `=` is refused, and what to write.
+/// Explains why an item without `=` is refused, with the fix.
 fn no_pair<T>(item: &str, first: bool, keys: &[Key<T>]) -> Problem {
     let fix = match keys.iter().find(|key| key.name == item) {
         Some(key) => format!("use {item}={}", key.form()),
@@ -160,7 +159,7 @@ pub(super) fn help<T>(keys: &[Key<T>]) -> String {
     text
 }
 
-/// Splits at single commas; a doubled comma stands for one comma.
+/// Splits at single commas; a doubled comma is one comma of the value.
 fn split_commas(text: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut characters = text.chars().peekable();

@@ -1,4 +1,4 @@
-//! Processors, memory and what they boot.
+//! Configuration of processors, memory and boot source.
 
 use super::check::check_path;
 use super::error::{ConfigError, require};
@@ -8,37 +8,37 @@ use arch::layout;
 use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
 
-/// Most virtual processors a machine can have.
+/// Upper bound on vCPUs.
 pub const MAX_VCPUS: u8 = 32;
 
-/// Least and most guest memory, in MiB: what the memory layout has room for.
+/// Guest memory in MiB, inclusive: the limits of the memory layout.
 pub(super) const MEMORY_MIB: RangeInclusive<u64> =
     (layout::MIN_RAM >> 20)..=(layout::MAX_RAM >> 20);
 
-/// What to write instead of an amount of memory outside [`MEMORY_MIB`].
+/// The fix for a size outside [`MEMORY_MIB`].
 pub(super) fn memory_fix() -> String {
     format!("use {} to {} MiB", MEMORY_MIB.start(), MEMORY_MIB.end())
 }
 
-/// Longest kernel command line, in bytes without the final NUL (arm64's `COMMAND_LINE_SIZE` and
-/// x86's are both 2048). The monitor itself adds `root=` and the like to what the user gave.
+/// Upper bound on the kernel command line, in bytes without the final NUL (arm64's
+/// `COMMAND_LINE_SIZE` and x86's are both 2048). The monitor adds `root=` to the user's arguments.
 const MAX_BOOT_ARGS: usize = 2047;
 
-/// What backs guest memory.
+/// Page size of guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
-    /// Pages of the host's ordinary size.
+    /// Pages of the host's base size.
     #[default]
     None,
     /// Pages of 2 MiB from the host's pool (`vm.nr_hugepages`).
     #[serde(rename = "2M")]
     TwoMib,
-    /// Another word, which [`MachineConfig::validate`] refuses: `Transparent`, say.
+    /// Any other word, such as `Transparent`: [`MachineConfig::validate`] refuses it.
     #[serde(other)]
     Unsupported,
 }
 
-/// What guest memory is a mapping of.
+/// Kind of the mapping that is guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MemBacking {
@@ -53,10 +53,10 @@ pub enum MemBacking {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Virtual processors, 1 to 32.
+    /// Number of vCPUs, 1 to 32, inclusive.
     #[serde(deserialize_with = "whole")]
     pub vcpu_count: u8,
-    /// Guest memory in MiB, 64 to 261120.
+    /// Guest memory in MiB, 64 to 261120, inclusive.
     #[serde(deserialize_with = "whole")]
     pub mem_size_mib: u64,
     /// Accepted as `false` only.
@@ -68,10 +68,10 @@ pub struct MachineConfig {
     /// Accepted as `"None"` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<String>,
-    /// The pages of guest memory.
+    /// Page size of guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
-    /// What guest memory is a mapping of. Not in Firecracker's API.
+    /// Kind of the mapping that is guest memory. Not in Firecracker's API.
     #[serde(default)]
     pub mem_backing: MemBacking,
 }
@@ -91,7 +91,7 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
-    /// Checks the values against what this monitor can build.
+    /// Checks that the values are valid and that this monitor supports them.
     pub fn validate(&self) -> Result<(), ConfigError> {
         require(
             (1..=MAX_VCPUS).contains(&self.vcpu_count),
@@ -155,7 +155,7 @@ pub struct MachineConfigUpdate {
 }
 
 impl MachineConfigUpdate {
-    /// `current` with the given fields replaced.
+    /// Returns `current` with the given fields replaced.
     #[must_use]
     pub fn applied_to(self, current: &MachineConfig) -> MachineConfig {
         MachineConfig {
@@ -170,7 +170,7 @@ impl MachineConfigUpdate {
     }
 }
 
-/// What the machine boots (`/boot-source`).
+/// Kernel, initial ramdisk and command line (`/boot-source`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
@@ -179,10 +179,10 @@ pub struct BootSource {
     /// The initial ramdisk, if any.
     #[serde(default)]
     pub initrd_path: Option<String>,
-    /// The kernel command line. Left out, it is one that gives a distribution kernel a console.
+    /// The kernel command line. If omitted, a default gives a distribution kernel a console.
     #[serde(default)]
     pub boot_args: Option<String>,
-    /// A person typed `boot_args` on the command line: all of it reaches the kernel.
+    /// `boot_args` comes from `--cmdline`: all of it reaches the kernel.
     #[serde(skip)]
     pub typed: bool,
 }
@@ -211,9 +211,8 @@ impl BootSource {
         )
     }
 
-    /// The command line for the guest, if one is configured: `boot_args` without the arguments
-    /// that fit another machine, each with a line in the log. A typed one has them all, and
-    /// the same lines.
+    /// The command line for the guest, if one is configured: `boot_args` without the arguments that
+    /// suit other machines. A typed command line keeps them. Each is logged.
     #[must_use]
     pub fn command_line(&self) -> Option<String> {
         let boot_args = self.boot_args.as_ref()?;

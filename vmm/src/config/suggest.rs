@@ -1,7 +1,7 @@
-//! What a mistyped word could have been.
+//! Corrections of mistyped words.
 
-/// The candidate nearest to `word`, if it is near enough for a typing error: at most a third of
-/// the word's characters differ, and at least one may.
+/// Returns the candidate closest to `word`, if at most a third of the word's characters differ. One
+/// difference is always permitted.
 #[must_use]
 pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |text: &str| text.to_lowercase().replace('_', "-");
@@ -25,8 +25,9 @@ pub fn either<S: AsRef<str>>(words: &[S]) -> String {
     }
 }
 
-/// Characters to insert, remove, replace, or exchange with their neighbour (optimal string
-/// alignment). Words longer than 64 characters are as far from all others as they are long.
+/// Edit distance in characters: insert, remove, replace, or exchange with the neighbour (optimal
+/// string alignment). A word longer than 64 characters has its own length as the distance to any
+/// other.
 fn distance(from: &str, to: &str) -> usize {
     let from: Vec<char> = from.chars().collect();
     let to: Vec<char> = to.chars().collect();

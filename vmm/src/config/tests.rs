@@ -5,7 +5,7 @@ fn refusal(json: &str) -> String {
 }
 
 #[test]
-fn firecrackers_own_sample_is_accepted_as_it_is() {
+fn firecrackers_sample_is_accepted_unchanged() {
     let config = VmConfig::from_json(
         r#"{
         "boot-source": {
@@ -33,7 +33,7 @@ fn firecrackers_own_sample_is_accepted_as_it_is() {
 }
 
 #[test]
-fn a_machine_survives_the_trip_through_json() {
+fn a_machine_is_unchanged_after_a_round_trip_through_json() {
     let mut config = VmConfig {
         boot_source: Some(BootSource {
             kernel_image_path: "vmlinuz".into(),
@@ -80,7 +80,7 @@ fn wrong_types_are_refused_by_path() {
 }
 
 #[test]
-fn refusals_stay_on_one_line_whatever_a_client_names_its_fields() {
+fn refusals_stay_on_one_line_with_any_field_name() {
     let error = refusal(r#"{"a\nb\u001b[2J": 1}"#);
     assert!(
         !error.contains(char::is_control) && error.contains("a\\nb"),
@@ -94,7 +94,7 @@ fn refusals_stay_on_one_line_whatever_a_client_names_its_fields() {
 }
 
 #[test]
-fn lists_do_not_pass_for_objects() {
+fn lists_in_the_place_of_objects_are_refused() {
     assert!(refusal(r#"[{"kernel_image_path": "k"}]"#).starts_with("JSON: is a list"));
     assert!(refusal(r#"{"logger": [null, null]}"#).starts_with("logger: is a list"));
     let drive = r#"{"drives": [["a", "b"]]}"#;
@@ -105,7 +105,7 @@ fn lists_do_not_pass_for_objects() {
 }
 
 #[test]
-fn fields_that_mean_nothing_here_are_refused_by_name_unless_at_their_default() {
+fn unsupported_fields_are_refused_by_name_unless_at_their_default() {
     let refused = [
         (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),
         (r#"{"pmem": [1]}"#, "pmem"),
@@ -431,7 +431,7 @@ fn numbers_of_processors_are_refused_with_the_range() {
 }
 
 #[test]
-fn mistyped_arguments_are_answered_with_what_to_write() {
+fn mistyped_arguments_are_refused_with_the_fix() {
     fn error<T: std::str::FromStr<Err = ArgumentError>>(text: &str) -> String {
         text.parse::<T>().err().unwrap().to_string()
     }

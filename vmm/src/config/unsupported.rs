@@ -3,8 +3,8 @@
 use super::error::{ConfigError, require};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A field or section of Firecracker's that has no counterpart here. Absent, `null` and `[]` are
-/// read as "not asked for"; anything else is remembered and refused by `validate`.
+/// A field or section of Firecracker's without a counterpart here. Absent, `null` and `[]` are
+/// accepted; any other value is stored, and refused by `validate`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unsupported {
     given: bool,

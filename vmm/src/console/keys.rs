@@ -1,21 +1,21 @@
-//! The keys that are for the monitor and not for the guest.
+//! Keys for the monitor.
 
 /// Ctrl-a: the next key is for the monitor.
 const ESCAPE: u8 = 0x01;
 /// Ends the machine when it follows [`ESCAPE`].
 const QUIT: u8 = b'x';
 
-/// Splits what is typed at a terminal into what the guest gets and what the
-/// monitor does: `Ctrl-a x` quits, `Ctrl-a Ctrl-a` sends one Ctrl-a, and before
-/// any other key Ctrl-a is sent as well.
+/// Splits typed bytes into those for the guest and commands to the monitor:
+/// `Ctrl-a x` quits, `Ctrl-a Ctrl-a` sends one Ctrl-a. Before any other key
+/// Ctrl-a is sent as well.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     escaped: bool,
 }
 
 impl Keys {
-    /// Appends to `guest` what it gets of `typed`. Returns whether the user
-    /// quit; what was typed after that is dropped.
+    /// Appends to `guest` its part of `typed`. Returns whether the user quit;
+    /// the bytes after that are dropped.
     pub(super) fn filter(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> bool {
         for &key in typed {
             let escaped = std::mem::take(&mut self.escaped);
@@ -35,7 +35,7 @@ impl Keys {
 mod tests {
     use super::*;
 
-    /// Feeds the pieces one after the other.
+    /// Feeds the pieces in order.
     fn typed(pieces: &[&[u8]]) -> (Vec<u8>, bool) {
         let mut keys = Keys::default();
         let mut guest = Vec::new();

@@ -1,4 +1,4 @@
-//! The guest's serial output on its way to the host.
+//! Serial output of the guest.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use devices::legacy::SerialSink;
 
-/// Bytes that may wait for a reader who is slow or has stopped reading.
+/// Upper bound on the bytes that wait for the reader.
 const LIMIT: usize = 64 * 1024;
-/// What [`SerialSink::ready`] promises to take.
+/// Bytes that the buffer accepts after [`SerialSink::ready`] returned true.
 const FIFO: usize = 64;
 /// Bytes written at a time.
 const CHUNK: usize = 4096;
-/// How long the writer gathers bytes before it writes a line's first ones.
+/// Time that the writer gathers bytes of a line in, from the first one on.
 const GATHER: Duration = Duration::from_millis(1);
 
 /// Called when a full buffer has room again.
@@ -23,10 +23,10 @@ type OnRoom = Box<dyn Fn() + Send + Sync>;
 
 /// A bounded buffer between the guest and a file.
 ///
-/// vCPUs fill it and never wait; a thread of its own writes it out, so that a
-/// reader who stops (a pager, a terminal after Ctrl-s, a full pipe) blocks that
-/// thread and nothing else. When the buffer is full the guest sees a busy
-/// transmitter. When writing fails for good (the reader is gone), output is
+/// vCPUs fill it and never wait. A separate thread writes it out, so that a
+/// reader that stops (a pager, a terminal after Ctrl-s, a full pipe) blocks
+/// only that thread. While the buffer is full the guest sees a busy
+/// transmitter. After a permanent write error (the reader is gone), output is
 /// dropped and the guest runs on.
 pub struct Output {
     buffer: Mutex<Buffer>,
@@ -42,16 +42,16 @@ struct Buffer {
     bytes: VecDeque<u8>,
     /// The writer waits for [`Output::filled`].
     idle: bool,
-    /// [`SerialSink::ready`] said no since there was last room.
+    /// [`SerialSink::ready`] returned false since there was last room.
     refused: bool,
-    /// The reader closed the file, or the file has its size limit: output is
-    /// dropped.
+    /// Output is dropped: the reader closed the file, or the file is at its
+    /// size limit.
     broken: bool,
 }
 
 impl Output {
-    /// Starts the thread that writes to `file`, at most `room` bytes if there is
-    /// a limit.
+    /// Starts the thread that writes to `file`, at most `room` bytes if there
+    /// is a limit.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -70,14 +70,14 @@ impl Output {
         Ok(output)
     }
 
-    /// Sets what to call, on the writing thread and with no lock held, when a
-    /// full buffer is half empty again. Only the first call counts.
+    /// Sets the callback for a full buffer that is half empty again. It runs on
+    /// the writing thread with no lock held. Only the first call has an effect.
     pub fn on_room(&self, call: impl Fn() + Send + Sync + 'static) {
         let _ = self.on_room.set(Box::new(call));
     }
 
     /// Waits until everything is written, or until nothing has been written for
-    /// `patience`. Returns how many bytes are left.
+    /// `patience`. Returns the number of bytes left.
     pub fn flush(&self, patience: Duration) -> usize {
         let mut buffer = self.lock();
         let mut left = buffer.bytes.len();
@@ -100,16 +100,16 @@ impl Output {
         let mut chunk = Vec::with_capacity(CHUNK);
         loop {
             self.next_chunk(&mut chunk);
-            // Written bytes leave the buffer afterwards, so that an empty buffer
-            // means that all is written.
+            // Bytes leave the buffer after they are written, so that an empty
+            // buffer means that everything is written.
             if sink.write(&chunk) == Written::NeverAgain {
                 self.lock().broken = true;
             }
-            self.forget(chunk.len());
+            self.remove(chunk.len());
         }
     }
 
-    /// Waits for bytes and copies the next ones.
+    /// Waits for bytes and copies the next ones into `chunk`.
     fn next_chunk(&self, chunk: &mut Vec<u8>) {
         let mut buffer = self.lock();
         if buffer.bytes.is_empty() {
@@ -119,8 +119,8 @@ impl Output {
                 buffer = woken.unwrap_or_else(PoisonError::into_inner);
             }
             buffer.idle = false;
-            // A guest sends byte by byte: a moment's patience makes one write
-            // and one wake-up of a whole line.
+            // A guest sends byte by byte: this delay makes one write and one
+            // wake-up of a whole line.
             drop(buffer);
             thread::sleep(GATHER);
             buffer = self.lock();
@@ -129,7 +129,7 @@ impl Output {
         chunk.extend(buffer.bytes.iter().take(CHUNK));
     }
 
-    fn forget(&self, count: usize) {
+    fn remove(&self, count: usize) {
         let mut buffer = self.lock();
         buffer.bytes.drain(..count);
         if buffer.broken {
@@ -175,15 +175,15 @@ impl SerialSink for Output {
     }
 }
 
-/// Whether there is a point in another write.
+/// Whether another write can succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Written {
     GoOn,
     NeverAgain,
 }
 
-/// The file that takes the output. What it does not take is counted, and logged
-/// when that begins and when it ends: a guest decides how often it happens.
+/// The file that receives the output. Refused bytes are counted, and logged
+/// only at the first one and at the end: a guest decides how often it happens.
 struct Sink {
     file: File,
     /// Bytes that the file may still take.
@@ -200,7 +200,7 @@ impl Sink {
         }
     }
 
-    /// Writes what of `chunk` there is room for.
+    /// Writes the part of `chunk` that fits.
     fn write(&mut self, chunk: &[u8]) -> Written {
         let room = self.room.unwrap_or(u64::MAX);
         let len = chunk.len().min(usize::try_from(room).unwrap_or(usize::MAX));
@@ -232,8 +232,8 @@ impl Sink {
     }
 }
 
-/// Writes all of `bytes`, waiting also where the file was made non-blocking by
-/// someone who shares it. Returns how many were written, and why not all.
+/// Writes all of `bytes`, and waits also where another process made the file
+/// non-blocking. Returns the number written, and the error that stopped it.
 fn write_all(file: &mut File, bytes: &[u8]) -> (usize, io::Result<()>) {
     let mut done = 0;
     while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
@@ -275,17 +275,17 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_who_stops_makes_the_transmitter_busy_until_it_reads_again() {
+    fn a_reader_that_stops_makes_the_transmitter_busy_until_it_reads_again() {
         let (mut reader, output) = pipe();
         let (room, has_room) = mpsc::channel();
         output.on_room(move || room.send(()).unwrap());
         let mut sent = 0;
-        // The pipe takes as much as it holds first.
+        // The pipe fills first.
         while output.ready() || output.flush(Duration::from_millis(10)) == 0 {
             assert!(output.put(b'x'));
             sent += 1;
         }
-        // The promise: one FIFO more would have been taken, and was.
+        // After `ready`, the buffer accepts one whole FIFO.
         for _ in 0..FIFO - 1 {
             sent += usize::from(output.put(b'x'));
         }
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn file_takes_as_much_as_its_limit_and_the_guest_goes_on() {
+    fn file_grows_to_its_limit_and_the_guest_goes_on() {
         let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         let output = Output::start(file.try_clone().unwrap(), Some(10_000)).unwrap();
         for _ in 0..3 * LIMIT {

@@ -15,19 +15,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{STDIN_FILENO, termios};
 
-/// The mode to go back to: that of the first [`make_raw`].
+/// Original mode of the terminal: that of the first [`make_raw`].
 static SAVED: OnceLock<termios> = OnceLock::new();
-/// Whether the terminal is in our mode now.
+/// Raw mode is set.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Whether standard input is a terminal and this process may use it: a job in
-/// the background must not.
+/// Whether standard input is a terminal and this process is in its foreground:
+/// a background job must not use it.
 pub(crate) fn is_ours() -> bool {
     // SAFETY: both calls take no pointers and have no preconditions.
     io::stdin().is_terminal() && unsafe { libc::tcgetpgrp(STDIN_FILENO) == libc::getpgrp() }
 }
 
-/// Makes the terminal pass every key on as it is typed. Output processing
+/// Sets raw mode: every key is passed on as it is typed. Output processing
 /// stays on: log lines end in a bare newline.
 ///
 /// # Errors
@@ -51,14 +51,14 @@ pub(crate) fn make_raw() -> io::Result<()> {
     set_mode(&mode)
 }
 
-/// Puts the terminal back into the mode it had, if it is in ours and this
-/// process is in the foreground. Async-signal-safe.
+/// Restores the original mode, if raw mode is set and this process is in the
+/// foreground. Async-signal-safe.
 pub(crate) fn restore() {
     if !RAW.swap(false, Ordering::SeqCst) {
         return;
     }
     if let (true, Some(saved)) = (is_ours(), SAVED.get()) {
-        // Nothing is left to try when this fails: the terminal is gone.
+        // A failure has no remedy: the terminal is gone.
         let _ = set_mode(saved);
     }
 }

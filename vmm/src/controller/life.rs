@@ -1,4 +1,4 @@
-//! The state of a machine between its start and its end.
+//! State of a machine from its start to its end.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,21 @@ use crate::queries::QueryThread;
 pub struct Running {
     /// The machine.
     pub machine: Machine,
-    /// Answers what its devices know.
+    /// Answers queries that read the devices' state.
     pub queries: QueryThread,
 }
 
-/// How the machine ends, and when it is waited for no longer.
+/// Ending of the machine, and the deadline for it.
 pub struct Departure {
-    /// How it ends.
+    /// Ending of the machine.
     pub ending: Ending,
-    /// When vCPUs and devices that have not ended are left alone.
+    /// Time from which vCPUs and devices that still run are left to the end of
+    /// the process.
     pub deadline: Instant,
 }
 
 impl Departure {
-    /// An ending from now on.
+    /// Creates a departure whose deadline is `patience` from now.
     #[must_use]
     pub fn new(ending: Ending, patience: Duration) -> Self {
         let deadline = Instant::now() + patience;
@@ -43,33 +44,33 @@ pub struct Life {
 }
 
 impl Life {
-    /// What the machine does.
+    /// State of the machine, for the API.
     #[must_use]
     pub fn state(&self) -> MachineState {
         self.state
     }
 
-    /// Answers what the devices know, once the machine was started.
+    /// The query thread; `None` until the machine is started.
     #[must_use]
     pub fn queries(&self) -> Option<&QueryThread> {
         self.running.as_ref().map(|running| &running.queries)
     }
 
-    /// Whether an end has begun.
+    /// Whether the machine has an ending.
     #[must_use]
     pub fn is_ending(&self) -> bool {
         self.departure.is_some()
     }
 
-    /// Runs a machine that was built.
+    /// Stores a built machine and resumes its vCPUs.
     pub fn start(&mut self, machine: Machine, queries: QueryThread) {
         machine.vcpus.resume();
         self.running = Some(Running { machine, queries });
         self.state = MachineState::Running;
     }
 
-    /// Asks the vCPUs to pause. Whether they are paused already;
-    /// [`Self::complete_pause`] tells when they are.
+    /// Requests a pause. Returns whether it is complete already; otherwise
+    /// [`Self::complete_pause`] reports when it is.
     pub fn pause(&mut self) -> bool {
         if let Some(running) = &self.running
             && self.state == MachineState::Running
@@ -81,7 +82,7 @@ impl Life {
         !self.pausing
     }
 
-    /// Whether a pause is complete now that was not at the last call.
+    /// Returns whether a pause completed since the last call.
     pub fn complete_pause(&mut self) -> bool {
         let complete = self.pausing && self.is_idle();
         if complete {
@@ -91,7 +92,7 @@ impl Life {
         complete
     }
 
-    /// Lets the vCPUs run; withdraws a pause that is not complete.
+    /// Resumes the vCPUs; withdraws a pause that is not complete.
     pub fn resume(&mut self) {
         self.pausing = false;
         if let Some(running) = &self.running {
@@ -100,8 +101,8 @@ impl Life {
         }
     }
 
-    /// Begins to end the machine. Of several endings the first counts, and the
-    /// least patience.
+    /// Starts the end of the machine. Of several calls the first ending and the
+    /// shortest patience count.
     pub fn end(&mut self, ending: Ending, patience: Duration) {
         if let Some(departure) = &mut self.departure {
             departure.deadline = departure.deadline.min(Instant::now() + patience);
@@ -114,21 +115,22 @@ impl Life {
         self.departure = Some(Departure::new(ending, patience));
     }
 
-    /// The ending, once the vCPUs have ended or are waited for no longer.
+    /// Returns the ending, once the vCPUs have ended or the deadline has
+    /// passed.
     pub fn take_departure(&mut self) -> Option<Departure> {
         let idle = self.is_idle();
         let due = |departure: &mut Departure| idle || departure.deadline <= Instant::now();
         self.departure.take_if(due)
     }
 
-    /// How long the event loop may wait for events.
+    /// Time that the event loop may wait for events; `None` without a limit.
     #[must_use]
     pub fn patience(&self) -> Option<Duration> {
         let departure = self.departure.as_ref()?;
         Some(departure.deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Gives the machine away, to be dropped.
+    /// Takes the machine out, to be dropped by the caller.
     pub fn take(&mut self) -> Option<Running> {
         self.running.take()
     }

@@ -11,11 +11,11 @@ use crate::action::{ActionError, MetricFamily};
 use crate::config::ConfigError;
 use crate::metrics::MetricsFile;
 
-/// Time between two lines.
+/// Interval between two lines.
 const PERIOD: Duration = Duration::from_secs(60);
 
-/// The file, if there is one, and its timer, which is readable when a line is
-/// due.
+/// The metrics file, if one is configured, and a timer that is readable when a
+/// line is due.
 pub struct Recorder {
     file: Option<MetricsFile>,
     timer: TimerFd,
@@ -31,10 +31,10 @@ impl Recorder {
         Ok(Self { file: None, timer })
     }
 
-    /// Writes to `path` from now on.
+    /// Appends to `path` from now on.
     ///
     /// # Errors
-    /// The file cannot be opened; nothing has changed then.
+    /// The file cannot be opened; nothing has changed.
     pub fn open(&mut self, path: &str) -> Result<(), ConfigError> {
         let path = Path::new(path);
         let file = MetricsFile::open(path)
@@ -44,7 +44,7 @@ impl Recorder {
         Ok(())
     }
 
-    /// Whether there is a file.
+    /// Checks that a file is configured.
     ///
     /// # Errors
     /// There is none.
@@ -57,7 +57,7 @@ impl Recorder {
         }
     }
 
-    /// Appends a line.
+    /// Appends a line of metrics.
     ///
     /// # Errors
     /// There is no file, or it cannot be written.
@@ -69,8 +69,8 @@ impl Recorder {
             .map_err(|error| ActionError::Failed(format!("writing metrics: {error}")))
     }
 
-    /// Whether a line is due; each is due once. The timer is one-shot and is
-    /// not read, which could block.
+    /// Returns true once for each due line. The timer is one-shot and is not
+    /// read, because a read can block.
     pub fn is_due(&mut self) -> bool {
         if self.file.is_none() || self.timer.is_armed().unwrap_or(true) {
             return false;

@@ -16,16 +16,16 @@ use crate::kvm::fake::{FakeVcpu, PATIENCE, Sleeper, sleeping_buses};
 use crate::pci::{IommuDevice, PciBus};
 use crate::signals;
 
-/// A controller on a thread of its own, with a machine whose one vCPU is inside
-/// a device that sleeps.
-struct Served {
+/// A controller on its own thread, with a machine whose one vCPU is inside a
+/// device that sleeps.
+struct TestController {
     client: Client,
     sleeper: Sleeper,
     thread: JoinHandle<Ending>,
     _alone: MutexGuard<'static, ()>,
 }
 
-impl Served {
+impl TestController {
     fn new() -> Self {
         Self::with_bus(None)
     }
@@ -57,7 +57,7 @@ impl Served {
         served
     }
 
-    /// Asks, and does not wait for the outcome.
+    /// Sends an action without waiting for the outcome.
     fn ask(&self, action: Action) -> Receiver<Outcome> {
         let (deliver, outcome) = channel();
         let sent = self.client.send(action, move |outcome| {
@@ -71,7 +71,7 @@ impl Served {
         self.ask(Action::Lifecycle(step))
     }
 
-    /// `GET /`, which must be answered whatever a vCPU does.
+    /// Sends `GET /`, which is answered whatever state the vCPU is in.
     #[track_caller]
     fn state(&self) -> MachineState {
         match wait(&self.ask(Action::Query(Query::InstanceInfo))) {
@@ -80,7 +80,7 @@ impl Served {
         }
     }
 
-    /// Stops it. The device may sleep.
+    /// Stops the machine, while the device may still sleep.
     fn stop(self) {
         let stopped = self.step(Lifecycle::Stop);
         assert_eq!(wait(&stopped), Ok(Reply::Done));
@@ -94,8 +94,8 @@ fn wait(outcome: &Receiver<Outcome>) -> Outcome {
     outcome.recv_timeout(PATIENCE).expect("no outcome came")
 }
 
-/// Actions are taken in order, so one that was asked ahead of an answered query
-/// is still open.
+/// Checks that an action is not answered. Actions are handled in order: the
+/// caller has waited for a later query.
 #[track_caller]
 fn assert_open(outcome: &Receiver<Outcome>) {
     let none = outcome.recv_timeout(Duration::ZERO);
@@ -112,10 +112,10 @@ fn assert_fails(outcome: &Receiver<Outcome>, word: &str) {
 
 #[test]
 fn queries_are_answered_while_a_pause_waits_for_a_device() {
-    let served = Served::new();
+    let served = TestController::new();
     let pause = served.step(Lifecycle::Pause);
     assert_eq!(served.state(), MachineState::Running);
-    // A client that is gone takes nothing with it.
+    // A client that is gone does not affect the other pauses.
     drop(served.step(Lifecycle::Pause));
     let second = served.step(Lifecycle::Pause);
     let config = wait(&served.ask(Action::Query(Query::VmConfig)));
@@ -138,7 +138,7 @@ fn queries_are_answered_while_a_pause_waits_for_a_device() {
 
 #[test]
 fn a_resume_withdraws_a_pause_that_waits() {
-    let served = Served::new();
+    let served = TestController::new();
     let pause = served.step(Lifecycle::Pause);
     assert_eq!(wait(&served.step(Lifecycle::Resume)), Ok(Reply::Done));
     assert_fails(&pause, "resumed while it was being paused");
@@ -150,10 +150,10 @@ fn a_resume_withdraws_a_pause_that_waits() {
 
 #[test]
 fn a_stop_waits_for_a_stuck_vcpu_for_a_while_only() {
-    let served = Served::new();
+    let served = TestController::new();
     let pause = served.step(Lifecycle::Pause);
     let stops = [served.step(Lifecycle::Stop), served.step(Lifecycle::Stop)];
-    // Until then the machine is there, and takes no change.
+    // Until then the machine exists and accepts no change.
     assert_fails(&pause, "ended while it was being paused");
     for step in [Lifecycle::Pause, Lifecycle::Resume] {
         assert_fails(&served.step(step), "is being stopped");
@@ -169,7 +169,7 @@ fn a_stop_waits_for_a_stuck_vcpu_for_a_while_only() {
 
 #[test]
 fn a_stop_of_a_machine_that_can_stop_is_complete_when_it_is_answered() {
-    let served = Served::new();
+    let served = TestController::new();
     served.sleeper.release();
     assert_eq!(wait(&served.step(Lifecycle::Pause)), Ok(Reply::Done));
     served.stop();
@@ -177,7 +177,7 @@ fn a_stop_of_a_machine_that_can_stop_is_complete_when_it_is_answered() {
 
 #[test]
 fn actions_that_wait_are_bounded() {
-    let served = Served::new();
+    let served = TestController::new();
     let pauses: Vec<_> = (0..40).map(|_| served.step(Lifecycle::Pause)).collect();
     assert_eq!(served.state(), MachineState::Running);
     let refused = pauses.iter().filter(|pause| {
@@ -219,7 +219,7 @@ fn a_query_that_waits_for_a_model_delays_no_other_action() {
     };
     let bus = PciBus::of(device);
     let busy = Arc::clone(&bus.busy);
-    let served = Served::with_bus(Some(bus));
+    let served = TestController::with_bus(Some(bus));
     let held = busy.lock().unwrap();
     let query = served.ask(Action::Query(Query::Iommu));
     assert_eq!(served.state(), MachineState::Running);
@@ -234,11 +234,11 @@ fn a_query_that_waits_for_a_model_delays_no_other_action() {
 }
 
 #[test]
-fn metrics_are_flushed_with_what_devices_count() {
+fn metrics_are_flushed_with_the_devices_counters() {
     let path = std::env::temp_dir().join(format!("portcullis-metrics-{}", std::process::id()));
     let (model, _region) = virtio_iommu();
     let events = Arc::<EventQueue>::default();
-    let served = Served::with_bus(Some(PciBus::of(IommuDevice::Virtio { model, events })));
+    let served = TestController::with_bus(Some(PciBus::of(IommuDevice::Virtio { model, events })));
     assert_fails(&served.step(Lifecycle::FlushMetrics), "no file for metrics");
     let settings = format!(r#"{{"metrics_path": {path:?}}}"#);
     let settings = crate::config::parse_json(settings.as_bytes()).unwrap();
@@ -249,7 +249,7 @@ fn metrics_are_flushed_with_what_devices_count() {
     served.stop();
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
-    // The flush's, and the last one.
+    // One line of the flush, and the last one.
     assert_eq!(text.lines().count(), 2, "{text}");
     for line in text.lines() {
         assert!(

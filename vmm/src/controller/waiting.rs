@@ -1,4 +1,4 @@
-//! Actions that are answered later, and what each waits for.
+//! Actions that are answered later, each with the event that it waits for.
 
 use std::sync::atomic::Ordering;
 
@@ -6,27 +6,28 @@ use crate::action::{ActionError, Outcome};
 use crate::error::Chain;
 use crate::metrics::Metrics;
 
-/// Most actions that wait for one kind of event at a time.
+/// Upper bound on the actions that wait for one kind of event.
 const MAX_WAITING: usize = 32;
 
-/// What an action waits for.
+/// Event that completes an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// No vCPU executes, because of a pause.
     Paused,
     /// The machine has ended.
     Ended,
-    /// The query thread's answer of this number is the reply.
+    /// The query thread answered this query; the answer is the reply.
     Answer(u64),
-    /// The query thread's answer of this number is written to the metrics file.
+    /// The query thread answered this query; the answer is a line of the
+    /// metrics file.
     Metrics(u64),
 }
 
-/// An action that was taken from the inbox.
+/// An action that was taken from the inbox, and its callback.
 pub struct Pending {
-    /// What was asked, as a noun.
+    /// Name of the action, as a noun.
     pub name: &'static str,
-    /// Whether it changes nothing.
+    /// Whether the action is a query, which changes nothing.
     pub is_query: bool,
     /// Sends the outcome.
     pub answer: Box<dyn FnOnce(Outcome) + Send>,
@@ -46,7 +47,7 @@ impl Pending {
             Err(error) => {
                 metrics.actions_failed.fetch_add(1, Ordering::Relaxed);
                 match error {
-                    // Its text has the name.
+                    // Its text contains the name.
                     ActionError::WrongState { .. } => log::warn!("{}", Chain(error)),
                     _ => log::warn!("{name}: {}", Chain(error)),
                 }
@@ -56,15 +57,15 @@ impl Pending {
     }
 }
 
-/// The actions that wait. The number of each kind is bounded.
+/// The waiting actions; [`MAX_WAITING`] bounds the number of each kind.
 #[derive(Default)]
 pub struct WaitingActions(Vec<(Event, Pending)>);
 
 impl WaitingActions {
-    /// Whether another action may wait for such an event.
+    /// Checks that another action may wait for this kind of event.
     ///
     /// # Errors
-    /// There are too many already.
+    /// Too many actions wait for it.
     pub fn check_room(&self, event: Event) -> Result<(), ActionError> {
         let kind = std::mem::discriminant(&event);
         let same = |(other, _): &&(Event, Pending)| std::mem::discriminant(other) == kind;
@@ -76,12 +77,12 @@ impl WaitingActions {
         ))
     }
 
-    /// Keeps an action until `event` happens.
+    /// Stores an action until `event` happens.
     pub fn add(&mut self, event: Event, action: Pending) {
         self.0.push((event, action));
     }
 
-    /// Takes the actions that waited for `event`.
+    /// Removes and returns the actions that wait for `event`.
     pub fn take(&mut self, event: Event) -> Vec<Pending> {
         let taken = self.0.extract_if(.., |(other, _)| *other == event);
         taken.map(|(_, action)| action).collect()

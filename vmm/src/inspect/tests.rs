@@ -33,7 +33,7 @@ fn findings(config: &VmConfig) -> Result<Findings, BuildError> {
 }
 
 #[test]
-fn file_that_is_missing_is_refused_when_it_is_named() {
+fn a_missing_file_is_refused_when_it_is_configured() {
     let boot = |kernel: &str, initrd: Option<&str>| {
         Configure::BootSource(BootSource {
             kernel_image_path: kernel.into(),
@@ -72,7 +72,7 @@ fn file_that_is_missing_is_refused_when_it_is_named() {
 }
 
 #[test]
-fn console_file_is_not_made_before_the_machine_is() {
+fn console_file_is_not_created_before_the_machine() {
     let guard = TempFile::new().unwrap();
     let file = format!("{}-console", path(&guard));
     let serial = Serial {
@@ -91,7 +91,7 @@ fn console_file_is_not_made_before_the_machine_is() {
 }
 
 #[test]
-fn check_acquires_the_images_and_says_what_it_does_not_look_at() {
+fn check_acquires_the_images_and_names_what_it_does_not_examine() {
     let (kernel, disk) = (TempFile::new().unwrap(), image(b"QFI\xfb", 1000));
     let mut config = machine_of([&kernel, &disk]);
     let found = findings(&config).unwrap();
@@ -99,7 +99,7 @@ fn check_acquires_the_images_and_says_what_it_does_not_look_at() {
     assert!(found.doubts[0].starts_with("drives[a]: /"), "{found:?}");
     let rest = found.not_examined.last().unwrap();
     assert!(rest.starts_with("KVM, guest memory"), "{rest}");
-    // Released at the end, held by one drive meanwhile.
+    // The first check released the images.
     findings(&config).unwrap();
     let other = format!("path={},id=b", path(&disk)).parse().unwrap();
     config.drives.push(other);

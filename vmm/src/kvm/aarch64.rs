@@ -1,4 +1,4 @@
-//! What only an aarch64 VM has: the GICv3 with its ITS, and PSCI.
+//! The aarch64 parts of a VM: the GICv3 with its ITS, and PSCI.
 
 use std::path::Path;
 
@@ -29,14 +29,14 @@ pub(super) const IRQCHIP: u32 = 0;
 /// Messages go through the ITS, which needs the DeviceID.
 pub(super) const MSI_FLAGS: u32 = KVM_MSI_VALID_DEVID;
 
-/// The VM's devices: closing them would not end them, but they are ours.
+/// The VM's devices. Closing the descriptors does not end them.
 #[derive(Debug)]
 pub(super) struct Controller {
     _gic: DeviceFd,
     _its: DeviceFd,
 }
 
-/// What the host's KVM offers.
+/// Features of the host's KVM.
 #[derive(Debug)]
 pub(super) struct Host {
     target: kvm_vcpu_init,
@@ -52,15 +52,15 @@ impl Host {
     }
 }
 
-/// Nothing: the Arm architecture's counter runs on in a pause, and KVM has no
-/// flag that tells the guest of one.
+/// Does nothing: the Arm architecture's counter runs on in a pause, and KVM has
+/// no flag that reports a pause to the guest.
 pub(super) fn report_pause(_: &VcpuFd) {}
 
 pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     const DEFAULT_BITS: u32 = 40;
     let need = 64 - layout::PCI_MMIO64.last().leading_zeros();
     let have = u32::try_from(kvm.get_host_ipa_limit()).unwrap_or(0);
-    // Zero is a kernel that knows 40 bits only.
+    // Zero: the kernel supports 40 bits only.
     let have = if have == 0 { DEFAULT_BITS } else { have };
     if have < need {
         return Err(Error::AddressBits { have, need });
@@ -141,7 +141,7 @@ pub(super) fn init_vcpu(vcpu: &VcpuFd, host: &Host, index: u32) -> Result<(), Er
     vcpu.vcpu_init(&target).map_err(failed("KVM_ARM_VCPU_INIT"))
 }
 
-/// Brings a vCPU into the state it starts in.
+/// Sets the start state of a vCPU.
 pub(super) fn set_up(
     vcpu: &VcpuFd,
     _host: &Host,

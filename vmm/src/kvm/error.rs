@@ -1,8 +1,8 @@
-//! Why KVM cannot make the machine.
+//! Errors of KVM and of guest memory.
 
 use std::io;
 
-/// Why the machine cannot be made. Each is one line for the user.
+/// Error of creating a VM. Each is one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no `/dev/kvm`.
@@ -11,16 +11,16 @@ pub enum Error {
          the kvm_intel or kvm_amd module (x86), or use a kernel with KVM (Arm)"
     )]
     NoKvm,
-    /// `/dev/kvm` may not be opened.
+    /// This user may not open `/dev/kvm`.
     #[error("no permission to open /dev/kvm: add the user to the kvm group")]
     NoPermission,
-    /// `/dev/kvm` failed to open in another way.
+    /// `/dev/kvm` fails to open for another reason.
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
-    /// Not the stable KVM API.
+    /// The host's KVM does not have the stable API.
     #[error("/dev/kvm has API version {0}, 12 is needed")]
     ApiVersion(i32),
-    /// The kernel's KVM is too old or built without something.
+    /// The kernel's KVM lacks a capability: it is too old or built without it.
     #[error("the host's KVM lacks {0}")]
     MissingCapability(&'static str),
     /// More vCPUs than the host or the layout allows.
@@ -39,44 +39,44 @@ pub enum Error {
         /// Bits the memory layout uses.
         need: u32,
     },
-    /// Guest memory could not be had.
+    /// Guest memory is not available.
     #[error("cannot allocate {mib} MiB of guest memory")]
     Memory {
-        /// Size asked for.
+        /// Size in MiB.
         mib: u64,
-        /// The system's answer.
+        /// Error of the host.
         source: io::Error,
     },
-    /// Not enough 2 MiB pages.
+    /// The host has not enough free pages of 2 MiB.
     #[error(
         "cannot allocate {mib} MiB of guest memory in 2 MiB pages; \
          add pages to the host's pool (sysctl vm.nr_hugepages)"
     )]
     HugePages {
-        /// Size asked for.
+        /// Size in MiB.
         mib: u64,
-        /// The system's answer.
+        /// Error of the host.
         source: io::Error,
     },
-    /// A thread could not be started.
+    /// A vCPU thread cannot be started.
     #[error("cannot start the thread of vCPU {index}")]
     Thread {
-        /// Which vCPU.
+        /// Number of the vCPU, from 0.
         index: u32,
-        /// The system's answer.
+        /// Error of the host.
         source: io::Error,
     },
     /// An ioctl failed.
     #[error("{what} failed")]
     Ioctl {
-        /// What was tried.
+        /// Name of the ioctl.
         what: &'static str,
-        /// The kernel's answer.
+        /// Error of the host.
         source: io::Error,
     },
 }
 
-/// Names the ioctl that failed.
+/// Adds the name of the ioctl that failed.
 pub(super) fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |source| Error::Ioctl {
         what,

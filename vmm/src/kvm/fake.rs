@@ -1,4 +1,4 @@
-//! A vCPU without KVM, for the tests of what runs one.
+//! A vCPU without KVM, for the tests of the vCPU threads.
 #![allow(unsafe_code)] // Reads what the kick's signal handler writes.
 
 use std::ptr;
@@ -15,16 +15,16 @@ use kvm_bindings::kvm_run;
 use super::{Buses, Exit};
 use crate::kvm::vcpus::Processor;
 
-/// Where a test's device is.
+/// Guest physical address of the tests' device.
 pub const DEVICE: u64 = 0x1000;
 
-/// Longest wait of a test for anything.
+/// Upper bound on every wait of a test.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Stands for the lock of a model that is busy.
+/// A lock in place of a busy model's.
 pub type Busy = Arc<Mutex<()>>;
 
-/// What a guest does next.
+/// Next action of a guest.
 pub enum Step {
     /// Writes to the device at [`DEVICE`].
     Write,
@@ -39,12 +39,12 @@ pub struct FakeVcpu {
     index: u32,
     page: Box<kvm_run>,
     guest: Box<dyn FnMut() -> Step + Send>,
-    /// Pauses that the guest was told of.
+    /// Number of pauses that were reported to the guest.
     pub pauses: Arc<AtomicU32>,
 }
 
 impl FakeVcpu {
-    /// vCPU `index` with this guest.
+    /// Creates vCPU `index` with this guest.
     pub fn new(index: u32, guest: impl FnMut() -> Step + Send + 'static) -> Self {
         Self {
             index,
@@ -54,7 +54,7 @@ impl FakeVcpu {
         }
     }
 
-    /// One whose guest writes once and computes from then on.
+    /// Creates a vCPU whose guest writes once and then only computes.
     pub fn that_writes_once(index: u32) -> Self {
         let mut written = false;
         Self::new(index, move || match std::mem::replace(&mut written, true) {
@@ -106,7 +106,7 @@ impl Processor for FakeVcpu {
     }
 }
 
-/// A device whose write takes until the test lets it end.
+/// A device whose write lasts until the test releases it.
 pub struct SleepingDevice {
     entered: Mutex<Sender<()>>,
     leave: Mutex<Receiver<()>>,

@@ -17,7 +17,7 @@ impl Vm {
     /// A wired, edge-triggered interrupt. `gsi` is one of `arch::layout`'s.
     ///
     /// # Errors
-    /// No eventfd is to be had or the kernel refuses it.
+    /// No eventfd is available, or the kernel refuses it.
     pub fn line(&self, gsi: u32) -> Result<Line, Error> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(failed("creating an eventfd"))?;
         self.fd()
@@ -26,7 +26,7 @@ impl Vm {
         Ok(Line { event })
     }
 
-    /// Gives out message-signalled interrupts.
+    /// Returns the allocator of message-signalled interrupts.
     pub fn msi_allocator(self: &Arc<Self>) -> Arc<dyn MsiAllocator> {
         Arc::new(Sink(Arc::clone(self)))
     }
@@ -37,13 +37,13 @@ impl Vm {
             return Ok(());
         }
         // The lock is held, so that an older table never replaces a newer one.
-        let told = routes::install(self.fd(), &routes);
-        if told.is_err() {
+        let installed = routes::install(self.fd(), &routes);
+        if installed.is_err() {
             // The kernel refuses the whole table: the messages of other
             // vectors must not fail with this one.
             routes.set(gsi, None);
         }
-        told
+        installed
     }
 
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -54,8 +54,8 @@ impl Vm {
     }
 }
 
-/// A wired interrupt. All of them are edge-triggered, so it is an irqfd: one
-/// system call an edge.
+/// A wired interrupt. Every one is edge-triggered, so that it is an irqfd: one system call for each
+/// edge.
 #[derive(Debug)]
 pub struct Line {
     event: EventFd,
@@ -87,12 +87,12 @@ impl MsiAllocator for Sink {
     }
 }
 
-/// A message-signalled interrupt. Gives back its GSI when dropped.
+/// A message-signalled interrupt. Frees its GSI when dropped.
 struct Vector {
     vm: Arc<Vm>,
     gsi: u32,
     event: EventFd,
-    /// Whether the kernel consumes the eventfd. Taken before the table's lock.
+    /// Whether the kernel consumes the eventfd. Locked before the routing table.
     attached: Mutex<bool>,
 }
 
@@ -101,8 +101,7 @@ impl Vector {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the eventfd away from the kernel, which has delivered what it had
-    /// consumed when this returns.
+    /// Detaches the eventfd from the kernel, which has then delivered every event that it consumed.
     fn detach(&self, attached: &mut bool) -> io::Result<()> {
         if *attached {
             self.vm.fd().unregister_irqfd(&self.event, self.gsi)?;
@@ -121,12 +120,12 @@ impl MsiVector for Vector {
         let mut attached = self.attached();
         match message {
             Some(_) => {
-                let told = self.vm.set_message(self.gsi, message);
-                if told.is_err() {
-                    // Nothing may go to the message from before.
+                let installed = self.vm.set_message(self.gsi, message);
+                if installed.is_err() {
+                    // No event may go to the old message.
                     self.detach(&mut attached)?;
                 }
-                told?;
+                installed?;
                 if !*attached {
                     self.vm.fd().register_irqfd(&self.event, self.gsi)?;
                     *attached = true;
@@ -139,8 +138,8 @@ impl MsiVector for Vector {
 
     fn pending(&self) -> bool {
         let attached = self.attached();
-        // Nobody else reads the counter while it is not attached, so it may be
-        // taken and put back.
+        // Only this function reads the counter while it is not attached, so that it can read the
+        // counter and write it back.
         !*attached
             && match self.event.read() {
                 Ok(count) => self.event.write(count).is_ok(),
@@ -154,8 +153,7 @@ impl Drop for Vector {
         if let Err(error) = self.route(None) {
             log::warn!("interrupt route {}: {error}", self.gsi);
         }
-        // The kernel forgets the entry with the next change of the table; no
-        // irqfd uses it any more.
+        // The kernel drops the entry with the next change of the table; no irqfd uses it any more.
         self.vm.routes().free(self.gsi);
     }
 }

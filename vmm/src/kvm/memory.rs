@@ -17,11 +17,12 @@ use crate::config::MemBacking;
 const HUGE_PAGE: u64 = 2 << 20;
 const NAME: &CStr = c"portcullis-ram";
 
-/// Allocates RAM at `ranges`, zeroed, in pages of the usual size or of 2 MiB.
+/// Allocates zeroed RAM at `ranges`, in pages of the base size or, with `huge`,
+/// of 2 MiB.
 ///
 /// # Errors
-/// The system has no such memory; with `huge`, also when a range is not a
-/// multiple of 2 MiB or not enough 2 MiB pages are free right now.
+/// The host has no such memory. With `huge`, also: a range is not a multiple of
+/// 2 MiB, or not enough pages of 2 MiB are free.
 pub fn allocate(ranges: &[Range], backing: MemBacking, huge: bool) -> Result<GuestRam, Error> {
     let bytes: u64 = ranges.iter().map(|range| range.size).sum();
     let mib = bytes >> 20;
@@ -52,7 +53,7 @@ fn build(ranges: &[Range], backing: MemBacking, huge: bool, bytes: u64) -> io::R
             MemBacking::Memfd => libc::MAP_SHARED,
         };
         match (huge, backing) {
-            // Pages that are not there must fail now, not as SIGBUS later.
+            // Missing pages must fail here, not as SIGBUS in the guest.
             (true, MemBacking::Anonymous) => flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
             (true, MemBacking::Memfd) => {}
             (false, _) => flags |= libc::MAP_NORESERVE,
@@ -85,7 +86,7 @@ fn memfd(bytes: u64, huge: bool) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `fd` is a new file descriptor that nobody else owns.
+    // SAFETY: `fd` is a new file descriptor with no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(bytes)?;
     Ok(file)
@@ -100,7 +101,7 @@ mod tests {
     const RANGES: [Range; 2] = [Range::new(0, 1 << 20), Range::new(4 << 30, 2 << 20)];
 
     #[test]
-    fn memory_is_zeroed_and_where_it_was_asked_for() {
+    fn memory_is_zeroed_and_at_its_ranges() {
         for backing in [MemBacking::Anonymous, MemBacking::Memfd] {
             let ram = allocate(&RANGES, backing, false).unwrap();
             assert_eq!(ram.num_regions(), 2);

@@ -1,8 +1,8 @@
-//! The kernel's side of the machine: VM, vCPUs, guest RAM, interrupt routes.
+//! KVM: VM, vCPUs, guest RAM, interrupt routes.
 //!
-//! The only module that talks to `/dev/kvm`. [`Vm::new`] makes the VM with its
+//! The only module that opens `/dev/kvm`. [`Vm::new`] creates the VM with its
 //! interrupt controller and all vCPUs; [`Vcpus`] runs them. Lock order: the
-//! interrupt routes' lock is a leaf, nothing else is taken under it.
+//! interrupt routes' lock is a leaf, no other lock is taken under it.
 
 mod error;
 #[cfg(test)]

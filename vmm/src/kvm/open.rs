@@ -1,4 +1,4 @@
-//! The host's KVM.
+//! Opens the host's KVM.
 
 use kvm_bindings::KVM_CAP_IOEVENTFD_ANY_LENGTH;
 use kvm_ioctls::{Cap, Kvm};
@@ -6,7 +6,7 @@ use kvm_ioctls::{Cap, Kvm};
 use super::error::Error;
 use super::native;
 
-/// Opens `/dev/kvm` and checks that it can do what is needed.
+/// Opens `/dev/kvm` and checks its API version and capabilities.
 pub(super) fn open() -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::NoKvm,
@@ -24,7 +24,8 @@ pub(super) fn open() -> Result<Kvm, Error> {
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
         (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     ];
-    // kvm-ioctls has no name for it; without it a doorbell matches one width.
+    // kvm-ioctls has no name for it. Without it a doorbell matches one access
+    // width only.
     if kvm.check_extension_raw(KVM_CAP_IOEVENTFD_ANY_LENGTH.into()) <= 0 {
         return Err(Error::MissingCapability("KVM_CAP_IOEVENTFD_ANY_LENGTH"));
     }

@@ -1,4 +1,4 @@
-//! KVM's interrupt routing table. To set it costs a system call and an RCU
+//! KVM's interrupt routing table. Setting it costs a system call and an RCU
 //! grace period.
 
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use kvm_ioctls::VmFd;
 
 use super::native;
 
-/// `KVM_MAX_IRQ_ROUTES`: GSIs are below this.
+/// `KVM_MAX_IRQ_ROUTES`: upper bound on GSIs, exclusive.
 const GSI_LIMIT: u32 = 4096;
 
 /// The routing table. GSIs below [`FIRST_MSI_GSI`] are wired to the interrupt
@@ -35,7 +35,7 @@ impl Routes {
         self.messages.remove(&gsi);
     }
 
-    /// Returns whether the kernel must be told.
+    /// Returns whether the kernel's table must change.
     pub(super) fn set(&mut self, gsi: u32, message: Option<MsiMessage>) -> bool {
         match self.messages.insert(gsi, message) {
             Some(old) => old != message,
@@ -88,7 +88,7 @@ fn signalled(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
     entry
 }
 
-/// Tells the kernel the whole table.
+/// Sets the kernel's whole table.
 ///
 /// # Errors
 /// The kernel refuses the table.

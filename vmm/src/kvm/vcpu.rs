@@ -1,4 +1,4 @@
-//! One vCPU: its start state, running it until something happens.
+//! One vCPU: its start state and its exits.
 #![allow(unsafe_code)] // Reads the exit union of the shared kvm_run page.
 
 use std::sync::Arc;
@@ -13,16 +13,16 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use super::error::{Error, failed};
 use super::native;
 
-/// Why a vCPU stopped running the guest.
+/// Exit of a vCPU (`KVM_RUN`).
 #[derive(Debug)]
 pub enum Exit<'a> {
-    /// Fill `data`, in units of `size` bytes, with what `port` reads as.
+    /// Fill `data`, in units of `size` bytes, with the value of `port`.
     PioRead {
         /// I/O port, the same for every unit.
         port: u16,
         /// Width of one access: 1, 2 or 4 bytes.
         size: usize,
-        /// One or more accesses.
+        /// One or more accesses, `size` bytes each.
         data: &'a mut [u8],
     },
     /// Write `data`, in units of `size` bytes, to `port`.
@@ -31,10 +31,10 @@ pub enum Exit<'a> {
         port: u16,
         /// Width of one access: 1, 2 or 4 bytes.
         size: usize,
-        /// One or more accesses.
+        /// One or more accesses, `size` bytes each.
         data: &'a [u8],
     },
-    /// Fill `data` with what `address` reads as.
+    /// Fill `data` with the value at `address`.
     MmioRead {
         /// Guest physical address.
         address: u64,
@@ -52,13 +52,13 @@ pub enum Exit<'a> {
     PowerOff,
     /// The guest asked the firmware to reset.
     Reset,
-    /// The guest cannot go on; why.
+    /// The guest cannot continue, for this reason.
     Crash(String),
-    /// Kicked, or there was nothing to do.
+    /// The vCPU was kicked, or the exit needs no action.
     Interrupted,
 }
 
-/// A vCPU, to be run by one thread.
+/// A vCPU. One thread runs it.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
@@ -86,16 +86,16 @@ impl Vcpu {
         })
     }
 
-    /// Which vCPU, from 0.
+    /// Number of the vCPU, from 0.
     pub fn index(&self) -> u32 {
         self.index
     }
 
-    /// Brings the vCPU into the state it starts in. Call it once, before the
-    /// first run, for every vCPU.
+    /// Sets the start state of the vCPU. Call it once, before the first run,
+    /// for every vCPU.
     ///
     /// # Errors
-    /// The kernel refuses a register, which means that it is too old.
+    /// The kernel refuses a register because it is too old.
     pub fn set_up(&self, entry: Entry) -> Result<(), Error> {
         native::set_up(&self.fd, &self.host, self.index, self.cpus, entry)
     }
@@ -105,31 +105,31 @@ impl Vcpu {
         native::caches(&self.fd)
     }
 
-    /// The page shared with the kernel. It stays where it is until the vCPU is
-    /// dropped.
+    /// The page shared with the kernel. Its address does not change until the
+    /// vCPU is dropped.
     pub(super) fn run_page(&mut self) -> *mut kvm_run {
         self.fd.get_kvm_run()
     }
 
-    /// Makes the next [`Self::run`] wait for the guest again, after a kick.
+    /// Clears a kick, so that the next [`Self::run`] enters the guest.
     pub(super) fn clear_kick(&mut self) {
         self.fd.set_kvm_immediate_exit(0);
     }
 
-    /// Tells the guest that it did not run for a while, so that its watchdogs
-    /// start afresh. Called after a pause, ahead of the next [`Self::run`].
+    /// Reports to the guest that it did not run, so that its watchdogs start
+    /// afresh. Called after a pause, before the next [`Self::run`].
     pub(super) fn report_pause(&self) {
         native::report_pause(&self.fd);
     }
 
-    /// The registers as a block of text for a crash report, behind what KVM says
-    /// of an internal error if the last run ended with one.
+    /// The registers as text for a crash report. If the last run ended with an
+    /// internal error, KVM's details of it come first.
     pub fn registers(&mut self) -> String {
         let error = internal_error(self.run_page());
         error.map_or_else(String::new, details) + &native::registers(&self.fd)
     }
 
-    /// Runs the guest until it needs something.
+    /// Runs the guest until an exit.
     pub fn run(&mut self) -> Exit<'_> {
         let page = self.run_page();
         match self.fd.run() {
@@ -175,7 +175,7 @@ impl Vcpu {
     }
 }
 
-/// The width of one access of the PIO exit that is in `page`.
+/// Width in bytes of one access of the PIO exit in `page`.
 fn pio_size(page: *const kvm_run, len: usize) -> usize {
     // SAFETY: the page is mapped while the vCPU lives, the caller holds the
     // vCPU, and KVM_RUN returned KVM_EXIT_IO, which fills this variant. The
@@ -184,7 +184,7 @@ fn pio_size(page: *const kvm_run, len: usize) -> usize {
     usize::from(size).clamp(1, len.max(1))
 }
 
-/// `suberror` and data of the internal error that is in `page`, if it has one.
+/// `suberror` and data of the internal error in `page`, if there is one.
 fn internal_error(page: *const kvm_run) -> Option<(u32, Vec<u64>)> {
     // SAFETY: as in `pio_size`; the reason is checked before its variant is
     // read.
@@ -199,7 +199,7 @@ fn internal_error(page: *const kvm_run) -> Option<(u32, Vec<u64>)> {
     Some((internal.suberror, data.take(count).collect()))
 }
 
-/// An internal error as a sentence (Linux `include/uapi/linux/kvm.h`,
+/// Describes an internal error in a sentence (Linux `include/uapi/linux/kvm.h`,
 /// `KVM_INTERNAL_ERROR_*`).
 fn sentence(suberror: u32) -> &'static str {
     match suberror {
@@ -211,7 +211,7 @@ fn sentence(suberror: u32) -> &'static str {
     }
 }
 
-/// What KVM says of an internal error, as a line for a crash report.
+/// Formats KVM's details of an internal error, as a line for a crash report.
 fn details((suberror, data): (u32, Vec<u64>)) -> String {
     format!("KVM_EXIT_INTERNAL_ERROR suberror {suberror} data {data:x?}\n")
 }
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn internal_error_with_more_data_than_there_is_room_for_is_cut() {
+    fn internal_error_with_more_data_than_the_field_holds_is_cut() {
         let (_, data) = internal_error(&page(KVM_EXIT_INTERNAL_ERROR, 4, u32::MAX)).unwrap();
         assert_eq!(data, [0xAB; 16]);
         assert_eq!(internal_error(&page(0, 1, 2)), None);

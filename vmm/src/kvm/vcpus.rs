@@ -1,7 +1,7 @@
 //! The vCPU threads: pause, resume, stop.
 //!
-//! A pause and a stop are requests. The last vCPU thread that follows one calls
-//! back, so the thread that makes the request never waits for a vCPU that is
+//! A pause and a stop are requests. The last vCPU thread that complies makes a
+//! callback, so that the requesting thread never waits for a vCPU that is
 //! inside a device.
 #![allow(unsafe_code)] // The kick's signal handler writes to the kvm_run page.
 
@@ -17,33 +17,33 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::{Error, Exit, Vcpu};
 
-/// Who answers the guest's accesses.
+/// The buses that handle the guest's accesses.
 #[derive(Clone)]
 pub struct Buses {
     /// I/O ports (x86_64).
     pub pio: Arc<Bus>,
     /// Guest physical addresses outside RAM.
     pub mmio: Arc<Bus>,
-    /// Interrupts the devices' work.
+    /// Interrupts the devices' work on a request to pause or stop.
     pub pause: Arc<PauseRequest>,
 }
 
-/// A processor that a thread runs: a [`Vcpu`], or a test's.
+/// A processor that a thread runs: a [`Vcpu`], or a fake of the tests.
 pub(crate) trait Processor: Send + 'static {
-    /// Which vCPU, from 0.
+    /// Number of the vCPU, from 0.
     fn index(&self) -> u32;
-    /// Runs the guest until it needs something, or until `immediate_exit` is
-    /// set in [`Self::run_page`].
+    /// Runs the guest until an exit, or until `immediate_exit` is set in
+    /// [`Self::run_page`].
     fn run(&mut self) -> Exit<'_>;
-    /// The page shared with the kernel. It stays where it is until the
+    /// The page shared with the kernel. Its address does not change until the
     /// processor is dropped.
     fn run_page(&mut self) -> *mut kvm_run;
-    /// Makes the next [`Self::run`] wait for the guest again, after a kick.
+    /// Clears a kick, so that the next [`Self::run`] enters the guest.
     fn clear_kick(&mut self);
-    /// The registers as a block of text for a crash report.
+    /// The registers as text for a crash report.
     fn registers(&mut self) -> String;
-    /// Tells the guest's watchdogs that it did not run. Called after a pause,
-    /// ahead of the next [`Self::run`].
+    /// Reports to the guest's watchdogs that it did not run. Called after a
+    /// pause, before the next [`Self::run`].
     fn report_pause(&self);
 }
 
@@ -73,26 +73,26 @@ impl Processor for Vcpu {
     }
 }
 
-/// How the guest ended, told by a vCPU.
+/// Ending of the guest, as a vCPU thread reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
     /// It powered off.
     PowerOff,
     /// It reset.
     Reset,
-    /// It cannot go on.
+    /// The guest cannot continue.
     Crash {
-        /// Which vCPU.
+        /// Number of the vCPU, from 0.
         vcpu: u32,
-        /// One line.
+        /// Reason, in one line.
         reason: String,
-        /// A block of text with the registers.
+        /// The registers, as a block of text.
         registers: String,
     },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+enum RequestedState {
     Paused,
     Running,
     Stopped,
@@ -100,8 +100,8 @@ enum Wanted {
 
 #[derive(Debug)]
 struct State {
-    wanted: Wanted,
-    /// Threads that are waiting to be resumed or have ended.
+    requested: RequestedState,
+    /// Threads that wait to be resumed or have ended.
     parked: usize,
 }
 
@@ -109,7 +109,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     pause: Arc<PauseRequest>,
-    /// vCPU threads.
+    /// Number of vCPU threads.
     total: usize,
     on_idle: OnIdle,
 }
@@ -119,12 +119,12 @@ type OnIdle = Box<dyn Fn() + Send + Sync>;
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Two plain values, whole at any time.
+        // Two plain values, consistent at any time.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn want(&self, wanted: Wanted) {
-        self.state().wanted = wanted;
+    fn set_requested(&self, requested: RequestedState) {
+        self.state().requested = requested;
         self.changed.notify_all();
     }
 
@@ -138,23 +138,23 @@ impl Shared {
         }
     }
 
-    /// Waits while paused.
+    /// Waits while a pause is requested.
     fn wait(&self) -> Turn {
         let state = self.state();
-        if state.wanted != Wanted::Paused {
-            return Turn::from(state.wanted, false);
+        if state.requested != RequestedState::Paused {
+            return Turn::from(state.requested, false);
         }
         self.park(state);
-        let waited = self
-            .changed
-            .wait_while(self.state(), |state| state.wanted == Wanted::Paused);
+        let waited = self.changed.wait_while(self.state(), |state| {
+            state.requested == RequestedState::Paused
+        });
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         state.parked -= 1;
-        Turn::from(state.wanted, true)
+        Turn::from(state.requested, true)
     }
 }
 
-/// What a vCPU thread does next.
+/// Next step of a vCPU thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
     /// Run the guest.
@@ -167,32 +167,32 @@ enum Turn {
 }
 
 impl Turn {
-    fn from(wanted: Wanted, was_paused: bool) -> Self {
-        match wanted {
-            Wanted::Stopped => Self::End,
-            Wanted::Running | Wanted::Paused => Self::Run { was_paused },
+    fn from(requested: RequestedState, was_paused: bool) -> Self {
+        match requested {
+            RequestedState::Stopped => Self::End,
+            RequestedState::Running | RequestedState::Paused => Self::Run { was_paused },
         }
     }
 }
 
 /// All vCPU threads of a VM. Dropping it stops and joins them, which waits for
-/// a vCPU that is inside a device: see [`Self::request_stop`].
+/// a vCPU inside a device: see [`Self::request_stop`].
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU, paused: [`Self::resume`] starts the guest.
+    /// Starts a paused thread for each vCPU: [`Self::resume`] starts the guest.
     ///
-    /// `on_end` is called on the thread of the vCPU that ended the guest, which
-    /// then runs no more; the others still do, until
-    /// [`Self::request_stop`]. `on_idle` is called on the thread that is the
-    /// last to follow a request, when [`Self::is_idle`] is true. Neither may
+    /// `on_end` is called on the thread of the vCPU that ended the guest. That
+    /// thread runs no guest afterwards; the others do until
+    /// [`Self::request_stop`]. `on_idle` is called on the last thread that
+    /// complies with a request, when [`Self::is_idle`] is true. Neither may
     /// block, nor call back into this object.
     ///
     /// # Errors
-    /// The system has no thread to give.
+    /// No thread is available.
     pub(crate) fn spawn<P: Processor>(
         vcpus: Vec<P>,
         buses: &Buses,
@@ -202,7 +202,7 @@ impl Vcpus {
         install_kick();
         let on_end: Arc<dyn Fn(End) + Send + Sync> = Arc::new(on_end);
         let state = Mutex::new(State {
-            wanted: Wanted::Paused,
+            requested: RequestedState::Paused,
             parked: 0,
         });
         let shared = Arc::new(Shared {
@@ -212,7 +212,8 @@ impl Vcpus {
             total: vcpus.len(),
             on_idle: Box::new(on_idle),
         });
-        // From here on an error drops, and so joins, those that started.
+        // From here on an error drops, and so joins, the threads that have
+        // started.
         let mut this = Self {
             shared,
             threads: Vec::with_capacity(vcpus.len()),
@@ -233,19 +234,19 @@ impl Vcpus {
     /// Lets the guest run. Withdraws a request to pause.
     pub fn resume(&self) {
         self.shared.pause.clear();
-        self.shared.want(Wanted::Running);
+        self.shared.set_requested(RequestedState::Running);
     }
 
-    /// Asks every vCPU to stop where it is. Returns at once; [`Self::is_idle`]
-    /// tells whether it is done.
+    /// Requests every vCPU to pause. Returns at once; [`Self::is_idle`] is true
+    /// when all have paused.
     pub fn request_pause(&self) {
-        self.request(Wanted::Paused);
+        self.request(RequestedState::Paused);
     }
 
-    /// Asks every thread to end. Returns at once; when [`Self::is_idle`] is
-    /// true, dropping this object does not wait.
+    /// Requests every thread to end. Returns at once; dropping this object does
+    /// not wait once [`Self::is_idle`] is true.
     pub fn request_stop(&self) {
-        self.request(Wanted::Stopped);
+        self.request(RequestedState::Stopped);
     }
 
     /// Whether no vCPU executes, and none is inside a device. It stays true
@@ -255,9 +256,9 @@ impl Vcpus {
         self.shared.state().parked == self.shared.total
     }
 
-    fn request(&self, wanted: Wanted) {
+    fn request(&self, requested: RequestedState) {
         self.shared.pause.set();
-        self.shared.want(wanted);
+        self.shared.set_requested(requested);
         self.kick();
     }
 
@@ -336,7 +337,7 @@ fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn
     }
 }
 
-/// Runs the guest; `None` when the thread was told to end.
+/// Runs the guest until it ends; `None` when a stop is requested.
 fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> Option<End> {
     let mut has_run = false;
     while let Turn::Run { was_paused } = shared.wait() {
@@ -364,8 +365,8 @@ fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> O
                     }
                 }
                 Exit::Interrupted => {
-                    // Cleared before the state is looked at: a kick after that
-                    // sets it again.
+                    // Cleared before the state is read: a later kick sets it
+                    // again.
                     vcpu.clear_kick();
                     break;
                 }

@@ -18,19 +18,20 @@ use super::open::open;
 use super::routes::{self, Routes};
 use super::vcpu::Vcpu;
 
-/// A virtual machine. Dropping the last reference, and all [`Vcpu`]s, ends it.
+/// A virtual machine. It ends when the last reference and all [`Vcpu`]s are
+/// dropped.
 #[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
     _controller: native::Controller,
-    /// The kernel holds these mappings' addresses as long as `fd` lives.
+    /// The kernel uses these mappings' addresses as long as `fd` lives.
     _ram: GuestRam,
 }
 
 impl Vm {
-    /// Makes a VM with `ram`, its interrupt controller and `cpus` vCPUs, which
-    /// still need [`Vcpu::set_up`].
+    /// Creates a VM with `ram`, its interrupt controller and `cpus` vCPUs,
+    /// which still need [`Vcpu::set_up`].
     ///
     /// # Errors
     /// KVM is missing, not permitted, too old, or refuses the machine.
@@ -55,7 +56,7 @@ impl Vm {
         Ok((Arc::new(vm), vcpus))
     }
 
-    /// What the kernel calls this VM by.
+    /// Descriptor of the VM, for its ioctls.
     pub(super) fn fd(&self) -> &VmFd {
         &self.fd
     }

@@ -1,4 +1,4 @@
-//! What only an x86_64 VM has.
+//! The x86_64 parts of a VM.
 
 use arch::boot::Entry;
 use arch::{cpu, layout};
@@ -24,7 +24,7 @@ pub(super) const MSI_FLAGS: u32 = 0;
 /// The interrupt controller is part of the VM.
 pub(super) type Controller = ();
 
-/// What the host's processor and KVM offer.
+/// Features of the host's processor and KVM.
 #[derive(Debug)]
 pub(super) struct Host {
     supported: Vec<kvm_cpuid_entry2>,
@@ -43,9 +43,9 @@ impl Host {
     }
 }
 
-/// Sets the "guest was stopped" flag of kvmclock, which Linux's soft-lockup and
-/// RCU-stall detectors look at (KVM_KVMCLOCK_CTRL). EINVAL: the guest does not
-/// use kvmclock.
+/// Sets kvmclock's "guest was stopped" flag (KVM_KVMCLOCK_CTRL), which Linux's
+/// soft-lockup and RCU-stall detectors read. EINVAL: the guest does not use
+/// kvmclock.
 pub(super) fn report_pause(fd: &VcpuFd) {
     if let Err(error) = fd.kvmclock_ctrl()
         && error.errno() != libc::EINVAL
@@ -74,13 +74,13 @@ pub(super) fn create_controller<V>(
     Ok(((), vcpus()?))
 }
 
-/// Nothing to do before the vCPU's registers can be set.
+/// Does nothing: the vCPU's registers can be set at once.
 pub(super) fn init_vcpu(_vcpu: &VcpuFd, _host: &Host, _index: u32) -> Result<(), Error> {
     Ok(())
 }
 
-/// Brings a vCPU into the state it starts in. All but the first wait for a
-/// start-up IPI, so their registers do not matter.
+/// Sets the start state of a vCPU. All but the first wait for a start-up IPI,
+/// so that their registers do not matter.
 pub(super) fn set_up(
     vcpu: &VcpuFd,
     host: &Host,
@@ -97,7 +97,7 @@ pub(super) fn set_up(
         .map_err(|error| failed("KVM_SET_MSRS")(std::io::Error::other(error)))?;
     let set = vcpu.set_msrs(&table).map_err(failed("KVM_SET_MSRS"))?;
     if let Some(refused) = msrs.get(set) {
-        // The kernel stops at the first one it does not take.
+        // The kernel stops at the first MSR that it refuses.
         let text = format!("MSR {:#x} is refused", refused.index);
         return Err(failed("KVM_SET_MSRS")(std::io::Error::other(text)));
     }
@@ -115,7 +115,7 @@ pub(super) fn set_up(
     Ok(())
 }
 
-/// CPUID describes the caches.
+/// Returns none: CPUID describes the caches.
 pub(super) fn caches(_vcpu: &VcpuFd) -> Vec<arch::Cache> {
     Vec::new()
 }

@@ -1,15 +1,15 @@
-//! How many lines each place of the program may log.
+//! Limits the lines that each call site may log.
 //!
-//! A guest can cause some lines as often as it likes. Each call site has a
-//! bucket of its own, so that a flood of one line leaves the others alone. There
-//! are as many buckets as call sites in the program, whatever a guest does.
+//! A guest can cause some lines at any rate. Each call site has its own bucket,
+//! so that a flood of one line leaves the others alone. The number of buckets
+//! is bounded by the call sites in the program.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Lines that a call site may log at once.
 const BURST: u32 = 50;
-/// How long one line more takes to be allowed, after a burst.
+/// Time after which one more line is permitted, after a burst.
 const PER_LINE: Duration = Duration::from_secs(1);
 
 /// A place in the source: file and line.
@@ -22,15 +22,16 @@ struct Bucket {
     left_out: u64,
 }
 
-/// The buckets of all call sites that logged something.
+/// The buckets of all call sites that logged a line.
 #[derive(Debug, Default)]
 pub(super) struct Limiter {
     buckets: BTreeMap<CallSite, Bucket>,
 }
 
 impl Limiter {
-    /// Whether a line of `site` may be written at `now`, a time since any fixed
-    /// moment, and then how many were left out since the last that was.
+    /// Returns whether `site` may write a line at `now`, a time since any fixed
+    /// moment: if so, the number of its lines omitted since the last written
+    /// one.
     pub(super) fn admit(&mut self, site: CallSite, now: Duration) -> Option<u64> {
         let bucket = self.buckets.entry(site).or_insert(Bucket {
             lines: BURST,
@@ -55,7 +56,8 @@ impl Limiter {
         }
     }
 
-    /// The call sites whose last lines were left out, with their numbers.
+    /// Returns the call sites whose last lines were omitted, with their
+    /// numbers.
     pub(super) fn take_left_out(&mut self) -> Vec<(CallSite, u64)> {
         let silent = self.buckets.iter_mut().filter(|it| it.1.left_out != 0);
         silent
@@ -71,7 +73,7 @@ mod tests {
     const HERE: CallSite = ("here.rs", 1);
 
     #[test]
-    fn flood_is_a_burst_and_then_a_line_a_second_with_what_was_left_out() {
+    fn flood_is_a_burst_and_then_a_line_a_second_with_the_number_omitted() {
         let mut limiter = Limiter::default();
         let mut written = 0;
         let mut left_out = 0;
@@ -92,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn other_places_and_later_times_are_not_held_back() {
+    fn other_call_sites_and_later_times_are_not_limited() {
         let mut limiter = Limiter::default();
         let start = Duration::from_secs(5);
         while limiter.admit(HERE, start).is_some() {}
@@ -103,7 +105,7 @@ mod tests {
             assert_eq!(limiter.admit(HERE, later), Some(0));
         }
         assert_eq!(limiter.admit(HERE, later), None);
-        // Time that goes back is no time.
+        // Time that goes back counts as zero.
         assert_eq!(limiter.admit(HERE, Duration::ZERO), None);
     }
 }

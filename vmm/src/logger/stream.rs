@@ -1,4 +1,4 @@
-//! Writes to standard error that never wait for its reader.
+//! Writes to standard error without waiting for its reader.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -7,23 +7,23 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// A stream that other processes may share, so that its flags are not ours to
-/// change: `O_NONBLOCK` belongs to all who hold the open file.
+/// A stream that other processes may share, so that its flags must not change:
+/// `O_NONBLOCK` belongs to every holder of the open file.
 #[derive(Debug)]
 pub(super) struct Stream {
     file: File,
-    /// Tells whether a write would wait; `None` where none does.
+    /// Reports whether a write would block; `None` where none does.
     ready: Option<Epoll>,
 }
 
 impl Stream {
-    /// The stream behind `fd`.
+    /// Opens the stream that `fd` refers to.
     ///
-    /// A pipe and a terminal are opened once more, through `/proc`: that open
-    /// file is ours alone and non-blocking. Where it cannot be opened (no
-    /// `/proc`, another user's terminal, a socket) each write is preceded by a
-    /// look at the stream. That is as good as long as a line fits into what the
-    /// kernel calls writable, and no other process fills it in between.
+    /// A pipe and a terminal are opened again through `/proc`: that open file
+    /// is private and non-blocking. Where it cannot be opened (no `/proc`,
+    /// another user's terminal, a socket), each write first polls the stream.
+    /// That suffices as long as a line fits into what the kernel calls
+    /// writable, and no other process fills it in between.
     ///
     /// # Errors
     /// `fd` is closed, or no file descriptor is left.
@@ -42,7 +42,7 @@ impl Stream {
         }
         let ready = Epoll::new()?;
         let writable = EpollEvent::new(EventSet::OUT, 0);
-        // A regular file cannot be watched, and does not wait for a reader.
+        // epoll refuses a regular file, which never blocks.
         let watched = ready.ctl(ControlOperation::Add, file.as_raw_fd(), writable);
         Ok(Self {
             file,
@@ -50,11 +50,11 @@ impl Stream {
         })
     }
 
-    /// Writes all of `line`, in one write where the stream takes it.
+    /// Writes all of `line`, in one write where the stream accepts it.
     ///
     /// # Errors
-    /// It is not written: `WouldBlock` when nothing is read, and those of
-    /// write(2).
+    /// The line is not written: `WouldBlock` when the stream is full, and the
+    /// errors of write(2).
     pub(super) fn write(&mut self, line: &[u8]) -> io::Result<()> {
         if let Some(ready) = &self.ready
             && ready.wait(0, &mut [EpollEvent::default()])? == 0
@@ -77,7 +77,7 @@ mod tests {
 
     use super::*;
 
-    /// Writes until nothing more is taken. Returns how much was.
+    /// Writes until the stream is full. Returns the number of bytes.
     fn fill(stream: &mut Stream) -> usize {
         let mut taken = 0;
         loop {
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn pipe_that_nobody_reads_takes_what_it_holds_and_stays_blocking_for_others() {
+    fn pipe_that_is_not_read_fills_up_and_stays_blocking_for_others() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut stream = Stream::of(writer.as_fd()).unwrap();
         assert!(stream.ready.is_none(), "it was not opened again");
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn socket_that_nobody_reads_is_looked_at_before_each_write() {
+    fn socket_that_is_not_read_is_polled_before_each_write() {
         let (mut reader, writer) = UnixStream::pair().unwrap();
         let mut stream = Stream::of(writer.as_fd()).unwrap();
         let taken = fill(&mut stream);
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn regular_file_is_written_where_others_write() {
+    fn regular_file_is_written_at_the_shared_offset() {
         let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         let mut stream = Stream::of(file.as_fd()).unwrap();
         file.write_all(b"one").unwrap();

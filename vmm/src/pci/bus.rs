@@ -1,4 +1,5 @@
-//! The bus: functions on a root, each behind the IOMMU or not.
+//! The PCI bus: functions on a root, with or without the IOMMU in front of
+//! them.
 
 use std::io;
 use std::sync::Arc;
@@ -19,17 +20,17 @@ use crate::kvm::{Buses, Vm};
 use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
 use crate::resources::AcquiredFunction;
 
-/// The bus. Dropping it ends the devices' threads.
+/// The PCI bus. Dropping it ends the devices' threads.
 pub struct PciBus {
     pub(super) functions: Vec<Function>,
     pub(super) iommu: Option<IommuDevice>,
     _msis: Option<MsiThread>,
-    /// Stands for the lock of a model that is busy: a test holds it.
+    /// A lock in place of a busy model's: a test holds it.
     #[cfg(test)]
     pub(crate) busy: crate::kvm::fake::Busy,
 }
 
-/// What all functions are built from.
+/// Inputs that all functions are built from.
 struct FunctionBuilder<'a> {
     vm: &'a Arc<Vm>,
     ram: &'a Arc<GuestRam>,
@@ -39,8 +40,8 @@ struct FunctionBuilder<'a> {
 }
 
 impl PciBus {
-    /// Puts the functions of the plan on a bus, each with its device of
-    /// `acquired`; `None` when there are none, and no IOMMU.
+    /// Places the functions of the plan on a bus, each with its device of
+    /// `acquired`. `None` when there are no functions and no IOMMU.
     ///
     /// # Errors
     /// A function or the IOMMU cannot be placed, or the host refuses an
@@ -84,7 +85,7 @@ impl PciBus {
         }))
     }
 
-    /// A bus with an IOMMU and no functions.
+    /// Creates a bus with an IOMMU and no functions.
     #[cfg(test)]
     pub(crate) fn of(iommu: IommuDevice) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! A function of the bus.
+//! A function of the PCI bus.
 
 use std::sync::Arc;
 
@@ -9,13 +9,13 @@ use iommu::{IommuRegion, StreamId};
 
 use crate::plan::DevicePlan;
 
-/// A function and its part of the IOMMU.
+/// A function and its stream of the IOMMU.
 pub(super) struct Function {
     /// Its name in the configuration.
     pub(super) id: String,
     /// Its requester ID.
     pub(super) stream: StreamId,
-    /// As it was planned.
+    /// Its plan.
     pub(super) device: DevicePlan,
     /// Its stream; `None` when it is not behind an IOMMU.
     pub(super) region: Option<Arc<IommuRegion>>,
@@ -24,7 +24,7 @@ pub(super) struct Function {
 }
 
 impl Function {
-    /// The statistics of the IOTLB of each of its vhost files.
+    /// Statistics of its vhost files' IOTLBs, one for each file.
     pub(super) fn iotlbs(&self) -> Vec<IotlbStats> {
         match &self.counters {
             DeviceCounters::Vhost { iotlbs, .. } => {

@@ -1,4 +1,4 @@
-//! The IOMMU in front of the bus: its model, and how the guest reaches it.
+//! The IOMMU in front of the bus: its model, and its connection to the guest.
 
 use std::sync::{Arc, Weak};
 
@@ -15,13 +15,13 @@ use crate::config::{self, ConfigError, IommuModel, Stage};
 use crate::kvm::{Buses, Vm};
 use crate::plan::MachinePlan;
 
-/// Addresses that endpoints of a virtio-iommu may use: 48 bits, as much as page
+/// Input address bits of a virtio-iommu's endpoints: 48, as many as the page
 /// tables of the guest's CPUs usually translate.
 const INPUT_BITS: u32 = 48;
 
 /// The IOMMU of a machine.
 pub enum IommuDevice {
-    /// A virtio-iommu: its model, and the queue of its faults.
+    /// A virtio-iommu: its model, and its event queue.
     Virtio {
         /// Domains and mappings.
         model: Arc<VirtioIommu>,
@@ -33,11 +33,11 @@ pub enum IommuDevice {
 }
 
 impl IommuDevice {
-    /// The IOMMU that the plan asks for. An SMMUv3 is put on the memory bus; a
-    /// virtio-iommu is a function like others.
+    /// Creates the IOMMU of the plan. An SMMUv3 is placed on the memory bus; a
+    /// virtio-iommu is a PCI function.
     ///
     /// # Errors
-    /// This architecture has no SMMUv3, or its interrupts are not to be had.
+    /// This architecture has no SMMUv3, or its interrupts are not available.
     pub fn build(
         plan: &MachinePlan,
         vm: &Vm,
@@ -105,7 +105,7 @@ impl IommuDevice {
         Ok(Self::Smmuv3(model))
     }
 
-    /// The model, for the regions of its streams.
+    /// The model, from which the regions of the streams are created.
     #[must_use]
     pub fn model(&self) -> Arc<dyn Iommu> {
         match self {
@@ -114,8 +114,8 @@ impl IommuDevice {
         }
     }
 
-    /// What tells the model that the guest switched ATS in a function; `None`
-    /// where ATS is not offered.
+    /// Returns the callback that notifies the model when the guest switches ATS
+    /// in a function; `None` where ATS is not offered.
     #[must_use]
     pub fn ats_hook(&self, stream: StreamId) -> Option<AtsHook> {
         match self {
@@ -129,7 +129,7 @@ impl IommuDevice {
         }
     }
 
-    /// The virtio-iommu as a device; `None` for another model.
+    /// Creates the virtio-iommu device; `None` for another model.
     #[must_use]
     pub fn function(&self) -> Option<VirtioIommuDevice> {
         match self {
@@ -141,8 +141,8 @@ impl IommuDevice {
         }
     }
 
-    /// How the firmware tables describe it. `function` is the requester ID of
-    /// a virtio-iommu.
+    /// The model as the firmware tables describe it. `function` is the
+    /// requester ID of a virtio-iommu.
     #[must_use]
     pub fn node(&self, function: Option<u16>) -> Option<NodeModel> {
         match self {

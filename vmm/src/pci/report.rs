@@ -1,4 +1,4 @@
-//! What the IOMMU and its endpoints say of themselves, as the API shows it.
+//! Reports of the IOMMU and its endpoints, for the API.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,7 +30,7 @@ const VIRTIO_FEATURES: [(u64, &str); 6] = [
     (feature::BYPASS_CONFIG, "VIRTIO_IOMMU_F_BYPASS_CONFIG"),
 ];
 
-/// A metric that every endpoint has: its name, what it counts, and where.
+/// A metric of every endpoint: name, help text, and its counter.
 type EndpointMetric = (&'static str, &'static str, fn(&EndpointCounters) -> u64);
 
 const ENDPOINT_METRICS: [EndpointMetric; 7] = [
@@ -71,10 +71,10 @@ const ENDPOINT_METRICS: [EndpointMetric; 7] = [
     ),
 ];
 
-/// A metric that every endpoint behind an IOMMU has.
+/// A metric of every endpoint behind an IOMMU.
 type StreamMetric = (&'static str, &'static str, fn(&StreamStats) -> u64);
 
-/// What [`StreamStats`] has beside the fields of [`EndpointCounters`].
+/// Counters of [`StreamStats`] that [`EndpointCounters`] lacks.
 const STREAM_METRICS: [StreamMetric; 2] = [
     (
         "portcullis_iommu_invalidations_total",
@@ -88,7 +88,7 @@ const STREAM_METRICS: [StreamMetric; 2] = [
     ),
 ];
 
-/// A metric that every disk has.
+/// A metric of every disk.
 type BlockMetric = (&'static str, &'static str, fn(&BlockCounters) -> &AtomicU64);
 
 const BLOCK_METRICS: [BlockMetric; 4] = [
@@ -115,7 +115,7 @@ const BLOCK_METRICS: [BlockMetric; 4] = [
 ];
 
 impl PciBus {
-    /// What the bus counts, by device.
+    /// Metrics of the bus, by device.
     #[must_use]
     pub fn families(&self) -> Vec<MetricFamily> {
         let endpoints: Vec<_> = self
@@ -201,7 +201,7 @@ impl PciBus {
         families
     }
 
-    /// The IOMMU as a whole.
+    /// Report of the IOMMU (`GET /iommu`).
     #[must_use]
     pub fn iommu_info(&self, model: IommuModel) -> IommuInfo {
         #[cfg(test)]
@@ -220,7 +220,7 @@ impl PciBus {
         }
     }
 
-    /// Up to `limit` mappings of an endpoint that start above `after`.
+    /// Returns up to `limit` mappings of an endpoint that start above `after`.
     #[must_use]
     pub fn mappings(&self, stream: u32, after: Option<u64>, limit: u32) -> MappingsPage {
         let page = |iommu| mappings_page(iommu, StreamId(stream), after, limit);
@@ -268,9 +268,9 @@ impl PciBus {
     }
 }
 
-/// Up to `limit` mappings of a stream that start above `after`. An SMMUv3 looks
-/// at a bounded part of the guest's tables, so a page may have fewer, or none,
-/// and still be followed by another.
+/// Returns up to `limit` mappings of a stream that start above `after`. An
+/// SMMUv3 reads a bounded part of the guest's tables, so that a page may have
+/// fewer mappings, or none, and still be followed by another.
 fn mappings_page(
     iommu: &IommuDevice,
     stream: StreamId,
@@ -281,7 +281,8 @@ fn mappings_page(
     let Some(from) = after.map_or(Some(0), |after| after.checked_add(1)) else {
         return MappingsPage::default();
     };
-    // One that starts below `from` and reaches over it was on the last page.
+    // A mapping that starts below `from` and extends over it was on the last
+    // page.
     let (all, more) = match iommu {
         IommuDevice::Virtio { model, .. } => {
             let wanted = limit.saturating_add(2);
@@ -292,7 +293,8 @@ fn mappings_page(
     let mut fresh = all.into_iter().filter(|m| m.iova.first().0 >= from);
     let mappings: Vec<_> = fresh.by_ref().take(limit).map(shown).collect();
     let last = mappings.last().map(|mapping| mapping.start);
-    // The next page starts above `next`: one below where the model goes on.
+    // The next page starts above `next`: one below the address at which the
+    // model continues.
     let more = more.map(|more| Hex(more.0.saturating_sub(1)));
     MappingsPage {
         next: more.or(fresh.next().and(last)),
@@ -310,7 +312,7 @@ fn virtio_features(iommu: &VirtioIommu) -> (bool, Vec<Feature>) {
     (used != 0, features.collect())
 }
 
-/// What the ID registers offer (IHI 0070 §6.3.1 to §6.3.6). Nothing of it is
+/// Features of the ID registers (IHI 0070 §6.3.1 to §6.3.6). None is
 /// negotiated.
 fn smmu_features(config: &SmmuConfig) -> Vec<Feature> {
     let fields = [

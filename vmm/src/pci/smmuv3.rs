@@ -1,4 +1,4 @@
-//! What an SMMUv3 counts, as metrics.
+//! Metrics of an SMMUv3.
 
 use iommu::smmuv3::SmmuStats;
 
@@ -7,7 +7,7 @@ use crate::action::{MetricFamily, MetricKind, Sample};
 /// The metrics of an SMMUv3, in the order of [`SmmuStats`]. A family by type
 /// has a sample for each type that occurred.
 pub fn families(stats: &SmmuStats) -> Vec<MetricFamily> {
-    // Every counter is shown: a new field does not compile without its metric.
+    // A new counter does not compile without its metric.
     let SmmuStats {
         commands,
         tlb_hits,

@@ -1,4 +1,4 @@
-//! The IOTLBs of vhost devices, as metrics and as the API shows them.
+//! Reports of vhost devices' IOTLBs, for metrics and the API.
 
 use std::sync::atomic::Ordering;
 
@@ -11,8 +11,8 @@ use crate::action::{
     EndpointCounters, MetricFamily, MetricKind, Registration, RegistrationKind, Sample,
 };
 
-/// What the notifier chain delivers to a device with these IOTLBs; `None` while
-/// none of them listens.
+/// Registration of these IOTLBs with the notifier chain; `None` while none is
+/// registered.
 pub fn registration(all: &[IotlbStats]) -> Option<Registration> {
     let first = all.iter().find(|stats| !stats.registration.is_empty())?;
     let kind = if first.registration.contains(NotifierEvents::DEVIOTLB_UNMAP) {
@@ -30,7 +30,7 @@ pub fn registration(all: &[IotlbStats]) -> Option<Registration> {
     Some(Registration { kind, reason })
 }
 
-/// Adds what the IOTLBs of a device counted.
+/// Adds the counters of a device's IOTLBs.
 pub fn add_counters(counters: &mut EndpointCounters, all: &[IotlbStats]) {
     for stats in all {
         counters.misses += stats.misses;
@@ -100,8 +100,8 @@ const NET_METRICS: [NetMetric; 3] = [
     ),
 ];
 
-/// What the functions with a vhost back end count besides what every endpoint
-/// does.
+/// Metrics of the functions with a vhost back end, in addition to those of
+/// every endpoint.
 pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
     let sample = |function: &Function, value| Sample {
         labels: vec![("device", function.id.clone())],
@@ -160,7 +160,7 @@ mod tests {
             ("portcullis_iotlb_entries", 23),
         ];
         assert_eq!(shown, expected);
-        // The files of a device add up.
+        // The counters of a device's files are added up.
         let mut counters = EndpointCounters::default();
         add_counters(&mut counters, &[stats.clone(), stats]);
         let expected = EndpointCounters {

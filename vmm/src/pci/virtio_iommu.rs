@@ -1,4 +1,4 @@
-//! What a virtio-iommu counts, as metrics.
+//! Metrics of a virtio-iommu.
 
 use devices::virtio::iommu::EventQueue;
 use iommu::virtio::VirtioIommu;

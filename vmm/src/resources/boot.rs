@@ -1,4 +1,4 @@
-//! The files that the guest boots.
+//! The kernel and the initial ramdisk of a guest.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ impl BootFiles {
     /// Opens the files.
     ///
     /// # Errors
-    /// A file that cannot be opened or is no regular file, by its field.
+    /// A file cannot be opened or is not a regular file; named by its field.
     pub(crate) fn open(kernel: &Path, initrd: Option<&Path>) -> Result<Self, ConfigError> {
         let initrd = initrd.map(|path| BootFile::open(INITRD_FIELD, path));
         Ok(Self {
@@ -45,7 +45,7 @@ impl BootFiles {
     /// Loads the files and the firmware tables of `platform` into `ram`.
     ///
     /// # Errors
-    /// A file or a command line that the guest cannot boot, by its field.
+    /// The guest cannot boot a file or the command line; named by its field.
     pub(crate) fn load(mut self, ram: &GuestRam, platform: &Platform) -> Result<Entry, BuildError> {
         let initrd = self.initrd.as_mut().map(|initrd| &mut initrd.file);
         let loaded = arch::boot::load(ram, platform, &mut self.kernel.file, initrd);

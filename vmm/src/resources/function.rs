@@ -1,5 +1,5 @@
-//! What each PCI function needs of the host: its image, tap or vhost files,
-//! held by the device that uses them.
+//! The host's resources for each PCI function: image, tap or vhost files. The
+//! device that uses them owns them.
 
 use std::io;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
 
 /// A device that is not yet on a bus.
 pub(crate) struct AcquiredFunction {
-    /// `None` for the virtio-iommu, which needs nothing of the host.
+    /// `None` for the virtio-iommu, which needs no resource of the host.
     pub(crate) device: Option<Box<dyn VirtioDevice>>,
-    /// What the user may not have meant, one line each.
+    /// Settings that may be mistakes, one line each.
     pub(crate) doubts: Vec<String>,
 }
 
-/// Why a function's resources are not available.
+/// Error of acquiring a function's resources.
 pub(crate) enum Refusal {
     /// The host does not have the device, or this user may not open it.
     Unavailable(ConfigError),
@@ -70,11 +70,11 @@ impl<E: Into<BuildError>> From<E> for Refusal {
     }
 }
 
-/// Starts the thread that the vhost devices of `plan` share; `None` in a machine
-/// without such devices. `ram` is the memory that they reach.
+/// Starts the thread that the vhost devices of `plan` share; `None` in a
+/// machine without such devices. `ram` is the memory that they access.
 ///
 /// # Errors
-/// No file descriptor or thread is left.
+/// No file descriptor or thread is available.
 pub(crate) fn vhost_context(
     plan: &MachinePlan,
     ram: &Arc<GuestRam>,
@@ -92,11 +92,11 @@ pub(crate) fn vhost_context(
     }))
 }
 
-/// Opens what the function needs of the host. `vhost` is the
-/// [`vhost_context`] of the machine.
+/// Opens the function's resources on the host. `vhost` is the [`vhost_context`]
+/// of the machine.
 ///
 /// # Errors
-/// The resource that is not available, by its field in the configuration.
+/// A resource is not available; named by its field in the configuration.
 pub(crate) fn acquire(
     plan: &FunctionPlan,
     vhost: Option<&VhostContext>,

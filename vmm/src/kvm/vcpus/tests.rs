@@ -8,7 +8,7 @@ use devices::pause::{Deferral, Resumable};
 use super::*;
 use crate::kvm::fake::{FakeVcpu, PATIENCE, Step, buses_with, sleeping_buses};
 
-/// vCPU threads, and what hears that they are idle.
+/// Starts vCPU threads, and returns the receiver of their idle callbacks.
 fn spawn(vcpus: Vec<FakeVcpu>, buses: &Buses) -> (Vcpus, Receiver<()>) {
     let (idle, is_idle) = channel();
     let vcpus = Vcpus::spawn(
@@ -22,8 +22,8 @@ fn spawn(vcpus: Vec<FakeVcpu>, buses: &Buses) -> (Vcpus, Receiver<()>) {
     (vcpus.unwrap(), is_idle)
 }
 
-/// Waits for the callback that makes `vcpus` idle; earlier ones may be heard
-/// late.
+/// Waits for the callback after which `vcpus` is idle; earlier callbacks may
+/// still be queued.
 #[track_caller]
 fn wait_until_idle(vcpus: &Vcpus, idle: &Receiver<()>) {
     while !vcpus.is_idle() {
@@ -48,7 +48,7 @@ fn a_pause_does_not_wait_for_a_device_and_is_complete_after_it() {
     let (vcpus, idle) = spawn(guests, &buses);
     vcpus.resume();
     sleeper.wait_until_entered();
-    // It returns, though only the test lets the device go on.
+    // It returns while the device waits for the test.
     vcpus.request_pause();
     assert!(!vcpus.is_idle());
     sleeper.release();
@@ -93,13 +93,13 @@ fn no_pause_and_no_resume_is_lost() {
 }
 
 #[test]
-fn each_guest_is_told_of_a_pause_and_not_of_its_start() {
+fn a_pause_is_reported_to_each_guest_and_its_start_is_not() {
     let steps: Arc<AtomicU32> = Arc::default();
     let (buses, _sleeper) = sleeping_buses();
     let guests: Vec<_> = (0..3).map(|index| computing(index, &steps)).collect();
     let pauses: Vec<_> = guests.iter().map(|vcpu| Arc::clone(&vcpu.pauses)).collect();
     let (vcpus, idle) = spawn(guests, &buses);
-    let told = || -> Vec<_> {
+    let reported = || -> Vec<_> {
         pauses
             .iter()
             .map(|count| count.load(Ordering::SeqCst))
@@ -109,17 +109,18 @@ fn each_guest_is_told_of_a_pause_and_not_of_its_start() {
         let before = steps.load(Ordering::SeqCst);
         vcpus.resume();
         // Each vCPU has left its park when all three have run.
-        while steps.load(Ordering::SeqCst) < before + 300 || told().iter().sum::<u32>() < 3 * round
+        while steps.load(Ordering::SeqCst) < before + 300
+            || reported().iter().sum::<u32>() < 3 * round
         {
             std::thread::yield_now();
         }
-        assert_eq!(told(), [round; 3]);
+        assert_eq!(reported(), [round; 3]);
         vcpus.request_pause();
         wait_until_idle(&vcpus, &idle);
     }
 }
 
-/// A device with `left` requests to serve, one at a time.
+/// A device that serves `left` requests, one at a time.
 struct Server {
     left: AtomicU32,
     deferral: Deferral,
@@ -151,7 +152,7 @@ impl BusDevice for Server {
 }
 
 #[test]
-fn work_that_a_pause_interrupts_is_done_without_another_kick() {
+fn work_that_a_pause_interrupts_is_completed_without_another_kick() {
     let pause = Arc::<PauseRequest>::default();
     let server = Arc::new(Server {
         left: AtomicU32::new(1000),

@@ -9,7 +9,7 @@ use super::*;
 const STREAM: StreamId = StreamId(1);
 const RAM_SIZE: usize = 1 << 20;
 const HIDDEN: u64 = 3 << 30;
-/// Pages that a listing of the tests may take.
+/// Upper bound on the pages of a test's listing.
 const MAX_PAGES: usize = 64;
 
 struct Unconnected;
@@ -22,8 +22,8 @@ impl SmmuWires for Unconnected {
     }
 }
 
-/// An SMMUv3 whose guest maps 1 GiB at [`HIDDEN`], behind tables all of whose
-/// entries point to an empty table.
+/// An SMMUv3 whose guest maps 1 GiB at [`HIDDEN`], after tables whose entries
+/// all point to an empty table.
 fn hiding() -> IommuDevice {
     let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap());
     let put = |at: u64, value: u64| ram.write_obj(value.to_le(), GuestAddress(at)).unwrap();

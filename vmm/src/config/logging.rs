@@ -1,4 +1,4 @@
-//! What the monitor tells its host: log and metrics.
+//! Configuration of the log and the metrics.
 
 use super::check::check_path;
 use super::error::{ConfigError, require};
@@ -6,27 +6,27 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-/// How much is logged. Firecracker's names, in any case.
+/// Level of the log. The names are Firecracker's, in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub enum LogLevel {
     /// Nothing.
     Off,
-    /// What failed.
+    /// Failures.
     Error,
-    /// What may be wrong.
+    /// Conditions that may be faults.
     Warning,
-    /// What happened.
+    /// Changes of the machine's state.
     #[default]
     Info,
-    /// What a developer asks.
+    /// Details for developers.
     Debug,
     /// Everything.
     Trace,
 }
 
 impl LogLevel {
-    /// The filter of the `log` crate.
+    /// Converts the level to the filter of the `log` crate.
     #[must_use]
     pub fn filter(self) -> log::LevelFilter {
         match self {
@@ -68,10 +68,11 @@ impl TryFrom<String> for LogLevel {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
-    /// A file or FIFO to append to. Left out, the log stays where it is (standard error).
+    /// A file or FIFO to append to. If omitted, the destination does not change (standard error at
+    /// first).
     #[serde(default)]
     pub log_path: Option<String>,
-    /// How much is logged. Left out, it stays as it is.
+    /// Level of the log. If omitted, it does not change.
     #[serde(default)]
     pub level: Option<LogLevel>,
     /// Whether a line shows its level.
@@ -80,7 +81,7 @@ pub struct Logger {
     /// Whether a line shows the module it comes from.
     #[serde(default)]
     pub show_log_origin: Option<bool>,
-    /// Logs only modules whose path starts with this.
+    /// Logs only modules whose path starts with this text.
     #[serde(default)]
     pub module: Option<String>,
 }
@@ -94,7 +95,7 @@ impl Logger {
     }
 }
 
-/// Where metrics are written, one JSON object a line (`/metrics`).
+/// Destination of the metrics, one JSON object a line (`/metrics`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
