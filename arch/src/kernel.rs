@@ -1,4 +1,4 @@
-//! What kind of file the user gave as a kernel, told from its first bytes.
+//! Detects the format of a kernel file by its first bytes.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -6,25 +6,24 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use crate::platform::Initrd;
 
-/// A kernel or an initial ramdisk: read to ordinary memory, and to a guest's.
+/// A kernel or an initial ramdisk, which can be read to ordinary and to guest memory.
 pub trait KernelFile: Read + ReadVolatile + Seek {}
 
 impl<F: Read + ReadVolatile + Seek> KernelFile for F {}
 
-/// Why a kernel or an initial ramdisk cannot be loaded. The caller names the
-/// file.
+/// Error of loading a kernel or an initial ramdisk. The caller adds the file's name.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Reading the file failed.
     #[error("cannot be read")]
     Read(#[source] io::Error),
-    /// No known magic number.
+    /// The file has no known magic number.
     #[error("is not a Linux kernel ({expected})")]
     NotAKernel {
         /// The formats this architecture boots.
         expected: &'static str,
     },
-    /// A kernel, but for another processor.
+    /// A kernel for another architecture.
     #[error("is a kernel for {found}, this machine is {expected}")]
     OtherArchitecture {
         /// Architecture of the file.
@@ -32,33 +31,33 @@ pub enum Error {
         /// Architecture of the guest.
         expected: &'static str,
     },
-    /// The file ends before its own header says it should.
+    /// The file is shorter than its header says.
     #[error("is truncated: {have} bytes of {need}")]
     Truncated {
-        /// Length of the file.
+        /// Length of the file in bytes.
         have: u64,
-        /// Length according to the header.
+        /// Length according to the header, in bytes.
         need: u64,
     },
-    /// The right architecture, but not bootable by this program.
+    /// A kernel for the architecture that this loader cannot boot.
     #[error("cannot be booted: {0}")]
     Unsupported(String),
     /// The compressed data is damaged.
     #[error("cannot be decompressed")]
     Decompress(#[source] io::Error),
-    /// No room in guest memory.
+    /// The kernel or the initial ramdisk exceeds guest memory.
     #[error(
         "does not fit: it needs {need} MiB of guest memory from {from:#x}, which ends at {end:#x}"
     )]
     DoesNotFit {
-        /// MiB needed, rounded up.
+        /// Size in MiB, rounded up.
         need: u64,
-        /// Where it would start.
+        /// Start address.
         from: u64,
-        /// Where memory ends (exclusive).
+        /// End of memory (exclusive).
         end: u64,
     },
-    /// The kernel takes an initial ramdisk at no address past its own end.
+    /// The kernel accepts an initial ramdisk only below its own end.
     #[error("cannot be placed: the kernel takes it below {limit:#x} and ends itself at {end:#x}")]
     NoPlace {
         /// The initial ramdisk must end at or below this address.
@@ -68,7 +67,7 @@ pub enum Error {
     },
 }
 
-/// A file's format.
+/// Format of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Format {
     /// ELF with this `e_machine`.
@@ -86,11 +85,11 @@ pub enum Format {
     /// Another EFI program, such as a unified kernel image: PE with this
     /// `Machine` (PE format §3.3.1).
     Efi(u16),
-    /// None of these.
+    /// None of these formats.
     Unknown,
 }
 
-/// How a file is compressed, told from its first bytes.
+/// Compression of a file, detected by its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
     /// RFC 1952.
@@ -121,7 +120,7 @@ impl Compression {
         found.map(|&(_, compression)| compression)
     }
 
-    /// Name and command that undoes it.
+    /// Name of the format, and command that decompresses it.
     fn name_and_tool(self) -> (&'static str, &'static str) {
         match self {
             Self::Gzip => ("gzip", "gunzip"),
@@ -150,31 +149,31 @@ const ELF_AARCH64: u16 = 183;
 const PE_AMD64: u16 = 0x8664;
 const PE_ARM64: u16 = 0xAA64;
 
-/// Bytes of the file that [`Format::of`] wants to see.
+/// Bytes of the file that [`Format::of`] reads.
 pub const HEAD: usize = 0x206;
 
-/// The `N` bytes at `at`, if the header is that long.
+/// Returns the `N` bytes at `at`, if the header is long enough.
 pub(crate) fn bytes_at<const N: usize>(head: &[u8], at: usize) -> Option<[u8; N]> {
     head.get(at..at.checked_add(N)?)?.try_into().ok()
 }
 
-/// The little-endian `u16` at `at`, if the header is that long.
+/// Returns the little-endian `u16` at `at`, if the header is long enough.
 pub(crate) fn u16_at(head: &[u8], at: usize) -> Option<u16> {
     bytes_at(head, at).map(u16::from_le_bytes)
 }
 
-/// The little-endian `u32` at `at`, if the header is that long.
+/// Returns the little-endian `u32` at `at`, if the header is long enough.
 pub(crate) fn u32_at(head: &[u8], at: usize) -> Option<u32> {
     bytes_at(head, at).map(u32::from_le_bytes)
 }
 
-/// The little-endian `u64` at `at`, if the header is that long.
+/// Returns the little-endian `u64` at `at`, if the header is long enough.
 pub(crate) fn u64_at(head: &[u8], at: usize) -> Option<u64> {
     bytes_at(head, at).map(u64::from_le_bytes)
 }
 
 impl Format {
-    /// Recognizes a file by its first bytes, at most [`HEAD`] of them.
+    /// Detects the format by the first bytes of a file, at most [`HEAD`] of them.
     pub fn of(head: &[u8]) -> Self {
         if head.starts_with(b"\x7fELF")
             && let Some(machine) = u16_at(head, 18)
@@ -217,7 +216,7 @@ impl Format {
         (magics == (b"MZ", *b"PE\0\0")).then_some(Self::Efi(machine))
     }
 
-    /// The architecture a kernel of this format runs on, when the format says.
+    /// The architecture of a kernel of this format, if the format contains it.
     pub fn architecture(&self) -> Option<String> {
         Some(match self {
             Self::Elf(ELF_X86_64) | Self::BzImage | Self::Efi(PE_AMD64) => "x86_64".into(),
@@ -230,13 +229,13 @@ impl Format {
     }
 }
 
-/// What the loaders know of a kernel file before they load it.
+/// Format, first bytes and length of a kernel file that is not loaded yet.
 #[derive(Debug)]
 pub(crate) struct Probe {
-    /// Its format.
+    /// Format of the file.
     pub(crate) format: Format,
-    /// Its first bytes, at most [`HEAD`]. The loaders take every header field
-    /// from here or from another copy of theirs: the file may change under them.
+    /// Its first bytes, at most [`HEAD`]. The loaders read every header field from here or from
+    /// their own copy: the file may change at any time.
     pub(crate) head: Vec<u8>,
     /// Its length in bytes.
     pub(crate) size: u64,
@@ -284,8 +283,8 @@ pub(crate) fn length<F: Seek>(file: &mut F) -> Result<u64, Error> {
     Ok(size)
 }
 
-/// Copies `size` bytes of `file` at `offset` to guest memory at `base`. The
-/// caller has checked that there is RAM.
+/// Copies `size` bytes of `file` at `offset` to guest memory at `base`. The caller has checked that
+/// RAM is there.
 pub(crate) fn copy<M: GuestMemoryBackend, F: KernelFile>(
     memory: &M,
     file: &mut F,
@@ -315,7 +314,7 @@ pub(crate) fn load_initrd<M: GuestMemoryBackend, F: KernelFile>(
     Ok(Initrd { base, size })
 }
 
-/// The error for `size` bytes that find no room from `from` to `end`.
+/// Creates the error for `size` bytes that do not fit between `from` and `end`.
 pub(crate) fn does_not_fit(size: u64, from: u64, end: u64) -> Error {
     Error::DoesNotFit {
         need: size.div_ceil(1 << 20),
@@ -324,8 +323,8 @@ pub(crate) fn does_not_fit(size: u64, from: u64, end: u64) -> Error {
     }
 }
 
-/// The error for a file that is no kernel of architecture `expected`, or in a
-/// wrapping that this architecture's loader does not undo.
+/// Creates the error for a file that is not a kernel of architecture `expected`, or whose
+/// compression this architecture's loader does not support.
 pub(crate) fn refuse(format: &Format, expected: &'static str, formats: &'static str) -> Error {
     match (format, format.architecture()) {
         (_, Some(found)) if found != expected => Error::OtherArchitecture { found, expected },
@@ -360,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn each_format_is_told_from_its_magic() {
+    fn each_format_is_detected_by_its_magic() {
         let elf = head(&[(0, b"\x7fELF"), (18, &[183, 0])]);
         assert_eq!(Format::of(&elf), Format::Elf(183));
         assert_eq!(Format::of(&elf).architecture().unwrap(), "aarch64");
@@ -410,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrapping_that_is_not_undone_is_named_with_the_fix() {
+    fn an_unsupported_compression_is_named_with_the_fix() {
         let refused = |format| refuse(&format, "x86_64", "").to_string();
         let text = refused(Format::Compressed(Compression::Xz));
         assert_eq!(

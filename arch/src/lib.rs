@@ -1,14 +1,13 @@
-//! What the guest's processor, firmware tables and boot protocol look like.
+//! Processor state, firmware tables and boot protocol of the guest.
 //!
-//! Data in, data out: this crate takes a plain [`Platform`] description and a
-//! kernel file and writes what a Linux kernel expects to find in guest memory
-//! (ACPI tables or a device tree, boot parameters, the kernel itself), and it
-//! computes the register values a vCPU starts with. It opens no device, issues
-//! no ioctl and knows no device model.
+//! Data in, data out: this crate reads a plain [`Platform`] description and a kernel file, and
+//! writes into guest memory what a Linux kernel requires (ACPI tables or a device tree, boot
+//! parameters, the kernel itself). It computes the start registers of a vCPU. It opens no device,
+//! issues no ioctl and contains no device model.
 //!
-//! [`layout`], [`boot`] and [`cpu`] are those of the architecture the crate is
-//! built for and carry the same names on both. Everything that does not need
-//! the other architecture's KVM types is compiled, and tested, on both.
+//! [`layout`], [`boot`] and [`cpu`] are those of the architecture that the crate is built for, with
+//! the same names on both. All code that does not need the other architecture's KVM types is
+//! compiled, and tested, on both.
 
 #![warn(unreachable_pub, clippy::missing_errors_doc)]
 
@@ -24,42 +23,42 @@ pub use platform::{
     Range, Smmu, SmmuGsis, Space,
 };
 
-/// Why a machine cannot be laid out or booted.
+/// Error of a machine's memory layout or of its boot data.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The amount of guest RAM is not one the layout can place.
+    /// The layout does not support this size of guest RAM.
     #[error(
         "guest memory of {size} bytes: must be a multiple of 4 KiB from {} MiB to {} MiB",
         .min >> 20, .max >> 20
     )]
     RamSize {
-        /// Asked for, in bytes.
+        /// Requested size, in bytes.
         size: u64,
-        /// Least, in bytes.
+        /// Lower bound, in bytes, inclusive.
         min: u64,
-        /// Most, in bytes.
+        /// Upper bound, in bytes, inclusive.
         max: u64,
     },
-    /// The kernel file is at fault.
+    /// The kernel file cannot be loaded.
     #[error("the kernel cannot be loaded")]
     Kernel(#[source] kernel::Error),
-    /// The initial ramdisk is at fault.
+    /// The initial ramdisk cannot be loaded.
     #[error("the initial ramdisk cannot be loaded")]
     Initrd(#[source] kernel::Error),
-    /// The command line is longer than the kernel takes.
+    /// The command line exceeds the kernel's limit.
     #[error("kernel command line of {len} bytes: the kernel takes at most {max}")]
     Cmdline {
         /// Its length in bytes.
         len: usize,
-        /// The most the kernel takes.
+        /// Upper bound of the kernel, in bytes.
         max: usize,
     },
-    /// The firmware tables outgrew their place.
+    /// The firmware tables exceed their range.
     #[error("firmware tables of {len} bytes: there is room for {max}")]
     Tables {
         /// Their length in bytes.
         len: usize,
-        /// Room in bytes.
+        /// Size of the range, in bytes.
         max: u64,
     },
     /// The device tree could not be written.
@@ -76,7 +75,8 @@ pub use aarch64::{boot, cpu, layout};
 pub use x86_64::{boot, cpu, layout};
 
 impl Error {
-    /// Refuses a RAM size that no page or layout can hold; `min` and `max` are inclusive.
+    /// Refuses a RAM size that is no multiple of a page or not within the layout's bounds; `min`
+    /// and `max` are inclusive.
     fn check_ram_size(size: u64, min: u64, max: u64) -> Result<(), Self> {
         if !(min..=max).contains(&size) || !size.is_multiple_of(4096) {
             return Err(Self::RamSize { size, min, max });
@@ -94,7 +94,7 @@ impl Error {
     }
 }
 
-/// An error and what it came from, for the loaders' tests.
+/// Formats an error and its source, for the loaders' tests.
 #[cfg(test)]
 fn with_reason(error: &Error) -> String {
     let reason = std::error::Error::source(error);

@@ -1,8 +1,8 @@
-//! The description of a machine that the firmware-table writers take.
+//! Description of a machine, from which the firmware tables are written.
 
 use std::ops::RangeInclusive;
 
-/// A range of guest physical addresses or I/O ports: `size` bytes from `base`.
+/// A range of guest physical addresses or I/O ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// First byte.
@@ -12,7 +12,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// `size` bytes from `base`.
+    /// Creates the range of `size` bytes from `base`.
     pub const fn new(base: u64, size: u64) -> Self {
         Self { base, size }
     }
@@ -28,7 +28,7 @@ impl Range {
     }
 }
 
-/// The address space a device's registers live in.
+/// Address space of a device's registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Space {
     /// x86 I/O ports.
@@ -37,12 +37,12 @@ pub enum Space {
     Mmio,
 }
 
-/// A device at a fixed place with one wired interrupt.
+/// A device at a fixed address with one wired interrupt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LegacyDevice {
-    /// Which bus decodes the registers.
+    /// Address space of the registers.
     pub space: Space,
-    /// Where the registers are.
+    /// Range of the registers.
     pub regs: Range,
     /// The interrupt: an IOAPIC pin on x86_64, an SPI number (INTID - 32) on
     /// aarch64. Edge-triggered on both.
@@ -66,7 +66,7 @@ impl PowerPorts {
     pub const S5: u8 = 5;
     /// The byte that powers off: `SLP_EN` (bit 5) and `SLP_TYPx` (bits 2 to 4).
     pub const POWER_OFF_VALUE: u8 = 1 << 5 | Self::S5 << 2;
-    /// The byte the FADT tells the guest to write to the reset register.
+    /// Value of RESET_REG that resets; the FADT gives it to the guest.
     pub const RESET_VALUE: u8 = 1;
 }
 
@@ -99,7 +99,7 @@ pub struct SmmuGsis {
     pub gerror: u32,
 }
 
-/// Where an SMMUv3 sits.
+/// Registers and interrupts of an SMMUv3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Smmu {
     /// Register pages 0 and 1, 64 KiB each.
@@ -108,7 +108,7 @@ pub struct Smmu {
     pub gsis: SmmuGsis,
 }
 
-/// The kind of IOMMU and where the guest finds it.
+/// Model of the IOMMU and its connection to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IommuModel {
     /// A virtio-iommu PCI function with this requester ID.
@@ -120,7 +120,7 @@ pub enum IommuModel {
     Smmuv3 {
         /// Registers and interrupts.
         smmu: Smmu,
-        /// Say on the host bridge that its functions may use ATS.
+        /// Offer ATS on the host bridge, for its functions.
         ats: bool,
         /// Table walks are cache coherent; agrees with `SMMU_IDR0.COHACC`.
         coherent: bool,
@@ -130,7 +130,7 @@ pub enum IommuModel {
 /// An IOMMU and the functions behind it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IommuNode {
-    /// Which IOMMU.
+    /// Model of the IOMMU.
     pub model: IommuModel,
     /// Requester IDs that the IOMMU translates (inclusive ranges, ascending,
     /// disjoint). Endpoint ID and StreamID equal the requester ID. A
@@ -138,7 +138,7 @@ pub struct IommuNode {
     pub endpoints: Vec<RangeInclusive<u16>>,
 }
 
-/// Where the initial ramdisk was placed.
+/// Range of the initial ramdisk in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Initrd {
     /// Guest physical address of the first byte.
@@ -147,7 +147,7 @@ pub struct Initrd {
     pub size: u64,
 }
 
-/// What a cache holds.
+/// Contents of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheKind {
     /// Data only.
@@ -158,30 +158,30 @@ pub enum CacheKind {
     Unified,
 }
 
-/// A cache of a processor. Zero stands for what is not known.
+/// A cache of a processor. A size of zero is unknown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cache {
-    /// 1 is next to the processor.
+    /// Level, from 1, which is nearest to the processor.
     pub level: u8,
-    /// What it holds.
+    /// Contents of the cache.
     pub kind: CacheKind,
-    /// In bytes.
+    /// Size in bytes.
     pub size: u32,
-    /// In bytes.
+    /// Line size in bytes.
     pub line_size: u32,
     /// Number of sets.
     pub sets: u32,
-    /// Number of processors, with consecutive numbers, that share one; at least 1.
+    /// Number of processors, with consecutive numbers, that share one cache; at least 1.
     pub shared_by: u32,
 }
 
-/// A whole machine, as its firmware tables describe it.
+/// A whole machine, as the firmware tables describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {
     /// Number of vCPUs, all enabled at boot.
     pub cpus: u32,
-    /// The caches of each vCPU, by ascending level without a gap; empty: none is
-    /// described. Device tree only.
+    /// The caches of each vCPU, by ascending level without a gap; empty if none is described.
+    /// Device tree only.
     pub caches: Vec<Cache>,
     /// Guest RAM, ascending; from `layout::ram_ranges`.
     pub ram: Vec<Range>,

@@ -1,12 +1,12 @@
-//! A kernel file for the tests and fuzz targets of the loaders.
+//! A simulated kernel file for the tests and fuzz targets of the loaders.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-/// Reads fail beyond this many bytes, so that a loader without a bound fails its
-/// test and does not hang it.
+/// Reads fail after this many bytes, so that a loader without a bound fails its test instead of
+/// hanging it.
 const BUDGET: u64 = 1 << 30;
 
 /// `front`, then zeros up to `len` bytes.
@@ -22,7 +22,7 @@ pub struct Sparse {
 }
 
 impl Sparse {
-    /// A file of `len` bytes, or of the length of `front` if that is longer.
+    /// Creates a file of `len` bytes, or of the length of `front` if that is longer.
     pub fn new(front: Vec<u8>, len: u64) -> Self {
         Self {
             len: len.max(front.len() as u64),

@@ -20,8 +20,8 @@ use crate::platform::{Platform, Range};
 
 const FORMATS: &str = "an Image, compressed or not, or an EFI zboot vmlinuz is needed";
 /// Upper bound on the window of a zstd stream, in bytes: that of the highest
-/// compression level, which Linux builds use. The decoder keeps at most so much
-/// of what it has unpacked.
+/// compression level, which Linux builds use. The decoder keeps at most as much
+/// unpacked data.
 const ZSTD_WINDOW: u64 = 128 << 20;
 /// Linux `COMMAND_LINE_SIZE` on arm64, less the NUL.
 const CMDLINE_MAX: usize = 2047;
@@ -42,8 +42,8 @@ pub fn load<M: GuestMemoryBackend, K: KernelFile, I: KernelFile>(
     Error::check_cmdline(&platform.cmdline, CMDLINE_MAX)?;
     let ram_end = platform.ram.first().map_or(0, Range::end);
     let image = load_kernel(memory, kernel, ram_end).map_err(Error::Kernel)?;
-    // Directly after the kernel: the boot protocol asks for a place within the
-    // 32 GiB around it.
+    // Directly after the kernel: the boot protocol requires an address within
+    // the 32 GiB around it.
     let base = image.end().next_multiple_of(INITRD_ALIGN);
     let place = |size: u64| match base.checked_add(size) {
         Some(end) if end <= ram_end => Ok(base),
@@ -90,7 +90,7 @@ fn load_kernel<M: GuestMemoryBackend, K: KernelFile>(
         }
         other => return Err(kernel::refuse(other, "aarch64", FORMATS)),
     };
-    // More than its result has room for is not worth reading.
+    // A kernel larger than RAM is not read further.
     let room = ram_end.saturating_sub(layout::KERNEL);
     if length > room {
         return Err(kernel::does_not_fit(length, layout::KERNEL, ram_end));
@@ -112,7 +112,7 @@ fn load_kernel<M: GuestMemoryBackend, K: KernelFile>(
 fn zboot_compression(header: &Zboot, size: u64) -> Result<Compression, kernel::Error> {
     let compression = match header.compression.as_str() {
         "gzip" => Compression::Gzip,
-        // Linux before 6.14 and since.
+        // "zstd" up to Linux 6.13, "zstd22" since.
         "zstd" | "zstd22" => Compression::Zstd,
         other => {
             return Err(kernel::Error::Unsupported(format!(
@@ -128,7 +128,7 @@ fn zboot_compression(header: &Zboot, size: u64) -> Result<Compression, kernel::E
     Ok(compression)
 }
 
-/// Unpacks an `Image` into guest memory, as much as there is room for.
+/// Unpacks an `Image` into guest memory, up to `ram_end`.
 fn unpack<M, R>(memory: &M, mut stream: R, ram_end: u64) -> Result<Range, kernel::Error>
 where
     M: GuestMemoryBackend,
@@ -157,7 +157,8 @@ where
     Ok(Range::new(place.base, place.size.max(at - place.base)))
 }
 
-/// Reads until `chunk` is full or the stream ends; returns how much it holds.
+/// Reads until `chunk` is full or the stream ends; returns the number of bytes
+/// read.
 fn fill<R: Read>(stream: &mut R, chunk: &mut [u8]) -> Result<usize, kernel::Error> {
     let mut filled = 0;
     while filled < chunk.len() {

@@ -1,8 +1,8 @@
 //! The caches that the device tree describes to Linux, which otherwise warns
 //! "Unable to detect cache hierarchy" (`drivers/base/cacheinfo.c`).
 //!
-//! The guest takes the levels from its CLIDR_EL1, which KVM makes up on hosts
-//! since 6.3, and wants a node for each of them. Sizes come from the host.
+//! The guest reads the levels from its CLIDR_EL1, which KVM synthesizes since Linux 6.3, and
+//! expects a node for each of them. Sizes come from the host.
 
 use vm_fdt::FdtWriter;
 
@@ -13,15 +13,15 @@ use crate::platform::{Cache, CacheKind};
 /// KVM register ID of CLIDR_EL1 (op0 3, op1 1, CRn 0, CRm 0, op2 1).
 pub const CLIDR_EL1: u64 = 0x6030_0000_0013_0000 | 3 << 14 | 1 << 11 | 1;
 
-/// Levels that CLIDR_EL1 has fields for (Arm ARM D24.2.28).
+/// Number of levels in CLIDR_EL1 (Arm ARM D24.2.28).
 const LEVELS: u8 = 7;
-/// Phandles of cache nodes are from here on, [`layout::MAX_CPUS`] for a level.
+/// First phandle of cache nodes; each level has [`layout::MAX_CPUS`] of them.
 const PHANDLES: u32 = 0x100;
 
-/// The caches that `clidr` names, and on further levels those of the `host`, by
-/// ascending level up to the first that neither has. What a level of `clidr` holds
-/// is as it says: Linux 6.1 counts caches in the device tree and fills them in from
-/// CLIDR_EL1. The host has the sizes; a unified cache has those of a data cache.
+/// Returns the caches of `clidr` and, on further levels, those of the `host`, by ascending level up
+/// to the first that neither has. The kinds of a `clidr` level are as it says: Linux 6.1 counts
+/// caches in the device tree and fills them in from CLIDR_EL1. The host has the sizes; a unified
+/// cache has those of a data cache.
 pub fn merge(clidr: u64, host: &[Cache]) -> Vec<Cache> {
     use CacheKind::{Data, Instruction, Unified};
     let mut merged = Vec::new();
@@ -62,9 +62,8 @@ pub fn merge(clidr: u64, host: &[Cache]) -> Vec<Cache> {
     merged
 }
 
-/// Writes what the node of `cpu` has of caches: the properties of level 1, a
-/// reference to level 2, and the nodes of those that `cpu` is the first to share
-/// (Devicetree Specification §3.8.1, §3.9).
+/// Writes the caches of `cpu`'s node: the properties of level 1, a reference to level 2, and the
+/// nodes of those that `cpu` is the first to share (Devicetree Specification §3.8.1, §3.9).
 pub(super) fn of_cpu(fdt: &mut FdtWriter, caches: &[Cache], cpu: u32) -> Result<(), Error> {
     properties(fdt, caches, 1, cpu)?;
     for level in 2..=LEVELS {
@@ -104,7 +103,7 @@ fn properties(fdt: &mut FdtWriter, caches: &[Cache], level: u8, cpu: u32) -> Res
         if cache.kind == CacheKind::Unified {
             fdt.property_null("cache-unified")?;
         }
-        // Linux takes a size of zero for an unknown one, but wants the property.
+        // Linux reads a size of zero as unknown, but requires the property.
         fdt.property_u32(&format!("{prefix}cache-size"), cache.size)?;
         for (name, value) in [
             ("cache-line-size", cache.line_size),
@@ -170,7 +169,7 @@ mod tests {
             summary(&merge(clidr(&[1]) | 0xFF << 40, &[])),
             [(1, Instruction, 0)]
         );
-        // A level that is missing ends the chain.
+        // A missing level ends the chain.
         assert_eq!(merge(clidr(&[0, 4]), &host[2..]), []);
     }
 

@@ -1,9 +1,9 @@
-//! The registers a vCPU starts with, as KVM register IDs and values.
+//! Start registers of a vCPU, as KVM register IDs and values.
 
-/// Where the first vCPU starts.
+/// Start of the first vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
-    /// First instruction.
+    /// Guest physical address of the first instruction.
     pub pc: u64,
     /// Guest physical address of the device tree, for X0.
     pub fdt: u64,

@@ -154,7 +154,7 @@ fn clock(fdt: &mut FdtWriter) -> Result<(), Error> {
 fn serial(fdt: &mut FdtWriter, device: &LegacyDevice) -> Result<(), Error> {
     let node = fdt.begin_node(&format!("serial@{:x}", device.regs.base))?;
     fdt.property_string("compatible", "ns16550a")?;
-    // The frequency a PC's UART runs at: 16 x 115,200.
+    // The frequency of a PC's UART: 16 x 115,200.
     fdt.property_u32("clock-frequency", 1_843_200)?;
     fdt.property_array_u32("interrupts", &[SPI, device.gsi, EDGE_RISING])?;
     reg(fdt, &[device.regs])?;

@@ -1,4 +1,4 @@
-//! Guest physical memory of the aarch64 machine.
+//! Guest physical address space of the aarch64 machine.
 //!
 //! ```text
 //! 0x0800_0000  GIC: distributor, ITS, redistributors
@@ -16,8 +16,8 @@ use crate::platform::{LegacyDevice, PowerPorts, Range, Smmu, SmmuGsis, Space};
 pub const GICD: Range = Range::new(0x0800_0000, 0x1_0000);
 /// Interrupt translation service: control and translation frames.
 pub const ITS: Range = Range::new(0x0808_0000, 0x2_0000);
-/// Where message-signalled interrupts are written to: the ITS's translation
-/// page, with `GITS_TRANSLATER`.
+/// Address of message-signalled interrupts: the ITS's translation page, with
+/// `GITS_TRANSLATER`.
 pub const MSI_DOORBELLS: u64 = 0x0809_0000;
 /// Address bits within [`MSI_DOORBELLS`].
 pub const MSI_DOORBELL_BITS: u32 = 16;
@@ -65,20 +65,21 @@ pub const RAM_BASE: u64 = 0x4000_0000;
 
 /// INTIDs the GIC implements: 32 private ones and the SPIs.
 pub const GIC_INTIDS: u32 = 128;
-/// Wired interrupts (SPIs) are GSIs below this; message-signalled ones start
-/// here.
+/// Wired interrupts (SPIs) are GSIs below this; message-signalled ones start at
+/// it.
 pub const FIRST_MSI_GSI: u32 = GIC_INTIDS - 32;
 
-/// Most vCPUs the redistributor region has room for.
+/// Upper bound on vCPUs: frames in the redistributor region.
 pub const MAX_CPUS: u32 = 123;
-/// Least guest RAM, in bytes.
+/// Lower bound on guest RAM, in bytes, inclusive.
 pub const MIN_RAM: u64 = 64 << 20;
-/// Most guest RAM, in bytes: it ends where the 64-bit PCI window starts.
+/// Upper bound on guest RAM, in bytes, inclusive: it ends where the 64-bit PCI
+/// window starts.
 pub const MAX_RAM: u64 = PCI_MMIO64.base - RAM_BASE;
 
 /// The device tree: 2 MiB at the start of RAM, which the kernel does not use.
 pub const FDT: Range = Range::new(RAM_BASE, 0x20_0000);
-/// The kernel image is placed here (2 MiB aligned), plus its `text_offset`.
+/// Load address of the kernel image (2 MiB aligned), without its `text_offset`.
 pub const KERNEL: u64 = FDT.end();
 
 /// RAM of `size` bytes: one range, there is no hole.

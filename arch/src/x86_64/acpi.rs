@@ -31,7 +31,7 @@ fn table(signature: [u8; 4], revision: u8) -> Sdt {
     Sdt::new(signature, 36, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION)
 }
 
-/// Builds all tables of `platform` to be placed at `room.base`. The RSDP comes
+/// Builds all tables of `platform` for the address `room.base`. The RSDP comes
 /// first; every table starts on a 16-byte boundary.
 ///
 /// # Errors
@@ -86,7 +86,8 @@ impl Blob {
     }
 }
 
-/// Fixed ACPI description: hardware-reduced, and nothing to probe for.
+/// Fixed ACPI description table: hardware-reduced, with no legacy device to
+/// probe.
 fn fadt(dsdt: u64) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
@@ -155,8 +156,8 @@ fn mcfg(pci: &PciHost) -> impl Aml {
     mcfg
 }
 
-/// Virtual I/O translation table: which functions are behind the virtio-iommu
-/// (ACPI 6.5 §5.2.34). None for an IOMMU that this table cannot describe.
+/// Virtual I/O translation table: the functions behind the virtio-iommu (ACPI
+/// 6.5 §5.2.34). `None` for an IOMMU that this table cannot describe.
 fn viot(node: &IommuNode) -> Option<impl Aml + use<>> {
     let IommuModel::VirtioPci { bdf } = node.model else {
         return None;

@@ -23,9 +23,9 @@ use crate::x86_64::{acpi, cpu, layout};
 use image::{Image, ImageEntry, PAGE};
 
 const FORMATS: &str = "an ELF vmlinux or a bzImage is needed";
-/// The 64-bit entry is this far into the protected-mode code.
+/// Offset of the 64-bit entry in the protected-mode code.
 const ENTRY_64: u64 = 0x200;
-/// Any boot loader without an assigned number.
+/// `type_of_loader` of a boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xFF;
 
 /// Loads everything a machine needs to start and returns where it starts.
@@ -85,7 +85,7 @@ fn load_kernel<M: GuestMemoryBackend, K: KernelFile>(
     }
 }
 
-/// Address of an initial ramdisk of `size` bytes: as high as the kernel and RAM allow.
+/// Address of an initial ramdisk of `size` bytes: the highest that the kernel and RAM allow.
 fn place_initrd(size: u64, image: &Image, low_end: u64) -> Result<u64, kernel::Error> {
     let (end, limit) = (image.end, image.initrd_limit);
     if limit < end {
@@ -111,8 +111,8 @@ fn write_cmdline<M: GuestMemoryBackend>(
     Ok(())
 }
 
-/// The memory map a firmware would report: (range, type). The type numbers of
-/// PVH and E820 agree.
+/// The memory map as firmware reports it: (range, type). The type numbers of PVH and E820 are the
+/// same.
 fn memory_map(platform: &Platform) -> Vec<(Range, u32)> {
     let mut map = vec![
         (Range::new(0, layout::EBDA), XEN_HVM_MEMMAP_TYPE_RAM),
@@ -223,10 +223,10 @@ fn write_seed<M: GuestMemoryBackend>(memory: &M, seed: &[u8; 32]) -> Result<(), 
     Ok(())
 }
 
-/// Writes what a BIOS would have at its real-mode entry: a jump there resets.
+/// Writes the code of a BIOS's real-mode entry: a jump there resets.
 ///
-/// Linux restarts a hardware-reduced machine through EFI and, there being
-/// none, by entering the BIOS; it does not get to ACPI's reset register.
+/// Linux restarts a hardware-reduced machine through EFI and, without EFI, by entering the BIOS; it
+/// does not reach ACPI's reset register.
 fn write_reset_vector<M: GuestMemoryBackend>(memory: &M) -> Result<(), Error> {
     let Some(ports) = layout::POWER else {
         return Ok(());

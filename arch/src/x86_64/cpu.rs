@@ -1,4 +1,4 @@
-//! The state a vCPU starts with: CPUID, MSRs, registers, local APIC.
+//! Start state of a vCPU: CPUID, MSRs, registers, local APIC.
 
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
@@ -6,7 +6,7 @@ use kvm_bindings::{
 
 use crate::x86_64::layout;
 
-/// Where and how the first vCPU starts.
+/// Entry mode and address of the first vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
     /// 32-bit protected mode at `ip`, `ebx` = address of the PVH start info.
@@ -30,7 +30,7 @@ const DATA: u64 = descriptor(0xC093, 0xF_FFFF);
 const TSS: u64 = descriptor(0x808B, 0xFFFF);
 
 /// The GDT of the 64-bit entry: code at selector 0x10, data at 0x18, as the
-/// boot protocol asks, and a task state segment.
+/// boot protocol requires, and a task state segment.
 pub(crate) const GDT: [u64; 5] = [0, 0, CODE_64, DATA, TSS];
 
 const CODE_SELECTOR: u16 = 0x10;
@@ -43,7 +43,7 @@ const fn descriptor(flags: u64, limit: u64) -> u64 {
     (limit & 0xFFFF) | (flags << 40) | ((limit >> 16) << 48)
 }
 
-/// The segment register contents that loading `descriptor` would give.
+/// The segment register after loading `descriptor`.
 fn segment(selector: u16, descriptor: u64) -> kvm_segment {
     let byte = |shift: u64, mask: u64| -> u8 {
         let [low, ..] = ((descriptor >> shift) & mask).to_le_bytes();
@@ -89,8 +89,8 @@ pub fn regs(entry: Entry) -> kvm_regs {
     regs
 }
 
-/// Special registers of the first vCPU: those KVM reports after reset, changed
-/// to what the entry asks for.
+/// Special registers of the first vCPU: KVM's values after reset, changed as
+/// the entry requires.
 pub fn sregs(entry: Entry, reset: &kvm_sregs) -> kvm_sregs {
     const PE: u64 = 1;
     const ET: u64 = 1 << 4;
@@ -136,7 +136,7 @@ pub fn fpu() -> kvm_fpu {
     }
 }
 
-/// MSRs every vCPU starts with.
+/// MSRs of every vCPU at its start.
 pub fn msrs() -> Vec<kvm_msr_entry> {
     const IA32_MISC_ENABLE: u32 = 0x1A0;
     const FAST_STRING: u64 = 1;
@@ -153,8 +153,8 @@ pub fn msrs() -> Vec<kvm_msr_entry> {
     ]
 }
 
-/// Programs LINT0 as ExtINT and LINT1 as NMI, as firmware leaves them and as
-/// the MADT says.
+/// Programs LINT0 as ExtINT and LINT1 as NMI, as firmware does and the MADT
+/// describes.
 pub fn set_lint(lapic: &mut kvm_lapic_state) {
     const LVT_LINT0: usize = 0x350;
     const LVT_LINT1: usize = 0x360;
@@ -170,11 +170,11 @@ pub fn set_lint(lapic: &mut kvm_lapic_state) {
     }
 }
 
-/// CPUID of vCPU `index` of `cpus`, from what KVM supports.
+/// CPUID of vCPU `index` of `cpus`, from KVM's supported CPUID.
 ///
-/// One package, one thread a core, APIC ID = index. `tsc_deadline` says whether
-/// the in-kernel local APIC has the TSC deadline timer, which spares the guest
-/// the calibration of the APIC timer.
+/// One package, one thread per core, APIC ID = index. `tsc_deadline` says
+/// whether the in-kernel local APIC has the TSC deadline timer, with which the
+/// guest does not calibrate the APIC timer.
 pub fn cpuid(
     supported: &[kvm_cpuid_entry2],
     index: u32,
@@ -201,11 +201,11 @@ pub fn cpuid(
     entries
 }
 
-/// Where a vCPU sits.
+/// Position of a vCPU in the package.
 struct Topology {
     apic_id: u32,
     cpus: u32,
-    /// Bits of the APIC ID that tell the cores of the package apart.
+    /// Bits of the APIC ID that number the cores of the package.
     core_bits: u32,
 }
 

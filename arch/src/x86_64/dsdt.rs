@@ -1,4 +1,4 @@
-//! The differentiated system description table: which devices there are.
+//! The differentiated system description table: the devices of the machine.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -25,8 +25,8 @@ pub(crate) fn definition_block(platform: &Platform) -> Vec<u8> {
     code
 }
 
-/// A device with a few I/O ports. The RTC's interrupt is left out: nothing
-/// drives it, and Linux then offers a clock without alarms.
+/// A device with a few I/O ports. The RTC's interrupt is left out: no device model raises it, and
+/// Linux then offers a clock without alarms.
 fn isa_device(code: &mut Vec<u8>, name: &str, hid: &str, device: &LegacyDevice, wired: bool) {
     let (Ok(base), Ok(len)) = (
         u16::try_from(device.regs.base),
@@ -54,8 +54,8 @@ fn isa_device(code: &mut Vec<u8>, name: &str, hid: &str, device: &LegacyDevice, 
     .to_aml_bytes(code);
 }
 
-/// A PCI Express root without interrupt pins: no `_PRT`, and no `_OSC`, because
-/// there is no firmware that could want a feature for itself.
+/// A PCI Express root without interrupt pins: no `_PRT`, and no `_OSC`, because no firmware uses a
+/// feature itself.
 fn pci_root(code: &mut Vec<u8>, pci: &PciHost) {
     let buses = AddressSpace::new_bus_number(0u16, u16::from(pci.last_bus));
     let low = memory_window(pci.mmio32.base, pci.mmio32.last());

@@ -1,4 +1,4 @@
-//! Guest physical memory and I/O ports of the x86_64 machine.
+//! Guest physical address space and I/O ports of the x86_64 machine.
 //!
 //! ```text
 //! 0x0000_0000  RAM (boot parameters and ACPI tables in the first MiB)
@@ -24,7 +24,7 @@ pub const PCI_MMIO64: Range = Range::new(0x40_0000_0000, 0x10_0000_0000);
 pub const IOAPIC: Range = Range::new(0xFEC0_0000, 0x1000);
 /// Local APIC registers.
 pub const LAPIC: Range = Range::new(0xFEE0_0000, 0x1000);
-/// Where message-signalled interrupts are written to (Intel SDM 3A §11.11.1).
+/// Address of message-signalled interrupts (Intel SDM 3A §11.11.1).
 pub const MSI_DOORBELLS: u64 = 0xFEE0_0000;
 /// Address bits within [`MSI_DOORBELLS`].
 pub const MSI_DOORBELL_BITS: u32 = 20;
@@ -54,14 +54,15 @@ pub const POWER: Option<PowerPorts> = Some(PowerPorts {
 /// There is no SMMUv3 on this architecture.
 pub const SMMU: Option<Smmu> = None;
 
-/// Wired interrupts are GSIs below this; message-signalled ones start here.
+/// Wired interrupts are GSIs below this; message-signalled ones start at it.
 pub const FIRST_MSI_GSI: u32 = 24;
 
-/// Most vCPUs the layout has room for.
+/// Upper bound on vCPUs of the layout.
 pub const MAX_CPUS: u32 = 254;
-/// Least guest RAM, in bytes.
+/// Lower bound on guest RAM, in bytes, inclusive.
 pub const MIN_RAM: u64 = 64 << 20;
-/// Most guest RAM, in bytes: it ends where the 64-bit PCI window starts.
+/// Upper bound on guest RAM, in bytes, inclusive: it ends where the 64-bit PCI
+/// window starts.
 pub const MAX_RAM: u64 = PCI_MMIO64.base - HOLE.size;
 
 /// Initial GDT of the 64-bit entry.
@@ -77,9 +78,9 @@ pub const SETUP_DATA: u64 = 0x8000;
 pub const PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line.
 pub const CMDLINE: Range = Range::new(0x2_0000, 0x1_0000);
-/// ACPI tables: the RSDP first, in the area Linux would scan for it.
+/// ACPI tables: the RSDP first, in the area that Linux scans for it.
 pub const ACPI: Range = Range::new(0xE_0000, 0x1_F000);
-/// The last page below 1 MiB, where a BIOS would be entered after a reset.
+/// The last page below 1 MiB, with the BIOS's entry after a reset.
 pub const FIRMWARE: Range = Range::new(0xF_F000, 0x1000);
 /// Real-mode reset vector, F000:FFF0.
 pub const RESET_VECTOR: u64 = 0xF_FFF0;

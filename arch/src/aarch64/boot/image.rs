@@ -7,8 +7,8 @@ use crate::aarch64::layout;
 use crate::kernel::{self, Error, u16_at, u32_at, u64_at};
 use crate::platform::Range;
 
-/// The image must start this much past a 2 MiB boundary when its header is too
-/// old to say (Linux before 3.17).
+/// Offset of the image from a 2 MiB boundary when its header is too old to give
+/// it (Linux before 3.17).
 pub(super) const OLD_TEXT_OFFSET: u64 = 0x8_0000;
 /// Length of the arm64 header.
 const HEADER: u64 = 64;
@@ -59,8 +59,8 @@ pub(super) fn check_complete<K: Read + Seek>(
     }
 }
 
-/// Where an image with this header goes: from its first byte to the end of its
-/// BSS. `size` is the length of the file, at least.
+/// Range of an image with this header: from its first byte to the end of its
+/// BSS. `size` is the length of the file, a lower bound of the range's.
 pub(super) fn place(head: &[u8], size: u64, ram_end: u64) -> Result<Range, Error> {
     const BIG_ENDIAN: u64 = 1;
     let word = |at| u64_at(head, at).unwrap_or(0);

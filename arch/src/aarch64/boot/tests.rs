@@ -118,7 +118,7 @@ fn text_at(memory: &Memory, at: u64, len: usize) -> String {
 }
 
 #[test]
-fn every_wrapping_of_an_image_ends_up_the_same_in_memory() {
+fn every_compression_of_an_image_loads_the_same_memory() {
     let image = image();
     for kernel in [
         image.clone(),
@@ -138,7 +138,7 @@ fn every_wrapping_of_an_image_ends_up_the_same_in_memory() {
         assert_eq!(text_at(&memory, layout::KERNEL + 0x1_FFFC, 4), "end.");
         let magic: u32 = memory.read_obj(GuestAddress(layout::FDT.base)).unwrap();
         assert_eq!(magic, 0xD00D_FEEDu32.to_be());
-        // Behind the BSS, not behind the file.
+        // After the BSS, not after the file.
         assert_eq!(text_at(&memory, layout::KERNEL + IMAGE_SIZE, 6), "initrd");
     }
 }
@@ -184,7 +184,7 @@ fn files_that_end_early_are_refused() {
     let error = refusal(64, wrapped[..wrapped.len() - 1].to_vec(), None);
     assert!(error.contains("truncated"), "{error}");
     for len in 0..0x200 {
-        // Whatever is cut off inside a header: an error, never a panic.
+        // Any cut inside a header is an error, never a panic.
         refusal(64, whole[..len].to_vec(), None);
         refusal(64, wrapped[..len].to_vec(), None);
     }
@@ -231,8 +231,8 @@ fn a_zstd_window_beyond_the_bound_is_refused() {
     }
 }
 
-/// Boots `kernel` and returns why it is refused, and how many bytes were read
-/// of it.
+/// Boots `kernel`; returns the error and the number of bytes that were read of
+/// it.
 fn refusal_of(mut kernel: Sparse) -> (String, u64) {
     let (memory, platform) = machine(64, "");
     let entry = load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None);

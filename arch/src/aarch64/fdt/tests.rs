@@ -210,7 +210,7 @@ fn a_virtio_iommu_is_a_function_that_is_not_behind_itself() {
 }
 
 #[test]
-fn an_smmu_has_its_interrupts_by_name_and_says_what_it_is_told() {
+fn an_smmu_has_named_interrupts_and_the_configured_properties() {
     let tree_of = |ats, coherent| {
         let smmu = layout::SMMU.unwrap();
         with_iommu(

@@ -129,7 +129,7 @@ fn the_machine_is_hardware_reduced_with_sleep_and_reset_registers() {
 }
 
 #[test]
-fn boot_flags_say_what_is_not_there() {
+fn boot_flags_name_the_missing_devices() {
     let boot_arch = |platform: &Platform| u16_at(Tables::of(platform).find(b"FACP").unwrap(), 109);
     // Neither legacy devices nor an 8042; a clock, but no VGA.
     assert_eq!(boot_arch(&platform()) & 0b10_0111, 0b100);

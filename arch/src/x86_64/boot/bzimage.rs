@@ -1,6 +1,6 @@
 //! Loads a `bzImage` that has a 64-bit entry (Linux
-//! `Documentation/arch/x86/boot.rst`). It decompresses itself, whatever its
-//! compression is.
+//! `Documentation/arch/x86/boot.rst`). It decompresses itself, with any
+//! compression.
 
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::{ByteValued, GuestMemoryBackend};
@@ -39,7 +39,7 @@ pub(super) fn load<M: GuestMemoryBackend, K: KernelFile>(
     if size < need {
         return Err(Error::Truncated { have: size, need });
     }
-    // Where the kernel asks to run: it then decompresses in place.
+    // The kernel's preferred address: it then decompresses in place.
     let start = header.pref_address.max(layout::HIMEM);
     let room = (size - code).max(u64::from(header.init_size));
     let end = start.checked_add(room).filter(|&end| end <= low_end);
@@ -55,7 +55,7 @@ pub(super) fn load<M: GuestMemoryBackend, K: KernelFile>(
     })
 }
 
-/// Refuses kernels that cannot be started at their 64-bit entry.
+/// Refuses a kernel without a usable 64-bit entry.
 fn check(header: &setup_header) -> Result<(), Error> {
     let unsupported = |why: &str| Err(Error::Unsupported(why.into()));
     if header.version < VERSION_2_12 || header.xloadflags & XLF_KERNEL_64 == 0 {

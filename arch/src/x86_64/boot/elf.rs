@@ -1,9 +1,9 @@
 //! Loads an uncompressed `vmlinux` (System V gABI, chapter 5; ELF-64) that
 //! starts by PVH.
 //!
-//! The headers are copied from the file once, checked as a whole, and only then
-//! is anything loaded: a file cannot ask for more work than guest memory is
-//! large, whatever its headers say, also when it changes while it is read.
+//! The headers are copied from the file once and checked as a whole before
+//! anything is loaded. So a file cannot cause more work than guest memory is
+//! large, with any headers, and also when it changes while it is read.
 
 use std::io::{Read, Seek};
 
@@ -50,7 +50,7 @@ impl Phdr {
         }
     }
 
-    /// The end in memory (exclusive), or the highest address.
+    /// End in memory (exclusive); the highest address if it overflows.
     fn end(&self) -> u64 {
         self.paddr.saturating_add(self.memsz)
     }
@@ -90,7 +90,8 @@ fn unsupported(why: impl Into<String>) -> Error {
     Error::Unsupported(why.into())
 }
 
-/// The program headers. All that a loader reads is within the file.
+/// Reads the program headers, and checks that every byte to load is within the
+/// file.
 fn program_headers<K: Read + Seek>(file: &mut K, probe: &Probe) -> Result<Vec<Phdr>, Error> {
     const CLASS_64_LITTLE_ENDIAN: [u8; 2] = [2, 1];
     let (head, size) = (&probe.head, probe.size);
@@ -128,8 +129,8 @@ fn program_headers<K: Read + Seek>(file: &mut K, probe: &Probe) -> Result<Vec<Ph
     }
 }
 
-/// The segments to load, by ascending address: disjoint, above the boot data
-/// and within low RAM.
+/// Returns the segments to load, by ascending address: disjoint, above the boot
+/// data and within low RAM.
 fn loadable(headers: &[Phdr], low_end: u64) -> Result<Vec<Phdr>, Error> {
     let mut segments: Vec<Phdr> = headers
         .iter()
@@ -165,7 +166,7 @@ fn loadable(headers: &[Phdr], low_end: u64) -> Result<Vec<Phdr>, Error> {
     }
 }
 
-/// The address that the first PVH note of the file gives.
+/// Returns the entry address of the file's first PVH note.
 fn pvh_entry<K: Read + Seek>(
     file: &mut K,
     size: u64,

@@ -1,15 +1,17 @@
-//! A kernel that was loaded, and what its format says about it.
+//! A loaded kernel, and the limits that its format gives.
 
 use linux_loader::loader::bootparam::setup_header;
 
-/// Upper bound on the command line of a kernel whose file names none (ELF).
+/// Upper bound on the command line, in bytes without the NUL, for a kernel
+/// whose format gives none (ELF).
 pub(super) const CMDLINE_MAX: usize = 2047;
-/// Bytes of a page.
+/// Size of a page in bytes.
 pub(super) const PAGE: u64 = 4096;
 
 /// A kernel in guest memory.
 pub(super) struct Image {
-    /// First address the kernel does not need before it manages memory itself.
+    /// First address that the kernel does not need before it manages memory
+    /// itself (exclusive end).
     pub(super) end: u64,
     /// The initial ramdisk must end at or below this address.
     pub(super) initrd_limit: u64,
@@ -18,7 +20,7 @@ pub(super) struct Image {
     pub(super) entry: ImageEntry,
 }
 
-/// Where the kernel starts.
+/// Entry point of the kernel.
 pub(super) enum ImageEntry {
     /// Address of the PVH entry.
     Pvh(u64),

@@ -257,7 +257,7 @@ fn files_that_end_early_are_refused_as_truncated() {
         assert!(error.contains("truncated"), "{error}");
     }
     for len in 0..1024 {
-        // Whatever is cut off inside the header: an error, never a panic.
+        // Any cut inside the header is an error, never a panic.
         refusal(64, "", bzimage(&[])[..len].to_vec(), None);
         let elf = vmlinux(true);
         refusal(64, "", elf[..len].to_vec(), None);
@@ -291,8 +291,8 @@ fn a_command_line_longer_than_the_kernel_takes_is_refused() {
     );
 }
 
-/// Boots `kernel` in a guest of 512 MiB and returns why it is refused, and how
-/// many bytes were read of it.
+/// Boots `kernel` in a guest of 512 MiB; returns the error and the number of
+/// bytes that were read of it.
 fn refusal_of(mut kernel: Sparse) -> (String, u64) {
     let (memory, platform) = machine(512, "");
     let entry = load::<_, _, Cursor<Vec<u8>>>(&memory, &platform, &mut kernel, None);
