@@ -1,9 +1,9 @@
-//! Two thousand connections that no honest client makes, to a machine that runs.
+//! Opens two thousand invalid connections to a running machine.
 //!
 //!     hostile SOCKET PID [CONNECTIONS]
 //!
-//! PID is the monitor's. Each connection must be answered or closed, and the machine must be the
-//! same afterwards: in the same state, and its monitor no larger than a megabyte more.
+//! PID is the monitor's. Each connection must be answered or closed. The machine must be in the
+//! same state afterwards, and its monitor at most a megabyte larger.
 
 #[path = "../tests/server/bytes.rs"]
 mod bytes;
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the monitor may grow by, in KiB.
+/// Upper bound on the growth of the monitor, in KiB.
 const GROWTH: u64 = 1024;
 
 fn main() {
@@ -40,7 +40,7 @@ fn main() {
         for status in converse(socket, &bytes) {
             *answers.entry(status).or_default() += 1;
         }
-        // The first tenth warms up what is kept.
+        // The first tenth allocates what is kept afterwards.
         if number == connections / 10 {
             before = resident_kib(monitor);
         }
@@ -69,7 +69,7 @@ fn converse(socket: &Path, bytes: &[u8]) -> Vec<String> {
             _ => answer,
         }
     });
-    // The server may close before it has read all.
+    // The server may close before it has read all bytes.
     let _ = stream.write_all(bytes);
     let _ = stream.shutdown(Shutdown::Write);
     let answer = reader.join().expect("an answer or a close");

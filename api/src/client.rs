@@ -1,4 +1,4 @@
-//! The other end: one request on a connection of its own.
+//! The client: one request on its own connection.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
@@ -9,49 +9,49 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Longest answer that is read. A page of mappings is a tenth of it.
+/// Upper bound on the bytes of an answer. A page of mappings has a tenth of it.
 const MAX_ANSWER: usize = 4 << 20;
 
-/// Longest path of a socket: `sun_path` of unix(7) less the NUL.
+/// Upper bound on the path of a socket, in bytes: `sun_path` of unix(7) less the NUL.
 pub(crate) const MAX_PATH: usize = 107;
 
-/// Why there is no answer.
+/// Error of a request without an answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nothing is at the path.
+    /// The path does not exist.
     #[error("no machine is at {0}: there is no such socket; is its monitor running?")]
     NoSocket(PathBuf),
-    /// A file or a directory, which nothing can serve.
+    /// The path names a file that is not a socket.
     #[error("{0} is not a socket; give the path of the machine's --api-socket")]
     NotASocket(PathBuf),
-    /// Longer than the kernel's address of a socket.
+    /// The path exceeds the kernel's socket address.
     #[error(
         "the path of a socket has 1 to {MAX_PATH} bytes and this one has {0}; use a shorter one"
     )]
     PathLength(usize),
-    /// The socket's server is gone.
+    /// No server accepts connections at the socket.
     #[error("no machine is at {0} any more: its monitor ended and left the socket behind")]
     Refused(PathBuf),
-    /// Another user's.
+    /// Another user owns the socket.
     #[error("not permitted to connect to {0}; run this as the user who runs the machine")]
     NotPermitted(PathBuf),
-    /// The server is alive and silent.
+    /// The server did not answer in time.
     #[error("the machine at {0} does not answer")]
     Silent(PathBuf),
-    /// What answered does not speak HTTP, or says too much.
+    /// The answer is not HTTP, or is too long.
     #[error("what answers at {0} is not a machine: {1}")]
     NotHttp(PathBuf, &'static str),
-    /// The host refused something else.
+    /// Another error of the host.
     #[error("cannot talk to the machine at {path}")]
     Host {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// The host's reason.
+        /// Error of the host.
         source: io::Error,
     },
 }
 
-/// What a machine answered.
+/// Answer of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// The status code.
@@ -60,11 +60,11 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
-/// Sends one request to the machine at `path` and waits for its answer, `patience` at most.
-/// `target` and `method` must be free of spaces and control characters.
+/// Sends one request to the machine at `path` and waits at most `patience` for its answer. `target`
+/// and `method` must not contain spaces or control characters.
 ///
 /// # Errors
-/// There is no answer. A status of 400 or more is an answer.
+/// The server does not answer. A status of 400 or more is an answer.
 pub fn request(
     path: &Path,
     (method, target): (&str, &str),
@@ -89,7 +89,8 @@ pub fn request(
     }
     request.push_str("\r\n");
     request.push_str(body.unwrap_or_default());
-    // A server that refuses a request early may close before it has read all; its answer counts.
+    // A server that refuses a request early may close before it has read all bytes; its answer
+    // counts.
     match stream.write_all(request.as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(explain(error)),
         _ => {}
@@ -107,7 +108,7 @@ fn read_to_end(
     let mut chunk = [0; 16 << 10];
     loop {
         let left = give_up.saturating_duration_since(Instant::now());
-        // A timeout of zero would mean none.
+        // A timeout of zero would mean no timeout.
         let left = left.max(Duration::from_millis(1));
         stream
             .set_read_timeout(Some(left))
@@ -168,12 +169,12 @@ fn explain(path: &Path, source: io::Error) -> ClientError {
     }
 }
 
-/// Whether `path` leads to something that is no socket.
+/// Whether `path` names a file that is not a socket.
 fn is_other_file(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| !metadata.file_type().is_socket())
 }
 
-/// Checks that the path of a socket fits an address, and returns its length otherwise.
+/// Checks that the path fits a socket address; the error is its length in bytes.
 pub(crate) fn check_length(path: &Path) -> Result<(), usize> {
     let length = path.as_os_str().len();
     if (1..=MAX_PATH).contains(&length) {
@@ -183,8 +184,8 @@ pub(crate) fn check_length(path: &Path) -> Result<(), usize> {
     }
 }
 
-/// Connects, but waits no longer than `patience`; `None` if that was not enough, as it is when
-/// a server that stands still has a full queue.
+/// Connects within `patience`. `None` when the time is over, as with a blocked server whose queue
+/// is full.
 pub(crate) fn connect(path: &Path, patience: Duration) -> Option<io::Result<UnixStream>> {
     let (sender, receiver) = mpsc::channel();
     let path = path.to_owned();
@@ -209,7 +210,7 @@ mod tests {
             .to_string()
     }
 
-    /// The error against a server that says `words` and closes.
+    /// Returns the error against a server that sends `words` and closes.
     fn error_after(words: &'static [u8]) -> String {
         let directory = Directory::new();
         let path = directory.path().join("s");
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn each_reason_for_no_answer_has_its_own_words() {
+    fn each_reason_for_no_answer_has_its_own_text() {
         let directory = Directory::new();
         let path = directory.path().join("s");
         assert!(error(&path, PATIENCE).contains("no such socket"));
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_answer_is_called_so() {
+    fn bytes_that_are_not_an_answer_are_an_error() {
         assert!(error_after(b"").contains("says nothing"));
         assert!(error_after(b"HTTP/1.1 200 OK\r\n").contains("breaks off"));
         let short = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab";

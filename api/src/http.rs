@@ -1,23 +1,23 @@
-//! HTTP/1.1 (RFC 9112) as far as an API over a local socket needs it: bytes to requests,
-//! responses to bytes. No chunked bodies.
+//! HTTP/1.1 (RFC 9112) for an API over a local socket: bytes to requests, responses to bytes.
+//! Without chunked bodies.
 
 use std::fmt::Write as _;
 
-/// Most bytes of a request line and header fields together.
+/// Upper bound on the bytes of a request line and header fields together.
 pub const MAX_HEAD: usize = 8 << 10;
 
-/// Most bytes of a request body: what Firecracker takes by default.
+/// Upper bound on the bytes of a request body: Firecracker's default.
 pub const MAX_BODY: usize = 51_200;
 
-/// Most header fields.
+/// Upper bound on the number of header fields.
 const MAX_HEADERS: usize = 64;
 
-/// A whole request.
+/// A complete request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// The method, as sent: methods are case-sensitive.
+    /// The method, unchanged: methods are case-sensitive.
     pub method: String,
-    /// The target, as sent: path and query, not decoded.
+    /// The target, unchanged: path and query, not decoded.
     pub target: String,
     /// The body.
     pub body: Vec<u8>,
@@ -25,12 +25,13 @@ pub struct Request {
     pub keep_alive: bool,
 }
 
-/// Why a request cannot be understood. Nothing after it can be either: answer and close.
+/// Error of a request that cannot be parsed. The rest of the connection cannot be parsed either:
+/// answer and close.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// The status code to answer with.
     pub status: u16,
-    /// What is wrong, in one line.
+    /// The fault, in one line.
     pub message: String,
 }
 
@@ -43,34 +44,34 @@ impl Refusal {
     }
 }
 
-/// What some bytes amount to.
+/// Result of [`parse`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// The beginning of a request.
+    /// The start of a request.
     Partial {
-        /// The head is there and the client waits for `100 Continue` before it sends the body.
+        /// The head is complete, and the client waits for `100 Continue` before it sends the body.
         wants_continue: bool,
     },
-    /// A request.
+    /// A complete request.
     Whole {
         /// The request.
         request: Request,
-        /// How many bytes it took; what follows belongs to the next one.
+        /// Bytes of the request; the next request follows them.
         used: usize,
     },
 }
 
-/// What the head says about the rest.
+/// Fields of the head that frame the body.
 struct Framing {
     body_len: usize,
     keep_alive: bool,
     expects_continue: bool,
 }
 
-/// Reads the first request in `bytes`. Keeps no state: call it again with more bytes.
+/// Parses the first request in `bytes`. It keeps no state: call it again with more bytes.
 ///
 /// # Errors
-/// The bytes are not, and will never be, the beginning of a request that is served here.
+/// The bytes cannot be the start of a valid request.
 pub fn parse(bytes: &[u8]) -> Result<Parsed, Refusal> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Request::new(&mut headers);
@@ -120,7 +121,7 @@ fn framing(head: &httparse::Request<'_, '_>) -> Result<Framing, Refusal> {
     for header in head.headers.iter() {
         let name = header.name;
         if name.eq_ignore_ascii_case("content-length") {
-            // Two of them, even if equal, are how requests are smuggled past a proxy.
+            // Two equal ones are refused too: they serve to smuggle requests past a proxy.
             if content_length.replace(header.value).is_some() {
                 return Err(Refusal::new(400, "Content-Length is given twice"));
             }
@@ -154,7 +155,7 @@ fn parse_length(value: &[u8]) -> Result<usize, Refusal> {
     if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
         return Err(Refusal::new(400, "Content-Length is not a number"));
     }
-    // Digits that fit no usize are too many bytes all the same.
+    // A number beyond `usize` is too long too.
     let length = std::str::from_utf8(value)
         .ok()
         .and_then(|digits| digits.parse().ok())
@@ -174,24 +175,24 @@ pub struct Response {
     pub content_type: &'static str,
     /// The body; none is sent with status 204.
     pub body: Vec<u8>,
-    /// The methods that would have been served, with status 405.
+    /// Methods of the resource, with status 405.
     pub allow: Option<&'static str>,
 }
 
 impl Response {
-    /// 204: done, and nothing to say.
+    /// Creates a response 204, without a body.
     #[must_use]
     pub fn no_content() -> Self {
         Self::with_body(204, "", Vec::new())
     }
 
-    /// 200 with text of the given media type.
+    /// Creates a response 200 with text of the given media type.
     #[must_use]
     pub fn text(content_type: &'static str, body: String) -> Self {
         Self::with_body(200, content_type, body.into_bytes())
     }
 
-    /// 200 with a JSON document.
+    /// Creates a response 200 with a JSON document.
     #[must_use]
     pub fn json(value: &impl serde::Serialize) -> Self {
         match serde_json::to_vec(value) {
@@ -200,14 +201,14 @@ impl Response {
         }
     }
 
-    /// An error in Firecracker's form.
+    /// Creates an error response in Firecracker's form.
     #[must_use]
     pub fn fault(status: u16, message: &str) -> Self {
         let body = serde_json::json!({ "fault_message": message }).to_string();
         Self::with_body(status, "application/json", body.into_bytes())
     }
 
-    /// 405 that names the methods that are served.
+    /// Creates a response 405 that lists the methods of the resource.
     #[must_use]
     pub fn method_not_allowed(message: &str, allow: &'static str) -> Self {
         Self {
@@ -225,7 +226,7 @@ impl Response {
         }
     }
 
-    /// The response as sent. To a `HEAD` request only the head may be sent.
+    /// Serializes the response. A `HEAD` request permits the head only.
     #[must_use]
     pub fn to_bytes(&self, keep_alive: bool, head_only: bool) -> Vec<u8> {
         let mut head = format!("HTTP/1.1 {} {}\r\n", self.status, reason(self.status));
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_request_is_left_for_the_next() {
+    fn bytes_after_a_request_are_left_for_the_next() {
         let two = [PUT, b"GET / HTTP/1.1\r\n\r\n"].concat();
         let (_, used) = whole(&two);
         let (second, _) = whole(&two[used..]);
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_are_kept_as_the_version_and_the_header_say() {
+    fn connections_stay_open_as_the_version_and_the_header_say() {
         let keep = |head: &str| whole(head.as_bytes()).0.keep_alive;
         assert!(keep("GET / HTTP/1.1\r\n\r\n"));
         assert!(!keep("GET / HTTP/1.0\r\n\r\n"));

@@ -1,9 +1,9 @@
 //! The HTTP API of a machine, over a Unix socket.
 //!
-//! One thread serves every connection from one poll loop. It parses requests ([`http`]), turns
-//! each into an action of the machine ([`route`]), hands that to the controller and goes on
-//! serving: it never waits for the machine. Every size and time is bounded ([`Limits`]), so that
-//! no client can make it grow or stand still.
+//! One thread serves every connection from one poll loop. It parses requests ([`http`]), converts
+//! each into an action of the machine ([`route`]), sends that to the controller and continues: it
+//! never waits for the machine. Every size and time is bounded ([`Limits`]), so that no client can
+//! make it grow or block.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 pub mod client;

@@ -6,7 +6,7 @@ use vmm::action::{MetricFamily, MetricKind};
 /// The media type of [`render`]'s text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// All families as text.
+/// Formats all families.
 pub fn render(families: &[MetricFamily]) -> String {
     let mut text = String::new();
     for family in families {

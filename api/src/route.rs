@@ -1,4 +1,4 @@
-//! Which request means which action, and what of its reply is shown.
+//! Converts requests into actions, and replies into responses.
 
 use crate::http::{Request, Response};
 use crate::prometheus;
@@ -10,10 +10,10 @@ use vmm::action::{
 use vmm::config::{Drive, NetworkInterface, VmConfig, closest, parse_json};
 use vmm::error::Chain;
 
-/// Mappings on a page if the request does not say.
+/// Mappings on a page if the request has no `limit`.
 const DEFAULT_MAPPINGS_PAGE: u32 = 256;
 
-/// Resources of Firecracker's that have no counterpart, by the first word of their path.
+/// Resources of Firecracker's without a counterpart, by the first segment of their path.
 const UNSUPPORTED: [&str; 6] = [
     "balloon",
     "cpu-config",
@@ -23,25 +23,25 @@ const UNSUPPORTED: [&str; 6] = [
     "snapshot",
 ];
 
-/// A request that is understood.
+/// Action and response format of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// What to ask of the machine.
+    /// The action of the machine.
     pub action: Action,
-    /// What to make of its reply.
+    /// The part of the reply that is returned.
     pub view: View,
 }
 
-/// What of a reply answers the request.
+/// Part of a reply that answers the request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum View {
-    /// All of it.
+    /// The whole reply.
     Whole,
-    /// A part of a [`Reply::VmConfig`].
+    /// One section of a [`Reply::VmConfig`].
     Section(Section),
 }
 
-/// A part of the configuration that has a path of its own.
+/// A section of the configuration with its own path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Section {
     /// `/machine-config`
@@ -66,7 +66,7 @@ pub enum Section {
     Logger,
 }
 
-/// What a path names.
+/// Resource that a path names.
 enum Resource {
     Instance,
     Version,
@@ -113,7 +113,7 @@ impl Resource {
         }
     }
 
-    /// The methods it serves, as an `Allow` field has them.
+    /// Methods of the resource, as an `Allow` field lists them.
     fn methods(&self) -> &'static str {
         match self {
             Self::Instance
@@ -130,7 +130,7 @@ impl Resource {
     }
 }
 
-/// The paths without a name in them.
+/// Paths without a variable segment.
 const PATHS: [&str; 15] = [
     "/version",
     "/actions",
@@ -158,10 +158,10 @@ fn nothing_at(path: &str) -> Response {
     Response::fault(404, &format!("there is nothing at {path}{fix}"))
 }
 
-/// Turns a request into what to ask of the machine.
+/// Converts a request into an action.
 ///
 /// # Errors
-/// The request makes no sense; the response says why.
+/// The request is not valid; the response explains the fault.
 pub fn route(request: &Request) -> Result<Route, Response> {
     let (path, query) = split_target(&request.target)?;
     let resource = Resource::find(path)?;
@@ -200,7 +200,7 @@ fn get(resource: Resource) -> Route {
         Resource::Metrics => (Query::Metrics, View::Whole),
         Resource::Iommu => (Query::Iommu, View::Whole),
         Resource::Endpoint(id) => (Query::Endpoint(id), View::Whole),
-        // `route` let no other resource come here with GET.
+        // `route` permits GET on no other resource.
         Resource::Instance | Resource::Actions | Resource::Vm | Resource::Mappings(_) => {
             (Query::InstanceInfo, View::Whole)
         }
@@ -241,7 +241,7 @@ fn change(resource: Resource, patch: bool, body: &[u8]) -> Result<Action, Respon
                 return Err(bad_request("name the device in the path".to_owned()));
             }
         },
-        // `route` let no other resource come here with PUT or PATCH.
+        // `route` permits PUT and PATCH on no other resource.
         _ => return Err(bad_request("only GET is served here".to_owned())),
     };
     Ok(Action::configure(change))
@@ -251,11 +251,11 @@ fn change(resource: Resource, patch: bool, body: &[u8]) -> Result<Action, Respon
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActionRequest {
-    /// What to do.
+    /// The action.
     pub action_type: ActionType,
 }
 
-/// What `PUT /actions` can do. Firecracker's names, with `InstanceStop` added.
+/// Actions of `PUT /actions`. The names are Firecracker's, with `InstanceStop` added.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum ActionType {
     /// Builds the machine and runs it.
@@ -283,16 +283,16 @@ impl ActionRequest {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StateRequest {
-    /// The state to bring the machine to.
+    /// The requested state.
     pub state: RequestedState,
 }
 
-/// The states that `PATCH /vm` can ask for.
+/// States that `PATCH /vm` can request.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum RequestedState {
-    /// Processors held.
+    /// vCPUs paused.
     Paused,
-    /// Processors running.
+    /// vCPUs running.
     Resumed,
 }
 
@@ -305,7 +305,7 @@ impl StateRequest {
     }
 }
 
-/// The answer to `GET /version`. The field's name is what Firecracker's clients read.
+/// The answer to `GET /version`. Firecracker's clients read this field's name.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Version {
     /// This monitor's version.
@@ -347,7 +347,7 @@ fn mappings(endpoint: String, query: &str) -> Result<Route, Response> {
     Ok(Route { action, view })
 }
 
-/// Turns the end of an action into the response to the request that asked for it.
+/// Converts the outcome of an action into the response to its request.
 #[must_use]
 pub fn respond(view: &View, outcome: Outcome) -> Response {
     match outcome {
@@ -358,7 +358,7 @@ pub fn respond(view: &View, outcome: Outcome) -> Response {
 
 fn status_of(error: &ActionError) -> u16 {
     match error {
-        // Firecracker answers 400 to all that was understood and cannot be done.
+        // Firecracker answers 400 to every valid request that cannot be performed.
         ActionError::Invalid(_) | ActionError::WrongState { .. } | ActionError::Failed(_) => 400,
         ActionError::NotFound(_) => 404,
         ActionError::Unanswered => 503,
@@ -422,7 +422,7 @@ fn refuse_body(request: &Request) -> Result<(), Response> {
     Err(bad_request("GET takes no body".to_owned()))
 }
 
-/// Reads the body of a request that changes `section`.
+/// Parses the body of a request that changes `section`.
 fn read<T: DeserializeOwned>(section: &str, body: &[u8]) -> Result<T, Response> {
     if body.is_empty() {
         return Err(bad_request("the request needs a JSON body".to_owned()));
@@ -439,8 +439,8 @@ fn same_id(field: &str, path: &str, body: &str) -> Result<(), Response> {
     )))
 }
 
-/// Splits a target (RFC 9112 §3.2) into path and query. The absolute form is taken too, whatever
-/// its authority: there is one server behind this socket.
+/// Splits a target (RFC 9112 §3.2) into path and query. The absolute form is accepted too, with any
+/// authority: the socket has one server.
 fn split_target(target: &str) -> Result<(&str, &str), Response> {
     let local = match target.strip_prefix("http://") {
         Some(rest) => rest.find('/').map_or("/", |slash| &rest[slash..]),

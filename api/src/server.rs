@@ -21,46 +21,46 @@ use vmm::error::Chain;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Connections beyond [`Limits::connections`] that are told so at a time. Further ones wait
-/// in the kernel's queue.
+/// Upper bound on the connections beyond [`Limits::connections`] that are answered 503 at a time.
+/// Further ones wait in the kernel's queue.
 const REFUSED_AT_A_TIME: usize = 8;
 
-/// How long accepting rests after the host refused a descriptor.
+/// Pause of accepting after the host refused a descriptor.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 const LISTENER: u64 = 0;
 const WAKE: u64 = 1;
 const FIRST_CONNECTION: u64 = 2;
 
-/// Why the server cannot run.
+/// Error of starting the server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The host has no epoll or eventfd descriptor left.
+    /// No epoll or eventfd descriptor is available.
     #[error("cannot watch the API socket")]
     Watch(#[source] io::Error),
-    /// The host starts no thread.
+    /// No thread is available.
     #[error("cannot start the API thread")]
     Thread(#[source] io::Error),
 }
 
-/// A running server. Dropped, it lets responses under way leave, closes every connection and
+/// A running server. Dropping it finishes the responses in progress, closes every connection and
 /// removes the socket.
 pub struct Server {
     signal: Arc<Signal>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// How other threads reach the poll loop.
+/// Wakes the poll loop from other threads.
 struct Signal {
     stop: AtomicBool,
     wake: EventFd,
 }
 
 impl Server {
-    /// Serves `socket` on a thread of its own, asking `client` for all that concerns the machine.
+    /// Serves `socket` on a new thread, and sends the machine's actions to `client`.
     ///
     /// # Errors
-    /// The host refuses a descriptor or the thread.
+    /// A descriptor or the thread is not available.
     pub fn start(socket: Socket, client: Client, limits: Limits) -> Result<Self, ServerError> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ServerError::Watch)?;
         let stop = AtomicBool::new(false);
@@ -82,13 +82,13 @@ impl Drop for Server {
         // It fails only when the counter would overflow, and then the loop is awake anyway.
         let _ = self.signal.wake.write(1);
         if let Some(thread) = self.thread.take() {
-            // A panic there has been reported by the panic hook.
+            // The panic hook has reported a panic of the thread.
             let _ = thread.join();
         }
     }
 }
 
-/// An outcome on its way back from the controller.
+/// Outcome of an action, for one connection.
 struct Delivery {
     connection: u64,
     call: u64,
@@ -104,10 +104,10 @@ struct Loop {
     deliveries: (Sender<Delivery>, Receiver<Delivery>),
     connections: BTreeMap<u64, Connection>,
     next_token: u64,
-    /// Whether the listener is watched, and when it will be again if it rests.
+    /// Whether the listener is watched; if not, the time from which it is again.
     listening: bool,
     rest_until: Option<Instant>,
-    /// When to end although responses are under way.
+    /// Time at which the loop ends, although responses are in progress.
     end_at: Option<Instant>,
     responses: BTreeMap<u16, u64>,
 }
@@ -209,8 +209,8 @@ impl Loop {
         self.advance(token);
     }
 
-    /// Closes the connection that has waited longest for a request, one that was never answered
-    /// first; false if none may be closed.
+    /// Closes the connection that has waited longest for a request, first of all one that was never
+    /// answered. False if none may be closed.
     fn make_room(&mut self) -> bool {
         let now = Instant::now();
         let waiting = self.connections.iter().filter_map(|(token, connection)| {
@@ -228,7 +228,7 @@ impl Loop {
         // It fails only when there was no wake-up.
         let _ = self.signal.wake.read();
         if self.signal.stop.load(Ordering::Acquire) && self.end_at.is_none() {
-            self.end_at = Some(Instant::now() + self.limits.farewell);
+            self.end_at = Some(Instant::now() + self.limits.shutdown);
         }
         while let Ok(delivery) = self.deliveries.1.try_recv() {
             self.deliver(delivery);
@@ -236,7 +236,7 @@ impl Loop {
     }
 
     fn deliver(&mut self, delivery: Delivery) {
-        // The client may have gone, or have been told that the machine does not answer.
+        // The client may have disconnected, or received 503.
         let Some(connection) = self.connections.get_mut(&delivery.connection) else {
             return;
         };
@@ -269,7 +269,7 @@ impl Loop {
         self.advance(token);
     }
 
-    /// Takes a connection as far as it goes without waiting.
+    /// Advances a connection until it would block.
     fn advance(&mut self, token: u64) {
         loop {
             let Some(connection) = self.connections.get_mut(&token) else {
@@ -327,7 +327,7 @@ impl Loop {
         let signal = Arc::clone(&self.signal);
         let deliver = move |outcome| {
             let connection = token;
-            // The loop may have ended; then nobody waits for this.
+            // A loop that has ended does not need the outcome.
             let _ = deliveries.send(Delivery {
                 connection,
                 call,
@@ -362,8 +362,7 @@ impl Loop {
         }
     }
 
-    /// Watches the listener while there is or can be made room for another connection, and only
-    /// then.
+    /// Watches the listener only while another connection can be accepted or replace a waiting one.
     fn listen_or_rest(&mut self) {
         if self.rest_until.is_some_and(|until| until <= Instant::now()) {
             self.rest_until = None;
@@ -390,7 +389,8 @@ impl Loop {
         }
     }
 
-    /// Once told to end: closes what waits for a client, and tells whether nothing is left.
+    /// Once the server ends: closes the connections that wait for a client, and returns whether
+    /// none is left.
     fn has_ended(&mut self) -> bool {
         let Some(end_at) = self.end_at else {
             return false;

@@ -1,5 +1,5 @@
-//! The socket's place in the file system: owner-only from the first moment, never taken from a
-//! server that lives, taken over from one that died, gone when its server ends.
+//! The socket's file: accessible to its owner only from its creation, never taken from a running
+//! server, taken over from a dead one, removed when its server ends.
 
 use crate::client::{MAX_PATH, check_length, connect};
 use std::fs::{self, DirBuilder, File, Permissions};
@@ -10,25 +10,24 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often to try again when another process races for the same path.
+/// Upper bound on attempts when another process races for the same path.
 const ATTEMPTS: u32 = 8;
 
-/// How long a server whose queue of connections is full may take to accept one before it counts
-/// as alive all the same.
+/// Timeout of a connection to a server with a full queue, which then counts as running.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why there is no socket.
+/// Error of [`Socket::bind`].
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// A process accepts connections there.
+    /// A process accepts connections at the path.
     #[error(
         "another process serves {0}; stop it (portcullis ctl --api-socket {0} stop) or choose another path"
     )]
     InUse(PathBuf),
-    /// Something that is not a socket is there.
+    /// The path names a file that is not a socket.
     #[error("{0} exists and is not a socket; remove it or choose another path")]
     NotASocket(PathBuf),
-    /// Longer than the kernel's address of a socket.
+    /// The path exceeds the kernel's socket address.
     #[error(
         "the path of a socket has 1 to {MAX_PATH} bytes and this one has {0}; use a shorter one"
     )]
@@ -36,14 +35,14 @@ pub enum BindError {
     /// The host refused a step.
     #[error("cannot {step} {path}")]
     Host {
-        /// What was tried.
+        /// The step.
         step: &'static str,
-        /// On what.
+        /// Path of the step.
         path: PathBuf,
-        /// The host's reason.
+        /// Error of the host.
         source: io::Error,
     },
-    /// Other processes kept appearing and disappearing at the path.
+    /// Other processes created and removed the path repeatedly.
     #[error("{0} keeps changing hands; choose another path")]
     Contended(PathBuf),
 }
@@ -56,11 +55,11 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Makes a socket at `path` that only this user can connect to. A relative path is kept as
-    /// it is, so the process must not change its directory while it serves.
+    /// Creates a socket at `path` to which only this user can connect. A relative path stays
+    /// relative, so that the process must not change its directory while it serves.
     ///
     /// # Errors
-    /// A server lives at `path`, something else is there, or the host refuses.
+    /// A running server uses `path`, another file is there, or the host refuses.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         check_length(path).map_err(BindError::PathLength)?;
         for _ in 0..ATTEMPTS {
@@ -94,7 +93,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Only our own: the path may have been taken over since.
+        // Only this socket: another process may have taken over the path.
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| inode_of(&metadata) == self.inode);
         if ours && let Err(error) = fs::remove_file(&self.path) {
@@ -103,9 +102,9 @@ impl Drop for Socket {
     }
 }
 
-/// Binds in a directory that only the owner can enter, narrows the mode there, and links the
-/// socket to `path` in one step that fails if anything is there. So nobody else can connect at
-/// any moment, and the process's umask need not be touched under other threads.
+/// Binds in a directory that only the owner can enter, sets the mode there, and links the socket to
+/// `path` in one step that fails if the path exists. So no other user can connect at any moment,
+/// and the process's umask, which other threads share, does not change.
 fn bind_hidden(path: &Path) -> Result<UnixListener, BindError> {
     let directory = hidden_directory(path)?;
     let inner = directory.join("s");
@@ -120,14 +119,14 @@ fn bind_hidden(path: &Path) -> Result<UnixListener, BindError> {
                 .map_err(|source| host("set up", path, source))?;
             Ok(listener)
         });
-    // What is left behind would be empty and private; the outcome above matters more.
+    // A directory that stays is empty and private; the outcome above matters more.
     let _ = fs::remove_file(&inner);
     let _ = fs::remove_dir(&directory);
     bound
 }
 
-/// Binds to `inner` in `directory`, by a shorter path where its own fits no address: the name of
-/// the directory may be longer than the name that the socket gets.
+/// Binds to `inner` in `directory`, by a shorter path where its own exceeds the address: the name
+/// of the directory may be longer than the socket's.
 fn bind_within(directory: &Path, inner: &Path) -> io::Result<UnixListener> {
     if check_length(inner).is_ok() {
         return UnixListener::bind(inner);
@@ -154,7 +153,7 @@ fn hidden_directory(path: &Path) -> Result<PathBuf, BindError> {
     Err(BindError::Contended(path.to_owned()))
 }
 
-/// Removes the socket at `path` if nobody accepts connections there.
+/// Removes the socket at `path` if no process accepts connections there.
 fn clear_stale(path: &Path) -> Result<(), BindError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
@@ -170,7 +169,7 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
         Some(Ok(_)) | None => return Err(BindError::InUse(path.to_owned())),
         Some(Err(source)) => return Err(host("find out who serves", path, source)),
     }
-    // Another process may have replaced it while we asked.
+    // Another process may have replaced it since the connection attempt.
     let unchanged =
         fs::symlink_metadata(path).is_ok_and(|now| inode_of(&now) == inode_of(&metadata));
     if unchanged {

@@ -1,13 +1,13 @@
-//! What the tests of this crate share.
+//! Shared parts of this crate's tests.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A directory that is removed with all it holds when dropped.
+/// A directory that is removed with its contents when dropped.
 pub struct Directory(PathBuf);
 
 impl Directory {
-    /// Makes one.
+    /// Creates an empty directory.
     pub fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -17,7 +17,7 @@ impl Directory {
         Self(path)
     }
 
-    /// Where it is.
+    /// Path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }

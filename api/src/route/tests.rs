@@ -21,7 +21,7 @@ fn refused(method: &str, target: &str, body: &str) -> (u16, String) {
 }
 
 #[test]
-fn firecrackers_getting_started_is_understood() {
+fn firecrackers_getting_started_is_accepted() {
     let logger = r#"{"log_path": "./firecracker.log", "level": "Debug",
         "show_level": true, "show_log_origin": true}"#;
     assert_eq!(action("PUT", "/logger", logger).name(), "changing logger");
@@ -104,7 +104,7 @@ fn mapping_pages_are_bounded() {
 }
 
 #[test]
-fn wrong_paths_and_methods_are_told_apart() {
+fn wrong_paths_and_methods_are_distinguished() {
     for target in [
         "/nothing",
         "/vm/other",
@@ -190,7 +190,7 @@ fn bodies_are_refused_by_the_field_at_fault() {
 }
 
 #[test]
-fn replies_become_what_the_request_asked_to_see() {
+fn replies_become_the_requested_section() {
     let show = |view: View, reply| respond(&view, Ok(reply));
     assert_eq!(show(View::Whole, Reply::Done), Response::no_content());
     let version = show(View::Whole, Reply::Version("1.2".to_owned()));
@@ -239,7 +239,7 @@ fn errors_become_firecrackers_faults() {
 }
 
 #[test]
-fn mistyped_paths_are_answered_with_the_one_that_was_meant() {
+fn mistyped_paths_are_refused_with_the_closest_one() {
     for (path, fix) in [
         ("/boot_source", "did you mean /boot-source?"),
         ("/machine-confg", "did you mean /machine-config?"),

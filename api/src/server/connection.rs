@@ -1,4 +1,4 @@
-//! One client: bytes in, at most one request in hand, bytes out.
+//! One connection: bytes in, at most one request being answered, bytes out.
 
 use super::limits::Limits;
 use crate::http::{self, Parsed, Request, Response};
@@ -9,16 +9,16 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
 
-/// Most bytes read at one event, so that a busy client leaves the loop to the others.
+/// Upper bound on the bytes read at one event, so that a busy client does not starve the others.
 const READ_CHUNK: usize = 16 << 10;
 
-/// What a connection does next.
+/// Next step of a connection.
 pub enum Step {
-    /// Nothing until an event, an outcome or the deadline.
+    /// Wait for an event, an outcome or the deadline.
     Wait,
-    /// It is over.
+    /// Close the connection.
     Close,
-    /// Answer, and close: what the client sends cannot be understood.
+    /// Answer and close: the client's bytes cannot be parsed.
     Refuse(Response),
     /// Answer this request, now or by [`Connection::begin_call`].
     Serve(Request),
@@ -30,36 +30,36 @@ enum Phase {
     Reading,
     /// A whole request was handed out and is not answered yet.
     Serving,
-    /// The machine was asked.
+    /// The controller has the action.
     Calling { call: u64, view: View },
-    /// A response is on its way out.
+    /// A response is being sent.
     Writing,
-    /// The last response has left; what arrives is dropped.
+    /// The last response was sent; further input is dropped.
     Draining,
 }
 
-/// A client's connection. The poll loop tells it of events, and does what [`Connection::step`]
-/// says until that is [`Step::Wait`].
+/// A client's connection. The poll loop reports events to it, and performs [`Connection::step`]
+/// until that is [`Step::Wait`].
 pub struct Connection {
     stream: UnixStream,
     limits: Limits,
     phase: Phase,
     deadline: Instant,
     /// When the client last sent a byte, or connected.
-    heard: Instant,
+    last_received: Instant,
     /// A request of the client was answered.
     served: bool,
     input: Vec<u8>,
     output: Vec<u8>,
-    /// How much of `output` has left.
+    /// Bytes of `output` that were sent.
     sent: usize,
-    /// The client sends no more.
+    /// The client has closed its sending direction.
     ended: bool,
-    /// The client is gone altogether.
+    /// The client has disconnected.
     gone: bool,
-    /// `100 Continue` was sent for the request that is arriving.
+    /// `100 Continue` was sent for the incomplete request.
     continued: bool,
-    /// Of the request in hand.
+    /// Whether the connection stays open after the current request.
     keep_alive: bool,
     head_only: bool,
     calls: u64,
@@ -67,7 +67,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection whose descriptor is watched for [`EventSet::IN`] already.
+    /// Creates a connection whose descriptor is watched for [`EventSet::IN`] already.
     #[must_use]
     pub fn new(stream: UnixStream, limits: Limits) -> Self {
         let now = Instant::now();
@@ -77,7 +77,7 @@ impl Connection {
             limits,
             phase: Phase::Reading,
             deadline,
-            heard: now,
+            last_received: now,
             served: false,
             input: Vec::new(),
             output: Vec::new(),
@@ -92,19 +92,19 @@ impl Connection {
         }
     }
 
-    /// When [`Connection::expire`] is due.
+    /// Time at which [`Connection::expire`] is due.
     pub fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// For a connection that may be closed when another client needs its place: whether it was
-    /// served before, and since when it has sent nothing. `None` for one that is being answered,
+    /// For a connection that may be closed in favour of another client: whether a request was
+    /// served, and since when the client has sent nothing. `None` for one that is being answered,
     /// or that was served and sent something within [`Limits::keep`].
     #[must_use]
     pub fn waits_since(&self, now: Instant) -> Option<(bool, Instant)> {
-        let quiet = now.saturating_duration_since(self.heard) >= self.limits.keep;
+        let quiet = now.saturating_duration_since(self.last_received) >= self.limits.keep;
         let waits = matches!(self.phase, Phase::Reading) && (quiet || !self.served);
-        waits.then_some((self.served, self.heard))
+        waits.then_some((self.served, self.last_received))
     }
 
     fn enter(&mut self, phase: Phase, patience: Duration) {
@@ -112,8 +112,8 @@ impl Connection {
         self.deadline = Instant::now() + patience;
     }
 
-    /// Reads what is there, once. While a request is in hand nothing is read, so `input` never
-    /// holds more than one request and a chunk.
+    /// Reads the available bytes, once. While a request is being answered nothing is read, so that
+    /// `input` never holds more than one request and a chunk.
     pub fn receive(&mut self) {
         if !matches!(self.phase, Phase::Reading | Phase::Draining) {
             return;
@@ -123,9 +123,9 @@ impl Connection {
             Ok(0) => self.ended = true,
             Ok(_) if matches!(self.phase, Phase::Draining) => {}
             Ok(count) => {
-                self.heard = Instant::now();
+                self.last_received = Instant::now();
                 if self.input.is_empty() {
-                    self.deadline = self.heard + self.limits.request;
+                    self.deadline = self.last_received + self.limits.request;
                 }
                 self.input.extend(chunk.iter().take(count));
             }
@@ -136,13 +136,13 @@ impl Connection {
 
     /// The client has closed both directions.
     pub fn peer_closed(&mut self) {
-        // What it sent before may still wait to be read, and is a request all the same.
+        // Earlier bytes may be unread, and can be a request.
         if !matches!(self.phase, Phase::Reading) || self.ended {
             self.gone = true;
         }
     }
 
-    /// Does what can be done now and says what is next.
+    /// Advances the connection, and returns the next step.
     pub fn step(&mut self) -> Step {
         if self.gone || !self.flush() {
             return Step::Close;
@@ -187,8 +187,8 @@ impl Connection {
 
     fn after_response(&mut self) -> Step {
         if !self.keep_alive {
-            // Nothing that the client needs to read is lost by a close, unless unread input is
-            // left, which would turn the close into a reset.
+            // Only unread input, which turns the close into a reset, can lose bytes that the client
+            // has to read.
             let _ = self.stream.shutdown(std::net::Shutdown::Write);
             self.input = Vec::new();
             self.enter(Phase::Draining, self.limits.drain);
@@ -203,7 +203,8 @@ impl Connection {
         self.next_request()
     }
 
-    /// Notes that the machine is asked for the request in hand; the number names the call.
+    /// Records that the controller has the action of the current request; the number names the
+    /// call.
     pub fn begin_call(&mut self, view: View) -> u64 {
         self.calls += 1;
         let call = self.calls;
@@ -211,7 +212,7 @@ impl Connection {
         call
     }
 
-    /// Ends the call of that number, if it is still the one in hand.
+    /// Ends the call of that number, if it is the current one.
     pub fn take_call(&mut self, number: u64) -> Option<View> {
         match &self.phase {
             Phase::Calling { call, view } if *call == number => {
@@ -223,7 +224,7 @@ impl Connection {
         }
     }
 
-    /// Answers the request in hand.
+    /// Answers the current request.
     pub fn respond(&mut self, response: &Response) {
         let bytes = response.to_bytes(self.keep_alive, self.head_only);
         self.output.extend_from_slice(&bytes);
@@ -231,13 +232,13 @@ impl Connection {
         self.enter(Phase::Writing, self.limits.response);
     }
 
-    /// Answers whatever came, and serves nothing more.
+    /// Answers the input, and serves no further request.
     pub fn respond_and_close(&mut self, response: &Response) {
         self.keep_alive = false;
         self.respond(response);
     }
 
-    /// The deadline has passed: what to tell the client, if anything, before the close.
+    /// Handles the deadline: returns the response to send before the close, if any.
     pub fn expire(&mut self) -> Option<Response> {
         let response = match self.phase {
             Phase::Reading if !self.input.is_empty() => {
@@ -253,7 +254,7 @@ impl Connection {
         Some(response)
     }
 
-    /// Whether a request is in hand or a response on its way.
+    /// Whether a request is being answered or a response being sent.
     pub fn is_answering(&self) -> bool {
         matches!(
             self.phase,
@@ -261,7 +262,7 @@ impl Connection {
         )
     }
 
-    /// The events to watch for, if they are not those of the last time.
+    /// Returns the events to watch for, if they have changed since the last call.
     pub fn changed_interest(&mut self) -> Option<(RawFd, EventSet)> {
         let mut interest = EventSet::empty();
         if matches!(self.phase, Phase::Reading | Phase::Draining) && !self.ended {
@@ -277,7 +278,7 @@ impl Connection {
         Some((self.stream.as_raw_fd(), interest))
     }
 
-    /// Sends what the socket takes; false if the client is gone.
+    /// Sends until the socket is full; false if the client has disconnected.
     fn flush(&mut self) -> bool {
         while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
             match self.stream.write(rest) {

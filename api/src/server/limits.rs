@@ -1,29 +1,29 @@
-//! Bounds on what clients cost the server.
+//! Bounds on the resources of clients.
 
 use std::time::Duration;
 
-/// How much a client may ask of the server.
+/// Bounds on the resources of clients.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections served at a time. For one more, the connection that has waited longest for a
+    /// Upper bound on connections. For one more, the connection that has waited longest for a
     /// request is closed; if none waits, the new one is answered 503.
     pub connections: usize,
-    /// How long a connection may stay without a request.
+    /// Timeout of a connection without a request.
     pub idle: Duration,
-    /// How long a client that was answered before keeps its connection without sending a byte
-    /// while another client needs the place.
+    /// Time without input for which a served client keeps its connection while another client needs
+    /// one.
     pub keep: Duration,
-    /// How long a request may take to arrive, from its first byte.
+    /// Timeout of a request's arrival, from its first byte.
     pub request: Duration,
-    /// How long the machine may take to answer before the client gets 503.
+    /// Timeout of the machine's answer; then the client receives 503.
     pub answer: Duration,
-    /// How long a client may take to read a response.
+    /// Timeout of the client's reading of a response.
     pub response: Duration,
-    /// How long what still arrives is read and dropped after an error, so that the client gets
-    /// to read the response before the connection closes.
+    /// Time for which input is read and dropped after an error, so that the client can read the
+    /// response before the connection closes.
     pub drain: Duration,
-    /// How long responses may take to leave once the server is told to end.
-    pub farewell: Duration,
+    /// Time for responses in progress when the server ends.
+    pub shutdown: Duration,
 }
 
 impl Default for Limits {
@@ -36,7 +36,7 @@ impl Default for Limits {
             answer: Duration::from_secs(60),
             response: Duration::from_secs(10),
             drain: Duration::from_secs(1),
-            farewell: Duration::from_millis(500),
+            shutdown: Duration::from_millis(500),
         }
     }
 }

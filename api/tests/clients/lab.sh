@@ -1,6 +1,6 @@
 #!/bin/sh
 # The API against a machine that runs, in the lab: boots a guest by requests, lets it flood its
-# console, and has two thousand hostile connections meanwhile.
+# console, and opens two thousand invalid connections at the same time.
 #
 #     api/tests/clients/lab.sh [VENV]
 #
@@ -19,7 +19,7 @@ RUSTFLAGS="-C target-feature=+crt-static" \
     cargo build --quiet --target "$target" -p api --example hostile
 cp "target/$target/debug/examples/hostile" "$here/lab_job.sh" "$share/"
 
-# An interpreter that brings its libraries along: the lab has its own, or none.
+# An interpreter with its own libraries: the lab has other ones, or none.
 if [ $# -gt 0 ]; then
     python=$("$1/bin/python" -c 'import sys; print(sys.base_prefix + "/bin/python3")')
     version=$("$1/bin/python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')

@@ -4,8 +4,8 @@ set -eu
 socket=/tmp/machine.sock
 kernel=/guest/vmlinuz-6.12
 initrd=/guest/initramfs-tools.cpio
-# What the guest does: a TCP stream over its interface, then a look at its disk, then noise on
-# its console for as long as it lives.
+# Work of the guest: a TCP stream over its interface, then a read of its disk, then noise on its
+# console until it ends.
 run="ip addr add 172.16.0.2/24 dev eth0 && ip link set eth0 up && sleep 1 &&
     iperf3 -c 172.16.0.1 -t 60 -i 2 --forceflush &&
     dd if=/dev/vda bs=1M 2>&1 | tail -c 16; echo stream-and-disk \$?; yes flood"

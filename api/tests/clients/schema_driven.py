@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Asks a running machine what its own document can dream up.
+"""Sends a running machine requests generated from its own document.
 
     schema_driven.py SOCKET [option of `schemathesis run` ...]
 
 Needs schemathesis (from PyPI) in the PATH. Requests are generated from resources/openapi.yaml,
-honest ones and others; a server error, an answer that the document does not have, or a wrong
-request that is taken fails the run. The machine must be the same afterwards: alive, in the same
-state, and no larger than a megabyte more.
+valid ones and others; a server error, an answer that the document does not have, or an invalid
+request that is accepted fails the run. Afterwards the machine must still run, in the same state,
+and its monitor be at most a megabyte larger.
 
-Starting and stopping are left out, and files are only named, if the server runs as a user who
-may write nowhere else: its log and metrics go where the requests say.
+Starting and stopping are left out. Requests name the files of log and metrics, so the server must
+run as a user without write permission elsewhere.
 """
 
 import json
@@ -24,8 +24,8 @@ import threading
 
 DOCUMENT = pathlib.Path(__file__).parents[3] / "resources" / "openapi.yaml"
 
-# What the document cannot express: identifiers in path and body must agree, taps must differ,
-# the model must suit the architecture. So an honest request may be refused.
+# The document cannot express some rules: identifiers in path and body must agree, taps must
+# differ, the model must suit the architecture. So a valid request may be refused.
 CHECKS = [
     "not_a_server_error",
     "status_code_conformance",

@@ -1,4 +1,4 @@
-//! The document, and as much of JSON Schema as it uses.
+//! The document, and the parts of JSON Schema that it uses.
 
 use serde_json::{Map, Value, json};
 
@@ -67,8 +67,8 @@ impl Document {
         self.resolve(target)
     }
 
-    /// Bodies that the schema of an object permits: each permitted value of each property,
-    /// beside what is required.
+    /// Bodies that the schema of an object permits: each permitted value of each property, together
+    /// with the required ones.
     pub fn permitted(&self, schema: &Value) -> Vec<Value> {
         let mut bodies = vec![self.least(schema)];
         for (name, property) in object(&self.resolve(schema)["properties"]) {
@@ -81,7 +81,7 @@ impl Document {
         bodies
     }
 
-    /// Bodies that it forbids, with the name of the property at fault.
+    /// Bodies that the schema forbids, each with the name of the property at fault.
     pub fn forbidden(&self, schema: &Value) -> Vec<(String, Value)> {
         let mut bodies = Vec::new();
         for name in strings(&self.resolve(schema)["required"]) {
@@ -99,7 +99,7 @@ impl Document {
         bodies
     }
 
-    /// The object with what is required and nothing else.
+    /// The object with its required properties only.
     fn least(&self, schema: &Value) -> Value {
         let schema = self.resolve(schema);
         let mut body = json!({});
@@ -109,7 +109,7 @@ impl Document {
         body
     }
 
-    /// Values that a schema permits, its limits among them.
+    /// Values that a schema permits, its limits included.
     fn values(&self, schema: &Value) -> Vec<Value> {
         let schema = self.resolve(schema);
         if let Some(choices) = schema["anyOf"].as_array() {
@@ -142,7 +142,7 @@ impl Document {
         values
     }
 
-    /// Values that it forbids.
+    /// Values that a schema forbids.
     fn wrong_values(&self, schema: &Value) -> Vec<Value> {
         let schema = self.resolve(schema);
         let kinds = strings(&schema["type"]);
@@ -168,14 +168,14 @@ impl Document {
             candidates.push(json!("a".repeat(usize::try_from(length).unwrap() + 1)));
         }
         if kinds.contains(&"string") && schema["pattern"].is_null() && schema["enum"].is_null() {
-            // Free text: every string is right.
+            // Free text: every string is permitted.
             candidates.retain(|value| !value.is_string());
         }
         candidates.retain(|value| self.conforms(schema, value).is_err());
         candidates
     }
 
-    /// Whether `value` is as `schema` has it; patterns are taken to forbid NUL and no more.
+    /// Checks `value` against `schema`; a pattern only forbids NUL here.
     pub fn conforms(&self, schema: &Value, value: &Value) -> Result<(), String> {
         let schema = self.resolve(schema);
         if let Some(choices) = schema["anyOf"].as_array() {

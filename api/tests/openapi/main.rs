@@ -1,5 +1,5 @@
-//! `resources/openapi.yaml` against the server: what the document permits is taken, what it does
-//! not is refused by name, and what the server says is as the document has it.
+//! `resources/openapi.yaml` against the server. Permitted bodies are accepted, others are refused
+//! by name, and the server's answers conform to the document.
 
 mod document;
 
@@ -14,7 +14,7 @@ use vmm::action::{
 };
 use vmm::config::{IommuModel, VmConfig};
 
-/// The example values of the document's path parameters, put into `path`.
+/// Replaces the path parameters of `path` by the document's example values.
 fn filled(path: &str) -> String {
     path.replace("{drive_id}", "rootfs")
         .replace("{iface_id}", "rootfs")
@@ -35,7 +35,7 @@ fn fault(response: &Response) -> String {
     body["fault_message"].as_str().unwrap().to_owned()
 }
 
-/// What becomes of a change to a fresh machine.
+/// Outcome of a change to a new machine.
 fn outcome(method: &str, target: &str, body: &Value) -> Result<(), String> {
     let route = route(&request(method, target, Some(body))).map_err(|error| fault(&error))?;
     match route.action {
@@ -46,8 +46,8 @@ fn outcome(method: &str, target: &str, body: &Value) -> Result<(), String> {
     }
 }
 
-/// [`outcome`], where a machine of this architecture or without the model cannot be judged by
-/// a document that serves both.
+/// [`outcome`], but a refusal for this architecture or a missing IOMMU model counts as accepted:
+/// the document covers both.
 fn accepts(method: &str, target: &str, body: &Value) -> Result<(), String> {
     match outcome(method, target, body) {
         Err(message) if target == "/iommu" && message.contains("smmuv3") => Ok(()),
@@ -65,7 +65,7 @@ fn paths_and_methods_are_those_of_the_document() {
             let status = route(&request(method, &target, None)).map_or_else(|r| r.status, |_| 200);
             let expected = match (served, method) {
                 (true, "get") => 200,
-                // Without a body, which every change needs.
+                // Without a body, which every change requires.
                 (true, _) => 400,
                 (false, _) => 405,
             };
@@ -75,7 +75,7 @@ fn paths_and_methods_are_those_of_the_document() {
 }
 
 #[test]
-fn what_the_document_permits_is_accepted() {
+fn permitted_bodies_are_accepted() {
     let document = Document::read();
     let mut bodies = 0;
     for (method, path, schema) in document.changes() {
@@ -90,7 +90,7 @@ fn what_the_document_permits_is_accepted() {
 }
 
 #[test]
-fn what_the_document_forbids_is_refused_by_name() {
+fn forbidden_bodies_are_refused_by_name() {
     let document = Document::read();
     let mut bodies = 0;
     for (method, path, schema) in document.changes() {
@@ -126,7 +126,7 @@ fn the_document_names_every_field_that_is_read() {
     }
 }
 
-/// Every answer a machine can give, in all its variants.
+/// Every reply of a machine, in all its variants.
 fn replies() -> Vec<(&'static str, Reply)> {
     let states = [
         MachineState::NotStarted,
@@ -242,7 +242,7 @@ fn endpoints() -> Vec<EndpointInfo> {
 }
 
 #[test]
-fn what_the_server_says_is_as_the_document_has_it() {
+fn answers_conform_to_the_document() {
     let document = Document::read();
     for (path, reply) in replies() {
         let text = format!("{reply:?}");
@@ -258,7 +258,7 @@ fn what_the_server_says_is_as_the_document_has_it() {
 }
 
 #[test]
-fn the_parts_of_a_configuration_are_shown_as_the_document_has_them() {
+fn sections_of_a_configuration_conform_to_the_document() {
     let document = Document::read();
     let machine = r#"{"boot-source": {"kernel_image_path": "k"}, "entropy": {},
         "drives": [{"drive_id": "rootfs", "path_on_host": "b"}], "vsock": {"guest_cid": 3},

@@ -1,4 +1,4 @@
-//! Bytes that a client may send, honest and not.
+//! Bytes that a client may send, valid and invalid.
 
 use proptest::prelude::*;
 
@@ -35,8 +35,8 @@ fn piece() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// A request that is whole, of a method, a path and a body that may not belong together. None
-/// of them starts or ends a machine, or names a file to write to.
+/// A complete request whose method, path and body may not match. None of them starts or ends a
+/// machine, or names a file to write to.
 fn request() -> impl Strategy<Value = Vec<u8>> {
     let methods = prop::sample::select(&["GET", "PUT", "PATCH", "DELETE", "HEAD", "BREW"][..]);
     let paths = &[
@@ -81,7 +81,7 @@ fn request() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// What one connection sends.
+/// Bytes of one connection.
 pub fn hostile_bytes() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         prop::collection::vec(piece(), 0..24),

@@ -1,5 +1,4 @@
-//! Bytes that no honest client sends: each connection is answered or closed, and the server
-//! goes on.
+//! Invalid bytes: each connection is answered or closed, and the server continues.
 
 use crate::bytes::hostile_bytes;
 use crate::support::{Machine, Model};
@@ -23,7 +22,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn parsing_and_routing_never_fail_and_use_what_they_say(bytes in hostile_bytes()) {
+    fn parsing_and_routing_never_panic_and_consume_the_reported_bytes(bytes in hostile_bytes()) {
         if let Ok(http::Parsed::Whole { request, used }) = http::parse(&bytes) {
             prop_assert!(used <= bytes.len() && used <= http::MAX_HEAD + http::MAX_BODY);
             prop_assert!(request.body.len() <= http::MAX_BODY);
@@ -46,14 +45,14 @@ proptest! {
             prop_assert!(used <= cut);
         }
         if let Err(refusal) = http::parse(&bytes[..cut]) {
-            // More bytes cannot make sense of what made none, but may show another fault first.
+            // More bytes do not make them valid, but may reveal another fault first.
             prop_assert!(http::parse(&bytes).is_err(), "{:?}", refusal);
         }
     }
 }
 
 #[test]
-fn the_server_outlives_hostile_connections() {
+fn the_server_survives_hostile_connections() {
     let limits = Limits {
         drain: Duration::from_millis(5),
         request: Duration::from_millis(20),
@@ -64,7 +63,7 @@ fn the_server_outlives_hostile_connections() {
     for round in 0..2000 {
         let bytes = hostile_bytes().new_tree(&mut runner).unwrap().current();
         let mut connection = machine.connect();
-        // The server may close before it has read all.
+        // The server may close before it has read all bytes.
         let _ = connection.stream.write_all(&bytes);
         let _ = connection.stream.shutdown(Shutdown::Write);
         if round % 3 > 0 {

@@ -1,4 +1,4 @@
-//! Whole conversations with the server.
+//! Sequences of requests to the server.
 
 use crate::support::{Connection, Machine};
 use api::Limits;
@@ -11,7 +11,7 @@ use vmm::action::{Action, Lifecycle, Query, Reply};
 const BOOT: &str = r#"{"kernel_image_path": "vmlinuz"}"#;
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
 
-/// Short enough to wait for, in a test whose verdict does not hang on how short.
+/// Short timeouts, for tests whose result does not depend on their length.
 fn impatient() -> Limits {
     Limits {
         request: Duration::from_millis(50),
@@ -109,7 +109,7 @@ fn a_client_that_half_closes_still_gets_its_answers() {
 }
 
 #[test]
-fn a_client_that_expects_continue_is_told_to() {
+fn a_client_that_expects_continue_receives_it() {
     let machine = Machine::new(Limits::default());
     let mut connection = machine.connect();
     connection.send(b"PUT /entropy HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n");
@@ -119,7 +119,7 @@ fn a_client_that_expects_continue_is_told_to() {
 }
 
 #[test]
-fn what_cannot_be_understood_is_answered_and_closed() {
+fn invalid_requests_are_answered_and_closed() {
     let machine = Machine::new(Limits::default());
     let huge = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(9000));
     let hostile: [(&[u8], u16); 6] = [
@@ -155,7 +155,7 @@ fn a_body_of_the_greatest_size_is_read_whole() {
 }
 
 #[test]
-fn connections_beyond_the_limit_are_told_so_and_room_comes_back() {
+fn connections_beyond_the_limit_are_answered_503_until_others_close() {
     let limits = Limits {
         connections: 2,
         keep: Duration::from_secs(3600),
@@ -178,7 +178,7 @@ fn connections_beyond_the_limit_are_told_so_and_room_comes_back() {
     let mut attempts = 0;
     while {
         let mut connection = machine.connect();
-        // It is not known when the server sees the others go.
+        // The time at which the server notices the other disconnections is unknown.
         connection.send(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n");
         connection.response().0 != 200
     } {
@@ -206,7 +206,7 @@ fn half_open_connections_make_room_for_new_ones_the_oldest_first() {
     for _ in 0..3 {
         assert_eq!(machine.request("GET", "/version", "").0, 200);
     }
-    // The oldest are closed, without an answer, which no request asked for.
+    // The oldest are closed without a response, as none of them sent a request.
     for connection in &mut half_open[..6] {
         assert!(connection.rest().is_empty());
     }
@@ -264,7 +264,7 @@ fn a_connection_that_waits_for_the_machine_is_not_closed_for_another() {
 }
 
 #[test]
-fn slow_and_idle_clients_are_let_go() {
+fn slow_and_idle_clients_are_disconnected() {
     let machine = Machine::new(impatient());
     let mut slow = machine.connect();
     slow.send(b"GET /ver");
@@ -274,7 +274,7 @@ fn slow_and_idle_clients_are_let_go() {
 }
 
 #[test]
-fn a_machine_that_does_not_answer_holds_up_nobody_else() {
+fn a_machine_that_does_not_answer_delays_no_other_request() {
     let (release, released) = mpsc::channel::<()>();
     let machine = Machine::with_controller(impatient(), move |inbox| {
         let held = inbox.wait();
@@ -290,14 +290,14 @@ fn a_machine_that_does_not_answer_holds_up_nobody_else() {
     let (status, body) = machine.request("GET", "/version", "");
     assert_eq!(status, 503);
     assert!(body.contains("did not answer"), "{body}");
-    // What needs no machine is answered meanwhile.
+    // A request that does not need the machine is answered at the same time.
     assert_eq!(machine.request("GET", "/nothing", "").0, 404);
     release.send(()).unwrap();
     assert_eq!(machine.request("GET", "/version", "").0, 200);
 }
 
 #[test]
-fn a_machine_that_ended_is_said_to_have_ended() {
+fn requests_to_an_ended_machine_report_its_end() {
     let machine = Machine::with_controller(Limits::default(), |inbox| {
         drop(inbox.wait());
         Vec::new()
@@ -309,12 +309,12 @@ fn a_machine_that_ended_is_said_to_have_ended() {
 }
 
 #[test]
-fn a_response_under_way_leaves_before_the_server_ends() {
+fn a_response_in_progress_is_sent_before_the_server_ends() {
     let (asked, is_asked) = mpsc::channel();
     let mut machine = Machine::with_controller(Limits::default(), move |inbox| {
         let call = inbox.wait().unwrap();
         asked.send(()).unwrap();
-        // The server is being told to end about now.
+        // The server starts to end at about this time.
         thread::sleep(Duration::from_millis(20));
         call.answer(Ok(Reply::Done));
         vec![Action::Query(Query::Version)]
@@ -341,7 +341,7 @@ fn metrics_are_prometheus_text_with_the_servers_own() {
 }
 
 #[test]
-fn a_client_that_never_reads_is_let_go() {
+fn a_client_that_never_reads_is_disconnected() {
     let limits = Limits {
         response: Duration::from_millis(50),
         ..Limits::default()
@@ -350,7 +350,7 @@ fn a_client_that_never_reads_is_let_go() {
     let mut greedy = machine.connect();
     greedy.stream.set_nonblocking(true).unwrap();
     let request = b"GET /vm/config HTTP/1.1\r\n\r\n".repeat(100);
-    // The server stops reading once its response finds no room; then this side's buffer fills.
+    // The server stops reading while its response does not fit; then this side's buffer fills.
     let refused = (0..100_000).find_map(|_| {
         use std::io::Write;
         let error = greedy.stream.write(&request).err()?;

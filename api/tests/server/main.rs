@@ -1,4 +1,4 @@
-//! The server over its real socket, with a machine that exists in name only.
+//! The server over its real socket, with a simulated machine.
 
 mod bytes;
 mod hostile;

@@ -1,4 +1,4 @@
-//! A machine without a machine: a controller on a channel, behind a real socket.
+//! A simulated machine: a controller on a channel, with a real socket.
 
 use api::{Limits, Server, Socket};
 use std::io::{Read, Write};
@@ -14,10 +14,10 @@ use vmm::action::{
 };
 use vmm::config::VmConfig;
 
-/// Longest wait of a test for anything.
+/// Upper bound on every wait of a test.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A served machine in a directory of its own.
+/// A served machine in its own directory.
 pub struct Machine {
     directory: PathBuf,
     server: Option<Server>,
@@ -25,7 +25,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// One that answers as a machine would.
+    /// Creates a machine that answers as a real one does.
     pub fn new(limits: Limits) -> Self {
         Self::with_controller(limits, |inbox| {
             let mut machine = Model::default();
@@ -39,7 +39,7 @@ impl Machine {
         })
     }
 
-    /// One whose controller is `control`, which returns the actions it saw.
+    /// Creates a machine whose controller is `control`, which returns the actions that it received.
     pub fn with_controller(
         limits: Limits,
         control: impl FnOnce(Inbox) -> Vec<Action> + Send + 'static,
@@ -60,24 +60,24 @@ impl Machine {
         }
     }
 
-    /// Where it is served.
+    /// Path of the socket.
     pub fn path(&self) -> PathBuf {
         self.directory.join("api.sock")
     }
 
-    /// A connection to it.
+    /// Opens a connection to the server.
     pub fn connect(&self) -> Connection {
         Connection::new(&self.path())
     }
 
-    /// One request on a connection of its own: status and body.
+    /// Sends one request on a new connection; returns status and body.
     pub fn request(&self, method: &str, target: &str, body: &str) -> (u16, String) {
         let mut connection = self.connect();
         connection.send_request(method, target, body);
         connection.response()
     }
 
-    /// Ends the server, then the controller, which tells what it saw.
+    /// Ends the server, then the controller, which returns the actions that it received.
     pub fn stop(&mut self) -> Vec<Action> {
         self.server = None;
         self.controller
@@ -93,7 +93,7 @@ impl Drop for Machine {
     }
 }
 
-/// A client's end.
+/// A client's connection.
 pub struct Connection {
     pub stream: UnixStream,
     received: Vec<u8>,
@@ -121,7 +121,7 @@ impl Connection {
         self.send(body.as_bytes());
     }
 
-    /// Reads one response: status and body.
+    /// Reads one response; returns status and body.
     pub fn response(&mut self) -> (u16, String) {
         let head = loop {
             let end = self.received.windows(4).position(|w| w == b"\r\n\r\n");
@@ -143,7 +143,7 @@ impl Connection {
         (status, String::from_utf8(body).unwrap())
     }
 
-    /// Reads to the end of the connection, which must come.
+    /// Reads to the end of the connection, which the server must close.
     pub fn rest(&mut self) -> Vec<u8> {
         while self.read_more() {}
         std::mem::take(&mut self.received)
@@ -167,7 +167,7 @@ impl std::fmt::Debug for Connection {
     }
 }
 
-/// The states and the configuration of a machine, and nothing behind them.
+/// The states and the configuration of a machine, without the machine.
 #[derive(Default)]
 pub struct Model {
     config: VmConfig,
@@ -175,7 +175,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Does what a controller does, without KVM.
+    /// Performs an action as a controller does, without KVM.
     pub fn handle(&mut self, action: Action) -> Outcome {
         action.check_state(self.state)?;
         match action {
@@ -281,8 +281,8 @@ impl Model {
     }
 }
 
-/// An IOVA space as Linux leaves it: rings and buffers from the top of 32 bits down, and the
-/// MSI window.
+/// An IOVA space as Linux lays it out: rings and buffers from the top of 32 bits down, and the MSI
+/// window.
 fn mappings(after: Option<u64>, limit: u32) -> MappingsPage {
     let mapping = |start: u64, bytes: u64, target: u64, write, mmio| Mapping {
         start: Hex(start),
