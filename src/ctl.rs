@@ -1,7 +1,6 @@
-//! `portcullis ctl`: asks a running machine.
+//! `portcullis ctl`: sends requests to a running machine.
 //!
-//! Exit status: 0 done; 1 the machine refused; 2 the request makes no sense; 3 no machine
-//! answers.
+//! Exit status: 0 done; 1 the machine refused; 2 the request is not valid; 3 no machine answers.
 
 mod map;
 mod show;
@@ -18,26 +17,26 @@ use vmm::action::{EndpointInfo, InstanceInfo, IommuInfo, Mapping, MappingsPage};
 use vmm::config::{VmConfig, closest};
 use vmm::error::Chain;
 
-/// Names the API socket when no option does.
+/// Path of the API socket when no option gives it.
 const SOCKET_VARIABLE: &str = "PORTCULLIS_API_SOCKET";
 
-/// How long a question may take.
+/// Timeout of a query.
 const QUERY_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a change may take: longer than the monitor itself waits for its machine.
+/// Timeout of a change: longer than the monitor itself waits for its machine.
 const CHANGE_PATIENCE: Duration = Duration::from_secs(70);
 
-/// Mappings that are asked for at a time.
+/// Mappings of one request.
 const PAGE: u32 = 1000;
 
-/// Most mappings that `iommu map` fetches; a drawing of more shows nothing.
+/// Upper bound on the mappings that `iommu map` fetches; a drawing of more is not readable.
 const MAX_MAPPINGS: usize = 100_000;
 
-/// Most pages that `iommu map` fetches: a guest can lay out its tables so that
-/// many are empty.
+/// Upper bound on the pages that `iommu map` fetches: a guest can lay out its tables so that many
+/// pages are empty.
 const MAX_PAGES: usize = 1000;
 
-/// What follows the words and options in the help.
+/// The help text after the words and options.
 const REQUESTS_AND_STATUS: &str = "\
 Any other request:
   METHOD PATH [JSON]  for example GET /drives, or PUT /vsock '{\"guest_cid\": 3}'
@@ -114,17 +113,17 @@ enum IommuView {
     },
 }
 
-/// Why a word was not done.
+/// Error of a word; it decides the exit status.
 enum Failure {
-    /// The machine says no.
+    /// The machine refused.
     Refused(String),
-    /// The request makes no sense.
+    /// The request is not valid.
     Usage(String),
-    /// There is no answer.
+    /// No machine answers.
     Unreachable(ClientError),
-    /// The answer cannot be read.
+    /// The answer cannot be parsed.
     Other(String),
-    /// The answer cannot be written.
+    /// Standard output cannot be written.
     Unprinted(io::Error),
 }
 
@@ -134,7 +133,7 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Does what the command line says and prints the answer.
+/// Performs the command line's word and prints the answer.
 pub fn main(args: &CtlArgs) -> ExitCode {
     let mut out = io::stdout().lock();
     let done = Session::new(args).and_then(|session| {
@@ -152,19 +151,19 @@ pub fn main(args: &CtlArgs) -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    streams::complain_of_ctl(message);
+    streams::print_ctl_error(message);
     ExitCode::from(status)
 }
 
 struct Session<'a> {
     socket: &'a Path,
     json: bool,
-    /// The words of [`Word::Request`].
+    /// Arguments of [`Word::Request`].
     words: Vec<&'a str>,
 }
 
 impl<'a> Session<'a> {
-    /// The parser leaves the options that follow METHOD to this program.
+    /// The parser leaves the options after METHOD to this function.
     fn new(args: &'a CtlArgs) -> Result<Self, Failure> {
         let mut socket = args.api_socket.as_deref();
         let mut json = args.json;
@@ -237,8 +236,8 @@ impl<'a> Session<'a> {
         Ok(out.write_all(show::iommu(&info, None).as_bytes())?)
     }
 
-    /// Prints the table again and again, until it is interrupted, the machine ends, or nobody
-    /// reads any more.
+    /// Prints the table repeatedly, until it is interrupted, the machine ends, or standard output
+    /// is closed.
     fn watch(&self, interval: Duration, out: &mut impl Write) -> Result<(), Failure> {
         let clear = io::stdout().is_terminal();
         let mut before: Option<(IommuInfo, Instant)> = None;
@@ -284,7 +283,7 @@ impl<'a> Session<'a> {
         }
         if self.json {
             if let Some(rest) = rest {
-                streams::complain_of_ctl(format_args!("mappings above {rest} are left out"));
+                streams::print_ctl_error(format_args!("mappings above {rest} are left out"));
             }
             let text = serde_json::to_vec(&mappings)
                 .map_err(|error| Failure::Other(format!("cannot write JSON: {error}")))?;
@@ -350,12 +349,12 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The words that are no request.
+/// The words that are not requests.
 const WORDS: [&str; 7] = [
     "info", "start", "pause", "resume", "stop", "iommu", "metrics",
 ];
 
-/// The methods that some resource serves.
+/// Methods of the API's resources.
 const METHODS: [&str; 3] = ["GET", "PUT", "PATCH"];
 
 fn unknown_word(words: &[&str]) -> Failure {
@@ -395,7 +394,7 @@ fn print_json(body: &[u8], out: &mut impl Write) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A name as a path segment (RFC 3986 §2.1).
+/// Encodes a name as a path segment (RFC 3986 §2.1).
 fn encode_segment(name: &str) -> String {
     name.bytes()
         .map(|byte| match byte {

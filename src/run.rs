@@ -17,11 +17,11 @@ use vmm::error::Chain;
 use vmm::plan::MachinePlan;
 use vmm::{console, host_file, inspect, logger};
 
-use crate::streams::{self, complain};
+use crate::streams::{self, print_error};
 
 use crate::usage::USAGE_STATUS;
 
-/// Most bytes of a configuration file: more than a machine of all devices takes.
+/// Upper bound on a configuration file, in bytes: more than a machine with all devices needs.
 const MAX_CONFIG: usize = 1 << 20;
 
 /// Boot a machine and connect its serial console to standard input and output
@@ -78,7 +78,7 @@ pub struct RunArgs {
     log: LogArgs,
 }
 
-/// What follows the options in the help of `run`.
+/// The help text of `run` after the options.
 const RUN_STATUS: &str = "\
 Pairs of key and value are separated by commas: path=disk.img,readonly=on. A comma that
 belongs to a value is written twice.
@@ -90,7 +90,7 @@ Exit status:
   3  the guest reset
   4  the guest crashed";
 
-/// The help of an option whose value has keys.
+/// The help text of an option whose value has keys.
 fn keyed<T: Argument>(what: &str) -> String {
     format!("{what}{}", T::help())
 }
@@ -126,7 +126,7 @@ struct LogArgs {
     log_file: Option<PathBuf>,
 }
 
-/// Runs a machine until it ends; the exit status says how it did.
+/// Runs a machine until it ends; its ending gives the exit status.
 pub fn run(args: RunArgs) -> ExitCode {
     finish(try_run(args))
 }
@@ -137,8 +137,8 @@ fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     let config = args.into_config()?;
     let mut controller = new_controller()?;
     controller.configure(config).map_err(caused)?;
-    // Ahead of the guest's first instruction: a client that finds no socket knows
-    // that no guest has run, and no guest runs whose socket cannot be made.
+    // Before the guest's first instruction: without a socket no guest has run, and no guest runs
+    // whose socket cannot be created.
     let server = socket.map(|path| start_server(&path, &controller));
     let server = server.transpose()?;
     controller.start().map_err(not_built(caused))?;
@@ -162,7 +162,7 @@ fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
     serve_until_end(controller, Some(server))
 }
 
-/// Prints the machine a configuration describes.
+/// Prints the plan of the configured machine.
 pub fn check(args: &CheckArgs) -> ExitCode {
     finish(try_check(args))
 }
@@ -175,10 +175,10 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     streams::print_line(&json);
     for doubt in &findings.doubts {
-        complain(format!("warning: {doubt}"));
+        print_error(format!("warning: {doubt}"));
     }
     for line in &findings.not_examined {
-        complain(format!("not examined: {line}"));
+        print_error(format!("not examined: {line}"));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -201,7 +201,7 @@ fn serve_until_end(controller: Controller, server: Option<Server>) -> Result<Exi
     match ending.status() {
         1 => Err(Failure::Other(anyhow!("{ending}"))),
         4 => {
-            complain(&ending);
+            print_error(&ending);
             Ok(ExitCode::from(4))
         }
         status => Ok(ExitCode::from(status)),
@@ -209,7 +209,7 @@ fn serve_until_end(controller: Controller, server: Option<Server>) -> Result<Exi
 }
 
 impl RunArgs {
-    /// The configuration file, if any, with the options in it.
+    /// Reads the configuration file, if any, and applies the options to it.
     fn into_config(self) -> Result<VmConfig, Failure> {
         let mut config = match &self.config {
             Some(path) => read_config(path)?,
@@ -265,7 +265,7 @@ fn read_config(path: &Path) -> Result<VmConfig, Failure> {
     VmConfig::from_json(&text).map_err(caused_in(path))
 }
 
-/// The configuration is JSON, so its paths are text.
+/// Converts a path to text, since the configuration is JSON.
 fn utf8(flag: &str, path: PathBuf) -> Result<String, Failure> {
     path.into_os_string().into_string().map_err(|path| {
         let path = path.to_string_lossy();
@@ -273,11 +273,11 @@ fn utf8(flag: &str, path: PathBuf) -> Result<String, Failure> {
     })
 }
 
-/// Why there is no exit status of the guest.
+/// Error without an ending of the guest.
 enum Failure {
-    /// What the user gave cannot be used.
+    /// The command line or the configuration cannot be used.
     Usage(String),
-    /// Anything else.
+    /// Any other error.
     Other(anyhow::Error),
 }
 
@@ -291,17 +291,18 @@ fn usage(message: impl Into<String>) -> Failure {
     Failure::Usage(message.into())
 }
 
-/// An error of what the user gave, with its reason.
+/// An error of the command line or the configuration, with its reason.
 fn caused(error: impl Error) -> Failure {
     Failure::Usage(Chain(&error).to_string())
 }
 
-/// An error in the file at `path`.
+/// Adds the file at `path` to an error.
 fn caused_in(path: &Path) -> impl Fn(ConfigError) -> Failure {
     move |error| usage(format!("{}: {}", path.display(), Chain(&error)))
 }
 
-/// A machine that cannot be built; `named` says where a value at fault is.
+/// Converts the error of a machine that cannot be built; `named` adds the source of a refused
+/// value.
 fn not_built(named: impl Fn(ConfigError) -> Failure) -> impl Fn(BuildError) -> Failure {
     move |error| match error {
         BuildError::Config(error) => named(error),
@@ -315,11 +316,11 @@ fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
     match outcome {
         Ok(status) => status,
         Err(Failure::Usage(message)) => {
-            complain(&message);
+            print_error(&message);
             ExitCode::from(USAGE_STATUS)
         }
         Err(Failure::Other(error)) => {
-            complain(Chain(error.as_ref()));
+            print_error(Chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -1,5 +1,5 @@
-//! Standard output and standard error. They may be closed, full, or a pipe without a reader: what
-//! cannot be written there is lost, and neither ends the program nor changes its exit status.
+//! Standard output and standard error, which may be closed, full, or a pipe without a reader. A
+//! failed write is lost; it neither ends the program nor changes its exit status.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
@@ -15,19 +15,19 @@ pub fn print_line(line: &str) {
     }
 }
 
-/// Prints a message of this program on standard error, without waiting for its reader.
-pub fn complain(message: impl Display) {
+/// Prints an error of this program on standard error, without waiting for its reader.
+pub fn print_error(message: impl Display) {
     logger::write_last_line(&format!("portcullis: {message}"));
 }
 
-/// The same for `portcullis ctl`.
-pub fn complain_of_ctl(message: impl Display) {
+/// Prints an error of `portcullis ctl` in the same way.
+pub fn print_ctl_error(message: impl Display) {
     logger::write_last_line(&format!("portcullis ctl: {message}"));
 }
 
-/// Says why standard output cannot be written. A reader that has left knows.
+/// Reports that standard output cannot be written, except when its reader has closed it.
 pub fn explain(error: &io::Error) {
     if error.kind() != ErrorKind::BrokenPipe {
-        complain(format_args!("standard output cannot be written: {error}"));
+        print_error(format_args!("standard output cannot be written: {error}"));
     }
 }

@@ -8,7 +8,7 @@ fn help(command: &str) -> String {
     command.render_long_help().to_string()
 }
 
-/// The one line that a command line is refused with.
+/// Returns the one line with which a command line is refused.
 fn refusal(line: &str) -> String {
     let words = std::iter::once("portcullis").chain(line.split(' '));
     usage::refusal(&Cli::try_parse_from(words).unwrap_err())

@@ -1,28 +1,28 @@
-//! Command lines that cannot be used, in one line.
+//! Errors of the command line, in one line.
 
 use crate::streams;
 use clap::error::ErrorKind;
 use std::process::ExitCode;
 
-/// The exit status of a command line or configuration that cannot be used.
+/// Exit status for an unusable command line or configuration.
 pub const USAGE_STATUS: u8 = 2;
 
-/// Prints what the parser says: the help as it is, an error as one line.
+/// Prints the parser's text: the help unchanged, an error as one line.
 pub fn answer(error: &clap::Error) -> ExitCode {
     if error.use_stderr() && error.kind() != HELP_INSTEAD {
         let line = refusal(error);
-        streams::complain(line);
+        streams::print_error(line);
         return ExitCode::from(USAGE_STATUS);
     }
-    // A reader that went away needs no help.
+    // A closed reader needs no help text.
     let _ = error.print();
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE_STATUS))
 }
 
-/// The help is shown in place of an error: nothing was given.
+/// The parser shows the help in place of an error: no argument was given.
 const HELP_INSTEAD: ErrorKind = ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 
-/// What is wrong with the command line, and the fix.
+/// The fault of the command line, and the fix.
 pub fn refusal(error: &clap::Error) -> String {
     let line = one_line(&error.render().to_string());
     match error.kind() {

@@ -5,23 +5,23 @@ use super::show::size;
 use std::fmt::Write as _;
 use vmm::action::{EndpointInfo, EndpointState, Hex, Mapping, Permissions};
 
-/// Cells of the strip.
+/// Number of cells of the strip.
 const CELLS: u64 = 64;
 
-/// Runs that are listed one by one.
+/// Upper bound on the runs that are listed.
 const MAX_RUNS: usize = 48;
 
 /// Width of the bars, in cells.
 const BAR: usize = 24;
 
-/// Neighbouring mappings with the same permissions, as one.
+/// Adjacent mappings with the same permissions.
 #[derive(Clone, Copy)]
 struct Run {
     start: u64,
-    /// Inclusive.
+    /// Last IOVA, inclusive.
     end: u64,
     target: u64,
-    /// The guest physical addresses are consecutive too.
+    /// The guest physical addresses are contiguous too.
     straight: bool,
     permissions: Permissions,
     mmio: bool,
@@ -29,14 +29,14 @@ struct Run {
 }
 
 impl Run {
-    /// Bytes; a run over all of 2^64 is one byte short.
+    /// Length in bytes; a run over all of 2^64 is one byte short.
     fn bytes(&self) -> u64 {
         (self.end - self.start).saturating_add(1)
     }
 }
 
-/// Draws `mappings`, which rise in IOVA. With `rest` there may be others above
-/// that address.
+/// Draws `mappings`, in ascending order of IOVA. With `rest`, more mappings may exist above that
+/// address.
 pub fn draw(endpoint: &EndpointInfo, mappings: &[Mapping], rest: Option<Hex>) -> String {
     let mut text = format!(
         "{}  {} {}  stream {:#x}  {}\n",
@@ -123,8 +123,8 @@ fn runs(mappings: &[Mapping]) -> Vec<Run> {
     runs
 }
 
-/// The whole space, from 0 to the power of two above `last`, a cell for each 64th: shaded by
-/// how much of it is mapped.
+/// Draws the whole space, from 0 to the power of two above `last`, in 64 cells, each shaded by its
+/// mapped part.
 fn strip(runs: &[Run], last: u64) -> String {
     let bits = (64 - last.leading_zeros()).max(12);
     let cell_bits = bits - CELLS.trailing_zeros();
@@ -175,10 +175,10 @@ fn line(run: &Run, largest: u64) -> String {
     )
 }
 
-/// A bar whose length goes with the logarithm: runs are of 4 KiB and of GiB.
+/// A bar of logarithmic length: runs are of 4 KiB and of GiB.
 fn bar(bytes: u64, largest: u64) -> String {
     let bits = |value: u64| u64::from(64 - value.leading_zeros());
-    // Below a page nothing can be mapped, so that is where the scale begins.
+    // The scale begins at one page, the smallest mapping.
     let scale = bits(largest).saturating_sub(11).max(1);
     let length = bits(bytes).saturating_sub(11).max(1) * (BAR as u64) / scale;
     "█".repeat(usize::try_from(length.clamp(1, BAR as u64)).unwrap_or(1))

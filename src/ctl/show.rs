@@ -1,11 +1,11 @@
-//! Answers as text for people.
+//! Answers as text for users.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 use vmm::action::{EndpointCounters, EndpointInfo, InstanceInfo, IommuInfo, RegistrationKind};
 use vmm::config::{IommuModel, VmConfig};
 
-/// The machine in a few lines.
+/// Formats the machine in a few lines.
 pub fn info(instance: &InstanceInfo, config: &VmConfig) -> String {
     let mut rows = vec![
         row(["machine", &instance.id]),
@@ -69,7 +69,7 @@ fn iommu_words(config: &VmConfig) -> String {
     }
 }
 
-/// The IOMMU and its endpoints. With an earlier state, the counters are rates per second.
+/// Formats the IOMMU and its endpoints. With an earlier state, the counters are rates per second.
 pub fn iommu(info: &IommuInfo, since: Option<(&IommuInfo, Duration)>) -> String {
     if info.model == IommuModel::None && info.endpoints.is_empty() {
         return "no IOMMU, and no devices yet\n".to_owned();
@@ -141,7 +141,7 @@ fn endpoint_row(endpoint: &EndpointInfo, since: Option<(&IommuInfo, Duration)>) 
     cells
 }
 
-/// The counters that are shown as rates, in the order of their columns.
+/// Counters that are shown as rates, in the order of their columns.
 fn rates(counters: &EndpointCounters) -> [u64; 7] {
     [
         counters.translations,
@@ -173,7 +173,7 @@ fn context(endpoint: &EndpointInfo) -> String {
     }
 }
 
-/// What the columns have no room for: why a back end is served as it is, and which faults.
+/// Notes below the table: the reason of each registration, and the faults by type.
 fn notes(info: &IommuInfo) -> String {
     let mut text = String::new();
     for endpoint in &info.endpoints {
@@ -196,8 +196,8 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).into()
 }
 
-/// Aligns rows of cells in columns: the first `left` to the left, the others to the right.
-/// Control characters are shown as `?`, for they could move the terminal's cursor.
+/// Aligns rows of cells in columns: the first `left` to the left, the others to the right. Control
+/// characters are shown as `?`, because they can move the terminal's cursor.
 fn table(rows: &[Vec<String>], left: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
@@ -231,7 +231,7 @@ fn table(rows: &[Vec<String>], left: usize) -> String {
     text
 }
 
-/// A number of bytes in the largest unit that leaves no fraction worth showing.
+/// Formats a number of bytes in a unit that fits, with at most one decimal.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {

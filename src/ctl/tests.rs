@@ -53,7 +53,7 @@ fn iommu(updates: u64) -> IommuInfo {
 }
 
 #[test]
-fn the_words_of_the_command_line_are_understood() {
+fn the_words_of_the_command_line_are_parsed() {
     assert!(matches!(parse("info").unwrap().word, Word::Info));
     assert!(parse("iommu --json").unwrap().json);
     let map = parse("iommu map net0").unwrap().word;
@@ -80,7 +80,7 @@ fn the_words_of_the_command_line_are_understood() {
 }
 
 #[test]
-fn requests_that_make_no_sense_reach_no_machine() {
+fn invalid_requests_reach_no_machine() {
     let refused = |words: &[&'static str]| {
         let session = Session {
             socket: Path::new("/nonexistent/socket"),
@@ -130,7 +130,7 @@ fn options_count_before_and_after_the_word() {
 }
 
 #[test]
-fn words_that_make_no_sense_are_answered_with_what_to_write() {
+fn unknown_words_are_refused_with_the_fix() {
     let said = |words: &[&str]| match unknown_word(words) {
         Failure::Usage(said) => said,
         _ => String::new(),
@@ -227,7 +227,7 @@ fn the_map_joins_neighbours_and_shows_holes() {
 }
 
 #[test]
-fn the_map_takes_any_range_a_machine_could_report() {
+fn the_map_draws_any_range_a_machine_could_report() {
     let whole = [mapping(0, u64::MAX, 0, true)];
     let text = map::draw(&endpoint("n", 0), &whole, Some(Hex(u64::MAX)));
     assert!(
@@ -257,7 +257,7 @@ fn the_map_says_where_the_listing_stopped() {
     assert!(text.contains("at least 1 mappings"), "{text}");
     let end = "mappings above 0x1fff are not listed\n";
     assert!(text.ends_with(end), "{text}");
-    // Pages without mappings do not show that there are none.
+    // Pages without mappings do not prove that there are none.
     let text = map::draw(&endpoint("n", 0), &[], Some(Hex(0x3ff_ffff)));
     assert!(!text.contains("every access faults"), "{text}");
     assert!(text.contains("nothing is mapped up to 0x3ffffff"), "{text}");
