@@ -358,7 +358,7 @@ const WORDS: [&str; 7] = [
 const METHODS: [&str; 3] = ["GET", "PUT", "PATCH"];
 
 fn unknown_word(words: &[&str]) -> Failure {
-    let said = words.join(" ").escape_debug().to_string();
+    let quoted = words.join(" ").escape_debug().to_string();
     let fix = match *words {
         [word] if METHODS.contains(&word) => format!("write {word} PATH, such as {word} /vm"),
         [method, target, ..] if METHODS.contains(&method) && !target.starts_with('/') => {
@@ -374,7 +374,7 @@ fn unknown_word(words: &[&str]) -> Failure {
         },
         [] => format!("use {}, or METHOD PATH [JSON]", WORDS.join(", ")),
     };
-    Failure::Usage(format!("cannot make sense of \"{said}\"; {fix}"))
+    Failure::Usage(format!("cannot make sense of \"{quoted}\"; {fix}"))
 }
 
 fn decode<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {

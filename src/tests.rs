@@ -86,14 +86,14 @@ fn command_lines_are_refused_in_one_line_with_the_fix() {
         ("check", vec!["--config <FILE>"]),
         ("ctl --api-socket s", vec!["requires a subcommand"]),
     ] {
-        let said = refusal(line);
-        assert_eq!(said.lines().count(), 1, "{line}: {said}");
+        let text = refusal(line);
+        assert_eq!(text.lines().count(), 1, "{line}: {text}");
         assert!(
-            !said.contains("Usage") && !said.contains("error:"),
-            "{said}"
+            !text.contains("Usage") && !text.contains("error:"),
+            "{text}"
         );
         for word in words {
-            assert!(said.contains(word), "{line}: no {word:?} in {said}");
+            assert!(text.contains(word), "{line}: no {word:?} in {text}");
         }
     }
     let odd = refusal("run --cpus \u{1b}[2J");

@@ -1,6 +1,6 @@
-//! The examples of `docs/api.md`, run as they stand: `$ command` lines in `console` blocks, and
-//! what they print. Blocks marked `running` need a started machine, so they run against one that
-//! exists in name only; the others also run against the real monitor, which starts nothing.
+//! Runs the examples of `docs/api.md`: `$ command` lines in `console` blocks, and their output.
+//! Blocks marked `running` need a started machine, so they run against a simulated one; the others
+//! also run against the real monitor, without starting a machine.
 //!
 //! Needs `sh` and `curl`.
 
@@ -69,7 +69,7 @@ fn examples() -> Vec<Example> {
     examples
 }
 
-/// Runs one example as its reader would, and holds what it prints against the page.
+/// Runs one example, and compares its output with the page.
 fn check(example: &Example, socket: &Path, directory: &Path) {
     let programs = Path::new(PROGRAM).parent().unwrap();
     let path = std::env::var("PATH").unwrap_or_default();
@@ -92,7 +92,7 @@ fn check(example: &Example, socket: &Path, directory: &Path) {
     );
 }
 
-/// Whether `printed` is as `expected` has it; a line `…` there stands for any lines.
+/// Whether `printed` matches `expected`, where a line `…` matches any lines.
 fn matches(expected: &str, printed: &str) -> bool {
     let mut rest = printed;
     for (index, part) in expected.split("…\n").enumerate() {
@@ -104,13 +104,13 @@ fn matches(expected: &str, printed: &str) -> bool {
     rest.is_empty() || expected.ends_with("…\n")
 }
 
-/// A directory for the files of the examples, with curl told to be quiet.
+/// Creates a directory for the files of the examples, with a quiet configuration of curl.
 fn directory(name: &str) -> PathBuf {
     let name = format!("portcullis-docs-{}-{name}", std::process::id());
     let directory = std::env::temp_dir().join(name);
     std::fs::create_dir(&directory).unwrap();
     std::fs::write(directory.join(".curlrc"), "silent\nshow-error\n").unwrap();
-    // What the examples name must exist, and an image has a sector.
+    // Files in the examples must exist, and an image has at least one sector.
     for name in ["vmlinuz", "initrd.img", "root.img"] {
         std::fs::write(directory.join(name), [0; 512]).unwrap();
     }
@@ -118,7 +118,7 @@ fn directory(name: &str) -> PathBuf {
 }
 
 #[test]
-fn every_example_does_what_the_page_says() {
+fn every_example_prints_the_output_on_the_page() {
     let directory = directory("model");
     let machine = Machine::new(api::Limits::default());
     let examples = examples();

@@ -1,4 +1,4 @@
-//! The API socket of `portcullis run` is made ahead of the machine. No KVM is needed.
+//! `portcullis run` creates its API socket before the machine. No KVM is needed.
 
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -12,7 +12,7 @@ fn run(kernel: &str, socket: &str) -> Output {
         .unwrap()
 }
 
-/// A file that is no kernel: the machine is built, and fails.
+/// Creates a file that is not a kernel: the machine is built, and fails.
 fn no_kernel(name: &str) -> PathBuf {
     let path = env::temp_dir().join(format!("portcullis-{name}-{}", std::process::id()));
     fs::write(&path, "no kernel").unwrap();

@@ -1,4 +1,4 @@
-//! What the benchmark program reads of the host's kernel is read right.
+//! Tests of the benchmark program's parsers.
 
 #[path = "bench/parse.rs"]
 mod parse;

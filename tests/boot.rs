@@ -1,11 +1,11 @@
-//! Distribution kernels boot, find what they were promised, and end as the exit
-//! status says.
+//! Distribution kernels boot, detect the devices of the machine, and end with the documented exit
+//! status.
 
 mod support;
 
 use support::{Guest, Machine, READY, TempDir};
 
-/// Boots a kernel to its shell, checks that it is that kernel, and powers off.
+/// Boots a kernel to its shell, checks its release, and powers off.
 #[track_caller]
 fn boots(image: &str, release: &str) {
     let mut guest = Machine::new().kernel(image).boot();
@@ -69,7 +69,7 @@ mod formats {
         file.extend(payload);
         let files = TempDir::new("zboot");
         let kernel = files.file("vmlinuz", &file);
-        // An absolute path is no name among the images.
+        // An absolute path, which is not looked up among the images.
         boots(&kernel, "6.12.");
     }
 
@@ -100,7 +100,7 @@ fn has_all_processors(count: u32) {
     assert_eq!(guest.run("nproc"), count.to_string());
     let online = guest.run("cat /sys/devices/system/cpu/online");
     assert_eq!(online, format!("0-{}", count - 1));
-    // Each runs something.
+    // Each processor runs a command.
     for cpu in 0..count {
         guest.run(&format!("taskset -c {cpu} true"));
     }
@@ -117,7 +117,7 @@ fn four_processors_are_online() {
     has_all_processors(4);
 }
 
-/// The device tree describes a cache for each level that CLIDR_EL1 has.
+/// The device tree describes a cache for each level of CLIDR_EL1.
 #[cfg(target_arch = "aarch64")]
 #[track_caller]
 fn finds_its_caches(image: &str) {
@@ -143,7 +143,7 @@ fn the_6_1_kernel_finds_its_caches_in_the_device_tree() {
     finds_its_caches("vmlinuz-6.1");
 }
 
-/// A line's number, as in `MemTotal:  123 kB`.
+/// Parses the number in a line such as `MemTotal:  123 kB`.
 fn number(line: &str) -> u64 {
     let mut words = line.split_whitespace();
     let number = words.find_map(|word| word.parse().ok());
@@ -159,7 +159,7 @@ fn a_guest_of_128_mib_has_it() {
 }
 
 #[test]
-fn memory_beyond_4_gib_is_there_and_holds_what_is_written() {
+fn memory_beyond_4_gib_exists_and_holds_written_data() {
     let mut guest = Machine::new().with("--memory", "5G").boot();
     let kib = number(&guest.run("grep MemTotal /proc/meminfo"));
     assert!(kib > 4_700 << 10, "{kib} KiB");
@@ -183,7 +183,11 @@ fn memory_beyond_4_gib_is_there_and_holds_what_is_written() {
 #[test]
 fn the_default_command_line_gives_a_console_and_the_kernels_messages() {
     let mut guest = Machine::new().default_cmdline().boot();
-    assert!(guest.said().contains("Linux version"), "{}", guest.said());
+    assert!(
+        guest.console_output().contains("Linux version"),
+        "{}",
+        guest.console_output()
+    );
     guest.type_line("poweroff -f").expect_exit(0);
 }
 
@@ -217,7 +221,11 @@ fn a_panic_resets_by_default() {
     guest
         .type_line("echo c > /proc/sysrq-trigger")
         .expect_exit(3);
-    assert!(guest.said().contains("Kernel panic"), "{}", guest.said());
+    assert!(
+        guest.console_output().contains("Kernel panic"),
+        "{}",
+        guest.console_output()
+    );
 }
 
 #[test]
@@ -240,8 +248,8 @@ fn a_triple_fault_is_status_4_and_its_registers_are_logged() {
 #[cfg(target_arch = "aarch64")]
 #[test]
 fn an_access_kvm_cannot_emulate_is_status_4_and_its_registers_are_logged() {
-    // An Image that loads a pair of registers from where no memory is, which
-    // the processor does not describe well enough to be emulated.
+    // An Image that loads a pair of registers from an address without memory. The processor does
+    // not describe that access well enough to emulate it.
     let instructions: [u32; 3] = [
         0x1400_0010, // b 64, over the header
         0,
@@ -271,7 +279,7 @@ fn an_access_kvm_cannot_emulate_is_status_4_and_its_registers_are_logged() {
 }
 
 #[test]
-fn a_machine_comes_from_a_file_and_check_says_what_it_will_be() {
+fn a_machine_comes_from_a_file_and_check_prints_its_plan() {
     let files = TempDir::new("config");
     let config = format!(
         r#"{{"boot-source": {{"kernel_image_path": "{}", "initrd_path": "{}",
@@ -282,11 +290,11 @@ fn a_machine_comes_from_a_file_and_check_says_what_it_will_be() {
     );
     let config = files.file("machine.json", config.as_bytes());
     let mut check = std::process::Command::new(support::portcullis());
-    let said = support::run_to_end(check.args(["check", "--config", &config]));
-    assert_eq!(said.status, Some(0), "{said:?}");
-    assert!(said.stdout.contains(r#""vcpus": 2"#), "{said:?}");
+    let output = support::run_to_end(check.args(["check", "--config", &config]));
+    assert_eq!(output.status, Some(0), "{output:?}");
+    assert!(output.stdout.contains(r#""vcpus": 2"#), "{output:?}");
 
-    // Options replace what the file says.
+    // Options replace the values of the file.
     let mut guest = Guest::launch(&["run", "--config", &config, "--cpus", "1"]);
     guest.wait_for(READY).wait_for(support::PROMPT);
     assert_eq!(guest.run("nproc"), "1");

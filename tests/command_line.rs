@@ -7,7 +7,7 @@ use std::thread;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_portcullis");
 
-/// A directory of a test's own, in which the program runs.
+/// A directory of one test, in which the program runs.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -38,7 +38,7 @@ impl Drop for Directory {
     }
 }
 
-/// `portcullis serve`, ended when dropped.
+/// `portcullis serve`, killed when dropped.
 struct Server(Child);
 
 impl Server {
@@ -62,11 +62,11 @@ impl Drop for Server {
 
 #[track_caller]
 fn refuses(output: &Output, status: i32, words: &[&str]) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{said}");
-    assert_eq!(said.lines().count(), 1, "{said}");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
     for word in words {
-        assert!(said.contains(word), "no {word:?} in {said}");
+        assert!(text.contains(word), "no {word:?} in {text}");
     }
 }
 

@@ -1,5 +1,4 @@
-//! The serial console, as a user at a terminal and as a program at a pipe see
-//! it.
+//! The serial console on a terminal and on a pipe.
 
 mod support;
 
@@ -32,15 +31,15 @@ fn a_session_is_typed_on_a_terminal_and_ctrl_a_x_leaves_it() {
 #[test]
 fn keys_that_make_signals_and_flow_control_elsewhere_reach_the_guest() {
     let mut guest = boot_on_terminal(&Machine::new());
-    // Ctrl-c: the program that repeats a line is up, and ends.
+    // Ctrl-c: the program that repeats a line runs, and ends.
     guest.type_line("echo up-$((1 + 1)); cat").wait_for("up-2");
     guest
         .type_line("repeat me")
         .wait_for("repeat me")
         .wait_for("repeat me");
     guest.type_text("\x03").wait_for("^C").wait_for(PROMPT);
-    // Ctrl-a for the guest, Ctrl-s, Ctrl-q, Ctrl-v and carriage return. All on
-    // one line: at its prompt the shell sets the terminal's mode itself.
+    // Ctrl-a for the guest, Ctrl-s, Ctrl-q, Ctrl-v and carriage return. All on one line: at its
+    // prompt the shell sets the terminal's mode itself.
     guest
         .type_line("stty raw -echo; echo raw-$((1 + 1)); head -c 7 | od -An -tx1; stty sane")
         .wait_for("raw-2");
@@ -49,7 +48,7 @@ fn keys_that_make_signals_and_flow_control_elsewhere_reach_the_guest() {
     guest.type_text("\x01x").expect_exit(0);
 }
 
-/// However it is ended, the terminal is given back.
+/// The terminal's mode is restored, in whatever way the machine ends.
 #[track_caller]
 fn gives_the_terminal_back_on(signal: &str) {
     let mut guest = boot_on_terminal(&Machine::new());
@@ -83,7 +82,7 @@ fn the_terminal_is_given_back_when_the_guest_resets() {
 #[test]
 fn the_terminal_is_given_back_while_stopped_and_taken_again() {
     let mut guest = boot_on_terminal(&Machine::new());
-    // A terminal's Ctrl-z would do it; the guest has that key.
+    // A terminal's Ctrl-z has the same effect; the guest receives that key.
     guest.signal("TSTP");
     eventually("cooked", || guest.terminal().mode().is_cooked());
     guest.signal("CONT");
@@ -92,7 +91,7 @@ fn the_terminal_is_given_back_while_stopped_and_taken_again() {
     guest.type_text("\x01x").expect_exit(0);
 }
 
-/// Waits for the terminal to become so.
+/// Waits until `is_so` returns true.
 #[track_caller]
 fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + support::time_limit();
@@ -115,7 +114,7 @@ fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
     let launch = || Guest::launch_on_terminal(Path::new("/bin/sh"), &["-c", &script]);
     let mut guest = machine.boot_by(launch);
     assert!(guest.terminal().mode().is_cooked());
-    // What is typed now is the shell's.
+    // Keys now go to the shell.
     guest.type_line("hello").wait_for("shell read hello");
     eventually("raw", || guest.terminal().mode().is_raw());
     assert_eq!(guest.run("echo in front"), "in front");
@@ -123,7 +122,7 @@ fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
     assert!(guest.terminal().mode().is_cooked());
 }
 
-/// The arguments as a shell reads them.
+/// Quotes the arguments for a shell.
 fn quoted(arguments: &[String]) -> String {
     let quote = |argument: &String| format!("'{argument}'");
     arguments.iter().map(quote).collect::<Vec<_>>().join(" ")
@@ -168,8 +167,8 @@ fn a_paste_out_of_step_with_the_fifo_arrives_whole() {
     guest.run("stty -echo");
     guest.type_line("echo li''stening; cat > /tmp/paste; echo cat ended");
     guest.wait_for("listening");
-    // Each piece enters the FIFO by itself if the guest has taken the one
-    // before, and what follows does not begin at a FIFO's start.
+    // Each piece enters the FIFO by itself if the guest has read the previous one, and the rest
+    // does not begin at a FIFO's start.
     let (by_hand, rest) = paste.split_at(550);
     for start in (0..by_hand.len()).step_by(11) {
         guest.type_text(&by_hand[start..start + 11]);
@@ -224,10 +223,10 @@ fn a_file_on_standard_input_is_typed_whole() {
 }
 
 #[test]
-fn a_reader_who_stops_holds_up_the_console_and_nothing_else() {
+fn a_reader_that_stops_blocks_only_the_console() {
     let files = TempDir::new("slow");
     let socket = files.path("api");
-    // The reader reads nothing until there is a file that tells it to.
+    // The reader reads nothing until a file exists.
     let go = files.path("go");
     let machine = Machine::new()
         .cmdline("guest.run=\"seq 16000; echo all of it; poweroff -f\"")
@@ -258,25 +257,25 @@ fn a_reader_who_stops_holds_up_the_console_and_nothing_else() {
         let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
         count.unwrap_or(0)
     };
-    // Until the guest waits for its console, more and more is transmitted.
+    // More and more is transmitted, until the guest waits for its console.
     let mut last = 0;
     eventually("a full buffer", || {
         std::thread::sleep(std::time::Duration::from_secs(2));
         let now = transmitted();
         now >= 64 * 1024 && now == std::mem::replace(&mut last, now)
     });
-    // A buffer's worth, a pipe's worth and what is on its way from one to the other.
+    // The contents of a buffer, a pipe, and a write between them.
     assert!(last <= 80 * 1024, "{last} bytes were buffered");
     for words in [["pause"], ["resume"], ["info"]] {
-        let said = ctl(&words);
-        assert_eq!(said.status, Some(0), "{words:?}: {said:?}");
+        let output = ctl(&words);
+        assert_eq!(output.status, Some(0), "{words:?}: {output:?}");
     }
     std::fs::write(&go, "").expect("a file can be made");
     guest.wait_for("all of it");
     guest.expect_exit(0);
     assert!(guest.log().contains("status 0"), "{}", guest.log());
-    // The guest waited, and nothing was lost.
-    let said = guest.said().replace('\r', "");
+    // The guest waited, and no byte was lost.
+    let output = guest.console_output().replace('\r', "");
     let expected: String = (1..=16_000).map(|n| format!("{n}\n")).collect();
-    assert!(said.contains(&expected), "{} bytes arrived", said.len());
+    assert!(output.contains(&expected), "{} bytes arrived", output.len());
 }

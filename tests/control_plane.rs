@@ -1,5 +1,5 @@
-//! The control plane answers, and the process ends, whatever the guest does: `cargo xtask test`
-//! runs these.
+//! The control plane answers, and the process ends, in any state of the guest: `cargo xtask test`
+//! runs these tests.
 
 mod support;
 
@@ -25,7 +25,7 @@ struct Ctl {
     socket: String,
 }
 
-/// A client of the API that stays connected.
+/// A client of the API with a persistent connection.
 struct Client(BufReader<UnixStream>);
 
 impl Client {
@@ -36,7 +36,7 @@ impl Client {
         Self(BufReader::new(stream))
     }
 
-    /// Sends a request without a body, and waits for no response.
+    /// Sends a request without a body, and does not wait for the response.
     fn send(&mut self, request: &str) {
         let sent = write!(self.0.get_mut(), "{request}\r\nHost: localhost\r\n\r\n");
         sent.expect("the API reads requests");
@@ -63,8 +63,8 @@ impl Client {
         serde_json::from_slice(&body).expect("an instance")
     }
 
-    /// Asks `GET /` again and again; each response must say that the machine runs. Reports how
-    /// long they took: nothing depends on it.
+    /// Repeats `GET /`; each response must say that the machine runs. Reports the latencies, on
+    /// which no assertion depends.
     #[track_caller]
     fn is_answered(&mut self, during: &str) {
         let mut times: Vec<_> = (0..REQUESTS)
@@ -91,17 +91,17 @@ impl Ctl {
         command
             .args(["ctl", "--api-socket", &self.socket])
             .args(words);
-        let said = support::run_to_end(&mut command);
-        assert_eq!(said.status, Some(0), "{words:?}: {said:?}");
-        // For the report only: nothing depends on it.
+        let output = support::run_to_end(&mut command);
+        assert_eq!(output.status, Some(0), "{words:?}: {output:?}");
+        // For the report only.
         part(&format!(
             "{words:?} took {} ms",
             start.elapsed().as_millis()
         ));
-        said.stdout
+        output.stdout
     }
 
-    /// The value of a metric, by its name and labels.
+    /// Value of a metric, by its name and labels.
     #[track_caller]
     fn metric(&self, name: &str) -> u64 {
         let metrics = self.done(&["metrics"]);
@@ -128,7 +128,7 @@ fn flooded(files: &TempDir, mappings: u32) -> (Guest, Ctl) {
         .tools()
         .cmdline("module_blacklist=virtio_iommu")
         .with("--cpus", 2)
-        // Two mappings for each 4 KiB of memory are allowed.
+        // Two mappings for each 4 KiB of memory are permitted.
         .with("--memory", "3G")
         .with("--iommu", "virtio-iommu")
         .with("--disk", format!("path={disk},id=data"))
@@ -154,7 +154,7 @@ fn flooded(files: &TempDir, mappings: u32) -> (Guest, Ctl) {
     (guest, Ctl { socket })
 }
 
-/// How many rings the device has answered.
+/// Number of rings that the device has answered.
 fn rings(guest: &mut Guest) -> u64 {
     let last = guest.run("tail -n 1 /tmp/flood");
     let number = last.rsplit(' ').next().and_then(|word| word.parse().ok());
@@ -171,7 +171,7 @@ fn control_plane_stays_live(mappings: u32) {
         assert_eq!(ctl.state(), MachineState::Paused);
         ctl.done(&["iommu"]);
         ctl.done(&["resume"]);
-        // The ring that the pause interrupted is answered, whole and right.
+        // The ring that the pause interrupted is answered completely and correctly.
         let before = rings(&mut guest);
         let answered = format!(
             "while ! grep -q 'ring {}$' /tmp/flood; do sleep 0.2; done",
@@ -180,7 +180,7 @@ fn control_plane_stays_live(mappings: u32) {
         guest.run(&answered);
     }
     ctl.done(&["iommu"]);
-    // The guest takes one away and puts it back, again and again.
+    // The guest unmaps and maps one page repeatedly.
     let mapped = ctl.metric("portcullis_virtio_iommu_mappings");
     assert!(
         [mappings - 1, mappings].map(u64::from).contains(&mapped),
@@ -225,7 +225,7 @@ impl Thread {
         eventually(&format!("system call {number} of {}", self.0), is_inside);
     }
 
-    /// Makes the thread sleep for ten minutes in front of each system call of this name.
+    /// Delays the thread by ten minutes at each system call of this name.
     fn hold_at(&self, call: &str) -> Job {
         let (_, id) = self.0.rsplit_once('/').expect("a path");
         let job = Job::start(&format!(
@@ -252,8 +252,8 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// The host does not complete a read of a disk, and a vCPU waits for it with the disk's registers
-/// locked: it resets the function.
+/// The host does not complete a read of a disk. A vCPU waits for it with the disk's registers
+/// locked, because it resets the function.
 #[test]
 fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
     let files = TempDir::new("stuck");
@@ -289,7 +289,7 @@ fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
     ));
     vcpu.wait_for_call(libc::SYS_futex);
     client.is_answered("while a vCPU is stuck inside a device");
-    // Waits for the vCPU, and so for ever.
+    // It waits for the vCPU, and so forever.
     Client::connect(&ctl.socket).send("GET /metrics HTTP/1.1");
     let mut pause = Command::new(support::portcullis());
     pause.args(["ctl", "--api-socket", &ctl.socket, "pause"]);
@@ -302,17 +302,17 @@ fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
     let status = format!("/proc/{}/status", guest.process_id());
     eventually("end", || read(&status).contains("State:\tZ"));
     part(&format!("SIGTERM took {} ms", start.elapsed().as_millis()));
-    // All threads have ended. Its parent learns of it when the tracer is gone, too.
+    // All threads have ended. The parent is notified after the tracer has ended too.
     drop(held);
     guest.expect_exit(0);
     assert!(guest.terminal().mode().is_cooked());
-    let said = guest.said();
-    assert!(said.contains("a vCPU does not stop"), "{said}");
+    let output = guest.console_output();
+    assert!(output.contains("a vCPU does not stop"), "{output}");
     let paused = pause.join().expect("ctl has ended");
     assert_eq!(paused.status, Some(1), "{paused:?}");
 }
 
-/// Three busy vCPUs and a watchdog that reports what stands still for longer than twice this.
+/// Three busy vCPUs, and a watchdog that reports a CPU without progress for twice this time.
 #[cfg(target_arch = "x86_64")]
 fn busy(files: &TempDir, watchdog_s: u32) -> (Guest, Ctl) {
     let socket = files.path("api");
@@ -329,7 +329,7 @@ fn busy(files: &TempDir, watchdog_s: u32) -> (Guest, Ctl) {
     (guest, Ctl { socket })
 }
 
-/// Only x86_64 has a way to tell a guest of a pause: docs/api.md.
+/// Only x86_64 can report a pause to the guest: docs/api.md.
 #[cfg(target_arch = "x86_64")]
 #[test]
 #[ignore = "long: cargo xtask test --long"]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use support::checks::{self, part};
 use support::{Machine, PROMPT, READY, TempDir, host, image};
 
-/// From the kernel to the end of systemd's start, in an emulated host on a quiet machine.
+/// Time from the kernel's start to the end of systemd's, in an emulated host on a quiet machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
 #[test]
@@ -19,7 +19,7 @@ fn a_debian_root_file_system_boots_with_systemd_to_a_login_prompt() {
         .with("--disk", format!("path={disk},id=root"))
         .flag("--rng")
         .cmdline("guest.root=/dev/vda");
-    // A boot that is tried again finds the disk as it was.
+    // Each attempt to boot starts with the original disk.
     let mut guest = machine.boot_until(&[READY, "debian login: "], BOOT_LIMIT, || {
         host::sparse_copy(&image("debian.ext4"), &disk);
         machine.launch()
@@ -27,8 +27,8 @@ fn a_debian_root_file_system_boots_with_systemd_to_a_login_prompt() {
 
     part("login");
     guest.type_line("root").wait_for("root@debian:~# ");
-    // A shell that does not edit its line, with the prompt that commands are awaited by; the
-    // echo of this has it in two parts.
+    // A shell without line editing, with the prompt that ends each command's output; the echo of
+    // this line has the prompt in two parts.
     guest.type_line("PS1='guest''# ' exec sh").wait_for(PROMPT);
     guest.quieten();
 

@@ -13,7 +13,7 @@ use support::{Guest, Machine, TempDir, portcullis, run_to_end};
 const MAC: &str = "06:00:ac:10:00:02";
 const CID: u32 = 7;
 
-/// The PCI addresses of all devices that have a driver to lose.
+/// The PCI addresses of all devices with a driver that can be unbound.
 fn devices(guest: &mut Guest) -> Vec<String> {
     [NET, BLOCK, ENTROPY, VSOCK]
         .map(|kind| checks::pci_address(guest, kind, 0))
@@ -135,7 +135,7 @@ fn network(guest: &mut Guest, interface: &str, tap: &Tap) {
     assert_eq!(used, "4", "receive queues with an interrupt of their own");
 }
 
-/// Traffic both ways that goes on by itself: pings, and a stream.
+/// Continuous traffic in both directions: pings, and a stream.
 fn flood(guest: &mut Guest, tap: &Tap) -> [Job; 2] {
     let sink = Job::start("socat -u TCP-LISTEN:5500,reuseaddr OPEN:/dev/null");
     let peer = tap.host_address();
@@ -213,17 +213,17 @@ fn a_file_size_limit_is_an_error_in_the_guest_and_nothing_else() {
     let read = guest.run("dd if=/dev/vda bs=1M count=4 2>/dev/null | cmp -n 4194304 - /tmp/noise");
     assert_eq!(read, "", "noise {sum}");
     let log = guest.log();
-    let told = log.lines().filter(|line| line.contains("File too large"));
-    assert_eq!(told.count(), 1, "the log says it once:\n{log}");
+    let reports = log.lines().filter(|line| line.contains("File too large"));
+    assert_eq!(reports.count(), 1, "the log says it once:\n{log}");
     checks::power_off(guest);
 }
 
 #[test]
-fn devices_that_cannot_be_had_are_refused_in_one_line() {
+fn unavailable_devices_are_refused_in_one_line() {
     let scratch = TempDir::new("refused");
     let disk = scratch.path("disk");
     host::sparse(&disk, 16);
-    // Held as a machine that writes to it holds it.
+    // Locked in the same way as by a machine that writes to it.
     let lock = File::open(&disk).expect("the disk is there");
     lock.lock().expect("nobody holds it");
     refused("--disk", &format!("path={disk}"), &["disk", "in use"]);
@@ -240,14 +240,14 @@ fn devices_that_cannot_be_had_are_refused_in_one_line() {
     refused("--net", &wide, &["pctap1", "multi_queue"]);
 }
 
-/// A machine with this option ends with status 2 and one line that has all of `words`.
+/// A machine with this option ends with status 2 and one line that contains all of `words`.
 #[track_caller]
 fn refused(option: &str, value: &str, words: &[&str]) {
     let mut machine = Command::new(portcullis());
     machine.args(Machine::new().with(option, value).arguments());
-    let said = run_to_end(&mut machine);
-    assert_eq!(said.status, Some(2), "{}", said.stderr);
-    let line = said.stderr.trim();
+    let output = run_to_end(&mut machine);
+    assert_eq!(output.status, Some(2), "{}", output.stderr);
+    let line = output.stderr.trim();
     assert!(!line.contains('\n'), "more than one line:\n{line}");
     for word in words {
         assert!(line.contains(word), "{line:?} does not say {word}");

@@ -1,6 +1,6 @@
-//! Every error of the product carries its reason exactly once: the text of an error never
-//! repeats its source, and no field that holds the reason is left out of the chain. Read from
-//! the sources, so that a new error is checked without being listed here.
+//! Checks the texts of all errors of the product: an error never repeats its source, and no field
+//! that holds the source is missing from the chain. Reads the sources, so that a new error is
+//! checked without being listed here.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -28,7 +28,7 @@ struct ErrorText {
 }
 
 struct Field {
-    /// As a format string names it: an identifier or an index.
+    /// Name as in a format string: an identifier or an index.
     name: String,
     is_source: bool,
     holds_error: bool,
@@ -50,9 +50,9 @@ fn no_error_repeats_or_loses_its_source() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// An error's own text is half of what there is to say: `Chain` displays the whole.
+/// Checks that errors are printed with `Chain`, which adds their sources.
 #[test]
-fn no_error_leaves_the_program_without_its_sources() {
+fn every_error_is_printed_with_its_sources() {
     let mut faults = Vec::new();
     for file in ["src", "api/src", "vmm/src"].iter().flat_map(rust_files) {
         let code = product_code(&fs::read_to_string(&file).unwrap());
@@ -66,10 +66,10 @@ fn no_error_leaves_the_program_without_its_sources() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// The limit of open files is reached at another step with each number of them: every one says
-/// so once, with the fix, and leaves no socket.
+/// The limit of open files fails a different step at each value: every step reports it once, with
+/// the fix, and leaves no socket.
 #[test]
-fn every_step_without_a_file_left_says_so_once_with_the_fix() {
+fn every_step_without_a_descriptor_reports_it_once_with_the_fix() {
     let directory = std::env::temp_dir().join(format!("portcullis-files-{}", std::process::id()));
     fs::create_dir(&directory).unwrap();
     let socket = directory.join("s");
@@ -98,14 +98,14 @@ fn every_step_without_a_file_left_says_so_once_with_the_fix() {
             break;
         };
         refused += 1;
-        let mut said = String::new();
-        server.stderr.unwrap().read_to_string(&mut said).unwrap();
-        assert!(!status.success(), "{limit}: {said}");
-        assert_eq!(said.lines().count(), 1, "{limit}: {said}");
+        let mut output = String::new();
+        server.stderr.unwrap().read_to_string(&mut output).unwrap();
+        assert!(!status.success(), "{limit}: {output}");
+        assert_eq!(output.lines().count(), 1, "{limit}: {output}");
         for once in ["Too many open files", "raise the limit of open files"] {
-            assert_eq!(said.matches(once).count(), 1, "{limit}: {said}");
+            assert_eq!(output.matches(once).count(), 1, "{limit}: {output}");
         }
-        assert!(!socket.exists(), "{limit}: {said}");
+        assert!(!socket.exists(), "{limit}: {output}");
     }
     fs::remove_dir_all(&directory).unwrap();
     assert!((4..50).contains(&refused), "{refused} limits were refused");
@@ -248,7 +248,7 @@ fn split_fields(body: &str) -> Vec<String> {
     parts
 }
 
-/// Where the bracket that is open before `code` is closed.
+/// Position of the bracket that closes the one opened before `code`.
 fn closing(code: &str) -> usize {
     let mut depth = 0;
     let mut in_string = false;

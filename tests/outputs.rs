@@ -1,5 +1,5 @@
-//! What the monitor writes (log, metrics, standard error) meets a reader that stops and a file
-//! that is full, and the monitor goes on. Starts no machine.
+//! The monitor continues when a reader of its output (log, metrics, standard error) stops or a file
+//! is full. Starts no machine.
 
 use std::fs::OpenOptions;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -54,7 +54,7 @@ impl Monitor {
             .unwrap()
     }
 
-    /// Asks for what is refused, so that the log has a line for it.
+    /// Sends a request that is refused, so that the log gets a line.
     fn refused(&self) {
         let answer = self.ctl(&["PUT", "/vsock", r#"{"guest_cid": 0}"#]);
         assert_eq!(answer.status.code(), Some(1), "{answer:?}");
@@ -101,9 +101,9 @@ fn log_and_metrics_end_at_the_file_size_limit_and_the_monitor_does_not() {
 }
 
 #[test]
-fn a_supervisor_that_stops_reading_holds_nothing_up() {
+fn a_supervisor_that_stops_reading_blocks_nothing() {
     let (reader, writer) = std::io::pipe().unwrap();
-    // Filled from here, so that no line fits.
+    // Filled by the test, so that no line fits.
     let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
     let mut own = OpenOptions::new();
     own.write(true).custom_flags(libc::O_NONBLOCK);
@@ -116,7 +116,7 @@ fn a_supervisor_that_stops_reading_holds_nothing_up() {
     for _ in 0..3 {
         monitor.refused();
     }
-    // Once it reads again, it hears how much it missed.
+    // Once the reader continues, a line reports the number of lost lines.
     let mut reader = BufReader::new(reader);
     std::io::copy(&mut (&mut reader).take(filled as u64), &mut std::io::sink()).unwrap();
     monitor.refused();
@@ -132,7 +132,7 @@ fn a_flood_of_one_line_is_cut_and_counted() {
     let monitor = Monitor::start("flood", "true", &options, Stdio::null());
     let mut asked: usize = 0;
     let socket = monitor.file("socket");
-    // Over the socket itself: it takes more than a burst of lines in a second.
+    // Over the socket itself: more requests than a burst of lines within a second.
     let mut connection = UnixStream::connect(&socket).unwrap();
     let body = r#"{"guest_cid": 0}"#;
     let length = body.len();

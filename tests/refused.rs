@@ -1,44 +1,44 @@
-//! What cannot be run is refused in one clear line that names it, and with a
-//! status that says whose fault it is.
+//! A machine that cannot run is refused in one line that names the reason, with
+//! a status that distinguishes the user's errors from the host's.
 
 mod support;
 
 use std::process::Command;
 
-use support::{Said, TempDir};
+use support::{ProgramOutput, TempDir};
 
 /// The command line, configuration or a file it names cannot be used.
 const USAGE: i32 = 2;
-/// The host has not got what it takes.
+/// The host lacks a requirement.
 const HOST: i32 = 1;
 
-fn portcullis(arguments: &[&str]) -> Said {
+fn portcullis(arguments: &[&str]) -> ProgramOutput {
     support::run_to_end(Command::new(support::portcullis()).args(arguments))
 }
 
-/// One line on standard error, with every one of `words` in it, and nothing
-/// else.
+/// Checks for one line on standard error with every one of `words`, and no
+/// other output.
 #[track_caller]
-fn refuses(said: &Said, status: i32, words: &[&str]) {
-    assert_eq!(said.status, Some(status), "{said:?}");
-    assert_eq!(said.stdout, "", "{said:?}");
-    assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
-    assert!(said.stderr.starts_with("portcullis: "), "{said:?}");
+fn refuses(output: &ProgramOutput, status: i32, words: &[&str]) {
+    assert_eq!(output.status, Some(status), "{output:?}");
+    assert_eq!(output.stdout, "", "{output:?}");
+    assert_eq!(output.stderr.lines().count(), 1, "{output:?}");
+    assert!(output.stderr.starts_with("portcullis: "), "{output:?}");
     for word in words {
-        assert!(said.stderr.contains(word), "no {word:?} in {said:?}");
+        assert!(output.stderr.contains(word), "no {word:?} in {output:?}");
     }
 }
 
-/// Runs with a kernel that is `contents`.
-fn with_kernel(contents: &[u8]) -> Said {
+/// Runs with a kernel file of these `contents`.
+fn with_kernel(contents: &[u8]) -> ProgramOutput {
     let files = TempDir::new("kernel");
     let kernel = files.file("the-kernel", contents);
-    let said = portcullis(&["run", "--kernel", &kernel]);
+    let output = portcullis(&["run", "--kernel", &kernel]);
     assert!(
-        said.stderr.contains(&kernel),
-        "the file is not named: {said:?}"
+        output.stderr.contains(&kernel),
+        "the file is not named: {output:?}"
     );
-    said
+    output
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn a_truncated_vmlinux() {
 }
 
 #[test]
-fn a_kernel_that_is_not_there_or_no_file() {
+fn a_kernel_that_is_missing_or_not_a_file() {
     let missing = portcullis(&["run", "--kernel", "/no/such/kernel"]);
     refuses(&missing, USAGE, &["/no/such/kernel", "No such file"]);
     let directory = portcullis(&["run", "--kernel", "/tmp"]);
@@ -108,16 +108,16 @@ fn a_kernel_that_is_not_there_or_no_file() {
 }
 
 #[test]
-fn a_fifo_or_a_device_node_in_the_place_of_a_file_holds_nothing_up() {
+fn a_fifo_or_a_device_node_in_the_place_of_a_file_blocks_nothing() {
     let files = TempDir::new("kinds");
     let fifo = files.path("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status();
     assert!(made.expect("mkfifo").success());
     let kernel = support::kernel();
-    let said = portcullis(&["run", "--kernel", &fifo]);
-    refuses(&said, USAGE, &[&fifo, "not a regular file"]);
-    let said = portcullis(&["run", "--kernel", &kernel, "--initrd", &fifo]);
-    refuses(&said, USAGE, &[&fifo, "not a regular file"]);
+    let output = portcullis(&["run", "--kernel", &fifo]);
+    refuses(&output, USAGE, &[&fifo, "not a regular file"]);
+    let output = portcullis(&["run", "--kernel", &kernel, "--initrd", &fifo]);
+    refuses(&output, USAGE, &[&fifo, "not a regular file"]);
     for (option, value, words) in [
         (
             "--disk",
@@ -140,10 +140,10 @@ fn a_fifo_or_a_device_node_in_the_place_of_a_file_holds_nothing_up() {
             ["--log-file", "interface of the kernel"],
         ),
     ] {
-        let said = portcullis(&["run", "--kernel", &kernel, option, &value]);
-        refuses(&said, USAGE, &words);
+        let output = portcullis(&["run", "--kernel", &kernel, option, &value]);
+        refuses(&output, USAGE, &words);
     }
-    // And the control plane goes on after it.
+    // The control plane continues after it.
     let socket = files.path("socket");
     let mut serve = Command::new(support::portcullis());
     serve.args(["serve", "--api-socket", &socket]);
@@ -163,11 +163,11 @@ fn a_fifo_or_a_device_node_in_the_place_of_a_file_holds_nothing_up() {
     serve.wait().expect("it has ended");
 }
 
-/// A block device that takes no writes, over a file.
+/// A read-only block device over a file.
 struct ReadOnlyLoop(String);
 
 impl ReadOnlyLoop {
-    /// Takes root. The options are those that util-linux and busybox share.
+    /// Requires root. The options are common to util-linux and busybox.
     fn over(image: &str) -> Self {
         let free = losetup(&["-f"]);
         let device = free.trim_end().to_owned();
@@ -183,9 +183,9 @@ impl Drop for ReadOnlyLoop {
 }
 
 fn losetup(arguments: &[&str]) -> String {
-    let said = support::run_to_end(Command::new("losetup").args(arguments));
-    assert_eq!(said.status, Some(0), "losetup {arguments:?}: {said:?}");
-    said.stdout
+    let output = support::run_to_end(Command::new("losetup").args(arguments));
+    assert_eq!(output.status, Some(0), "losetup {arguments:?}: {output:?}");
+    output.stdout
 }
 
 #[test]
@@ -200,13 +200,13 @@ fn a_block_device_that_takes_no_writes() {
     let path = format!("path={}", device.0);
     let words = ["drives[disk0]", &device.0, "add readonly=on"];
     refuses(&with_disk(&path), USAGE, &words);
-    // With it the disk is accepted, and the kernel is what is refused.
+    // With the option the disk is accepted, and the kernel is refused.
     let accepted = with_disk(&format!("{path},readonly=on"));
     refuses(&accepted, USAGE, &["is not a Linux kernel"]);
 }
 
 #[test]
-fn an_initial_ramdisk_that_is_not_there_or_too_large() {
+fn an_initial_ramdisk_that_is_missing_or_too_large() {
     let kernel = support::kernel();
     let missing = portcullis(&["run", "--kernel", &kernel, "--initrd", "/no/initrd"]);
     refuses(&missing, USAGE, &["initrd_path", "/no/initrd"]);
@@ -230,14 +230,14 @@ fn a_file_that_may_not_be_read() {
     let kernel = files.file("kernel", b"secret");
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o000);
     std::fs::set_permissions(&kernel, mode).expect("a mode can be set");
-    let said = as_nobody(&["run", "--kernel", &kernel]);
-    refuses(&said, USAGE, &[&kernel, "Permission denied"]);
+    let output = as_nobody(&["run", "--kernel", &kernel]);
+    refuses(&output, USAGE, &[&kernel, "Permission denied"]);
 }
 
 #[test]
 fn a_host_where_kvm_may_not_be_used() {
-    let said = as_nobody(&["run", "--kernel", &support::kernel()]);
-    refuses(&said, HOST, &["/dev/kvm", "permission", "kvm group"]);
+    let output = as_nobody(&["run", "--kernel", &support::kernel()]);
+    refuses(&output, HOST, &["/dev/kvm", "permission", "kvm group"]);
 }
 
 #[test]
@@ -254,8 +254,8 @@ fn a_host_without_kvm() {
     );
 }
 
-/// As a user without any right. Takes root, to become that user.
-fn as_nobody(arguments: &[&str]) -> Said {
+/// Runs as a user without privileges. Requires root, to become that user.
+fn as_nobody(arguments: &[&str]) -> ProgramOutput {
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     command.arg(support::portcullis()).args(arguments);
@@ -263,18 +263,18 @@ fn as_nobody(arguments: &[&str]) -> Said {
 }
 
 #[test]
-fn amounts_of_memory_that_cannot_be() {
+fn invalid_amounts_of_memory() {
     for amount in ["1M", "63M", "1024G"] {
-        let said = portcullis(&["run", "--kernel", "k", "--memory", amount]);
-        refuses(&said, USAGE, &["--memory", amount, "use 64 to"]);
+        let output = portcullis(&["run", "--kernel", "k", "--memory", amount]);
+        refuses(&output, USAGE, &["--memory", amount, "use 64 to"]);
     }
 }
 
 #[test]
-fn numbers_of_processors_that_cannot_be() {
+fn invalid_numbers_of_processors() {
     for count in ["0", "33", "300"] {
-        let said = portcullis(&["run", "--kernel", "k", "--cpus", count]);
-        refuses(&said, USAGE, &["--cpus", count, "use 1 to 32"]);
+        let output = portcullis(&["run", "--kernel", "k", "--cpus", count]);
+        refuses(&output, USAGE, &["--cpus", count, "use 1 to 32"]);
     }
 }
 
@@ -282,8 +282,8 @@ fn numbers_of_processors_that_cannot_be() {
 fn a_command_line_that_is_too_long() {
     let long = "a".repeat(2048);
     let kernel = support::kernel();
-    let said = portcullis(&["run", "--kernel", &kernel, "--cmdline", &long]);
-    refuses(&said, USAGE, &["boot_args", "2047"]);
+    let output = portcullis(&["run", "--kernel", &kernel, "--cmdline", &long]);
+    refuses(&output, USAGE, &["boot_args", "2047"]);
 }
 
 #[test]
@@ -322,8 +322,8 @@ fn a_configuration_that_cannot_be_used() {
 
 #[test]
 fn options_that_do_not_exist() {
-    let said = portcullis(&["run", "--kernel", "k", "--no-such-option"]);
-    refuses(&said, USAGE, &["--no-such-option"]);
+    let output = portcullis(&["run", "--kernel", "k", "--no-such-option"]);
+    refuses(&output, USAGE, &["--no-such-option"]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{env, fs, thread};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_portcullis");
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Redirections of a shell command, and a pipe that is not read.
+/// Redirections of a shell command, and a pipe without a reader.
 const STREAMS: [&str; 7] = [
     "",
     ">&-",
@@ -20,7 +20,7 @@ const STREAMS: [&str; 7] = [
     "> /dev/full 2>&1",
 ];
 
-/// A directory that is removed at the end.
+/// A directory that is removed when dropped.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -41,7 +41,7 @@ impl Drop for Directory {
     }
 }
 
-/// The program's exit status with these streams, and what it printed all the same.
+/// Runs the program with these streams; returns its exit status and its output.
 fn run(arguments: &str, streams: &str) -> (Option<i32>, String) {
     let script = format!("{PROGRAM} {arguments} {streams}");
     let output = Command::new("sh")
@@ -60,7 +60,7 @@ fn has_one_status(arguments: &str, status: i32) {
         assert_eq!(code, Some(status), "{arguments} {streams}: {text}");
         assert!(!text.contains("panicked"), "{arguments} {streams}: {text}");
     }
-    // The reader is gone when the first byte is written, or soon after.
+    // The reader is gone at the first byte, or soon after it.
     let piped =
         format!("{{ sleep 0.1; {PROGRAM} {arguments}; echo status $? >&3; }} 3>&2 2>&1 | :");
     let output = Command::new("sh").args(["-c", &piped]).output().unwrap();
@@ -87,14 +87,14 @@ fn streams_that_cannot_be_written_change_no_exit_status() {
     has_one_status("ctl --api-socket /nonexistent/socket info", 3);
 }
 
-/// A monitor that waits for its API, ended when the test fails.
-struct Served {
+/// A monitor that waits for its API, killed when dropped.
+struct Monitor {
     child: Child,
     socket: String,
 }
 
-impl Served {
-    /// Starts it by a shell with `prefix` ahead of it.
+impl Monitor {
+    /// Starts the monitor by a shell, after `prefix`.
     fn start(directory: &Directory, prefix: &str, streams: &str) -> Self {
         let socket = directory.path("api.sock");
         let script = format!(
@@ -135,7 +135,7 @@ impl Served {
     }
 }
 
-impl Drop for Served {
+impl Drop for Monitor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -143,14 +143,14 @@ impl Drop for Served {
 }
 
 #[test]
-fn a_monitor_and_its_clients_do_without_streams() {
+fn a_monitor_and_its_clients_run_without_streams() {
     let directory = Directory::new("served-streams");
     for streams in STREAMS {
-        let mut served = Served::start(&directory, "", streams);
+        let mut served = Monitor::start(&directory, "", streams);
         for words in ["info", "metrics", "iommu", "GET /vm/config"] {
             has_one_status(&served.ctl(words), 0);
         }
-        // A watch ends when it cannot print.
+        // A watch ends when its output cannot be written.
         let (code, text) = run(&served.ctl("iommu --watch"), "> /dev/full");
         assert_eq!(code, Some(0), "{text}");
         has_one_status(&served.ctl("start"), 1);
@@ -162,7 +162,7 @@ fn a_monitor_and_its_clients_do_without_streams() {
 #[test]
 fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
     let directory = Directory::new("ignored");
-    let mut served = Served::start(&directory, "trap '' HUP INT QUIT;", "");
+    let mut served = Monitor::start(&directory, "trap '' HUP INT QUIT;", "");
     for name in ["HUP", "INT", "QUIT"] {
         served.signal(name);
         let (code, text) = run(&served.ctl("info"), "");

@@ -1,4 +1,5 @@
-//! Taps that are elsewhere, come and go, and guests that see it. `cargo xtask test` runs them.
+//! Taps in another namespace, taps that disappear, and their effect on guests. `cargo xtask test`
+//! runs these tests.
 
 mod support;
 
@@ -10,11 +11,11 @@ use support::host::{self, Tap};
 use support::{Guest, Machine, portcullis, run_to_end, time_limit};
 
 const MAC: &str = "06:00:ac:10:00:41";
-/// What a line of the log has between the time and its origin.
+/// Text of a log line between the time and its origin.
 const WARNING: &str = "] warn ";
 const ERROR: &str = "] error ";
 
-/// Waits until the guest's interface has a carrier, or none.
+/// Waits until the guest's interface has a carrier, or has none.
 #[track_caller]
 fn carrier(guest: &mut Guest, interface: &str, expected: &str) {
     guest.run(&format!(
@@ -22,7 +23,7 @@ fn carrier(guest: &mut Guest, interface: &str, expected: &str) {
     ));
 }
 
-/// The lines of the monitor's log that have all of `words`.
+/// The lines of the monitor's log that contain all of `words`.
 fn lines(guest: &Guest, words: &[&str]) -> Vec<String> {
     let log = guest.log();
     let lines = log
@@ -31,7 +32,7 @@ fn lines(guest: &Guest, words: &[&str]) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
-/// Waits for a line of the log that has all of `words`, and expects no other such line.
+/// Waits for a line of the log that contains all of `words`, and expects no other such line.
 #[track_caller]
 fn logged_once(guest: &Guest, words: &[&str]) {
     let deadline = Instant::now() + time_limit();
@@ -70,7 +71,7 @@ impl Drop for Namespace {
 #[test]
 fn a_tap_in_a_network_namespace_is_used_although_sys_shows_another() {
     let namespace = Namespace::create("pcns");
-    // A link of the same name that is no tap, where /sys can see it.
+    // A link of the same name that is no tap, visible in /sys.
     host::run("ip link add pctap2 type bridge");
     namespace.ip("tuntap add pctap2 mode tap multi_queue");
     namespace.ip("address add 10.9.41.1/24 dev pctap2");
@@ -95,9 +96,9 @@ fn a_tap_in_a_network_namespace_is_used_although_sys_shows_another() {
 fn a_template_for_a_taps_name_is_refused() {
     let mut machine = Command::new(portcullis());
     machine.args(Machine::new().with("--net", "tap=pctap%d").arguments());
-    let said = run_to_end(&mut machine);
-    assert_eq!(said.status, Some(2), "{}", said.stderr);
-    assert!(said.stderr.contains("template"), "{}", said.stderr);
+    let output = run_to_end(&mut machine);
+    assert_eq!(output.status, Some(2), "{}", output.stderr);
+    assert!(output.stderr.contains("template"), "{}", output.stderr);
     let left = host::run("ip -o link show");
     assert!(!left.contains("pctap0"), "one was made:\n{left}");
 }
@@ -141,7 +142,7 @@ fn a_tap_that_goes_down_or_away_takes_the_guests_link_and_nothing_else() {
     checks::bring_up(&mut guest, &interface, &remade, 2);
     checks::kernel_log_is_clean(&mut guest);
     logged_once(&guest, &["lan: ", NAME, "was deleted"]);
-    // A line for each of the two, and no error.
+    // One line for each of the two events, and no error.
     let warnings = lines(&guest, &[WARNING]);
     assert_eq!(warnings.len(), 2, "{warnings:#?}");
     let errors = lines(&guest, &[ERROR]);

@@ -1,7 +1,7 @@
 //! Boots guests with every device behind an IOMMU: `cargo xtask test` runs them.
 //!
-//! What the devices must do is the same as without one, so the checks are the same; what is
-//! added is that the guest's kernel isolates, and that what it forbids does not happen.
+//! The devices must pass the same checks as without an IOMMU. In addition, the guest's kernel
+//! isolates them, and forbidden accesses do not happen.
 
 mod support;
 
@@ -22,11 +22,11 @@ const ENDPOINTS: [&str; 5] = ["net0", "net1", "vsock", "data", "entropy"];
 struct Model {
     /// The value of `--iommu`.
     option: &'static str,
-    /// What a network device's back end gets of the notifier chain.
+    /// Registration of a network device's back end with the notifier chain.
     registration: RegistrationKind,
-    /// What misses may cost a guest that maps every packet, per MiB: sending, receiving.
+    /// Upper bound on the misses of a guest that maps every packet, per MiB: sending, receiving.
     misses_per_mib: [u64; 2],
-    /// What the guest's kernel logs of a fault of this stream at this address, if anything.
+    /// Text that the guest's kernel logs for a fault of this stream at this address, if any.
     fault_record: fn(u32, &str, Forbidden) -> Vec<String>,
 }
 
@@ -44,13 +44,13 @@ const VIRTIO_IOMMU: Model = Model {
 const SMMUV3: Model = Model {
     option: "smmuv3,ats=off",
     registration: RegistrationKind::Unmap,
-    // Receiving, that is one for each acknowledgement: docs/benchmarks.md.
+    // One for each acknowledgement while receiving: docs/benchmarks.md.
     misses_per_mib: [400, 50],
     fault_record: smmu_fault_record,
 };
 
-/// With ATS vhost has the device IOTLB's invalidations. That a translation request is answered
-/// with no permission is the device's own affair: no event is recorded (IHI 0070 §3.9.1).
+/// With ATS vhost receives the device IOTLB's invalidations. A translation request without
+/// permission is answered, and no event is recorded (IHI 0070 §3.9.1).
 #[cfg(target_arch = "aarch64")]
 const SMMUV3_ATS: Model = Model {
     option: "smmuv3,ats=on",
@@ -59,7 +59,7 @@ const SMMUV3_ATS: Model = Model {
     ..SMMUV3
 };
 
-/// The event's number, and of its record (IHI 0070 §7.3) the stream and the address.
+/// The event number, and the stream and the address of its record (IHI 0070 §7.3).
 #[cfg(target_arch = "aarch64")]
 fn smmu_fault_record(stream: u32, iova: &str, (step, _): Forbidden) -> Vec<String> {
     const F_TRANSLATION: u32 = 0x10;
@@ -76,7 +76,7 @@ fn smmu_fault_record(stream: u32, iova: &str, (step, _): Forbidden) -> Vec<Strin
     ]
 }
 
-/// The host's side of a machine with all devices: taps, a disk, an API socket.
+/// The host's resources for a machine with all devices: taps, a disk, an API socket.
 struct Bench {
     taps: [Tap; 2],
     queues: u16,
@@ -90,7 +90,7 @@ impl Bench {
         Self::with_queues(1)
     }
 
-    /// With this many queue pairs of the first interface.
+    /// Creates the resources, with this many queue pairs of the first interface.
     fn with_queues(queues: u16) -> Self {
         let scratch = TempDir::new("viommu");
         let disk = scratch.path("disk");
@@ -107,15 +107,15 @@ impl Bench {
         }
     }
 
-    /// All devices behind `model`.
+    /// A machine with all devices behind `model`.
     fn machine(&self, model: Model, cmdline: &str) -> Machine {
         let [first, second] = &self.taps;
         let queues = self.queues;
         let net0 = format!("tap={},id=net0,mac={MAC},queues={queues}", first.name);
         let machine = Machine::new()
             .tools()
-            // A slow host loads the IOMMU's module later than after the 10 s that the kernel
-            // waits for it; the devices would go untranslated.
+            // A slow host loads the IOMMU's module later than the kernel's timeout of 10 s; the
+            // devices would then be untranslated.
             .cmdline(&format!("deferred_probe_timeout=600 {cmdline}"))
             .with("--iommu", model.option)
             .with("--memory", "768M")
@@ -133,7 +133,7 @@ impl Bench {
         guest
     }
 
-    /// Every device is in a group of its own, of this type, and portcullis agrees.
+    /// Every device is in its own group of this type, and portcullis reports the same.
     fn groups_are(&self, guest: &mut Guest, kind: &str) {
         let state = match kind {
             "identity" => EndpointState::Bypass,
@@ -144,7 +144,7 @@ impl Bench {
             let endpoint = self.api.endpoint(id);
             let group = group(guest, &endpoint.pci_address);
             assert_eq!(group_type(guest, &group), kind, "{id}");
-            // An identity domain may also be made of mappings.
+            // An identity domain may also consist of mappings.
             if kind != "identity" {
                 assert_eq!(endpoint.state, state, "{id}");
             }
@@ -155,7 +155,7 @@ impl Bench {
         assert_eq!(groups.len(), ENDPOINTS.len(), "groups: {groups:?}");
     }
 
-    /// Sends both ways, and prints what it took of the first interface's back end.
+    /// Sends in both directions; prints and returns the costs of the first interface's back end.
     fn traffic(&self, guest: &mut Guest, load: Load) -> [u64; 2] {
         let tap = &self.taps[0];
         let total = u64::from(load.mebibytes) * u64::from(load.streams);
@@ -186,7 +186,7 @@ impl Bench {
         [misses[0], misses[1]]
     }
 
-    /// How much a device has mapped now, but for MSIs.
+    /// Number of the device's current mappings, without those for MSIs.
     fn mappings(&self, id: &str) -> usize {
         let resource = format!("/iommu/endpoints/{id}/mappings");
         let (mut count, mut query) = (0, String::new());
@@ -201,7 +201,7 @@ impl Bench {
         }
     }
 
-    /// All devices do what they must.
+    /// Checks all devices.
     fn devices_work(&self, guest: &mut Guest, load: Load) -> [u64; 2] {
         let interface = checks::interface(guest, MAC);
         checks::bring_up(guest, &interface, &self.taps[0], 2);
@@ -214,17 +214,17 @@ impl Bench {
     }
 }
 
-/// What a machine with nothing else to do carries.
+/// Load of a machine with no other work.
 fn full() -> Load {
     Load::of(2, 2)
 }
 
-/// For a machine that has other things to do.
+/// Load of a machine with other work.
 fn small() -> Load {
     Load::of(2, 1)
 }
 
-/// For what is done many times.
+/// Load of a repeated check.
 fn smaller() -> Load {
     Load::of(1, 1)
 }
@@ -264,8 +264,8 @@ fn strict(model: Model) {
     checks::power_off(guest);
 }
 
-/// The lazy mode, in which the guest's kernel unmaps late and in batches; and every change of a
-/// group's type while the machine runs.
+/// Lazy mode, in which the guest's kernel unmaps late and in batches, and every change of a group's
+/// type while the machine runs.
 fn lazy_and_switching(model: Model) {
     let bench = Bench::new();
     let mut guest = bench.boot(model, "iommu.strict=0");
@@ -288,7 +288,7 @@ fn lazy_and_switching(model: Model) {
         checks::bring_up(&mut guest, &interface, &bench.taps[0], 2);
         bench.traffic(&mut guest, smaller());
     }
-    // From DMA to DMA-FQ, a driver keeps its device.
+    // From DMA to DMA-FQ, the driver stays bound.
     let group = group(&mut guest, &address);
     let own_load = flood_on(&mut guest, &bench.taps[0], 5600);
     guest.run(&format!(
@@ -305,8 +305,8 @@ fn lazy_and_switching(model: Model) {
     checks::power_off(guest);
 }
 
-/// Each device has a domain, or an ASID, of its own: what is flushed for the busy one is not
-/// flushed for the idle one.
+/// Each device has its own domain, or ASID: a flush for the busy one is not a flush for the idle
+/// one.
 fn flushes_stay_with_their_device(bench: &Bench, guest: &mut Guest) {
     let invalidations = |id| bench.api.endpoint(id).counters.invalidations_sent;
     let before = ["net0", "net1"].map(invalidations);
@@ -317,12 +317,12 @@ fn flushes_stay_with_their_device(bench: &Bench, guest: &mut Guest) {
         "invalidations: {busy} for the busy device, {idle} for the idle one"
     ));
     assert!(busy >= 20, "{busy} invalidations of a busy device");
-    // It may yet have a packet of its own to send.
+    // The idle device may still send a packet.
     assert!(idle <= busy / 4, "{idle} invalidations of an idle device");
 }
 
-/// More is mapped than the kernel's vhost has entries for: what was sent first is gone when its
-/// turn comes, and missed.
+/// The guest maps more than the kernel's vhost has entries for, so that vhost evicts the oldest
+/// entries, and misses them.
 fn pressure(model: Model) {
     let limit = host::run("cat /sys/module/vhost/parameters/max_iotlb_entries");
     let limit: usize = limit.parse().expect("a number of entries");
@@ -341,7 +341,7 @@ fn pressure(model: Model) {
     checks::power_off(guest);
 }
 
-/// Gives the group of the function at `address` another type, for which its driver is away.
+/// Changes the type of the group of the function at `address`, with its driver unbound.
 fn switch(guest: &mut Guest, address: &str, kind: &str) {
     let group = group(guest, address);
     let name = guest.run(&format!(
@@ -356,7 +356,7 @@ fn switch(guest: &mut Guest, address: &str, kind: &str) {
     assert_eq!(group_type(guest, &group), kind);
 }
 
-/// Traffic through a tap both ways that goes on by itself.
+/// Continuous traffic through a tap in both directions.
 fn flood(guest: &mut Guest, tap: &Tap) -> [Job; 2] {
     flood_on(guest, tap, 5500)
 }
@@ -383,7 +383,7 @@ fn passthrough(model: Model) {
     bench.groups_are(&mut guest, "identity");
     part("all devices");
     bench.devices_work(&mut guest, full());
-    // Below the hole of 32 bits there are two regions at most, each asked for in both directions.
+    // Below the 32-bit hole there are at most two regions, each missed in both directions.
     let misses = bench.api.endpoint("net0").counters.misses;
     assert!(
         misses <= 4,
@@ -393,8 +393,8 @@ fn passthrough(model: Model) {
     checks::power_off(guest);
 }
 
-/// A step of the test driver that tries something forbidden, and whether the device reads (`R`)
-/// or writes (`W`) there.
+/// A step of the test driver that tries a forbidden access, and whether the device reads (`R`) or
+/// writes (`W`).
 type Forbidden = (&'static str, &'static str);
 
 const FORBIDDEN: [Forbidden; 6] = [
@@ -406,7 +406,7 @@ const FORBIDDEN: [Forbidden; 6] = [
     ("unmap-transmit-in-use", "R"),
 ];
 
-/// A driver in the guest's user space tries what its IOMMU forbids.
+/// A driver in the guest's user space tries accesses that its IOMMU forbids.
 fn isolation(model: Model) {
     let bench = Bench::new();
     let mut guest = bench.boot(model, "guest.load=vfio_iommu_type1,vfio_pci");
@@ -417,12 +417,12 @@ fn isolation(model: Model) {
     let endpoint = bench.api.endpoint("net0");
     let address = format!("0000:{}", endpoint.pci_address.trim_start_matches("0000:"));
     let run = |guest: &mut Guest, steps: &str| {
-        let said = guest.run_within(
+        let output = guest.run_within(
             Duration::from_secs(240),
             &format!("isolation {address} {own} {peer} {steps}"),
         );
-        println!("{said}");
-        said
+        println!("{output}");
+        output
     };
 
     part("exchange");
@@ -431,12 +431,14 @@ fn isolation(model: Model) {
         let (step, _) = forbidden;
         part(step);
         let before = bench.api.endpoint("net0").counters.all_faults();
-        // The kernel logs no more than ten faults in five seconds.
+        // The kernel logs at most ten faults in five seconds.
         guest.run("sleep 5; dmesg -c > /dev/null");
-        let said = run(&mut guest, step);
+        let output = run(&mut guest, step);
         let after = bench.api.endpoint("net0").counters.all_faults();
         assert!(after > before, "{step} shows in no counter");
-        let (_, rest) = said.split_once(" at ").expect("the step names an address");
+        let (_, rest) = output
+            .split_once(" at ")
+            .expect("the step names an address");
         let iova: String = rest
             .chars()
             .take_while(char::is_ascii_alphanumeric)
@@ -499,8 +501,8 @@ fn storm(model: Model) {
     checks::kernel_log_is_clean(&mut guest);
     checks::power_off(guest);
 
-    // Not in the lazy mode: Linux resets a virtio-iommu when it shuts down, and waits for ever for
-    // what its flush queue then asks of it.
+    // Not in the lazy mode: Linux resets a virtio-iommu at shutdown, and then waits forever for the
+    // requests of its flush queue.
     let mut guest = bench.boot(model, "iommu.strict=1");
     for round in 1..=10 {
         part(&format!("reboot {round} of 10"));
@@ -518,7 +520,7 @@ fn storm(model: Model) {
     checks::power_off(guest);
 }
 
-/// The distribution's newest kernel translates for every device, and complains of nothing.
+/// The distribution's newest kernel translates for every device, and logs no error.
 fn newest_kernel(model: Model) {
     let bench = Bench::new();
     let mut guest = bench.machine(model, "").newest().boot();
@@ -560,7 +562,7 @@ mod virtio_iommu {
     }
 
     #[test]
-    fn what_the_guest_forbids_does_not_happen() {
+    fn forbidden_accesses_do_not_happen() {
         isolation(VIRTIO_IOMMU);
     }
 
@@ -613,12 +615,12 @@ mod smmuv3 {
     }
 
     #[test]
-    fn what_the_guest_forbids_does_not_happen_without_ats() {
+    fn forbidden_accesses_do_not_happen_without_ats() {
         isolation(SMMUV3);
     }
 
     #[test]
-    fn what_the_guest_forbids_does_not_happen_with_ats() {
+    fn forbidden_accesses_do_not_happen_with_ats() {
         isolation(SMMUV3_ATS);
     }
 
@@ -655,7 +657,7 @@ mod smmuv3 {
         lazy_and_switching(SMMUV3);
     }
 
-    /// The guest takes ATS away from a function and gives it back, with traffic running.
+    /// The guest disables ATS of a function and enables it again, with traffic running.
     #[test]
     fn vhost_follows_ats_as_the_guest_switches_it() {
         let bench = Bench::new();

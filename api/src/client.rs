@@ -240,12 +240,12 @@ mod tests {
         let file = directory.path().join("f");
         fs::write(&file, "").unwrap();
         for path in [&file, directory.path()] {
-            let said = error(path, PATIENCE);
-            assert!(said.contains("is not a socket"), "{said}");
+            let text = error(path, PATIENCE);
+            assert!(text.contains("is not a socket"), "{text}");
         }
         for length in [0, 108, 5000] {
-            let said = error(Path::new(&"x".repeat(length)), PATIENCE);
-            assert!(said.contains(&format!("this one has {length};")), "{said}");
+            let text = error(Path::new(&"x".repeat(length)), PATIENCE);
+            assert!(text.contains(&format!("this one has {length};")), "{text}");
         }
     }
 

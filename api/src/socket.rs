@@ -266,8 +266,8 @@ mod tests {
         }
         for length in [0, 108, 200, 5000] {
             let error = Socket::bind(Path::new(&"n".repeat(length))).err().unwrap();
-            let said = error.to_string();
-            assert!(said.contains(&format!("this one has {length};")), "{said}");
+            let text = error.to_string();
+            assert!(text.contains(&format!("this one has {length};")), "{text}");
         }
     }
 

@@ -119,20 +119,23 @@ fn options_count_before_and_after_the_word() {
         let words = session.words.join(" ");
         (session.socket.to_owned(), session.json, words)
     };
-    let said = |words: &str| (PathBuf::from("a"), false, words.to_owned());
-    assert_eq!(socket("info --api-socket a"), said(""));
-    assert_eq!(socket("iommu --api-socket a map net0"), said(""));
-    assert_eq!(socket("iommu map net0 --api-socket=a"), said(""));
-    assert_eq!(socket("GET /vm --api-socket a"), said("GET /vm"));
-    assert_eq!(socket("PUT --api-socket=a /vm {}"), said("PUT /vm {}"));
-    assert_eq!(socket("--api-socket b GET / --api-socket a"), said("GET /"));
+    let expected = |words: &str| (PathBuf::from("a"), false, words.to_owned());
+    assert_eq!(socket("info --api-socket a"), expected(""));
+    assert_eq!(socket("iommu --api-socket a map net0"), expected(""));
+    assert_eq!(socket("iommu map net0 --api-socket=a"), expected(""));
+    assert_eq!(socket("GET /vm --api-socket a"), expected("GET /vm"));
+    assert_eq!(socket("PUT --api-socket=a /vm {}"), expected("PUT /vm {}"));
+    assert_eq!(
+        socket("--api-socket b GET / --api-socket a"),
+        expected("GET /")
+    );
     assert!(socket("GET / --json --api-socket a").1);
 }
 
 #[test]
 fn unknown_words_are_refused_with_the_fix() {
-    let said = |words: &[&str]| match unknown_word(words) {
-        Failure::Usage(said) => said,
+    let message = |words: &[&str]| match unknown_word(words) {
+        Failure::Usage(message) => message,
         _ => String::new(),
     };
     for (words, fix) in [
@@ -144,11 +147,11 @@ fn unknown_words_are_refused_with_the_fix() {
         (&["get", "/vm"], "write the method as GET"),
         (&["PUT", "/vm", "{\"a\":", "1}"], "as one word, in quotes"),
     ] {
-        let said = said(words);
-        assert!(said.ends_with(fix) || said.contains(fix), "{said}");
-        assert_eq!(said.lines().count(), 1);
+        let message = message(words);
+        assert!(message.ends_with(fix) || message.contains(fix), "{message}");
+        assert_eq!(message.lines().count(), 1);
     }
-    assert!(!said(&["a\u{1b}[2J"]).contains('\u{1b}'));
+    assert!(!message(&["a\u{1b}[2J"]).contains('\u{1b}'));
 }
 
 #[test]

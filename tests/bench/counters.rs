@@ -1,4 +1,4 @@
-//! What is measured on the host: traces, counters of its KVM, memory, transfers.
+//! Measurements on the host: traces, counters of its KVM, memory, transfers.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-/// Where the host's KVM counts, with a directory for each machine.
+/// Counters of the host's KVM, with a directory for each machine.
 const KVM: &str = "/sys/kernel/debug/kvm";
 /// Longest wait for the other end of a transfer.
 const TRANSFER_LIMIT: Duration = Duration::from_secs(400);
 
-/// A trace of what this process starts: programs, and entries into guests. Removed when dropped.
+/// A trace of program starts and of entries into guests by this process. Removed when dropped.
 pub struct Trace(PathBuf);
 
 impl Trace {
-    /// Sets up a trace of its own, which does not run yet.
+    /// Creates a separate trace that does not run yet.
     pub fn new() -> io::Result<Self> {
         let trace = Self(PathBuf::from(
             "/sys/kernel/tracing/instances/portcullis-bench",
@@ -24,7 +24,7 @@ impl Trace {
         fs::create_dir_all(&trace.0)?;
         trace.set("tracing_on", "0")?;
         trace.set("trace_clock", "mono")?;
-        // Only the beginning matters: a small buffer, which keeps its oldest events.
+        // Only the start is needed: a small buffer that keeps its oldest events.
         trace.set("buffer_size_kb", "64")?;
         trace.set("options/overwrite", "0")?;
         trace.set("options/event-fork", "1")?;
@@ -39,13 +39,13 @@ impl Trace {
             .map_err(|error| io::Error::other(format!("{}: {error}", self.0.join(file).display())))
     }
 
-    /// Begins anew.
+    /// Clears and starts the trace.
     pub fn start(&self) -> io::Result<()> {
         self.set("trace", "")?;
         self.set("tracing_on", "1")
     }
 
-    /// Stops, and returns what there is.
+    /// Stops the trace and returns its text.
     pub fn stop(&self) -> io::Result<String> {
         self.set("tracing_on", "0")?;
         fs::read_to_string(self.0.join("trace"))
@@ -54,12 +54,12 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        // Nothing better to do if it fails: the next one uses it again.
+        // A failure has no effect: the next trace uses it again.
         let _ = fs::remove_dir(&self.0);
     }
 }
 
-/// The machines that the host's KVM counts for.
+/// Directories of the machines in the host's KVM counters.
 pub fn machines() -> BTreeSet<PathBuf> {
     let entries = fs::read_dir(KVM).into_iter().flatten().flatten();
     entries
@@ -68,7 +68,7 @@ pub fn machines() -> BTreeSet<PathBuf> {
         .collect()
 }
 
-/// What the host's KVM counted for the machine that was not there `before`, by its own names.
+/// Counters of the machine that is not in `before`, by KVM's names.
 pub fn exits(before: &BTreeSet<PathBuf>) -> Result<Vec<(String, f64)>, String> {
     let now = machines();
     let mut new = now.difference(before);
@@ -77,7 +77,7 @@ pub fn exits(before: &BTreeSet<PathBuf>) -> Result<Vec<(String, f64)>, String> {
     };
     let mut counters = Vec::new();
     for name in COUNTERS {
-        // Architectures have different ones.
+        // The counters depend on the architecture.
         if let Ok(text) = fs::read_to_string(machine.join(name)) {
             let count = text.trim().parse::<u32>();
             let count = count.map_err(|error| format!("{name} is {text:?}: {error}"))?;
@@ -87,7 +87,7 @@ pub fn exits(before: &BTreeSet<PathBuf>) -> Result<Vec<(String, f64)>, String> {
     Ok(counters)
 }
 
-/// All exits, and some of their kinds.
+/// The number of all exits, and of some kinds.
 const COUNTERS: [&str; 11] = [
     "exits",
     // x86_64; the first are page faults of guest memory
@@ -110,7 +110,7 @@ pub fn file_kib(path: &Path) -> io::Result<f64> {
     Ok(f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)))
 }
 
-/// Reads one connection to its end, on a thread: bytes, and the time from its beginning.
+/// Reads one connection to its end, on a thread; returns the bytes and the time since its start.
 pub fn receive(listener: TcpListener) -> thread::JoinHandle<io::Result<(usize, Duration)>> {
     thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;
@@ -127,7 +127,7 @@ pub fn receive(listener: TcpListener) -> thread::JoinHandle<io::Result<(usize, D
     })
 }
 
-/// Sends `bytes` to a listener that will be there soon, on a thread: the time until it has
+/// Sends `bytes` on a thread, to a listener that may start later; returns the time until it has
 /// closed the connection.
 pub fn send(to: String, bytes: usize) -> thread::JoinHandle<io::Result<Duration>> {
     thread::spawn(move || {

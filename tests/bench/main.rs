@@ -1,9 +1,9 @@
-//! Measures: `cargo xtask bench` builds and runs it, and prints its tables.
+//! The benchmark program: `cargo xtask bench` builds and runs it, and prints its tables.
 //!
-//! `bench [--done=NAME]... [PART...]` measures what has one of the parts in its name (without
-//! parts everything), but for what is done already. It says `== begin NAME`, `== done NAME`, and
-//! `== row HEADER` before each line of a table. One that fails does not keep the others from
-//! being measured; the exit status is 1 then.
+//! `bench [--done=NAME]... [PART...]` runs the measurements with one of the parts in their names
+//! (without parts all), except those that are done. It prints `== begin NAME`, `== done NAME`, and
+//! `== row HEADER` before each row of a table. After a failure the other measurements still run;
+//! the exit status is then 1.
 
 mod counters;
 mod parse;
@@ -28,23 +28,23 @@ use vmm::action::EndpointCounters;
 const START_UP: &str = "| machine | what | median | least | greatest | boots |";
 const IOTLB: &str = "| IOMMU | guest's mode | registered for | direction | MISS | UPDATE | of them ahead | \
                      INVALIDATE | saved | MISS in all | MiB/s | share |";
-/// What is wanted of every start.
+/// Measurements of every start.
 const FIRST_RUN: &str = "exec to the first KVM_RUN, ms";
 const EXITS: &str = "to init: exits";
-/// Boots of which the median is taken.
+/// Number of boots for a median.
 const BOOTS: u32 = 5;
-/// Memory of the machines.
+/// Memory of the machines, in MiB.
 const GUEST_MIB: u32 = 512;
-/// What is sent each way.
+/// MiB sent in each direction.
 const MEBIBYTES: u32 = 8;
 const LIMIT: Duration = Duration::from_secs(400);
 const MAC: &str = "06:00:ac:10:00:02";
 
-/// Something to measure, by its name.
+/// A measurement.
 enum Measurement {
-    /// A boot, with all devices or none.
+    /// A boot, with all devices or without any.
     StartUp { devices: bool },
-    /// Traffic behind an IOMMU, or none.
+    /// Traffic behind an IOMMU, or without one.
     Traffic {
         option: &'static str,
         passthrough: bool,
@@ -109,13 +109,13 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(session.failed))
 }
 
-/// A line of the table with this header.
+/// Prints a row of the table with this header.
 fn row(header: &str, cells: &[&str]) {
     println!("== row {header}");
     println!("| {} |", cells.join(" | "));
 }
 
-/// What one run of this program measured.
+/// Results of one run of this program.
 #[derive(Default)]
 struct Session {
     /// MiB/s without an IOMMU, to the host and to the guest.
@@ -143,13 +143,13 @@ impl Session {
         }
     }
 
-    /// Does `work`, which may panic: what it says then, in one line.
+    /// Calls `work`; a panic becomes an error with its message in one line.
     fn attempt<T>(&mut self, work: impl FnOnce() -> T) -> Result<T, String> {
         catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
             self.failed = true;
-            let said = first_line(&*panic);
-            let said = said.trim_end_matches("; its console:").replace('|', "/");
-            format!("not measured: {said}")
+            let reason = first_line(&*panic);
+            let reason = reason.trim_end_matches("; its console:").replace('|', "/");
+            format!("not measured: {reason}")
         })
     }
 
@@ -219,7 +219,7 @@ impl Session {
     }
 }
 
-/// The first line of what a panic says.
+/// The first line of a panic's message.
 fn first_line(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
@@ -227,7 +227,7 @@ fn first_line(panic: &(dyn Any + Send)) -> String {
     line.unwrap_or("a panic").to_owned()
 }
 
-/// The host's side of all devices.
+/// The host's resources for all devices.
 struct Devices {
     tap: Tap,
     scratch: TempDir,
@@ -246,7 +246,7 @@ impl Devices {
     }
 }
 
-/// Boots to the shell and off again; what was measured, by its name and unit.
+/// Boots to the shell and powers off; returns the measurements, by name and unit.
 fn one_boot(trace: Option<&Trace>, devices: bool) -> Vec<(String, f64)> {
     let devices = devices.then(|| Devices {
         tap: Tap::create("pcbench0", 1, 30),
@@ -293,7 +293,7 @@ fn one_boot(trace: Option<&Trace>, devices: bool) -> Vec<(String, f64)> {
     measured
 }
 
-/// The monitor's memory and its program's size.
+/// Memory of the monitor and size of its program.
 fn memory(guest: &Guest) -> Vec<(String, f64)> {
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", guest.process_id()));
     let smaps = smaps.expect("the memory map of a child can be read");
@@ -313,10 +313,10 @@ fn memory(guest: &Guest) -> Vec<(String, f64)> {
 /// Traffic in one direction.
 struct Way {
     time: Duration,
-    /// What the back end registered for.
+    /// Registration of the back end.
     registered: String,
-    /// Per MiB: misses, updates, of them ahead of a miss, invalidations sent and saved; and all
-    /// misses since the boot.
+    /// Per MiB: misses, updates, prefills, invalidations sent and saved. The last one: all misses
+    /// since the boot.
     counted: [Option<f64>; 6],
 }
 
@@ -398,7 +398,7 @@ fn send_to_host(guest: &mut Guest, tap: &Tap) -> Duration {
 }
 
 fn send_to_guest(guest: &mut Guest, tap: &Tap) -> Duration {
-    // One of its own: a sender whose guest has died goes on trying for a while.
+    // A port for each transfer: a sender whose guest has died continues for a while.
     static PORT: AtomicU16 = AtomicU16::new(6000);
     let port = PORT.fetch_add(1, Ordering::Relaxed);
     let sender = counters::send(format!("{}:{port}", tap.guest_address(2)), BYTES);

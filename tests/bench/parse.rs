@@ -1,9 +1,9 @@
-//! What the host's kernel says of a running machine, read; and numbers, written.
+//! Parsers of the host kernel's reports about a running machine, and formatting of numbers.
 //!
 //! A part of the benchmark program; `tests/bench_parse.rs` tests it.
 
-/// Milliseconds from the exec of `program` to the first entry into a guest after it, in a trace
-/// of `sched_process_exec` and `kvm_entry` by a clock in seconds.
+/// Milliseconds from the exec of `program` to the next entry into a guest, in a trace of
+/// `sched_process_exec` and `kvm_entry` with a clock in seconds.
 pub fn first_run_ms(trace: &str, program: &str) -> Option<f64> {
     let mut lines = trace.lines();
     let executed = lines.find_map(|line| {
@@ -26,14 +26,14 @@ fn seconds(head: &str) -> Option<f64> {
 /// Memory of a process in KiB.
 #[derive(Debug, Default, PartialEq)]
 pub struct Resident {
-    /// Pages that it shares with others are divided among them.
+    /// Proportional set size: shared pages are divided among their processes.
     pub pss: u32,
-    /// Only pages that no other process has.
+    /// Pages of this process only.
     pub private: u32,
 }
 
-/// What `/proc/PID/smaps` counts in all mappings smaller than the guest's RAM, which is one
-/// mapping of `guest_kib` at least. `None` if there is no such mapping.
+/// Sums `/proc/PID/smaps` over all mappings smaller than the guest's RAM, which is one mapping of
+/// at least `guest_kib`. `None` if there is no such mapping.
 pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<Resident> {
     let mut resident = Resident::default();
     let (mut is_guest, mut found) = (false, false);
@@ -44,7 +44,7 @@ pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<Resident> {
             continue;
         };
         match name {
-            // The first line of each mapping but for its addresses.
+            // The second line of each mapping.
             "Size:" => {
                 is_guest = kib >= guest_kib;
                 found |= is_guest;
@@ -58,7 +58,7 @@ pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<Resident> {
     found.then_some(resident)
 }
 
-/// The median, the least and the greatest.
+/// The median, the least and the greatest of the values.
 pub fn spread(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);
     let (least, greatest) = (*values.first()?, *values.last()?);
@@ -70,7 +70,7 @@ pub fn spread(mut values: Vec<f64>) -> Option<[f64; 3]> {
     Some([median, least, greatest])
 }
 
-/// A number with as many decimals as say something.
+/// Formats a number with its significant decimals.
 pub fn number(value: f64) -> String {
     if value.fract() == 0.0 || value.abs() >= 1000.0 {
         format!("{value:.0}")

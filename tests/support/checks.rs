@@ -1,13 +1,13 @@
-//! What a device must do whoever stands between it and memory.
+//! Device checks that hold with and without an IOMMU.
 
 use std::time::Duration;
 
 use super::host::{self, Job, Tap};
 use super::{Guest, TempDir};
 
-/// A long transfer, in an emulated host and behind an IOMMU.
+/// Time limit of a long transfer, in an emulated host and behind an IOMMU.
 const TRANSFER_LIMIT: Duration = Duration::from_secs(400);
-/// Longer than any of the other end's attempts to connect.
+/// Time limit that is longer than any connection attempt of the other end.
 const CLOSING_LIMIT: Duration = Duration::from_secs(60);
 
 /// The virtio type of a network device (virtio 1.2 §5).
@@ -19,22 +19,22 @@ pub const ENTROPY: u16 = 4;
 /// The virtio type of a vsock device.
 pub const VSOCK: u16 = 19;
 
-/// Says which part of a test has begun, so that the output of one that fails tells where; and
-/// at once, so that a long test is not taken for a host that hangs.
+/// Prints the part of a test that begins. A failed test's output then shows its last part, and a
+/// long test does not look like a hung host.
 #[track_caller]
 pub fn part(name: &str) {
     println!("--- {name}");
     super::say_now(&format!("--- {name}"));
 }
 
-/// The guest's network interface with this Ethernet address.
+/// Name of the guest's network interface with this Ethernet address.
 #[track_caller]
 pub fn interface(guest: &mut Guest, mac: &str) -> String {
     let path = guest.run(&format!("grep -l {mac} /sys/class/net/*/address"));
     path.split('/').nth(4).unwrap_or_default().to_owned()
 }
 
-/// The PCI address of the guest's device of this virtio type (virtio 1.2 §5), the `nth` of them.
+/// PCI address of the guest's `nth` device of this virtio type (virtio 1.2 §5).
 #[track_caller]
 pub fn pci_address(guest: &mut Guest, virtio_type: u16, nth: usize) -> String {
     let id = 0x1040 + virtio_type;
@@ -47,25 +47,25 @@ pub fn pci_address(guest: &mut Guest, virtio_type: u16, nth: usize) -> String {
         .to_owned()
 }
 
-/// Keeps the guest's kernel from writing between the answers at the console, and lets it log.
+/// Keeps kernel messages off the guest's console; they stay in the kernel log.
 #[track_caller]
 pub fn hush(guest: &mut Guest) {
     guest.run("dmesg -n 2");
 }
 
-/// Powers the guest off, which ends portcullis with 0.
+/// Powers the guest off; portcullis must end with status 0.
 #[track_caller]
 pub fn power_off(mut guest: Guest) {
     guest.type_line("poweroff -f").expect_exit(0);
 }
 
-/// Resets the guest, which ends portcullis with 3.
+/// Resets the guest; portcullis must end with status 3.
 #[track_caller]
 pub fn reset(mut guest: Guest) {
     guest.type_line("reboot -f").expect_exit(3);
 }
 
-/// Gives the guest's interface its address and reaches the host through it.
+/// Configures the address of the guest's interface and pings the host.
 #[track_caller]
 pub fn bring_up(guest: &mut Guest, interface: &str, tap: &Tap, last: u8) {
     let (own, peer) = (tap.guest_address(last), tap.host_address());
@@ -80,17 +80,17 @@ pub fn bring_up(guest: &mut Guest, interface: &str, tap: &Tap, last: u8) {
     );
 }
 
-/// Bytes that streams carry at once.
+/// Parallel streams of bytes.
 #[derive(Clone, Copy)]
 pub struct Load {
-    /// Streams.
+    /// Number of streams.
     pub streams: u16,
-    /// MiB in each.
+    /// MiB in each stream.
     pub mebibytes: u32,
 }
 
 impl Load {
-    /// Streams of [`mebibytes`].
+    /// Creates a load of streams with [`mebibytes`] each.
     pub fn of(streams: u16, usual: u32) -> Self {
         Self {
             streams,
@@ -99,7 +99,7 @@ impl Load {
     }
 }
 
-/// `usual` MiB, and four times as many where the tests may take long (`PORTCULLIS_LONG`).
+/// `usual` MiB, and four times as many for long tests (`PORTCULLIS_LONG`).
 pub fn mebibytes(usual: u32) -> u32 {
     match std::env::var_os("PORTCULLIS_LONG") {
         Some(_) => usual * 4,
@@ -107,7 +107,7 @@ pub fn mebibytes(usual: u32) -> u32 {
     }
 }
 
-/// Sends noise from the guest to the host by TCP, and checks that it arrives.
+/// Sends random bytes from the guest to the host by TCP, and compares their checksums.
 #[track_caller]
 pub fn send_to_host(guest: &mut Guest, tap: &Tap, load: Load) {
     let scratch = TempDir::new("received");
@@ -148,7 +148,7 @@ pub fn send_to_host(guest: &mut Guest, tap: &Tap, load: Load) {
     guest.run("rm /tmp/out*");
 }
 
-/// Sends noise from the host to the guest by TCP, and checks that it arrives.
+/// Sends random bytes from the host to the guest by TCP, and compares their checksums.
 #[track_caller]
 pub fn send_to_guest(guest: &mut Guest, tap: &Tap, last: u8, load: Load) {
     let scratch = TempDir::new("sent");
@@ -183,7 +183,7 @@ pub fn send_to_guest(guest: &mut Guest, tap: &Tap, last: u8, load: Load) {
     guest.run("rm /tmp/in*");
 }
 
-/// A shell command that runs one command for each stream and fails if one of them does.
+/// A shell command that runs one command for each stream in parallel and fails if one of them does.
 fn all_at_once(streams: u16, command: impl Fn(u16) -> String) -> String {
     let mut script = String::new();
     for stream in 0..streams {
@@ -193,7 +193,7 @@ fn all_at_once(streams: u16, command: impl Fn(u16) -> String) -> String {
     script + &waits.join(" && ")
 }
 
-/// Fills a file in the guest with noise and returns its checksum.
+/// Fills a file in the guest with random bytes and returns its checksum.
 #[track_caller]
 pub fn guest_noise(guest: &mut Guest, path: &str, mebibytes: u32) -> String {
     guest.run(&host::noise(path, mebibytes));
@@ -210,7 +210,7 @@ pub fn guest_checksum(guest: &mut Guest, path: &str) -> String {
         .to_owned()
 }
 
-/// Sends a stream each way by vsock, and checks that both arrive.
+/// Sends a stream in each direction by vsock, and compares the checksums.
 #[track_caller]
 pub fn vsock_both_ways(guest: &mut Guest, cid: u32, mebibytes: u32) {
     let scratch = TempDir::new("vsock");
@@ -243,8 +243,8 @@ pub fn vsock_both_ways(guest: &mut Guest, cid: u32, mebibytes: u32) {
     guest.run("rm /tmp/vsock-*");
 }
 
-/// A connection to a vsock port where nobody listens is refused, in both directions, and one
-/// whose other end dies is reset; the device goes on.
+/// A connection to a vsock port without a listener is refused, in both directions, and one whose
+/// other end dies is reset; the device continues.
 #[track_caller]
 pub fn vsock_refused_and_reset(guest: &mut Guest, cid: u32) {
     let (status, text) = guest.try_run("socat -u OPEN:/dev/null VSOCK-CONNECT:2:5300");
@@ -268,7 +268,7 @@ pub fn vsock_refused_and_reset(guest: &mut Guest, cid: u32) {
     vsock_both_ways(guest, cid, 1);
 }
 
-/// Writes noise to the guest's disk `device`, and reads the same from it again.
+/// Writes random bytes to the guest's disk `device`, and compares them with a later read.
 #[track_caller]
 pub fn disk_holds_what_is_written(guest: &mut Guest, device: &str, mebibytes: u32) {
     let sum = guest_noise(guest, "/tmp/noise", mebibytes);
@@ -283,8 +283,8 @@ pub fn disk_holds_what_is_written(guest: &mut Guest, device: &str, mebibytes: u3
     assert!(read.starts_with(&sum), "{device}: {read} is not {sum}");
 }
 
-/// Makes a file system on the guest's disk `device`, writes noise to it and returns the
-/// checksum of what was written.
+/// Makes a file system on the guest's disk `device`, writes random bytes to it and returns their
+/// checksum.
 #[track_caller]
 pub fn fill_new_file_system(guest: &mut Guest, device: &str, mebibytes: u32) -> String {
     guest.run_within(
@@ -301,7 +301,7 @@ pub fn fill_new_file_system(guest: &mut Guest, device: &str, mebibytes: u32) -> 
     sum
 }
 
-/// Checks what [`fill_new_file_system`] wrote, read from the device again.
+/// Compares the file of [`fill_new_file_system`] with its checksum, read from the device again.
 #[track_caller]
 pub fn check_file_system(guest: &mut Guest, device: &str, sum: &str) {
     guest.run(&format!("mount -t ext4 -o ro {device} /mnt"));
@@ -310,13 +310,13 @@ pub fn check_file_system(guest: &mut Guest, device: &str, sum: &str) {
     guest.run("umount /mnt");
 }
 
-/// The host finds nothing wrong with the file system in an image that no guest uses.
+/// Checks the file system in an image that no guest uses, on the host.
 #[track_caller]
 pub fn check_image(image: &str) {
     host::run(&format!("e2fsck -fn {}", image));
 }
 
-/// Unbinds the PCI function at `address` from its driver and binds it again, many times.
+/// Unbinds the PCI function at `address` from its driver and binds it again, `times` times.
 #[track_caller]
 pub fn rebind(guest: &mut Guest, address: &str, times: u32) {
     guest.run_within(
@@ -328,7 +328,7 @@ pub fn rebind(guest: &mut Guest, address: &str, times: u32) {
     );
 }
 
-/// Random bytes come from the host's device, and never the same twice.
+/// Checks that random bytes come from the virtio device, and that two reads differ.
 #[track_caller]
 pub fn entropy(guest: &mut Guest) {
     let current = guest.run("cat /sys/class/misc/hw_random/rng_current");
@@ -340,7 +340,7 @@ pub fn entropy(guest: &mut Guest) {
     assert_eq!(status, 0, "the random bytes are all zero");
 }
 
-/// Nothing in the guest's kernel log tells of a device that did not fit or fell back.
+/// Checks that the guest's kernel log reports no faulty device and no fallback.
 #[track_caller]
 pub fn kernel_log_is_clean(guest: &mut Guest) {
     let log = guest.run("dmesg -r");

@@ -1,4 +1,4 @@
-//! What a process says, collected by a thread as it says it.
+//! Collects the output of a process in a thread.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The text so far, and how far it has been searched.
+/// Collected text, and the length of its searched part.
 pub(super) struct Console {
     shared: Arc<Shared>,
     searched: usize,
@@ -15,19 +15,19 @@ pub(super) struct Console {
 
 #[derive(Default)]
 struct Shared {
-    said: Mutex<Said>,
+    buffer: Mutex<Buffer>,
     more: Condvar,
 }
 
 #[derive(Default)]
-struct Said {
+struct Buffer {
     bytes: Vec<u8>,
     ended: bool,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Said> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -53,7 +53,7 @@ impl Console {
         }
     }
 
-    /// Nothing, and at its end.
+    /// Creates an empty console at its end.
     pub(super) fn empty() -> Self {
         let shared = Arc::new(Shared::default());
         shared.lock().ended = true;
@@ -63,27 +63,27 @@ impl Console {
         }
     }
 
-    /// Everything said so far.
+    /// The text so far.
     pub(super) fn text(&self) -> String {
         String::from_utf8_lossy(&self.shared.lock().bytes).into_owned()
     }
 
-    /// Everything, once it has ended.
+    /// Waits for the end of the output, and returns the text so far.
     pub(super) fn whole(&self, patience: Duration) -> String {
-        let said = self.shared.lock();
-        let ended = |said: &mut Said| !said.ended;
-        let waited = self.shared.more.wait_timeout_while(said, patience, ended);
+        let buffer = self.shared.lock();
+        let ended = |buffer: &mut Buffer| !buffer.ended;
+        let waited = self.shared.more.wait_timeout_while(buffer, patience, ended);
         drop(waited);
         self.text()
     }
 
-    /// Waits for `text` after what was found before. Returns what came before
-    /// it; `None` when it has not come in time or cannot come any more.
+    /// Waits for `text` after the last match. Returns the text before it;
+    /// `None` at the time limit or at the end of the output.
     pub(super) fn find(&mut self, text: &str, patience: Duration) -> Option<String> {
         let deadline = Instant::now() + patience;
-        let mut said = self.shared.lock();
+        let mut buffer = self.shared.lock();
         loop {
-            let rest = &said.bytes[self.searched..];
+            let rest = &buffer.bytes[self.searched..];
             let needle = text.as_bytes();
             if let Some(at) = rest.windows(needle.len()).position(|part| part == needle) {
                 let before = String::from_utf8_lossy(&rest[..at]).into_owned();
@@ -91,11 +91,11 @@ impl Console {
                 return Some(before);
             }
             let wait = deadline.checked_duration_since(Instant::now())?;
-            if said.ended {
+            if buffer.ended {
                 return None;
             }
-            let waited = self.shared.more.wait_timeout(said, wait);
-            said = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.shared.more.wait_timeout(buffer, wait);
+            buffer = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }

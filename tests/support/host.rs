@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::limits;
 
-/// Runs a shell command on the host, which must succeed, and returns its output, trimmed.
+/// Runs a shell command on the host, which must succeed, and returns its trimmed output.
 pub fn run(command: &str) -> String {
     let (status, output) = try_run(command);
     assert!(
@@ -18,7 +18,7 @@ pub fn run(command: &str) -> String {
     output
 }
 
-/// Runs a shell command on the host and returns its exit status and its output, trimmed.
+/// Runs a shell command on the host and returns its exit status and trimmed output.
 pub fn try_run(command: &str) -> (i32, String) {
     let output = Command::new("sh")
         .args(["-c", &format!("exec 2>&1\n{command}")])
@@ -29,7 +29,7 @@ pub fn try_run(command: &str) -> (i32, String) {
     (output.status.code().unwrap_or(-1), text)
 }
 
-/// A program running on the host; ended when dropped.
+/// A program running on the host; killed when dropped.
 pub struct Job {
     child: Child,
     what: String,
@@ -51,7 +51,7 @@ impl Job {
         }
     }
 
-    /// Waits until it ends by itself, with success: `limit` on a quiet machine.
+    /// Waits until it ends by itself with success; `limit` is for a quiet machine.
     pub fn finish(mut self, limit: Duration) {
         let deadline = Instant::now() + limits::scaled(limit);
         loop {
@@ -72,7 +72,7 @@ impl Job {
         }
     }
 
-    /// Whether it has not ended yet.
+    /// Whether the program still runs.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -80,22 +80,22 @@ impl Job {
 
 impl Drop for Job {
     fn drop(&mut self) {
-        // An error says that it has ended already.
+        // An error means that it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A tap device on the host, with an address of its own network; removed when dropped.
+/// A tap device on the host, with an address in its own network; removed when dropped.
 pub struct Tap {
-    /// Its name.
+    /// Name of the tap device.
     pub name: String,
     net: u8,
 }
 
 impl Tap {
-    /// Makes a tap device with as many queues as needed. `net` tells it from others: the host
-    /// is 10.9.NET.1 on it.
+    /// Creates a tap device with `queues` queues. The host's address on it is 10.9.NET.1; `net` is
+    /// unique among the taps.
     pub fn create(name: &str, queues: u16, net: u8) -> Self {
         let multi_queue = if queues > 1 { "multi_queue" } else { "" };
         run(&format!(
@@ -104,7 +104,7 @@ impl Tap {
         Self::configure(name, net)
     }
 
-    /// Gives a tap device that exists its address and brings it up.
+    /// Configures the address of an existing tap device and brings it up.
     pub fn configure(name: &str, net: u8) -> Self {
         let tap = Self {
             name: name.to_owned(),
@@ -117,12 +117,12 @@ impl Tap {
         tap
     }
 
-    /// The host's IPv4 address on it.
+    /// IPv4 address of the host on this tap.
     pub fn host_address(&self) -> String {
         format!("10.9.{}.1", self.net)
     }
 
-    /// An IPv4 address for the guest; `last` is its last number.
+    /// IPv4 address for the guest, with `last` as its last number.
     pub fn guest_address(&self, last: u8) -> String {
         format!("10.9.{}.{last}", self.net)
     }
@@ -141,7 +141,7 @@ pub fn sparse(path: &str, mebibytes: u64) {
         .unwrap_or_else(|error| panic!("cannot make {path}: {error}"));
 }
 
-/// Copies a file and makes holes of its zeros, which take no room then.
+/// Copies a file, with holes in place of its zeros.
 pub fn sparse_copy(from: &str, to: &str) {
     let copied = copy_but_zeros(from, to);
     copied.unwrap_or_else(|error| panic!("cannot copy {from} to {to}: {error}"));
@@ -164,9 +164,9 @@ fn copy_but_zeros(from: &str, to: &str) -> io::Result<()> {
     }
 }
 
-/// The shell command, of one line, that fills a file with noise: a few MiB of random bytes again
-/// and again, each time behind a different number of other bytes, so that no piece fits at
-/// another's place.
+/// Shell command, in one line, that fills a file with noise: a few MiB of random bytes are
+/// repeated, each time after a different number of other bytes, so that a misplaced piece changes
+/// the checksum.
 pub fn noise(path: &str, mebibytes: u32) -> String {
     format!(
         "dd if=/dev/urandom of={path}.seed bs=1M count=4 2>/dev/null; \
@@ -175,7 +175,7 @@ pub fn noise(path: &str, mebibytes: u32) -> String {
     )
 }
 
-/// The checksum of a host file.
+/// Checksum of a host file.
 pub fn checksum(path: &str) -> String {
     let text = run(&format!("md5sum < {path}"));
     text.split_whitespace()

@@ -1,4 +1,4 @@
-//! What portcullis itself says of its IOMMU and the devices behind it.
+//! The API's reports of the IOMMU and the devices behind it.
 
 use std::process::Command;
 
@@ -12,14 +12,14 @@ pub struct Api {
 }
 
 impl Api {
-    /// A place for the socket of one machine at a time.
+    /// Chooses a path for the socket of one machine at a time.
     pub fn new(name: &str) -> Self {
         Self {
             dir: TempDir::new(&format!("api-{name}")),
         }
     }
 
-    /// Gives `machine` this socket.
+    /// Adds the socket to the options of `machine`.
     pub fn serve(&self, machine: Machine) -> Machine {
         machine.with("--api-socket", self.socket())
     }
@@ -28,13 +28,13 @@ impl Api {
         self.dir.path("socket")
     }
 
-    /// What `GET` of a resource answers now.
+    /// Body of `GET` for a resource.
     pub fn get(&self, resource: &str) -> String {
         let mut ctl = Command::new(portcullis());
         ctl.args(["ctl", "--api-socket", &self.socket(), "GET", resource]);
-        let said = run_to_end(&mut ctl);
-        assert_eq!(said.status, Some(0), "GET {resource}: {}", said.stderr);
-        said.stdout
+        let output = run_to_end(&mut ctl);
+        assert_eq!(output.status, Some(0), "GET {resource}: {}", output.stderr);
+        output.stdout
     }
 
     /// `GET /iommu`.
@@ -45,7 +45,7 @@ impl Api {
         })
     }
 
-    /// What `GET /iommu` says of one device.
+    /// Report of one device in `GET /iommu`.
     pub fn endpoint(&self, id: &str) -> EndpointInfo {
         match self.iommu().find(id) {
             Ok(endpoint) => endpoint.clone(),

@@ -1,4 +1,5 @@
-//! Time limits that follow the host: an emulator on a busy machine is no broken monitor.
+//! Time limits scaled to the host: an emulator on a busy machine is slower, without a fault of the
+//! monitor.
 
 use std::env;
 use std::hint::black_box;
@@ -9,24 +10,24 @@ use std::time::{Duration, Instant};
 
 use super::slowness;
 
-/// Computations whose times are compared.
+/// Number of computations whose times are compared.
 const COMPUTATIONS: usize = 30;
-/// Steps of each: a millisecond or two in an emulated host, less than its turn on the processor.
+/// Steps of each computation: one or two milliseconds in an emulated host, less than a time slice.
 const STEPS: u64 = 200_000;
-/// How often a program says that it goes on: far below the silence after which the lab takes the
-/// host for hung.
+/// Interval of the program's progress lines: far below the silence after which the lab treats the
+/// host as hung.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(60);
 
-/// Slowness when it was last measured: the bits of an `f64`; 0, which is 0.0, at first.
+/// Last measured slowness: the bits of an `f64`; 0, which is 0.0, at first.
 static MEASURED: AtomicU64 = AtomicU64::new(0);
 
-/// The limit that applies now, for a limit that is generous on a quiet machine.
+/// Scales a limit for a quiet machine by the current slowness.
 pub fn scaled(limit: Duration) -> Duration {
     let measured = f64::from_bits(MEASURED.load(Ordering::Relaxed));
     slowness::scaled(limit, measured.max(at_start()))
 }
 
-/// Slowness of the host's own start, as the lab passes it on.
+/// Slowness of the host's own start, from the lab's environment variable.
 fn at_start() -> f64 {
     let seconds = env::var("PORTCULLIS_HOST_START_SECONDS").ok();
     seconds.map_or(1.0, |text| {
@@ -35,7 +36,7 @@ fn at_start() -> f64 {
     })
 }
 
-/// Measures the slowness. To be called while no guest runs: it would be part of it.
+/// Measures the slowness. Call it while no guest runs: a guest would slow it down.
 pub fn measure() {
     let times: Vec<Duration> = (0..COMPUTATIONS).map(|_| computation()).collect();
     let measured = slowness::of_computations(&times);
@@ -57,7 +58,7 @@ fn computation() -> Duration {
     started.elapsed()
 }
 
-/// Has a thread say now and then that the program goes on, whatever a test waits for.
+/// Starts a thread that prints a progress line at intervals, during every wait of a test.
 pub fn show_life() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {

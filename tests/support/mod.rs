@@ -1,12 +1,10 @@
-//! A guest as a test sees it: launch it, wait for what it says, type to it,
-//! expect how it ends.
+//! A guest for a test: launch it, wait for its output, type to it, check its exit status.
 //!
-//! What is needed comes from the environment: `PORTCULLIS_BIN` (the program),
-//! `PORTCULLIS_GUEST_DIR` (kernels and initramfs), `PORTCULLIS_RETRIES` (a file
-//! that gets a line for each boot tried again), `PORTCULLIS_TEST_SECONDS` (how
-//! long anything may take on a quiet machine; 120 when unset),
-//! `PORTCULLIS_LONG` (set: larger transfers),
-//! `PORTCULLIS_HOST_START_SECONDS` (how long the emulated host took to start).
+//! The environment provides: `PORTCULLIS_BIN` (the program), `PORTCULLIS_GUEST_DIR` (kernels and
+//! initramfs), `PORTCULLIS_RETRIES` (a file that gets a line for each repeated boot),
+//! `PORTCULLIS_TEST_SECONDS` (time limit of each wait on a quiet machine; 120 when unset),
+//! `PORTCULLIS_LONG` (set: larger transfers), `PORTCULLIS_HOST_START_SECONDS` (start time of the
+//! emulated host).
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod checks;
@@ -34,28 +32,28 @@ use std::time::{Duration, Instant};
 use console::Console;
 pub use pty::Pty;
 
-/// What the guest's init says when it is up.
+/// Message of the guest's init when it is ready.
 pub const READY: &str = "portcullis-guest: ready";
-/// Its shell's prompt.
+/// Prompt of its shell.
 pub const PROMPT: &str = "guest# ";
 
-/// How often a boot that failed is tried again. The emulated host is not
-/// perfectly reliable; each retry is reported, and what repeats is a failure.
+/// Upper bound on repeated boots. The emulated host is not perfectly reliable; each retry is
+/// reported, and a repeated failure fails the test.
 const RETRIES: usize = 2;
 
-/// The kernel's command line with a console and without its many messages: each of their bytes
-/// costs an exit, and all of them two thirds of a boot in an emulated host.
+/// Kernel command line with a console and without most messages: each byte of them costs an exit,
+/// and all of them two thirds of a boot in an emulated host.
 const QUIET: &str = "console=ttyS0 quiet panic=-1";
 
 /// Guests run one at a time: an emulated host has one processor.
 static ONE_GUEST: Mutex<()> = Mutex::new(());
 
-/// How long anything may take. Generous: it is met only when something hangs.
+/// Time limit of each wait. Generous: only a hang reaches it.
 pub fn time_limit() -> Duration {
     limits::scaled(usual_limit())
 }
 
-/// How long anything may take on a quiet machine.
+/// Time limit of each wait on a quiet machine.
 fn usual_limit() -> Duration {
     let seconds = env::var("PORTCULLIS_TEST_SECONDS").ok();
     Duration::from_secs(seconds.map_or(120, |text| {
@@ -68,7 +66,7 @@ pub fn portcullis() -> PathBuf {
     required("PORTCULLIS_BIN")
 }
 
-/// A file among the guest images: a kernel or an initramfs.
+/// Path of a guest image: a kernel or an initramfs.
 pub fn image(name: &str) -> String {
     let path = required("PORTCULLIS_GUEST_DIR").join(name);
     assert!(path.exists(), "there is no guest image {}", path.display());
@@ -81,16 +79,16 @@ fn required(variable: &str) -> PathBuf {
         .into()
 }
 
-/// The kernel most tests boot: the newest, as the distribution ships it.
+/// The default kernel of tests: the distribution's newest, unchanged.
 pub fn kernel() -> String {
     image("vmlinuz-6.12")
 }
 
-/// A directory for a test's files, removed when it ends.
+/// A directory for a test's files, removed when dropped.
 pub struct TempDir(PathBuf);
 
 impl TempDir {
-    /// An empty directory, which no other test of this program has.
+    /// Creates an empty directory, unique in this test program.
     pub fn new(name: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -101,13 +99,13 @@ impl TempDir {
         Self(path)
     }
 
-    /// A path in it.
+    /// Path of a file in it.
     pub fn path(&self, name: &str) -> String {
         let path = self.0.join(name);
         path.into_os_string().into_string().expect("a UTF-8 path")
     }
 
-    /// A new file in it.
+    /// Creates a file in it.
     pub fn file(&self, name: &str, contents: &[u8]) -> String {
         let path = self.path(name);
         fs::write(&path, contents).expect("a file can be written");
@@ -121,8 +119,7 @@ impl Drop for TempDir {
     }
 }
 
-/// A machine of the usual size with the usual kernel and initramfs, and what is
-/// to be different about it.
+/// Options of a machine: the default size, kernel and initramfs, and changes to them.
 #[derive(Clone, Debug)]
 pub struct Machine {
     kernel: String,
@@ -144,7 +141,7 @@ impl Default for Machine {
 }
 
 impl Machine {
-    /// One processor, the default memory, the newest kernel, no messages below warnings.
+    /// One processor, the default memory, the default kernel, no messages below warnings.
     pub fn new() -> Self {
         Self::default()
     }
@@ -162,19 +159,19 @@ impl Machine {
         self
     }
 
-    /// Has the initramfs with more tools in it.
+    /// Uses the initramfs with more tools.
     pub fn tools(mut self) -> Self {
         self.initramfs = image("initramfs-tools.cpio");
         self
     }
 
-    /// One more option of `portcullis run`.
+    /// Adds an option of `portcullis run` with a value.
     pub fn with(mut self, option: &str, value: impl ToString) -> Self {
         self.more.extend([option.to_owned(), value.to_string()]);
         self
     }
 
-    /// One more option of `portcullis run` that takes no value.
+    /// Adds an option of `portcullis run` without a value.
     pub fn flag(mut self, option: &str) -> Self {
         self.more.push(option.to_owned());
         self
@@ -186,13 +183,13 @@ impl Machine {
         self
     }
 
-    /// Leaves the kernel's command line to `portcullis`.
+    /// Omits `--cmdline`, so that `portcullis` uses its default.
     pub fn default_cmdline(mut self) -> Self {
         self.cmdline = None;
         self
     }
 
-    /// The arguments of `portcullis` that run it.
+    /// Arguments of `portcullis` for this machine.
     pub fn arguments(&self) -> Vec<String> {
         let fixed = ["run", "--kernel", &self.kernel, "--initrd", &self.initramfs];
         let mut arguments: Vec<String> = fixed.map(str::to_owned).into();
@@ -203,25 +200,25 @@ impl Machine {
         arguments
     }
 
-    /// Starts it with pipes for a console.
+    /// Starts the machine with pipes for a console.
     pub fn launch(&self) -> Guest {
         Guest::launch(&self.arguments())
     }
 
-    /// Starts it and waits for its shell, trying again a few times.
+    /// Starts the machine and waits for its shell; retries a few times.
     pub fn boot(&self) -> Guest {
         let mut guest = self.boot_by(|| self.launch());
         guest.quieten();
         guest
     }
 
-    /// Starts it by `launch` and waits for its shell, trying again a few times.
+    /// Starts the machine by `launch` and waits for its shell; retries a few times.
     pub fn boot_by(&self, launch: impl Fn() -> Guest) -> Guest {
         self.boot_until(&[READY, PROMPT], usual_limit(), launch)
     }
 
-    /// Starts it by `launch` and waits until it has said all of `marks`, each within `limit` on a
-    /// quiet machine, trying again a few times.
+    /// Starts the machine by `launch` and waits for all of `marks` in its output, each within
+    /// `limit` on a quiet machine; retries a few times.
     pub fn boot_until(&self, marks: &[&str], limit: Duration, launch: impl Fn() -> Guest) -> Guest {
         for _ in 0..RETRIES {
             let mut guest = launch();
@@ -238,9 +235,9 @@ impl Machine {
     }
 }
 
-/// A line in the report and at once on the error stream, past the test's
-/// captured output: so that a guest that does not come up is not taken for a
-/// host that hangs. The whole console goes to the test's output.
+/// Reports a retry in a file and at once on the error stream, past the captured output of the test,
+/// so that a failing guest does not look like a hung host. The whole console goes to the test's
+/// output.
 fn report_retry(machine: &str, console: &str) {
     let line = format!("boot failed, trying again: {machine}");
     say_now(&line);
@@ -253,13 +250,13 @@ fn report_retry(machine: &str, console: &str) {
     }
 }
 
-/// Writes a line past what captures the output of tests.
+/// Writes a line past the captured output of tests.
 pub fn say_now(line: &str) {
     let written = io::stderr().write_all(format!("\n{line}\n").as_bytes());
     written.expect("the error stream can be written");
 }
 
-/// Waits until no other guest runs, and measures how slow the host is then.
+/// Waits until no other guest runs, and then measures the host's slowness.
 fn alone() -> MutexGuard<'static, ()> {
     limits::show_life();
     let alone = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
@@ -267,13 +264,13 @@ fn alone() -> MutexGuard<'static, ()> {
     alone
 }
 
-/// Where a test types.
+/// Input of a test to the console.
 enum Keyboard {
     Pipe(Option<io::PipeWriter>),
     Terminal,
 }
 
-/// A running `portcullis`. Ended when dropped.
+/// A running `portcullis`. Killed when dropped.
 pub struct Guest {
     child: Child,
     console: Console,
@@ -292,14 +289,14 @@ impl Guest {
         Self::launch_piped(command)
     }
 
-    /// Runs `command`, which becomes `portcullis`, with pipes for its console.
+    /// Runs `command`, which executes `portcullis`, with pipes for its console.
     pub fn launch_piped(mut command: Command) -> Self {
         let (stdin, keyboard) = io::pipe().expect("a pipe");
         command.stdin(stdin);
         Self::start(command, Keyboard::Pipe(Some(keyboard)))
     }
 
-    /// The same by a program and its arguments, which becomes `portcullis`.
+    /// The same by a program with its arguments, which executes `portcullis`.
     pub fn launch_by<S: AsRef<OsStr>>(by: &[&str], arguments: &[S]) -> Self {
         let (stdin, keyboard) = io::pipe().expect("a pipe");
         let (program, options) = by.split_first().expect("a program");
@@ -309,16 +306,16 @@ impl Guest {
         Self::start(command, Keyboard::Pipe(Some(keyboard)))
     }
 
-    /// Runs `command`, which runs `portcullis`, with standard input as it is
-    /// set and pipes for the output.
+    /// Runs `command`, which executes `portcullis`, with its own standard input and pipes for the
+    /// output.
     pub fn launch_command(command: Command) -> Self {
         Self::start(command, Keyboard::Pipe(None))
     }
 
-    /// Ends it and every process of its group.
+    /// Kills the process and its process group.
     fn kill(&mut self) {
         let group = format!("kill -KILL -{}", self.child.id());
-        // It may be gone, or have no group of its own.
+        // The process may have ended, or lead no group.
         let _ = Command::new("sh")
             .args(["-c", &group])
             .stderr(Stdio::null())
@@ -345,14 +342,13 @@ impl Guest {
         }
     }
 
-    /// Runs `program` in a session of its own on a new terminal, as a shell in
-    /// a terminal window would be.
+    /// Runs `program` in its own session on a new terminal, as a terminal window does for a shell.
     pub fn launch_on_terminal<S: AsRef<OsStr>>(program: &Path, arguments: &[S]) -> Self {
         let alone = alone();
         let terminal = Pty::open().expect("a pseudo-terminal");
         let slave = || Stdio::from(terminal.slave().expect("its other side"));
         let mut command = Command::new("setsid");
-        // In place: this process leads no group, so setsid need not fork.
+        // In place: this process leads no group, so that setsid need not fork.
         command.arg("-c").arg(program).args(arguments);
         command.stdin(slave()).stdout(slave()).stderr(slave());
         let child = command.spawn().expect("setsid can be started");
@@ -368,23 +364,23 @@ impl Guest {
         }
     }
 
-    /// The process of the monitor.
+    /// Process ID of the monitor.
     pub fn process_id(&self) -> u32 {
         self.child.id()
     }
 
-    /// The terminal it was launched on.
+    /// The terminal of [`Guest::launch_on_terminal`].
     pub fn terminal(&self) -> &Pty {
         self.terminal.as_ref().expect("it has a terminal")
     }
 
-    /// Waits until it says `text` after what was waited for before.
+    /// Waits for `text` in the console output after the last match.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> &mut Self {
         self.wait_for_within(usual_limit(), text)
     }
 
-    /// The same for what may take longer than anything else: `limit` on a quiet machine.
+    /// The same with another time limit: `limit` on a quiet machine.
     #[track_caller]
     pub fn wait_for_within(&mut self, limit: Duration, text: &str) -> &mut Self {
         if !self.reaches(text, limit) {
@@ -401,13 +397,12 @@ impl Guest {
         self.console.find(text, limits::scaled(limit)).is_some()
     }
 
-    /// Keeps kernel messages, but for a panic, from between the lines of what
-    /// commands say.
+    /// Keeps kernel messages, except for a panic, off the console.
     pub fn quieten(&mut self) {
         self.run("dmesg -n 1");
     }
 
-    /// Types text, as it is.
+    /// Types text without a newline.
     #[track_caller]
     pub fn type_text(&mut self, text: &str) -> &mut Self {
         let typed = match (&mut self.keyboard, &mut self.terminal) {
@@ -425,29 +420,27 @@ impl Guest {
         self.type_text(&format!("{line}\n"))
     }
 
-    /// Ends its standard input.
+    /// Closes its standard input.
     pub fn close_keyboard(&mut self) -> &mut Self {
         self.keyboard = Keyboard::Pipe(None);
         self
     }
 
-    /// Runs a command in the guest's shell, which must succeed, and returns
-    /// what it says, without the white space around it.
+    /// Runs a command in the guest's shell, which must succeed, and returns its trimmed output.
     #[track_caller]
     pub fn run(&mut self, command: &str) -> String {
         self.run_within(usual_limit(), command)
     }
 
-    /// The same for a command that may take longer than anything else: `limit` on a quiet
-    /// machine.
+    /// The same for a command with another time limit: `limit` on a quiet machine.
     #[track_caller]
     pub fn run_within(&mut self, limit: Duration, command: &str) -> String {
-        let (status, said) = self.try_run_within(limit, command);
-        assert_eq!(status, 0, "{command} failed: {said}");
-        said
+        let (status, output) = self.try_run_within(limit, command);
+        assert_eq!(status, 0, "{command} failed: {output}");
+        output
     }
 
-    /// Starts a command in the guest that goes on by itself, and says nothing.
+    /// Starts a command in the guest's background, without output.
     #[track_caller]
     pub fn in_background(&mut self, command: &str) {
         self.run(&format!(
@@ -455,8 +448,7 @@ impl Guest {
         ));
     }
 
-    /// Runs a command in the guest's shell. Returns its exit status and what it
-    /// says.
+    /// Runs a command in the guest's shell. Returns its exit status and output.
     #[track_caller]
     pub fn try_run(&mut self, command: &str) -> (u8, String) {
         self.try_run_within(usual_limit(), command)
@@ -466,15 +458,14 @@ impl Guest {
     fn try_run_within(&mut self, limit: Duration, command: &str) -> (u8, String) {
         self.commands += 1;
         let number = self.commands;
-        // The shell's echo of the line has the words apart, so it is not taken
-        // for the answer.
+        // The shell's echo of the line has the words apart, so that it does not match the end mark.
         self.type_line(&format!(
             "echo '[begin' '{number}]'; {command}; echo '[end' \"{number} $?]\""
         ));
         self.wait_for(&format!("[begin {number}]"));
         let limit = limits::scaled(limit);
-        let said = self.console.find(&format!("[end {number} "), limit);
-        let said = said.unwrap_or_else(|| {
+        let output = self.console.find(&format!("[end {number} "), limit);
+        let output = output.unwrap_or_else(|| {
             panic!(
                 "{command} does not end; the console:\n{}",
                 self.console.text()
@@ -483,26 +474,26 @@ impl Guest {
         let status = self.console.find("]", time_limit()).expect("its status");
         let status = status.parse().expect("a status is a number");
         self.wait_for(PROMPT);
-        (status, said.replace('\r', "").trim().to_owned())
+        (status, output.replace('\r', "").trim().to_owned())
     }
 
-    /// Its log so far, or with [`Guest::launch_on_terminal`] nothing.
+    /// The log so far; empty with [`Guest::launch_on_terminal`].
     pub fn log(&self) -> String {
         self.log.text()
     }
 
-    /// Everything it said so far.
-    pub fn said(&self) -> String {
+    /// The console output so far.
+    pub fn console_output(&self) -> String {
         self.console.text()
     }
 
-    /// Sends it a signal by its name, such as `TERM`.
+    /// Sends a signal by its name, such as `TERM`.
     pub fn signal(&mut self, name: &str) -> &mut Self {
         signal(self.child.id(), name);
         self
     }
 
-    /// Waits for it to end with this exit status.
+    /// Waits for the end of the process, which must have this exit status.
     #[track_caller]
     pub fn expect_exit(&mut self, status: i32) {
         let deadline = Instant::now() + time_limit();
@@ -527,7 +518,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Only when the test has failed is there anything left to end.
+        // Only a failed test leaves a process to kill.
         self.kill();
     }
 }
@@ -539,9 +530,9 @@ pub fn signal(process: u32, name: &str) {
     assert!(kill.status().expect("kill can be started").success());
 }
 
-/// What a `portcullis` said that was not to start a guest.
+/// Exit status and output of a `portcullis` that starts no guest.
 #[derive(Debug)]
-pub struct Said {
+pub struct ProgramOutput {
     /// Exit status.
     pub status: Option<i32>,
     /// Standard output.
@@ -550,12 +541,12 @@ pub struct Said {
     pub stderr: String,
 }
 
-/// Runs a command to its end, with nothing to read.
-pub fn run_to_end(command: &mut Command) -> Said {
+/// Runs a command to its end, with an empty standard input.
+pub fn run_to_end(command: &mut Command) -> ProgramOutput {
     let output = command.stdin(Stdio::null()).output();
     let output = output.expect("portcullis can be started");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("it says UTF-8");
-    Said {
+    ProgramOutput {
         status: output.status.code(),
         stdout: text(output.stdout),
         stderr: text(output.stderr),

@@ -1,10 +1,10 @@
-//! Pipes that fill quickly.
+//! Pipes with a small capacity.
 #![expect(unsafe_code, reason = "the standard library cannot set a pipe's size")]
 
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// The reading end of a pipe that holds one page: a guest takes minutes to fill one of 64 KiB.
+/// Reading end of a pipe with a capacity of one page: a guest takes minutes to fill one of 64 KiB.
 pub fn of_one_page() -> io::PipeReader {
     let (reader, _) = io::pipe().expect("a pipe");
     // SAFETY: the call takes an integer and touches no memory.

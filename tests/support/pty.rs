@@ -1,4 +1,4 @@
-//! A pseudo-terminal, as a terminal window has one.
+//! A pseudo-terminal, as a terminal window uses one.
 #![allow(unsafe_code, reason = "libc's terminal calls")]
 
 use std::ffi::CStr;
@@ -9,13 +9,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
-/// The side a user sits at.
+/// The user's side of a pseudo-terminal.
 pub struct Pty {
     master: File,
     slave: PathBuf,
 }
 
-/// The mode of a terminal, as far as it is settable: to be compared.
+/// The settable mode of a terminal, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mode {
     flags: [libc::tcflag_t; 4],
@@ -23,7 +23,7 @@ pub struct Mode {
 }
 
 impl Mode {
-    /// Whether lines are edited and keys make signals, as a shell has it.
+    /// Whether line editing and signal keys are enabled, as for a shell.
     pub fn is_cooked(&self) -> bool {
         let cooked = libc::ICANON | libc::ECHO | libc::ISIG;
         self.flags[3] & cooked == cooked
@@ -36,14 +36,14 @@ impl Mode {
 }
 
 impl Pty {
-    /// A new terminal.
+    /// Opens a new pseudo-terminal.
     pub fn open() -> io::Result<Self> {
         // SAFETY: takes no pointers.
         let fd = unsafe { libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: `fd` was just opened and is owned by nobody else.
+        // SAFETY: `fd` was just opened and has no other owner.
         let master = unsafe { File::from_raw_fd(fd) };
         let mut name = [0; 128];
         // SAFETY: `fd` is open; `name` is valid for writes of its length, which
@@ -62,15 +62,15 @@ impl Pty {
         Ok(Self { master, slave })
     }
 
-    /// The side of the programs.
+    /// Opens the programs' side.
     pub fn slave(&self) -> io::Result<OwnedFd> {
-        // Not to become this process's own controlling terminal.
+        // It must not become this process's controlling terminal.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_NOCTTY);
         Ok(options.open(&self.slave)?.into())
     }
 
-    /// What the programs say.
+    /// Descriptor for the programs' output.
     pub fn output(&self) -> io::Result<OwnedFd> {
         Ok(self.master.try_clone()?.into())
     }
@@ -80,7 +80,7 @@ impl Pty {
         self.master.write_all(text.as_bytes())
     }
 
-    /// The terminal's mode now.
+    /// The current mode of the terminal.
     pub fn mode(&self) -> Mode {
         let mut mode = MaybeUninit::<libc::termios>::uninit();
         // SAFETY: the pointer is valid for writes of a termios; the descriptor

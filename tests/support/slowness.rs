@@ -1,22 +1,21 @@
-//! How much slower than a quiet machine's the host is, and what that does to a time limit.
+//! Slowness of the host relative to a quiet machine, and its effect on time limits.
 //!
-//! A part of the boot tests and of `xtask`, which measures nothing but the start.
+//! Shared by the boot tests and `xtask`, which measures the start only.
 
 use std::time::Duration;
 
-/// Upper bound: a host that is slower still is of no use.
+/// Upper bound: a slower host is not usable.
 const MOST: f64 = 6.0;
-/// Seconds from the start of the kernel of an emulated host to the start of its job, on a quiet
-/// machine.
+/// Seconds from the kernel's start of an emulated host to the start of its job, on a quiet machine.
 const QUIET_START_S: f64 = 6.0;
 
-/// Slowness, from 1 to [`MOST`], of a host that takes `seconds` to start.
+/// Slowness, from 1 to [`MOST`], of a host whose start takes `seconds`.
 pub fn of_start(seconds: f64) -> f64 {
     bounded(seconds / QUIET_START_S)
 }
 
-/// Slowness, from 1 to [`MOST`], of a host that takes `times` for equal computations: those that
-/// others interrupt take longer than the fastest.
+/// Slowness, from 1 to [`MOST`], of a host that takes `times` for equal computations: interrupted
+/// ones take longer than the fastest.
 #[allow(dead_code, reason = "xtask measures nothing but the start")]
 pub fn of_computations(times: &[Duration]) -> f64 {
     let fastest = times.iter().min().map_or(0.0, Duration::as_secs_f64);
@@ -25,14 +24,14 @@ pub fn of_computations(times: &[Duration]) -> f64 {
     bounded(sum / f64::from(count) / fastest)
 }
 
-/// The limit of a host that is slower than a quiet one.
+/// Extends a quiet machine's limit by the slowness.
 pub fn scaled(limit: Duration, slowness: f64) -> Duration {
     limit.mul_f64(bounded(slowness))
 }
 
 fn bounded(slowness: f64) -> f64 {
     if slowness.is_nan() {
-        // There was nothing to divide by.
+        // A division by zero.
         return 1.0;
     }
     slowness.clamp(1.0, MOST)

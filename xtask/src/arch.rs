@@ -1,4 +1,4 @@
-//! The two architectures and their names in the tools' several dialects.
+//! The two architectures, with their names in each tool.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +13,7 @@ pub enum Arch {
 }
 
 impl Arch {
-    /// Both, in the order in which they are tested.
+    /// Both architectures, in the order of the tests.
     pub const ALL: [Arch; 2] = [Arch::X86_64, Arch::Aarch64];
 
     /// The architecture of this machine.
@@ -25,7 +25,7 @@ impl Arch {
         }
     }
 
-    /// Name in the kernel's, QEMU's and Rust's dialect.
+    /// Name for the kernel, QEMU and Rust.
     pub fn name(self) -> &'static str {
         match self {
             Arch::X86_64 => "x86_64",
@@ -33,7 +33,7 @@ impl Arch {
         }
     }
 
-    /// Name in Debian's dialect.
+    /// Name for Debian.
     pub fn debian(self) -> &'static str {
         match self {
             Arch::X86_64 => "amd64",

@@ -1,4 +1,4 @@
-//! Everything that is measured: the program `tests/bench`, run where guests run, and its tables.
+//! All measurements: the program `tests/bench`, run where guests run, and its tables.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,11 +12,11 @@ use crate::machine::{Place, PlaceArgs};
 use crate::native;
 use crate::product::{self, Profile, Toolchain};
 
-/// How often the emulated host is started at most.
+/// Upper bound on starts of the emulated host.
 const LAB_STARTS: u32 = 5;
-/// How often it may end under the same measurement, which is given up then.
+/// Number of ends of the host during one measurement after which that is given up.
 const ENDS: u32 = 2;
-/// Longest silence: longer than any transfer may take.
+/// Longest silence: longer than any transfer takes.
 const SILENCE: Duration = Duration::from_secs(450);
 
 /// What to measure, and where.
@@ -35,7 +35,7 @@ pub struct BenchArgs {
     names: Vec<String>,
 }
 
-/// Measures and prints tables in Markdown. Fails if something could not be measured.
+/// Measures and prints tables in Markdown. Fails if a measurement fails.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let place = args.place.decide(args.arch)?;
     let binary = product::build(args.arch, Profile::Release)?;
@@ -74,8 +74,8 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     })
 }
 
-/// One start of the emulated host serves all measurements. Where it ends early, it is started
-/// again for those that are not done. True if all were made.
+/// One start of the emulated host serves all measurements. If it ends early, it is started again
+/// for the remaining ones. True if all are done.
 fn in_lab(
     args: &BenchArgs,
     programs: &[(String, PathBuf)],
@@ -94,7 +94,7 @@ fn in_lab(
         job.command.extend(done);
         job.command.extend(args.names.iter().cloned());
         let error = match lab::run(&job, &mut |line| report.line(line)) {
-            // All is done, some of it in the starts before.
+            // All are done, some of them in the earlier starts.
             Ok(2) if before > 0 => return Ok(complete),
             Ok(status) => return Ok(complete && status == 0),
             Err(error) => error,
@@ -106,16 +106,16 @@ fn in_lab(
     Ok(false)
 }
 
-/// What the program says, understood.
+/// Parsed output of the program.
 #[derive(Default)]
 struct Report {
-    /// Lines of tables, each behind the header of its table.
+    /// Rows of tables, each with the header of its table.
     rows: Vec<(String, String)>,
-    /// Measurements that are not to be made again.
+    /// Measurements that are not to be repeated.
     done: Vec<String>,
-    /// The one that has begun and is not done.
+    /// The measurement in progress.
     begun: Option<String>,
-    /// Measurements under which the host ended.
+    /// Measurements during which the host ended, once for each end.
     ends: Vec<String>,
     header: Option<String>,
 }
@@ -134,7 +134,7 @@ impl Report {
         }
     }
 
-    /// The host has ended. False if the measurement it was at is given up.
+    /// Records that the host has ended. False if the measurement in progress is given up.
     fn interrupted(&mut self) -> bool {
         self.header = None;
         let Some(name) = self.begun.take() else {
@@ -174,7 +174,7 @@ impl Report {
 mod tests {
     use super::*;
 
-    fn heard(lines: &str) -> Report {
+    fn report_of(lines: &str) -> Report {
         let mut report = Report::default();
         lines.lines().for_each(|line| report.line(line));
         report
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn rows_are_gathered_by_their_tables() {
-        let report = heard(
+        let report = report_of(
             "== begin one\nbooting\n== row | a | b |\n| 1 | 2 |\n== row | c |\n| 3 |\n\
              == row | a | b |\n| 4 | 5 |\n== done one",
         );
@@ -192,8 +192,8 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_the_host_twice_is_given_up() {
-        let mut report = heard("== begin one\n== done one\n== begin two\n== row | a |");
+    fn a_measurement_that_ends_the_host_twice_is_given_up() {
+        let mut report = report_of("== begin one\n== done one\n== begin two\n== row | a |");
         assert!(report.interrupted());
         assert_eq!(report.done, ["one"]);
         report.line("== begin two");

@@ -1,4 +1,4 @@
-//! Clients of the API that others wrote: a generator of requests, let loose on a real server.
+//! Third-party clients of the API: a generator of requests for a real server.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -13,14 +13,14 @@ use anyhow::{Context, Result, ensure};
 use crate::packages::checked;
 use crate::paths;
 
-/// A user who may write nowhere, if we may choose: requests name files, and the server writes
-/// its log and its metrics there.
+/// A user without write permission, used when this process is root: requests name files, and the
+/// server writes its log and its metrics there.
 const NOBODY: u32 = 65534;
 
-/// The same requests each time.
+/// Seed of the requests: they are the same each time.
 const SEED: &str = "1";
 
-/// An environment of Python with the clients in it, made once. An error says what is missing.
+/// A Python environment with the clients, created once. The error names the missing part.
 pub fn environment() -> Result<PathBuf> {
     let list = paths::workspace().join("api/tests/clients/requirements.txt");
     let dir = paths::cache()?.join("clients");
@@ -37,7 +37,8 @@ pub fn environment() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Whether a server that has started no machine answers what its own document can dream up.
+/// Whether a server without a started machine answers requests generated from its document as that
+/// says.
 pub fn agree_with_document(environment: &Path, portcullis: &Path) -> Result<bool> {
     let scratch = Scratch::new()?;
     let binary = scratch.dir.join("portcullis");
@@ -49,7 +50,7 @@ pub fn agree_with_document(environment: &Path, portcullis: &Path) -> Result<bool
         .arg(&socket)
         .current_dir(&scratch.dir)
         .stdin(Stdio::null());
-    if scratch.is_nobodys {
+    if scratch.runs_as_nobody {
         server.uid(NOBODY).gid(NOBODY);
     }
     let mut server = Server(server.spawn().context("cannot start the server")?);
@@ -67,10 +68,10 @@ pub fn agree_with_document(environment: &Path, portcullis: &Path) -> Result<bool
     Ok(status.success())
 }
 
-/// A directory of its own for the server and the files that requests name.
+/// A directory for the server and the files that requests name.
 struct Scratch {
     dir: PathBuf,
-    is_nobodys: bool,
+    runs_as_nobody: bool,
 }
 
 impl Scratch {
@@ -79,11 +80,14 @@ impl Scratch {
         let dir = std::env::temp_dir().join(name);
         fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
-        let is_nobodys = fs::metadata("/proc/self")?.uid() == 0;
-        if is_nobodys {
+        let runs_as_nobody = fs::metadata("/proc/self")?.uid() == 0;
+        if runs_as_nobody {
             chown(&dir, Some(NOBODY), Some(NOBODY))?;
         }
-        Ok(Self { dir, is_nobodys })
+        Ok(Self {
+            dir,
+            runs_as_nobody,
+        })
     }
 }
 

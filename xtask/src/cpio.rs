@@ -1,4 +1,4 @@
-//! Writes an initramfs: the kernel's "newc" cpio, with device nodes and without root.
+//! Writes an initramfs: the kernel's "newc" cpio, with device nodes, without root.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,7 +23,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Adds an empty directory and those above it.
+    /// Adds an empty directory and its parents.
     pub fn directory(&mut self, path: &str) {
         self.parents(path);
         self.entries

@@ -1,7 +1,7 @@
 //! A root file system of Debian with systemd, for guests that boot from a disk.
 //!
 //! Its packages are unpacked, not installed: their scripts are programs of the guest's
-//! architecture. What such a script does that a system needs to start is done here.
+//! architecture. This module does the parts of those scripts that the system needs to start.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -15,8 +15,8 @@ use crate::packages::{self, Suite};
 use crate::paths;
 use crate::userland::Sysroot;
 
-/// All that Debian calls essential, and what makes a system of it that starts, serves a console
-/// and can install more.
+/// Debian's essential packages, and those for a system that starts, serves a console and can
+/// install packages.
 const PACKAGES: [&str; 12] = [
     "?essential",
     "systemd-sysv",
@@ -33,7 +33,7 @@ const PACKAGES: [&str; 12] = [
     "usr-is-merged",
 ];
 
-/// Left out: to be read by people, or about hardware that a guest has not got.
+/// Omitted: documentation, and files for hardware that a guest lacks.
 const LEFT_OUT: [&str; 5] = [
     "./usr/share/doc/*",
     "./usr/share/man/*",
@@ -42,7 +42,7 @@ const LEFT_OUT: [&str; 5] = [
     "./usr/lib/udev/hwdb.d/*",
 ];
 
-/// Files that come from the administrator or from the packages' scripts.
+/// Files of the administrator or of the packages' scripts.
 const FILES: [(&str, u32, &str); 12] = [
     ("etc/hostname", 0o644, "debian\n"),
     (
@@ -55,7 +55,7 @@ const FILES: [(&str, u32, &str); 12] = [
         0o644,
         "LABEL=debian / ext4 errors=remount-ro 0 1\n",
     ),
-    // Empty: systemd draws one when it first starts, and does not ask the administrator.
+    // Empty: systemd generates one at its first start, and does not ask the administrator.
     ("etc/machine-id", 0o444, ""),
     (
         "etc/nsswitch.conf",
@@ -87,7 +87,7 @@ const FILES: [(&str, u32, &str); 12] = [
         0o644,
         "session required pam_unix.so\n",
     ),
-    // Groups that udev's script adds; systemd does when it first starts.
+    // Groups that udev's script adds; systemd adds others at its first start.
     (
         "usr/lib/sysusers.d/udev.conf",
         0o644,
@@ -96,7 +96,7 @@ const FILES: [(&str, u32, &str); 12] = [
     ("var/lib/dpkg/status", 0o644, ""),
 ];
 
-/// Files that the packages' scripts copy from where the packages have them.
+/// Files that the packages' scripts copy.
 const COPIES: [(&str, &str); 4] = [
     ("usr/share/base-passwd/group.master", "etc/group"),
     ("usr/share/base-files/profile", "etc/profile"),
@@ -104,10 +104,10 @@ const COPIES: [(&str, &str); 4] = [
     ("usr/share/base-files/dot.bashrc", "root/.bashrc"),
 ];
 
-/// Size of the file system; most of it is a hole.
+/// Size of the file system in MiB; most of it is a hole.
 const MEBIBYTES: u32 = 512;
 
-/// Makes the file system for `arch` unless it is there; root's password is empty.
+/// Creates the file system for `arch` unless it exists; root's password is empty.
 pub fn root_file_system(arch: Arch) -> Result<PathBuf> {
     let base = paths::cache()?.join(format!("debian-{arch}"));
     paths::made_once(&base, &recipe(), |base| {
@@ -123,7 +123,7 @@ pub fn root_file_system(arch: Arch) -> Result<PathBuf> {
     Ok(base.join("root.ext4"))
 }
 
-/// What the file system is made of.
+/// All inputs of the file system, by which a changed one is made again.
 pub fn recipe() -> String {
     format!("1 {PACKAGES:?} {LEFT_OUT:?} {FILES:?} {COPIES:?} {MEBIBYTES}")
 }
@@ -146,8 +146,8 @@ fn put(path: &Path, mode: u32, text: &str) -> Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode)).with_context(context)
 }
 
-/// The users that every Debian has, root without a password and the others unable to log in.
-/// systemd adds those of its services when it first starts.
+/// The users of every Debian system, root without a password and the others unable to log in.
+/// systemd adds those of its services at its first start.
 fn users(root: &Path) -> Result<()> {
     let master = root.join("usr/share/base-passwd/passwd.master");
     let master =
@@ -166,11 +166,11 @@ fn users(root: &Path) -> Result<()> {
     put(&root.join("etc/shadow"), 0o640, &shadow)
 }
 
-/// Makes an ext4 file system of everything below `root`, where it all belongs to root.
+/// Creates an ext4 file system of everything below `root`, owned by root.
 fn write_image(root: &Path, image: &Path) -> Result<()> {
     let names = ["e2fsprogs", "libarchive13t64"];
     let tools = Sysroot::of_packages(packages::TOOLS, Arch::native(), "ext4-tools", &names)?;
-    // An archive says who owns a file; a directory made without root cannot.
+    // An archive stores the owner of a file; a directory created without root cannot.
     let mut tar = Command::new("tar");
     tar.args(["-c", "--owner=0", "--group=0", "--numeric-owner"])
         .args(LEFT_OUT.map(|pattern| format!("--exclude={pattern}")))

@@ -12,11 +12,11 @@ use crate::lab;
 use crate::machine::{Place, PlaceArgs};
 use crate::product::{self, Profile};
 
-/// Makes a tap device on the emulated host and starts portcullis with the script's arguments.
+/// Creates a tap device on the emulated host and starts portcullis with the script's arguments.
 const WITH_TAP: &str = "ip tuntap add tap0 mode tap vnet_hdr && ip address add 10.9.0.1/24 dev tap0 \
                         && ip link set tap0 up && exec portcullis \"$@\"";
 
-/// Boots a guest of `arch` before the user's eyes.
+/// Boots a guest of `arch` on the user's terminal.
 pub fn run(arch: Arch, place: PlaceArgs) -> Result<ExitCode> {
     let place = place.decide(arch)?;
     let binary = step("1/3: build portcullis", || {
@@ -51,7 +51,7 @@ pub fn run(arch: Arch, place: PlaceArgs) -> Result<ExitCode> {
     };
     let status = step("3/3: boot it", || match place {
         Place::Native => {
-            // No network: a tap device needs the administrator.
+            // Without a network: a tap device requires root.
             let words = arguments(&images.dir.display().to_string(), &[], "");
             show(&words);
             let status = Command::new(&binary).args(&words).status();

@@ -1,7 +1,7 @@
-//! The fuzz targets of `fuzz/`: searches, and runs of what earlier searches found.
+//! The fuzz targets of `fuzz/`: searches, and runs of saved inputs.
 //!
-//! Built without cargo-fuzz, with the flags that it passes: libFuzzer's coverage and the address
-//! sanitizer, which a stable compiler has too (`RUSTC_BOOTSTRAP`).
+//! Built without cargo-fuzz, but with its flags: libFuzzer's coverage and the address sanitizer,
+//! which a stable compiler has too (`RUSTC_BOOTSTRAP`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::packages::{checked, output};
 use crate::paths;
 use crate::product;
 
-/// What cargo-fuzz passes to the compiler.
+/// cargo-fuzz's flags for the compiler.
 const FLAGS: [&str; 8] = [
     "--cfg=fuzzing",
     "-Cdebug-assertions",
@@ -27,7 +27,7 @@ const FLAGS: [&str; 8] = [
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
-/// Inputs that are generated for a target without saved ones, and the seconds they may take.
+/// Number of generated inputs for a target without saved ones, and their time limit in seconds.
 const GENERATED: u32 = 5000;
 const GENERATED_LIMIT_S: u32 = 5;
 /// Seconds after which one input counts as a hang.
@@ -49,9 +49,9 @@ pub struct FuzzArgs {
 
 /// A target of `fuzz/Cargo.toml`.
 pub struct Target {
-    /// Its name.
+    /// Name of the target.
     pub name: String,
-    /// Options of libFuzzer that it needs: `package.metadata.fuzz.options`.
+    /// Its options of libFuzzer: `package.metadata.fuzz.options`.
     options: Vec<String>,
 }
 
@@ -112,7 +112,7 @@ fn target(name: &str, options: &Value) -> Target {
     }
 }
 
-/// What is missing on this machine to build the targets.
+/// The missing part, if this machine cannot build the targets.
 pub fn obstacle() -> Option<String> {
     let mut compiler = Command::new("c++");
     let found = output(compiler.arg("--version"));
@@ -121,7 +121,7 @@ pub fn obstacle() -> Option<String> {
         .then(|| "libFuzzer needs a C++ compiler (apt install g++)".to_owned())
 }
 
-/// Builds all targets. `wrapper` starts the compiler.
+/// Builds all targets. `wrapper` is the program that starts the compiler.
 pub fn build(wrapper: &[&str]) -> Result<()> {
     if let Some(reason) = obstacle() {
         bail!(reason);
@@ -154,12 +154,12 @@ fn cargo(subcommand: &str) -> Command {
     cargo
 }
 
-/// Directory of everything that is made here.
+/// Directory of all generated files.
 fn directory() -> PathBuf {
     paths::target().join("fuzz")
 }
 
-/// An empty directory of this name.
+/// Creates or clears a directory of this name.
 fn cleared(name: &str, target: &str) -> Result<PathBuf> {
     let dir = directory().join(name).join(target);
     if dir.exists() {
@@ -170,7 +170,7 @@ fn cleared(name: &str, target: &str) -> Result<PathBuf> {
 }
 
 impl Target {
-    /// Runs the saved inputs once. Where none are saved, runs generated ones: the same each time.
+    /// Runs the saved inputs once. Without saved ones, runs generated ones: the same each time.
     pub fn run_seeds(&self) -> Result<bool> {
         let seeds = self.seeds()?;
         let none = fs::read_dir(&seeds)?.next().is_none();
@@ -184,7 +184,7 @@ impl Target {
         self.passes(program.args(["-verbosity=0", "-print_funcs=0"]))
     }
 
-    /// Searches for inputs that fail, from the saved and the earlier ones on.
+    /// Searches for inputs that fail, starting from the saved and the earlier ones.
     fn search(&self, seconds: u64) -> Result<bool> {
         let mut program = self.program(&self.corpus()?)?;
         program.arg(self.seeds()?);
@@ -195,7 +195,7 @@ impl Target {
         self.passes(&mut program)
     }
 
-    /// Saves the fewest inputs that reach all the code that is reached.
+    /// Saves the fewest inputs with the same coverage.
     fn save(&self) -> Result<()> {
         let (corpus, seeds) = (self.corpus()?, self.seeds()?);
         let merged = cleared("merged", &self.name)?;
@@ -228,7 +228,7 @@ impl Target {
         paths::workspace().join(name)
     }
 
-    /// A directory with the saved inputs.
+    /// Unpacks the saved inputs into a directory.
     fn seeds(&self) -> Result<PathBuf> {
         let dir = cleared("seeds", &self.name)?;
         let archive = self.archive();
@@ -247,7 +247,7 @@ impl Target {
         Ok(dir)
     }
 
-    /// The program, with `inputs` as its first directory of inputs.
+    /// Returns the program, with `inputs` as its first directory of inputs.
     fn program(&self, inputs: &Path) -> Result<Command> {
         let artifacts = directory().join("artifacts").join(&self.name);
         fs::create_dir_all(&artifacts)?;
@@ -265,7 +265,7 @@ impl Target {
         Ok(command)
     }
 
-    /// Runs the program. It says itself which input failed.
+    /// Runs the program, which names the failed input.
     fn passes(&self, program: &mut Command) -> Result<bool> {
         println!("\n== fuzz target {}", self.name);
         let status = program

@@ -14,16 +14,16 @@ use crate::packages;
 use crate::paths;
 use crate::userland::{self, Sysroot};
 
-/// Kernel series that guests run, and the packages that stand for their newest version.
+/// Kernel series of the guests, and the meta packages of their newest version.
 const SERIES: [(&str, &str); 2] = [
     ("6.12", "linux-image-6.12-cloud"),
     ("6.1", "linux-image-cloud"),
 ];
 
-/// The package that stands for the newest kernel.
+/// The meta package of the newest kernel.
 const NEWEST: &str = "linux-image-cloud";
 
-/// Modules a guest can load; those in the first list are loaded at boot, in this order.
+/// Modules of a guest; those in the first list are loaded at boot, in this order.
 const BOOT_MODULES: [&str; 7] = [
     "virtio_iommu",
     "virtio_pci",
@@ -44,7 +44,7 @@ const MORE_MODULES: [&str; 5] = [
 const INIT: &str = include_str!("../guest/init");
 const INTRODUCE: &str = include_str!("../guest/introduce");
 
-/// Programs in the bigger of the two initramfs archives.
+/// Programs in the larger of the two initramfs archives.
 const TOOLS: [&str; 10] = [
     "bin/dash",
     "usr/bin/lspci",
@@ -58,7 +58,7 @@ const TOOLS: [&str; 10] = [
     "sbin/tc",
 ];
 
-/// The finished images of one architecture.
+/// The guest images of one architecture.
 pub struct Images {
     /// Directory of the files; `docs/lab.md` names them.
     pub dir: PathBuf,
@@ -66,7 +66,7 @@ pub struct Images {
     pub disk: PathBuf,
 }
 
-/// Makes the guest images of `arch` unless they are there.
+/// Creates the guest images of `arch` unless they exist.
 pub fn prepare(arch: Arch) -> Result<Images> {
     let base = paths::cache()?.join(format!("images-{arch}"));
     let newest = newest(arch);
@@ -88,7 +88,7 @@ pub fn prepare(arch: Arch) -> Result<Images> {
         archive.file("etc/guest/modules", 0o644, BOOT_MODULES.join("\n").into());
         let modules = [&BOOT_MODULES[..], &MORE_MODULES].concat();
         if let Some(kernel) = &newest {
-            // Of its own: every guest with another kernel would unpack these modules too.
+            // A separate archive: every guest with another kernel would unpack these modules too.
             let mut archive = archive.clone();
             kernel.add_modules(&mut archive, &modules)?;
             add_tools(&mut archive, &programs)?;
@@ -114,7 +114,7 @@ pub fn prepare(arch: Arch) -> Result<Images> {
     })
 }
 
-/// The newest kernel of the distribution, if the package sources have its backports.
+/// The newest kernel of the distribution, if the package sources contain its backports.
 fn newest(arch: Arch) -> Option<Kernel> {
     let meta = format!("{NEWEST}-{}", arch.debian());
     let kernel = Kernel::fetch(packages::BACKPORTS, &meta, arch);
@@ -123,14 +123,14 @@ fn newest(arch: Arch) -> Option<Kernel> {
         .ok()
 }
 
-/// Adds the programs that only the bigger archives have.
+/// Adds the programs that only the larger archives contain.
 fn add_tools(archive: &mut Archive, programs: &Sysroot) -> Result<()> {
-    // Busybox's shell would run its own ip and lspci, whatever PATH says.
+    // Busybox's shell would run its own ip and lspci, regardless of PATH.
     archive.link("bin/sh", "/usr/bin/dash");
     programs.install(archive, &TOOLS)
 }
 
-/// The frame of every initramfs here: busybox under all its names, and a console.
+/// Adds the base of every initramfs: busybox under all its names, and a console.
 pub fn busybox(archive: &mut Archive, programs: &Sysroot) -> Result<()> {
     for directory in [
         "proc", "sys", "dev", "run", "tmp", "mnt", "root", "etc", "usr/sbin", "lib64",
@@ -150,7 +150,7 @@ pub fn busybox(archive: &mut Archive, programs: &Sysroot) -> Result<()> {
     Ok(())
 }
 
-/// Writes the kernel as the package has it, and in the other forms a loader meets.
+/// Writes the package's kernel, and its other forms that a loader supports.
 fn kernel_forms(
     kernel: &Kernel,
     arch: Arch,
@@ -187,7 +187,7 @@ fn kernel_forms(
     Ok(())
 }
 
-/// Makes an ext4 file system with the files of `dir`; without root.
+/// Creates an ext4 file system with the files of `dir`, without root.
 pub fn file_system(tools: &Sysroot, dir: &Path, image: &Path) -> Result<()> {
     let mut mebibytes: u64 = 16;
     for entry in fs::read_dir(dir)? {
@@ -219,7 +219,7 @@ fn bzimage_payload(image: &[u8]) -> Result<&[u8]> {
     let find = || {
         let sectors = usize::from(*image.get(0x1f1)?);
         let start = (sectors + 1) * 512 + u32_at(image, 0x248)?;
-        // The last four bytes are the size when unpacked, not part of the stream.
+        // The last four bytes are the unpacked size, not part of the stream.
         image.get(start..start + u32_at(image, 0x24c)?.checked_sub(4)?)
     };
     find().context("the kernel is no bzImage")
@@ -234,7 +234,7 @@ fn zboot_payload(image: &[u8]) -> Result<&[u8]> {
     find().context("the kernel is no EFI zboot image")
 }
 
-/// An EFI zboot kernel as far as a loader that is no firmware reads it: no EFI program in it.
+/// An EFI zboot kernel for a loader that is not firmware: without an EFI program.
 fn zboot(gzip: &[u8]) -> Result<Vec<u8>> {
     let mut image = vec![0; 64];
     image[..2].copy_from_slice(b"MZ");
@@ -274,7 +274,7 @@ fn filter(command: &mut Command, data: &[u8]) -> Result<Vec<u8>> {
     let output = std::thread::scope(|scope| {
         let writer = scope.spawn(move || std::io::Write::write_all(&mut input, data));
         let output = child.wait_with_output();
-        // A reader that ended early says so with its status.
+        // A reader that ends early reports it by its status.
         let _ = writer.join();
         output
     })?;

@@ -1,4 +1,4 @@
-//! Kernels of the distribution and the modules that come with them.
+//! Kernels of the distribution and their modules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,20 +14,20 @@ use crate::userland;
 
 /// An unpacked kernel package.
 pub struct Kernel {
-    /// The kernel as the package has it (`vmlinuz`).
+    /// The package's kernel file (`vmlinuz`).
     pub image: PathBuf,
     release: String,
     modules: PathBuf,
 }
 
 impl Kernel {
-    /// Downloads and unpacks the kernel that the meta package `meta` stands for in `suite`, the
-    /// name of a Debian release.
+    /// Downloads and unpacks the current kernel of the meta package `meta` in `suite`, the name of
+    /// a Debian release.
     pub fn fetch(suite: &str, meta: &str, arch: Arch) -> Result<Kernel> {
         let suite = Suite::open(suite, arch)?;
         let package = suite.newest(meta)?;
         let release = package.trim_start_matches("linux-image-").to_owned();
-        // Newer releases have an empty package in place of the image, and the image in parts.
+        // Newer releases split the image into several packages, and leave its own empty.
         let parts = ["binary", "base", "modules"].map(|part| format!("linux-{part}-{release}"));
         let mut names = vec![package.as_str()];
         if suite.has(&parts[0]) {
@@ -51,13 +51,13 @@ impl Kernel {
         })
     }
 
-    /// Its release, as `uname -r` says it.
+    /// Its release, as printed by `uname -r`.
     pub fn release(&self) -> &str {
         &self.release
     }
 
-    /// Adds the modules `names` that are not built in, and those they need, to an initramfs, where
-    /// `modprobe` will find them. Those that the kernel has not got are left out, saying so.
+    /// Adds the modules `names` that are not built in, and their dependencies, to an initramfs for
+    /// `modprobe`. Prints those that the kernel lacks and leaves them out.
     pub fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
         let tools = userland::host_tools()?;
         let builtin = fs::read_to_string(self.modules.join("modules.builtin"))?;
@@ -105,7 +105,7 @@ impl Kernel {
     }
 }
 
-/// Everything that `name` needs, in the order in which `modprobe` goes backwards through it.
+/// The dependencies of `name`, in the order that `modprobe` processes backwards.
 fn closure(name: &str, needs: &BTreeMap<String, Vec<String>>) -> Vec<String> {
     let mut all: Vec<String> = Vec::new();
     for direct in needs
@@ -115,7 +115,7 @@ fn closure(name: &str, needs: &BTreeMap<String, Vec<String>>) -> Vec<String> {
         .filter(|name| needs.contains_key(*name))
     {
         for name in std::iter::once(direct.clone()).chain(closure(direct, needs)) {
-            // The later mention wins: what is needed by several is loaded first.
+            // The later mention counts: a dependency of several modules is loaded first.
             all.retain(|other| *other != name);
             all.push(name);
         }

@@ -1,4 +1,4 @@
-//! What this machine can do itself, and where a guest therefore runs.
+//! Capabilities of this machine, and the place where its guests run.
 
 use std::fs::{self, File};
 
@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::arch::Arch;
 
-/// Where guests run.
+/// Place where guests run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Place {
     /// On this machine, with its own KVM.
@@ -27,7 +27,7 @@ pub struct PlaceArgs {
 }
 
 impl PlaceArgs {
-    /// Decides where guests of `arch` run, and says why if it is not on this machine.
+    /// Selects the place of `arch`'s guests, and prints the reason if it is not this machine.
     pub fn decide(self, arch: Arch) -> Result<Place> {
         if self.native {
             ensure!(
@@ -50,7 +50,7 @@ impl PlaceArgs {
     }
 }
 
-/// What keeps guests of `arch` from running on this machine.
+/// The reason why guests of `arch` cannot run on this machine, if there is one.
 fn obstacle(arch: Arch) -> Option<String> {
     if arch != Arch::native() {
         return Some(format!("this machine is {}", Arch::native()));
@@ -65,7 +65,7 @@ fn obstacle(arch: Arch) -> Option<String> {
             return Some(format!("{device}: {error}"));
         }
     }
-    // There are KVMs in software that run only kernels made for them.
+    // Some KVMs are software that runs only kernels made for them.
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let capable = cpuinfo
         .split_whitespace()

@@ -1,4 +1,4 @@
-//! A command on this machine itself, with the programs, images and variables it finds in the lab.
+//! Runs a command on this machine, with the programs, images and variables of the lab.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -13,9 +13,9 @@ use crate::arch::Arch;
 use crate::guest;
 use crate::paths;
 
-/// A command with a time limit, without what is to run: the caller adds that. `programs` are in
-/// its `PATH`, the one called `portcullis` is the one under test; `guest_tools` is an initramfs
-/// segment appended to those of the guests.
+/// A command with a time limit, without its program and arguments: the caller adds them. `programs`
+/// are in its `PATH`; the one called `portcullis` is the program under test. `guest_tools` is an
+/// initramfs segment appended to those of the guests.
 pub fn command(
     arch: Arch,
     programs: &[(String, PathBuf)],
@@ -59,7 +59,7 @@ pub fn command(
     Ok(command)
 }
 
-/// The same command, started by `wrapper`: a program and its arguments that run their last ones.
+/// The same command as the last arguments of `wrapper`, a program and its arguments.
 pub fn wrapped(wrapper: &[&str], command: &Command) -> Command {
     let mut outer = Command::new(wrapper.first().unwrap_or(&"env"));
     outer
@@ -78,8 +78,8 @@ pub fn wrapped(wrapper: &[&str], command: &Command) -> Command {
     outer
 }
 
-/// Runs a command, passes its standard output on, each line behind `label`, and shows every line
-/// of it to `on_line`. True if it succeeded.
+/// Runs a command, prints each line of its standard output after `label`, and passes it to
+/// `on_line`. True if the command succeeded.
 pub fn listen(command: &mut Command, label: &str, on_line: &mut dyn FnMut(&str)) -> Result<bool> {
     let name = command.get_program().display().to_string();
     let mut child = command

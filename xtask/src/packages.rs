@@ -1,7 +1,7 @@
 //! The distribution's packages, downloaded and unpacked into private directories.
 //!
-//! Nothing is installed and nothing needs root: a private apt configuration with its own state
-//! takes its sources from the machine's own, with the release and the architecture replaced.
+//! Nothing is installed and nothing requires root: a private apt configuration with its own state
+//! derives its sources from the machine's, with another release and architecture.
 
 use std::fs;
 use std::io::stderr;
@@ -13,12 +13,12 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::arch::Arch;
 use crate::paths;
 
-/// Release that kernels, guest programs and the cross compiler come from.
+/// Release of the kernels, guest programs and the cross compiler.
 pub const STABLE: &str = "bookworm";
-/// Release that QEMU comes from: the older one emulates Arm at half the speed.
+/// Release of QEMU: the older one emulates Arm at half the speed.
 pub const TOOLS: &str = "trixie";
 
-/// Where the newest kernel comes from.
+/// Suite of the newest kernel.
 pub const BACKPORTS: &str = "trixie-backports";
 
 /// One release for one architecture, with apt's state for it.
@@ -27,7 +27,7 @@ pub struct Suite {
 }
 
 impl Suite {
-    /// Sets up the private apt state of `release` for `arch`, fetching the package lists once.
+    /// Creates the private apt state of `release` for `arch`, and fetches the package lists once.
     pub fn open(release: &str, arch: Arch) -> Result<Suite> {
         let dir = paths::cache()?.join(format!("apt/{release}-{}", arch.debian()));
         let sources = sources_for(release)?;
@@ -58,7 +58,7 @@ impl Suite {
         command
     }
 
-    /// The package that the meta package `meta` stands for now, e.g. the newest kernel of a series.
+    /// The current package of the meta package `meta`, e.g. the newest kernel of a series.
     pub fn newest(&self, meta: &str) -> Result<String> {
         let text = output(self.apt("apt-cache").args(["depends", "--important", meta]))?;
         let found = text
@@ -76,12 +76,12 @@ impl Suite {
         output(cache.args(["show", "--no-all-versions", package])).is_ok()
     }
 
-    /// Downloads `names` without what they depend on.
+    /// Downloads `names` without their dependencies.
     pub fn download(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
         self.fetch(&["download"], names)
     }
 
-    /// Downloads `names` and everything they depend on.
+    /// Downloads `names` and all their dependencies.
     pub fn download_with_dependencies(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
         self.fetch(&["install", "-y", "--no-install-recommends"], names)
     }
@@ -92,17 +92,18 @@ impl Suite {
         lock.lock()?;
         let attempt = || self.fetch_listed(&self.listed(selection, names)?);
         attempt().or_else(|_| {
-            // The archive may have moved on since its lists were fetched.
+            // The archive may have changed since its lists were fetched.
             checked(self.apt("apt-get").arg("update"), "apt-get update")?;
             attempt()
         })
     }
 
-    /// File names of the packages that a selection comes to.
+    /// File names of the packages in a selection.
     fn listed(&self, selection: &[&str], names: &[&str]) -> Result<Vec<String>> {
         let mut command = self.apt("apt-get");
         let text = output(command.args(selection).arg("--print-uris").args(names))?;
-        // apt leaves out what it finds in its archives: that directory stays empty. Lines read: 'URI' file size checksum
+        // apt omits files that are in its archives: that directory stays empty. Lines read: 'URI'
+        // file size checksum
         let files: Vec<String> = text
             .lines()
             .filter(|line| line.starts_with('\''))
@@ -118,7 +119,7 @@ impl Suite {
 
     fn fetch_listed(&self, files: &[String]) -> Result<Vec<PathBuf>> {
         let archives = self.dir.join("archives");
-        // A package's file is called name_version_architecture.deb.
+        // The file of a package is called name_version_architecture.deb.
         let missing: Vec<String> = files
             .iter()
             .filter(|file| !archives.join(file).exists())
@@ -174,7 +175,7 @@ pub fn unpack(packages: &[PathBuf], root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command with its standard output on our standard error.
+/// Runs a command with its standard output on this process's standard error.
 pub fn checked(command: &mut Command, what: &str) -> Result<()> {
     let status = command
         .stdout(stderr())
@@ -184,7 +185,7 @@ pub fn checked(command: &mut Command, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command and returns what it printed.
+/// Runs a command and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let name = command.get_program().display().to_string();
     let output = command
@@ -227,7 +228,7 @@ Dir::Etc::preferencesparts "{dir}/parts";
     )
 }
 
-/// The machine's sources of its own distribution, with `release` for the release it runs.
+/// The machine's sources of its own distribution, with `release` in place of the machine's release.
 fn sources_for(release: &str) -> Result<String> {
     let own = own_release()?;
     let text = output(Command::new("apt-config").args([
@@ -291,8 +292,8 @@ fn own_release() -> Result<String> {
         .context("/etc/os-release names no release (VERSION_CODENAME)")
 }
 
-/// `bookworm-updates` becomes `trixie-updates`; a suite of something else is dropped. Backports have
-/// no updates of their own.
+/// `bookworm-updates` becomes `trixie-updates`; a suite of another distribution is dropped.
+/// Backports have no updates of their own.
 fn translated(suite: &str, own: &str, release: &str) -> Option<String> {
     let rest = suite
         .strip_prefix(own)

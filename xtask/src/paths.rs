@@ -1,4 +1,4 @@
-//! Where things are kept, and how one of them is made at most once.
+//! Directories of this workspace, and files that are made at most once.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -25,14 +25,14 @@ pub fn cache() -> Result<PathBuf> {
         .with_context(|| format!("cannot resolve {}", dir.display()))
 }
 
-/// A `PATH` in which `first` comes before what is there already.
+/// A `PATH` with `first` at its beginning.
 pub fn search_path(first: &Path) -> String {
     let rest = std::env::var("PATH").unwrap_or_default();
     format!("{}:{rest}", first.display())
 }
 
-/// Makes `dir` by calling `make` with an empty directory, unless it was made by the same `recipe`
-/// before. Concurrent callers wait; a failed attempt leaves nothing behind that looks finished.
+/// Makes `dir` by calling `make` with an empty directory, unless it was made by the same `recipe`.
+/// Concurrent callers wait; a failed attempt leaves no directory that looks complete.
 pub fn made_once(dir: &Path, recipe: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = dir.parent().context("directory without a parent")?;
     fs::create_dir_all(parent)?;

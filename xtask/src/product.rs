@@ -14,7 +14,7 @@ use crate::packages::{self, Suite};
 use crate::paths;
 use crate::userland::Sysroot;
 
-/// Libraries of the C library's package, by their stem.
+/// Libraries of the C library's package, by the start of their names.
 const C_LIBRARY: [&str; 11] = [
     "libc",
     "libm",
@@ -29,7 +29,7 @@ const C_LIBRARY: [&str; 11] = [
     "libc_malloc_debug",
 ];
 
-/// How to compile.
+/// Profile of the compiler.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
     /// As `cargo build` does.
@@ -58,7 +58,7 @@ pub fn build(arch: Arch, profile: Profile) -> Result<PathBuf> {
         .join("portcullis"))
 }
 
-/// A program that cargo has built.
+/// A program that cargo built.
 pub struct Program {
     /// Name of the target.
     pub name: String,
@@ -70,7 +70,7 @@ pub struct Program {
     pub path: PathBuf,
 }
 
-/// Runs a cargo command that builds, and returns the programs that it made, by their names.
+/// Runs a cargo command that builds, and returns the built programs by name.
 pub fn built(cargo: &mut Command) -> Result<Vec<Program>> {
     cargo
         .arg("--message-format=json-render-diagnostics")
@@ -96,7 +96,7 @@ pub fn built(cargo: &mut Command) -> Result<Vec<Program>> {
     Ok(programs)
 }
 
-/// The packages of the workspace, as cargo describes them.
+/// The packages of the workspace, from `cargo metadata`.
 pub fn metadata() -> Result<Vec<Value>> {
     let mut cargo = Command::new(cargo());
     cargo
@@ -107,7 +107,7 @@ pub fn metadata() -> Result<Vec<Value>> {
     Ok(value["packages"].as_array().cloned().unwrap_or_default())
 }
 
-/// What compiles for one architecture.
+/// Compiler, linker and environment for one architecture.
 pub struct Toolchain {
     arch: Arch,
     target_dir: PathBuf,
@@ -115,8 +115,8 @@ pub struct Toolchain {
 }
 
 impl Toolchain {
-    /// Finds or fetches what `arch` needs: rustup's standard library where it can be had, the
-    /// distribution's otherwise.
+    /// Finds or fetches the parts that `arch` needs: rustup's standard library where it is
+    /// available, the distribution's otherwise.
     pub fn find(arch: Arch) -> Result<Toolchain> {
         let variable = arch.target().replace('-', "_").to_uppercase();
         let mut toolchain = Toolchain {
@@ -127,8 +127,8 @@ impl Toolchain {
                     format!("CARGO_TARGET_{variable}_RUSTFLAGS"),
                     "-C target-feature=+crt-static".to_owned(),
                 ),
-                // An emulated host runs what is not optimized for minutes longer than the
-                // optimizer takes.
+                // An emulated host runs unoptimized code for minutes longer than the optimizer
+                // takes.
                 ("CARGO_PROFILE_DEV_OPT_LEVEL".to_owned(), "2".to_owned()),
             ],
         };
@@ -157,14 +157,14 @@ impl Toolchain {
         command
     }
 
-    /// False if the compiler is not rustup's, which alone comes with lints.
+    /// False if the compiler is not rustup's: only rustup has clippy.
     pub fn has_clippy(&self) -> bool {
         self.environment.iter().all(|(name, _)| name != "RUSTC")
     }
 
     fn find_linker(&self) -> Result<String> {
         let name = format!("{}-gcc", self.arch.triplet());
-        // The C library for the architecture is a package of its own, and may be missing.
+        // The C library for the architecture is a separate package, and may be missing.
         let start_file = packages::output(Command::new(&name).arg("-print-file-name=crt1.o"));
         if start_file.is_ok_and(|path| path.trim().starts_with('/')) {
             return Ok(name);
@@ -202,12 +202,12 @@ impl Toolchain {
     }
 }
 
-/// The cargo that runs us.
+/// The cargo that runs this program.
 pub fn cargo() -> String {
     std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
 }
 
-/// True if the compiler has a standard library for `arch`, asking rustup for it if need be.
+/// True if the compiler has a standard library for `arch`; asks rustup for it if it is missing.
 fn has_standard_library(arch: Arch) -> bool {
     let present = || {
         let mut rustc = Command::new("rustc");
@@ -225,8 +225,8 @@ fn has_standard_library(arch: Arch) -> bool {
     packages::checked(&mut rustup, "rustup target add").is_ok() && present()
 }
 
-/// A script that runs `program` of a private directory with that directory's libraries, except
-/// the C library: what these programs start is partly the machine's own.
+/// Writes a script that runs `program` of a private directory with that directory's libraries,
+/// except the C library: the programs that it starts are partly the machine's own.
 fn wrapper(root: &Sysroot, program: &str) -> Result<String> {
     let base = root.path("wrapped");
     paths::made_once(&base.join(program), program, |dir| {

@@ -1,5 +1,5 @@
-//! Programs of the distribution: run from a private directory, or put into an initramfs together
-//! with the shared libraries they need.
+//! Programs of the distribution: run from a private directory, or added to an initramfs with their
+//! shared libraries.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::cpio::Archive;
 use crate::packages::{self, Suite};
 use crate::paths;
 
-/// A directory with unpacked packages and everything they depend on.
+/// A directory with unpacked packages and all their dependencies.
 pub struct Sysroot {
     root: PathBuf,
     arch: Arch,
@@ -91,7 +91,7 @@ impl Sysroot {
     }
 }
 
-/// QEMU, file system and compression tools that run on this machine.
+/// QEMU, file system and compression tools for this machine.
 pub fn host_tools() -> Result<Sysroot> {
     let names = [
         "qemu-system-x86",

@@ -247,14 +247,14 @@ fn mistyped_paths_are_refused_with_the_closest_one() {
         ("/drive", "did you mean /drives?"),
         ("/iommu/endpoints", "name an endpoint"),
     ] {
-        let (status, said) = refused("GET", path, "");
-        assert!(status == 404 && said.contains(fix), "{path}: {said}");
+        let (status, message) = refused("GET", path, "");
+        assert!(status == 404 && message.contains(fix), "{path}: {message}");
     }
     assert!(!refused("GET", "/nowhere", "").1.contains("did you mean"));
-    let (status, said) = refused("PUT", "/drives", "{}");
+    let (status, message) = refused("PUT", "/drives", "{}");
     assert!(
-        status == 405 && said.contains("or /drives/DRIVE_ID"),
-        "{said}"
+        status == 405 && message.contains("or /drives/DRIVE_ID"),
+        "{message}"
     );
 }
 

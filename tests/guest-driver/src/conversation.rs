@@ -13,19 +13,19 @@ use crate::ring::Buffer;
 use crate::vfio::{Access, Container, Mapping};
 use crate::virtio_net::{Function, Queues};
 
-/// Buffers in a pool.
+/// Number of buffers in a pool.
 pub const SLOTS: u16 = 32;
-/// Bytes of a buffer.
+/// Length of a buffer in bytes.
 const SLOT: u32 = 2048;
-/// What buffers hold before a device writes them.
+/// Content of buffers before a device writes them.
 pub const CANARY: u8 = 0xc5;
 
-/// Where the transmit buffers are mapped.
+/// IOVA of the transmit buffers.
 pub const TRANSMIT_IOVA: u64 = 0x4000_0000;
-/// Where the receive buffers are mapped: beyond 32 bits, so that no half of an address is lost.
+/// IOVA of the receive buffers: above 32 bits, so that a lost half of an address is detected.
 pub const RECEIVE_IOVA: u64 = 0x1_4000_0000;
 
-/// How long an answer may take on a slow, busy machine.
+/// Time limit of an answer on a slow, busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Buffers of one direction, mapped as a whole or not at all.
@@ -51,19 +51,19 @@ impl Pool {
         })
     }
 
-    /// Lets the device reach the buffers.
+    /// Maps the buffers for the device.
     pub fn map(&mut self, access: Access) -> Result<()> {
         self.mapping = Some(self.container.map(&self.memory, self.iova, access)?);
         Ok(())
     }
 
-    /// Takes the buffers away from the device, and returns when it no longer uses them.
+    /// Unmaps the buffers, and returns when the device no longer uses them.
     pub fn unmap(&mut self) -> Result<()> {
         let mapping = self.mapping.take().context("the pool is not mapped")?;
         mapping.unmap()
     }
 
-    /// Buffer `slot`, as it is offered to the device.
+    /// Buffer `slot`, as it is made available to the device.
     pub fn buffer(&self, slot: u16) -> Buffer {
         Buffer {
             iova: self.iova + u64::from(slot % SLOTS) * u64::from(SLOT),
@@ -72,7 +72,7 @@ impl Pool {
         }
     }
 
-    /// The bytes that the device sees at the address of `buffer`.
+    /// Offset of the bytes that the device reaches at the address of `buffer`.
     fn offset(&self, buffer: Buffer) -> Result<usize> {
         let offset = usize::try_from(buffer.iova.wrapping_sub(self.iova))?;
         ensure!(offset < self.memory.len(), "{buffer:?} is not of this pool");
@@ -80,13 +80,14 @@ impl Pool {
     }
 }
 
-/// Requests sent through a running function, and what was answered.
+/// Requests sent through a running function, and their answers.
 pub struct Conversation<'a> {
-    /// The function's queues; dropped first, so that the function is reset before its buffers go.
+    /// The function's queues; dropped first, so that the function is reset before its buffers are
+    /// unmapped.
     pub queues: Queues<'a>,
-    /// Buffers that requests leave from.
+    /// Device-readable buffers of the requests.
     pub transmit: Pool,
-    /// Buffers that answers come to.
+    /// Device-writable buffers of the answers.
     pub receive: Pool,
     mac: [u8; 6],
     peer: Ipv4Addr,
@@ -95,7 +96,7 @@ pub struct Conversation<'a> {
 }
 
 impl<'a> Conversation<'a> {
-    /// Starts `function` with every receive buffer offered. The receive pool is mapped with
+    /// Starts `function` with every receive buffer available. The receive pool is mapped with
     /// `receive_access`, the transmit pool for reading.
     pub fn start(
         function: &'a Function,
@@ -124,7 +125,8 @@ impl<'a> Conversation<'a> {
         })
     }
 
-    /// Puts a request of `asker`'s into the next transmit buffer and offers it, without a kick.
+    /// Writes a request of `asker` into the next transmit buffer and makes it available, without a
+    /// kick.
     pub fn offer_request(&mut self, asker: Ipv4Addr) -> Result<Buffer> {
         let request = arp_request(self.mac, asker, self.peer);
         let whole = self.transmit.buffer(self.next_slot);
@@ -140,7 +142,7 @@ impl<'a> Conversation<'a> {
         Ok(buffer)
     }
 
-    /// Overwrites every transmit buffer with a request of `asker`'s, without offering any.
+    /// Overwrites every transmit buffer with a request of `asker`, without making any available.
     pub fn rewrite_requests(&self, asker: Ipv4Addr) -> Result<()> {
         let request = arp_request(self.mac, asker, self.peer);
         for slot in 0..SLOTS {
@@ -150,14 +152,14 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// Sends a request of `asker`'s, and returns where the device reads it.
+    /// Sends a request of `asker`, and returns the address at which the device reads it.
     pub fn send(&mut self, asker: Ipv4Addr) -> Result<u64> {
         let buffer = self.offer_request(asker)?;
         self.queues.kick_transmit();
         Ok(buffer.iova)
     }
 
-    /// Takes in what has come and gone since the last call.
+    /// Consumes the buffers used since the last call.
     fn collect(&mut self) -> Result<()> {
         while self.queues.transmit.ring.take_used()?.is_some() {}
         while let Some((buffer, len)) = self.queues.receive.ring.take_used()? {
@@ -186,7 +188,7 @@ impl<'a> Conversation<'a> {
         }
     }
 
-    /// Sends a request of `asker`'s and waits for the answer.
+    /// Sends a request of `asker` and waits for the answer.
     pub fn exchange(&mut self, asker: Ipv4Addr) -> Result<()> {
         self.send(asker)?;
         let answered = self.answered_within(asker, PATIENCE)?;
@@ -194,9 +196,9 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// Waits for the answer to `asker` that was held up by a missing mapping, which is there
-    /// again: first without help, as long as a mapping may take to be noticed, then with kicks
-    /// of both queues. Says which it was.
+    /// Waits for the answer to `asker` that a missing mapping stalled, after it was mapped again:
+    /// first without a kick, as long as a device may need to notice the mapping, then with kicks of
+    /// both queues. Returns which of the two it was.
     pub fn resumes(&mut self, asker: Ipv4Addr) -> Result<&'static str> {
         if self.answered_within(asker, Duration::from_secs(3))? {
             return Ok("resumed by itself");

@@ -1,11 +1,12 @@
-//! Ethernet frames that ask the peer something and recognise its answer.
+//! Ethernet frames that send a request to the peer and recognise its answer.
 //!
-//! An ARP request is all that is needed: any host that has the address answers it, to the
-//! address that asked. A sender of its own in each request tells which one was answered.
+//! An ARP request is enough: a host with the address answers it, to the sender's address. A
+//! different sender in each request identifies its answer.
 
 use std::net::Ipv4Addr;
 
-/// Bytes of `struct virtio_net_hdr` in front of each frame with VERSION_1 (virtio 1.2 §5.1.6).
+/// Length in bytes of `struct virtio_net_hdr` at the start of each frame with VERSION_1 (virtio 1.2
+/// §5.1.6).
 pub const VIRTIO_NET_HEADER: usize = 12;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -14,10 +15,10 @@ const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
 const ARP_ADDRESSES: [u8; 6] = [0, 1, 8, 0, 6, 4];
 const REQUEST: [u8; 2] = [0, 1];
 const REPLY: [u8; 2] = [0, 2];
-/// Shortest Ethernet frame without its checksum.
+/// Lower bound on an Ethernet frame in bytes, without its checksum.
 const MIN_FRAME: usize = 60;
 
-/// "Who has `peer`? Tell `sender`", with the virtio header in front.
+/// An ARP request of `sender` for `peer`, after a virtio header.
 pub fn arp_request(mac: [u8; 6], sender: Ipv4Addr, peer: Ipv4Addr) -> Vec<u8> {
     let mut frame = vec![0; VIRTIO_NET_HEADER];
     for part in [
@@ -37,7 +38,8 @@ pub fn arp_request(mac: [u8; 6], sender: Ipv4Addr, peer: Ipv4Addr) -> Vec<u8> {
     frame
 }
 
-/// If `frame`, with its virtio header, is `peer`'s answer: the address that had asked.
+/// Returns the address that sent the request, if `frame`, with its virtio header, is `peer`'s
+/// answer.
 pub fn arp_reply(frame: &[u8], peer: Ipv4Addr) -> Option<Ipv4Addr> {
     let frame = frame.get(VIRTIO_NET_HEADER..)?;
     let (ethertype, arp) = (frame.get(12..14)?, frame.get(14..42)?);
@@ -57,7 +59,7 @@ mod tests {
     const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 3, 1);
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
-    /// What a kernel answers to `request`.
+    /// A kernel's answer to `request`.
     fn answer(request: &[u8]) -> Vec<u8> {
         let mut reply = request.to_vec();
         let arp = &mut reply[VIRTIO_NET_HEADER + 14..];

@@ -1,10 +1,10 @@
-//! Proves, from inside a guest, what its IOMMU keeps a network device from.
+//! Checks, from inside a guest, that the IOMMU isolates a network device.
 //!
 //! `isolation ADDRESS OWN PEER [STEP]…` takes the virtio-net function at PCI address ADDRESS from
-//! the kernel's driver, hands it to itself by VFIO and drives its rings. PEER is an IPv4 address
-//! that the host answers ARP for; OWN and the addresses after it, in the same /24, are asked from.
-//! Each step prints one line, and the exit status is 0 if all are `ok`. Linux only, as root, with
-//! the modules `vfio-pci` and `vfio_iommu_type1` loaded.
+//! the kernel's driver by VFIO and drives its rings. PEER is an IPv4 address for which the host
+//! answers ARP; OWN and the addresses after it, in the same /24, are the senders. Each step prints
+//! one line, and the exit status is 0 if all are `ok`. Linux only, as root, with the modules
+//! `vfio-pci` and `vfio_iommu_type1` loaded.
 
 mod conversation;
 mod frame;
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the steps and says whether all succeeded.
+/// Runs the steps; true if all succeeded.
 fn run(arguments: &[String]) -> Result<bool> {
     let [address, own, peer, names @ ..] = arguments else {
         let names: Vec<_> = STEPS.iter().map(|step| step.name).collect();

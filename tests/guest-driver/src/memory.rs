@@ -10,27 +10,27 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
 
-/// Bytes in a page of this process.
+/// Page size of this process in bytes.
 pub fn page_size() -> usize {
     // SAFETY: sysconf has no precondition and touches no memory of ours.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).expect("the system has a page size")
 }
 
-/// A shared mapping. Every access is volatile and of exactly the width asked for, because a
-/// device is at the other end; one out of range is a bug of this program and ends it.
+/// A shared mapping. Every access is volatile and of exactly the given width, because a device
+/// accesses it too; one out of range is a bug of this program and ends it.
 pub struct Shared {
     base: NonNull<u8>,
     len: usize,
 }
 
 impl Shared {
-    /// `len` bytes of zeroed memory, page-aligned.
+    /// Maps `len` bytes of zeroed memory, page-aligned.
     pub fn anonymous(len: usize) -> io::Result<Self> {
         Self::map(len, libc::MAP_ANONYMOUS, -1, 0)
     }
 
-    /// `len` bytes of the file at `offset`, such as a BAR of a VFIO device.
+    /// Maps `len` bytes of the file at `offset`, such as a BAR of a VFIO device.
     pub fn of_file(file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         Self::map(len, 0, file.as_raw_fd(), offset)
@@ -55,7 +55,7 @@ impl Shared {
         Ok(Self { base, len })
     }
 
-    /// Bytes mapped.
+    /// Length of the mapping in bytes.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -95,12 +95,12 @@ impl Shared {
         self.load(offset)
     }
 
-    /// Reads a little-endian halfword; nothing after it is read before it.
+    /// Reads a little-endian halfword, with acquire order.
     pub fn u16(&self, offset: usize) -> u16 {
         u16::from_le(self.load(offset))
     }
 
-    /// Reads a little-endian word; nothing after it is read before it.
+    /// Reads a little-endian word, with acquire order.
     pub fn u32(&self, offset: usize) -> u32 {
         u32::from_le(self.load(offset))
     }
@@ -110,12 +110,12 @@ impl Shared {
         self.store(offset, value);
     }
 
-    /// Writes a little-endian halfword, after everything written before it.
+    /// Writes a little-endian halfword, with release order.
     pub fn set_u16(&self, offset: usize, value: u16) {
         self.store(offset, value.to_le());
     }
 
-    /// Writes a little-endian word, after everything written before it.
+    /// Writes a little-endian word, with release order.
     pub fn set_u32(&self, offset: usize, value: u32) {
         self.store(offset, value.to_le());
     }
@@ -128,26 +128,26 @@ impl Shared {
         self.set_u32(offset + 4, high);
     }
 
-    /// Copies bytes in.
+    /// Copies `bytes` to the mapping at `offset`.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         for (index, byte) in bytes.iter().enumerate() {
             self.set_u8(offset + index, *byte);
         }
     }
 
-    /// Copies bytes out.
+    /// Copies `len` bytes at `offset` from the mapping.
     pub fn read(&self, offset: usize, len: usize) -> Vec<u8> {
         (offset..offset + len).map(|at| self.u8(at)).collect()
     }
 
-    /// Writes one byte value everywhere.
+    /// Sets every byte to `value`.
     pub fn fill(&self, value: u8) {
         for offset in 0..self.len {
             self.set_u8(offset, value);
         }
     }
 
-    /// The first byte that is not `value`, if any.
+    /// Offset of the first byte that is not `value`, if any.
     pub fn first_other_than(&self, value: u8) -> Option<usize> {
         (0..self.len).find(|offset| self.u8(*offset) != value)
     }
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_back_in_little_endian() {
+    fn values_are_stored_in_little_endian() {
         let memory = Shared::anonymous(page_size()).unwrap();
         memory.set_u64(8, 0x1122_3344_5566_7788);
         assert_eq!(memory.u32(8), 0x5566_7788);
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_touched_canary_is_found() {
+    fn a_changed_canary_is_found() {
         let memory = Shared::anonymous(page_size()).unwrap();
         memory.fill(0xc5);
         assert_eq!(memory.first_other_than(0xc5), None);

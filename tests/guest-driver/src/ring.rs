@@ -1,16 +1,16 @@
-//! A split virtqueue as the driver sees it (virtio 1.2 §2.7).
+//! The driver's side of a split virtqueue (virtio 1.2 §2.7).
 //!
-//! The part that the device only reads and the part that it writes lie on pages of their own,
-//! so that they can be mapped with different permissions.
+//! The driver area and the device area are on separate pages, so that they can be mapped with
+//! different permissions.
 
 use anyhow::{Context, Result};
 
 use crate::memory::Shared;
 
-/// Descriptors of every queue here.
+/// Number of descriptors of every queue here.
 pub const SIZE: u16 = 64;
 
-/// Where the avail ring begins in the driver area, behind the descriptor table.
+/// Offset of the avail ring in the driver area, after the descriptor table.
 pub const AVAIL: usize = 16 * SIZE as usize;
 
 const DESC_F_WRITE: u16 = 2;
@@ -19,26 +19,26 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// A buffer of one descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Address as the device sees it.
+    /// Address for the device.
     pub iova: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u32,
-    /// Whether the device writes it; otherwise it reads it.
+    /// Whether the buffer is device-writable; otherwise it is device-readable.
     pub device_writes: bool,
 }
 
-/// One split ring whose descriptors are used in turn, each for one buffer.
+/// A split ring whose descriptors are used in turn, each for one buffer.
 pub struct Ring {
     driver_area: Shared,
     device_area: Shared,
-    /// What each descriptor was last offered for.
+    /// The last buffer of each descriptor.
     offered: Vec<Option<Buffer>>,
     next_avail: u16,
     next_used: u16,
 }
 
 impl Ring {
-    /// A ring with nothing in it, in memory of a page for each area.
+    /// Creates an empty ring, in memory of a page for each area.
     pub fn new(driver_area: Shared, device_area: Shared, interrupts: bool) -> Self {
         driver_area.fill(0);
         device_area.fill(0);
@@ -53,18 +53,18 @@ impl Ring {
         }
     }
 
-    /// Descriptor table and avail ring: what the device reads.
+    /// Descriptor table and avail ring, which the device reads.
     pub fn driver_area(&self) -> &Shared {
         &self.driver_area
     }
 
-    /// Used ring: what the device writes.
+    /// Used ring, which the device writes.
     pub fn device_area(&self) -> &Shared {
         &self.device_area
     }
 
-    /// Makes `buffer` available. A device that has not used the buffer of [`SIZE`] calls ago
-    /// loses that one.
+    /// Makes `buffer` available. If the device has not used the buffer of [`SIZE`] calls ago, that
+    /// one is lost.
     pub fn offer(&mut self, buffer: Buffer) {
         let index = self.next_avail % SIZE;
         self.offered[usize::from(index)] = Some(buffer);
@@ -84,13 +84,13 @@ impl Ring {
         self.driver_area.set_u16(AVAIL + 2, self.next_avail);
     }
 
-    /// How many buffers the device says it has used since the ring was made, modulo 2^16.
+    /// Number of buffers that the device has used since the ring was created, modulo 2^16.
     pub fn used_index(&self) -> u16 {
         self.device_area.u16(2)
     }
 
-    /// The next buffer that the device has used, and the bytes it says it has written there.
-    /// An error if it returns a descriptor that it was not given.
+    /// Consumes the next used buffer; returns it with the number of bytes that the device reports
+    /// as written. An error if the descriptor is not available.
     pub fn take_used(&mut self) -> Result<Option<(Buffer, u32)>> {
         if self.used_index() == self.next_used {
             return Ok(None);
@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(area.read(AVAIL, 8), [1, 0, 2, 0, 0, 0, 1, 0]);
     }
 
-    /// Does what a device does that has used `descriptor` as its `turn`th buffer.
+    /// Uses `descriptor` as the `turn`th buffer, as a device does.
     fn use_buffer(ring: &Ring, turn: u16, descriptor: u32, len: u32) {
         let entry = 4 + 8 * usize::from(turn % SIZE);
         ring.device_area().set_u32(entry, descriptor);

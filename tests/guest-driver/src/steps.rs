@@ -1,9 +1,8 @@
-//! What is tried, step by step. Each starts the function afresh, so that none depends on how
-//! another ended.
+//! The steps of the test. Each starts the function anew, so that no step depends on another.
 //!
-//! That nothing happened is shown in two halves: for a while nothing does, and when the mapping
-//! is there at last, the very access that was held up is made. So a silent device, a lost kick or
-//! a deaf peer cannot pass for isolation.
+//! A step shows in two halves that the access does not happen: for a while no answer comes; once
+//! the mapping exists, the stalled access is made. So a silent device, a lost kick or an
+//! unreachable peer does not pass for isolation.
 
 use std::cell::Cell;
 use std::net::Ipv4Addr;
@@ -16,16 +15,16 @@ use crate::conversation::{CANARY, Conversation, SLOTS};
 use crate::vfio::Access;
 use crate::virtio_net::Function;
 
-/// How long a forbidden access is waited for.
+/// Time to wait for a forbidden access.
 const QUIET: Duration = Duration::from_secs(1);
-/// The same, in each of many rounds.
+/// Time to wait for it in each of many rounds.
 const SHORT_QUIET: Duration = Duration::from_millis(200);
 /// Rounds of a race between the device and an unmap.
 const ROUNDS: u16 = 10;
-/// Requests in flight when the unmap comes.
+/// Requests in flight at the unmap.
 const BURST: u16 = 8;
 
-/// What the steps work with.
+/// Inputs of the steps.
 pub struct Stage<'a> {
     function: &'a Function,
     own: Ipv4Addr,
@@ -33,15 +32,15 @@ pub struct Stage<'a> {
     askers: Cell<u8>,
 }
 
-/// One thing to try.
+/// A step of the test.
 pub struct Step {
     /// Its name on the command line and in the output.
     pub name: &'static str,
-    /// Tries it, and says what was seen or what went wrong.
+    /// Runs the step; returns an observation or the failure.
     pub run: fn(&Stage) -> Result<String>,
 }
 
-/// All steps, in the order in which they are tried.
+/// All steps, in the order of their execution.
 pub const STEPS: &[Step] = &[
     Step {
         name: "exchange",
@@ -82,7 +81,8 @@ pub const STEPS: &[Step] = &[
 ];
 
 impl<'a> Stage<'a> {
-    /// A stage for `function`, which asks `peer` from `own` and the addresses after it.
+    /// Creates the inputs for `function`, with requests to `peer` from `own` and the addresses
+    /// after it.
     pub fn new(function: &'a Function, own: Ipv4Addr, peer: Ipv4Addr) -> Self {
         Self {
             function,
@@ -92,7 +92,7 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// An address that nobody asked from yet, and never `own`; after 127 they come again.
+    /// A sender that has sent no request yet, and never `own`; after 127 they repeat.
     fn new_asker(&self) -> Ipv4Addr {
         let count = self.askers.get();
         self.askers.set(count % 127 + 1);
@@ -104,7 +104,7 @@ impl<'a> Stage<'a> {
         Conversation::start(self.function, self.peer, receive_access, None)
     }
 
-    /// A conversation in which a request was answered already: all translations were used.
+    /// Starts a conversation and completes one exchange, so that all translations were used.
     fn start_and_exchange(&self) -> Result<Conversation<'a>> {
         let mut conversation = self.start(Access::ReadWrite)?;
         conversation.exchange(self.new_asker())?;
@@ -112,7 +112,7 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Frames go out and come in, often enough for the rings to go round.
+/// Frames go out and come in, often enough for the ring indices to wrap.
 fn exchange(stage: &Stage) -> Result<String> {
     const TIMES: u32 = 100;
     let mut conversation = stage.start(Access::ReadWrite)?;
@@ -122,7 +122,7 @@ fn exchange(stage: &Stage) -> Result<String> {
     Ok(format!("{TIMES} requests answered"))
 }
 
-/// A used receive buffer is signalled by MSI-X.
+/// The device signals a used receive buffer by MSI-X.
 fn interrupt(stage: &Stage) -> Result<String> {
     let interrupt = stage.function.device().msix()?;
     let mut conversation =
@@ -135,7 +135,7 @@ fn interrupt(stage: &Stage) -> Result<String> {
     Ok("an answer came with an interrupt".to_owned())
 }
 
-/// A descriptor to an address that is no longer mapped is not read.
+/// A descriptor with an unmapped address is not read.
 fn unmapped_transmit(stage: &Stage) -> Result<String> {
     let mut conversation = stage.start_and_exchange()?;
     conversation.transmit.unmap()?;
@@ -155,8 +155,8 @@ fn unmapped_transmit(stage: &Stage) -> Result<String> {
     Ok(format!("no read at {iova:#x}; {how}"))
 }
 
-/// Checks that no receive buffer is used from now on and that those never used are untouched.
-/// Buffers are offered and used in the order of their slots until the first has come back.
+/// Checks that no receive buffer is used from now on and that the unused ones are unchanged.
+/// Buffers are made available and used in the order of their slots until the first one is used.
 fn ensure_untouched(conversation: &Conversation, used: u16) -> Result<()> {
     let now = conversation.queues.receive.ring.used_index();
     ensure!(
@@ -179,11 +179,11 @@ fn ensure_untouched(conversation: &Conversation, used: u16) -> Result<()> {
     Ok(())
 }
 
-/// A descriptor to an address that is no longer mapped is not written.
+/// A descriptor with an unmapped address is not written.
 fn unmapped_receive(stage: &Stage) -> Result<String> {
     let mut conversation = stage.start_and_exchange()?;
     conversation.receive.unmap()?;
-    // Whatever was used so far, every buffer is blank now.
+    // After any number of used buffers, every buffer is blank now.
     conversation.receive.memory.fill(CANARY);
     let used = conversation.queues.receive.ring.used_index();
     let iova = conversation.receive.buffer(used).iova;
@@ -203,7 +203,7 @@ fn unmapped_receive(stage: &Stage) -> Result<String> {
     Ok(format!("no write at {iova:#x}; {how}"))
 }
 
-/// A buffer that is mapped for reading only is not written.
+/// A buffer that is mapped read-only is not written.
 fn read_only_receive(stage: &Stage) -> Result<String> {
     let mut conversation = stage.start(Access::Read)?;
     let iova = conversation.receive.buffer(0).iova;
@@ -217,7 +217,7 @@ fn read_only_receive(stage: &Stage) -> Result<String> {
     Ok(format!("no write at {iova:#x}; {how}"))
 }
 
-/// A used ring that is no longer mapped is not written.
+/// An unmapped used ring is not written.
 fn unmapped_used_ring(stage: &Stage) -> Result<String> {
     let mut conversation = stage.start_and_exchange()?;
     let queue = &mut conversation.queues.receive;
@@ -240,7 +240,7 @@ fn unmapped_used_ring(stage: &Stage) -> Result<String> {
     Ok(format!("no write at {iova:#x}; {how}"))
 }
 
-/// Receive buffers that are unmapped while frames come in are not written from then on.
+/// Receive buffers that are unmapped while frames come in are not written afterwards.
 fn unmap_receive_in_use(stage: &Stage) -> Result<String> {
     let mut used_before = 0;
     let mut first_iova = None;
@@ -251,7 +251,7 @@ fn unmap_receive_in_use(stage: &Stage) -> Result<String> {
         }
         conversation.queues.kick_transmit();
         if round % 2 == 0 {
-            // Half of the rounds wait until the device is at work for sure.
+            // In half of the rounds the device is certainly active.
             wait_for_use(&conversation)?;
         }
         conversation.receive.unmap()?;
@@ -282,8 +282,8 @@ fn wait_for_use(conversation: &Conversation) -> Result<()> {
     anyhow::bail!("no frame came within 20 s")
 }
 
-/// Transmit buffers that are unmapped while frames go out are not read from then on: what is
-/// written there afterwards does not leave until they are mapped again.
+/// Transmit buffers that are unmapped while frames go out are not read afterwards: later contents
+/// are not sent until the buffers are mapped again.
 fn unmap_transmit_in_use(stage: &Stage) -> Result<String> {
     let mut sent_before = 0;
     let mut how = "";
@@ -297,7 +297,7 @@ fn unmap_transmit_in_use(stage: &Stage) -> Result<String> {
         conversation.transmit.unmap()?;
         let used = conversation.queues.transmit.ring.used_index();
         sent_before += used;
-        // Frames are read in order, and the next one is where the device stands still.
+        // Frames are read in order, so the next one is where the device stalls.
         first_iova.get_or_insert(conversation.transmit.buffer(used).iova);
         let secret = stage.new_asker();
         conversation.rewrite_requests(secret)?;

@@ -1,4 +1,4 @@
-//! A PCI function taken from the kernel's driver and handed to this process by VFIO
+//! A PCI function taken from the kernel's driver and used by this process through VFIO
 //! (`linux/vfio.h`, type 1 version 2).
 
 #![allow(
@@ -90,7 +90,7 @@ fn argsz<T>() -> u32 {
     u32::try_from(size_of::<T>()).expect("these structures are small")
 }
 
-/// Calls an ioctl that takes a plain number.
+/// Calls an ioctl that takes an integer.
 fn ioctl(file: &impl AsRawFd, number: u64, value: usize) -> io::Result<i32> {
     // SAFETY: the VFIO ioctls called through here read no memory of ours.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), number as _, value) };
@@ -121,7 +121,7 @@ fn open(path: impl AsRef<Path>) -> Result<File> {
         .with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// The loan of a function from its kernel driver to vfio-pci; given back when dropped.
+/// Binding of a function to vfio-pci; its kernel driver is restored when dropped.
 pub struct Binding {
     address: String,
 }
@@ -155,7 +155,7 @@ impl Binding {
         Some(link.file_name()?.to_string_lossy().into_owned())
     }
 
-    /// Unbinds the driver there is and probes again; an empty `driver` stands for any.
+    /// Unbinds the current driver and probes again; an empty `driver` permits any.
     fn rebind(&self, driver: &str) -> Result<()> {
         let write = |path: PathBuf, text: &str| {
             fs::write(&path, text)
@@ -184,13 +184,13 @@ impl Drop for Binding {
     }
 }
 
-/// An I/O address space of ours: what the device reaches is what is mapped here.
+/// An I/O address space of this process: the device reaches only its mappings.
 #[derive(Clone)]
 pub struct Container {
     file: Rc<File>,
 }
 
-/// What a device may do with a mapping.
+/// Accesses of a device that a mapping permits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Read.
@@ -200,7 +200,7 @@ pub enum Access {
 }
 
 impl Container {
-    /// Lets the device reach `memory` at `iova`.
+    /// Maps `memory` at `iova` for the device.
     pub fn map(&self, memory: &Shared, iova: u64, access: Access) -> Result<Mapping> {
         let size = memory.len() as u64;
         let mut argument = DmaMap {
@@ -223,7 +223,7 @@ impl Container {
     }
 }
 
-/// A range of I/O addresses that the device can reach until this is unmapped or dropped.
+/// A mapping of I/O addresses, until it is unmapped or dropped.
 pub struct Mapping {
     container: Container,
     iova: u64,
@@ -231,7 +231,7 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Takes the range away from the device. When this returns, the device no longer uses it.
+    /// Unmaps the range. When this returns, the device no longer uses it.
     pub fn unmap(mut self) -> Result<()> {
         self.take_away()
     }
@@ -265,16 +265,16 @@ impl Drop for Mapping {
     }
 }
 
-/// A PCI function in our hands.
+/// A PCI function that this process owns.
 pub struct Device {
     device: File,
     container: Container,
-    /// Released after the device, as VFIO asks.
+    /// Released after the device, as VFIO requires.
     _group: File,
 }
 
 impl Device {
-    /// Opens the function that `binding` lends.
+    /// Opens the function that `binding` has bound.
     pub fn open(binding: &Binding) -> Result<Self> {
         let container = open("/dev/vfio/vfio")?;
         let version = ioctl(&container, GET_API_VERSION, 0).context("cannot ask VFIO's version")?;
@@ -298,7 +298,7 @@ impl Device {
         name[..binding.address.len()].copy_from_slice(binding.address.as_bytes());
         let fd =
             ioctl_with(&group, GROUP_GET_DEVICE_FD, &mut name).context("cannot open the device")?;
-        // SAFETY: the ioctl returned a new file descriptor that nobody else owns.
+        // SAFETY: the ioctl returned a new file descriptor with no other owner.
         let device = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Self {
             device: device.into(),
@@ -359,14 +359,14 @@ impl Device {
             .context("cannot write the command register")
     }
 
-    /// Lets MSI-X vector 0 signal an eventfd, the only vector enabled.
+    /// Connects MSI-X vector 0, the only one enabled, to an eventfd.
     pub fn msix(&self) -> Result<Interrupt<'_>> {
         // SAFETY: eventfd takes plain numbers and returns a new file descriptor or an error.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if fd < 0 {
             return Err(io::Error::last_os_error()).context("cannot make an eventfd");
         }
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new and has no other owner.
         let event = unsafe { OwnedFd::from_raw_fd(fd) };
         self.set_irqs(IRQ_DATA_EVENTFD, 1, event.as_raw_fd())
             .context("cannot enable MSI-X")?;
@@ -389,14 +389,14 @@ impl Device {
     }
 }
 
-/// MSI-X vector 0, enabled as long as this lives.
+/// MSI-X vector 0, enabled until dropped.
 pub struct Interrupt<'a> {
     device: &'a Device,
     event: File,
 }
 
 impl Interrupt<'_> {
-    /// Whether it came within `limit`.
+    /// Whether the interrupt arrives within `limit`.
     pub fn came_within(&self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         while Instant::now() < end {

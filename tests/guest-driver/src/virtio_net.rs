@@ -1,5 +1,5 @@
-//! A modern virtio-net function over PCI (virtio 1.2 §4.1 and §5.1): one queue pair, no
-//! offloads, the rings driven from here.
+//! A modern virtio-net function over PCI (virtio 1.2 §4.1 and §5.1): one queue pair, no offloads,
+//! driven by this program.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use crate::vfio::{Access, Container, Device, Mapping};
 pub const RECEIVE: u16 = 0;
 /// The transmit queue of the first pair.
 pub const TRANSMIT: u16 = 1;
-/// MSI-X vector number that stands for none.
+/// VIRTIO_MSI_NO_VECTOR (virtio 1.2 §4.1.4.3).
 pub const NO_VECTOR: u16 = 0xffff;
 
-/// Where the pages of the rings are mapped, and nothing else.
+/// IOVA of the rings' pages.
 pub const RING_IOVA: u64 = 0x2000_0000;
 
 const COMMAND_MEMORY_AND_MASTER: u16 = 0x6;
@@ -49,12 +49,12 @@ mod common {
     pub const QUEUE_DEVICE: usize = 48;
 }
 
-/// A structure of the function's and where it lies (virtio 1.2 §4.1.4).
+/// A structure of the function and its location (virtio 1.2 §4.1.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Structure {
     bar: u8,
     offset: usize,
-    /// Of the notification structure: bytes between the doorbells of two offsets.
+    /// In the notification structure: bytes between the doorbells of two consecutive offsets.
     notify_multiplier: usize,
 }
 
@@ -62,7 +62,7 @@ const COMMON_CFG: u8 = 1;
 const NOTIFY_CFG: u8 = 2;
 const DEVICE_CFG: u8 = 4;
 
-/// Finds the first virtio structure of type `kind` by the capability list.
+/// Finds the first virtio structure of type `kind` in the capability list.
 fn find_structure(space: &[u8; 256], kind: u8) -> Result<Structure> {
     const VENDOR_SPECIFIC: u8 = 9;
     const STATUS_HAS_LIST: u8 = 0x10;
@@ -83,7 +83,7 @@ fn find_structure(space: &[u8; 256], kind: u8) -> Result<Structure> {
         "there is no capability list"
     );
     let mut at = usize::from(space[0x34] & 0xfc);
-    // 192 bytes hold 48 capabilities at most; more is a loop.
+    // 192 bytes hold at most 48 capabilities; more form a loop.
     for _ in 0..48 {
         if at == 0 {
             break;
@@ -105,7 +105,7 @@ fn find_structure(space: &[u8; 256], kind: u8) -> Result<Structure> {
     anyhow::bail!("no virtio structure of type {kind} in the capability list")
 }
 
-/// A structure of the function's, reached through its BAR.
+/// A structure of the function, accessed through its BAR.
 struct Window {
     bar: Shared,
     structure: Structure,
@@ -156,7 +156,7 @@ pub struct Function {
 }
 
 impl Function {
-    /// Finds the function's structures and lets it master the bus.
+    /// Finds the function's structures and enables bus mastering.
     pub fn new(device: Device) -> Result<Self> {
         let space = device.config_space()?;
         let id = [space[0], space[1], space[2], space[3]];
@@ -214,8 +214,8 @@ impl Function {
         self.common.set_u32(common::DRIVER_FEATURE, high);
     }
 
-    /// Brings the function to life with fresh rings (virtio 1.2 §3.1.1). With `vector`, used
-    /// receive buffers are signalled there.
+    /// Starts the function with new rings (virtio 1.2 §3.1.1). With `vector`, the device signals
+    /// used receive buffers by it.
     pub fn start(&self, vector: Option<u16>) -> Result<Queues<'_>> {
         self.reset()?;
         let status = |bits| self.common.set_u8(common::DEVICE_STATUS, bits);
@@ -255,7 +255,8 @@ impl Function {
             Shared::anonymous(page)?,
             vector.is_some(),
         );
-        // A hole between any two of the four pages: none is reached through its neighbour.
+        // A hole between any two of the four pages, so that no page is reached through its
+        // neighbour.
         let driver_iova = RING_IOVA + u64::from(index) * 4 * page as u64;
         let device_iova = driver_iova + 2 * page as u64;
         let driver_mapping = container.map(ring.driver_area(), driver_iova, Access::Read)?;
@@ -287,8 +288,8 @@ impl Function {
     }
 }
 
-/// The queues of a function that is alive. The function is reset when they are dropped, before
-/// their memory goes.
+/// The queues of a running function. The function is reset when they are dropped, before their
+/// memory is unmapped.
 pub struct Queues<'a> {
     function: &'a Function,
     /// The receive queue.
@@ -298,12 +299,12 @@ pub struct Queues<'a> {
 }
 
 impl Queues<'_> {
-    /// Tells the function that buffers wait in the receive queue.
+    /// Notifies the function of available buffers in the receive queue.
     pub fn kick_receive(&self) {
         self.kick(&self.receive);
     }
 
-    /// Tells the function that buffers wait in the transmit queue.
+    /// Notifies the function of available buffers in the transmit queue.
     pub fn kick_transmit(&self) {
         self.kick(&self.transmit);
     }
@@ -321,7 +322,7 @@ impl Drop for Queues<'_> {
     }
 }
 
-/// A ring that the function works on.
+/// A ring that the function uses.
 pub struct Queue {
     _driver_mapping: Mapping,
     device_mapping: Option<Mapping>,
@@ -329,17 +330,17 @@ pub struct Queue {
     pub ring: Ring,
     index: u16,
     doorbell: usize,
-    /// Where the used ring is mapped.
+    /// IOVA of the used ring.
     pub device_iova: u64,
 }
 
 impl Queue {
-    /// Takes the used ring away from the device.
+    /// Unmaps the used ring.
     pub fn unmap_used_ring(&mut self) -> Result<()> {
         self.device_mapping.take().map_or(Ok(()), Mapping::unmap)
     }
 
-    /// Gives the used ring back, where it was.
+    /// Maps the used ring again, at its old address.
     pub fn map_used_ring(&mut self, container: &Container) -> Result<()> {
         let area = self.ring.device_area();
         self.device_mapping = Some(container.map(area, self.device_iova, Access::ReadWrite)?);

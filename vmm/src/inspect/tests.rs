@@ -118,9 +118,9 @@ fn devices_that_the_host_lacks_are_not_examined() {
     let mut config = machine_of([&kernel, &disk]);
     config.vsock = Some("cid=3".parse().unwrap());
     let found = findings(&config).unwrap();
-    let said = found
+    let listed = found
         .not_examined
         .iter()
         .any(|line| line.contains("/dev/vhost-vsock"));
-    assert_eq!(said, !Path::new("/dev/vhost-vsock").exists(), "{found:?}");
+    assert_eq!(listed, !Path::new("/dev/vhost-vsock").exists(), "{found:?}");
 }

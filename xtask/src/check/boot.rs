@@ -16,42 +16,42 @@ use crate::native;
 use crate::paths;
 use crate::product::{self, Toolchain};
 
-/// The feature that boot tests need, so that `cargo test` leaves them out.
+/// The feature that boot tests require, so that `cargo test` leaves them out.
 const FEATURE: &str = "boot-tests";
-/// Unit tests that are also run where the boot tests are: of the code that differs between
-/// architectures or talks to KVM.
+/// Packages whose unit tests also run where the boot tests run: their code differs between
+/// architectures or uses KVM.
 const UNIT_TESTS: [&str; 2] = ["arch", "vmm"];
-/// Seconds that one test program may take on a quiet machine.
+/// Time limit of one test program on a quiet machine, in seconds.
 const PROGRAM_LIMIT_S: u32 = 3600;
-/// Sets `slowness`, a whole number from 1 to 6, by the start of the emulated host.
+/// Sets `slowness`, a whole number from 1 to 6, from the start time of the emulated host.
 const SLOWNESS: &str = "slowness=${PORTCULLIS_HOST_START_SECONDS:-0}\n\
                         slowness=$((${slowness%.*} / 6))\n\
                         [ $slowness -ge 1 ] || slowness=1\n\
                         [ $slowness -le 6 ] || slowness=6\n";
-/// Longest silence of a test program on a quiet machine. The boot tests say once a minute that they
-/// go on, so silence means a hung host.
+/// Longest silence of a test program on a quiet machine. The boot tests print a line at least once
+/// a minute, so silence means a hung host.
 const SILENCE: Duration = Duration::from_secs(240);
-/// How often the emulated host is started for one architecture.
+/// Upper bound on the starts of the emulated host for one architecture.
 const LAB_STARTS: u32 = 6;
 
-/// Which boot tests, and how they are shown.
+/// A run of boot tests, and its output.
 #[derive(Clone)]
 pub struct Request {
     /// Architecture of the guests.
     pub arch: Arch,
-    /// Only the tests whose program or own name contains this.
+    /// Run only tests whose program or own name contains this.
     pub only: Option<String>,
-    /// Only these programs, if some are chosen.
+    /// Run only these programs, if some are chosen.
     pub chosen: Option<BTreeSet<String>>,
-    /// Ignored tests too.
+    /// Run ignored tests too.
     pub long: bool,
-    /// Time for all of them.
+    /// Time limit of all tests.
     pub limit: Duration,
-    /// Other tests run at the same time: each line names the architecture.
+    /// Label each line with the architecture, because other tests run at the same time.
     pub labelled: bool,
 }
 
-/// What a run needs: everything is built.
+/// Built programs of a run.
 pub struct Programs {
     tests: Vec<(String, PathBuf)>,
     binary: PathBuf,
@@ -60,7 +60,7 @@ pub struct Programs {
 }
 
 impl Request {
-    /// What is in front of each line of output.
+    /// Label at the start of each line of output.
     fn label(&self) -> String {
         if self.labelled {
             format!("[{}] ", self.arch)
@@ -69,7 +69,7 @@ impl Request {
         }
     }
 
-    /// Builds everything that the tests need.
+    /// Builds all programs of the tests.
     pub fn build(&self) -> Result<Programs> {
         let toolchain = Toolchain::find(self.arch)?;
         let units = self.only.is_none();
@@ -99,7 +99,7 @@ impl Request {
         })
     }
 
-    /// Runs the tests at `place`.
+    /// Runs the tests at `place`, and returns their counts.
     pub fn run(&self, place: Place, programs: Programs) -> Result<Tally> {
         let mut counted = match place {
             Place::Native => self.run_natively(programs)?,
@@ -111,9 +111,9 @@ impl Request {
         Ok(counted)
     }
 
-    /// One start of the emulated host serves all programs. It is not perfectly
-    /// reliable: where it dies or falls silent it is started again for what has not
-    /// ended yet, a bounded number of times, and each is reported.
+    /// One start of the emulated host serves all programs. The host is not perfectly reliable: if
+    /// it ends early or falls silent, it is started again for the programs that have not ended yet,
+    /// a bounded number of times, and each start is reported.
     fn run_in_lab(&self, programs: Programs) -> Result<Tally> {
         let Programs {
             mut tests,
@@ -175,7 +175,7 @@ impl Request {
         Ok(counted)
     }
 
-    /// Runs the programs one after the other; what it prints besides, [`Listener`] understands.
+    /// The shell script that runs the programs in order; [`Listener`] parses its additional lines.
     fn script(&self, programs: &[(String, PathBuf)], filter: &str) -> String {
         let arch = self.arch;
         let mut script = SLOWNESS.to_owned() + "worst=0; : > \"$PORTCULLIS_RETRIES\"\n";
@@ -195,8 +195,8 @@ impl Request {
     }
 }
 
-/// The packages with test programs that need [`FEATURE`], those programs, and the test programs
-/// that need no feature.
+/// Packages with test programs that require [`FEATURE`], those programs, and the test programs that
+/// require no feature.
 struct TestNames {
     packages: Vec<String>,
     boot: Vec<String>,
@@ -230,15 +230,15 @@ impl TestNames {
     }
 }
 
-/// The names of all boot test programs, the unit tests that run beside them included.
+/// Names of all boot test programs, with the unit tests that run beside them.
 pub fn names() -> Result<Vec<String>> {
     let mut names = TestNames::read()?.boot;
     names.extend(UNIT_TESTS.map(|name| format!("unit-{name}")));
     Ok(names)
 }
 
-/// A cargo command that builds or runs tests with the packages and features that all tests of the
-/// architecture are built with: with others the same crates would be compiled once more.
+/// A cargo command that builds or runs tests, always with the packages and features of all tests of
+/// the architecture: other ones would compile the same crates again.
 pub fn cargo_test(toolchain: &Toolchain, arch: Arch) -> Result<Command> {
     let mut cargo = toolchain.cargo("test");
     if arch == Arch::native() {
@@ -255,7 +255,7 @@ pub fn cargo_test(toolchain: &Toolchain, arch: Arch) -> Result<Command> {
     Ok(cargo)
 }
 
-/// A cargo command for all tests of this machine's architecture that need no guest.
+/// A cargo command for the tests of this machine's architecture that need no guest.
 pub fn cargo_unit_tests() -> Result<Command> {
     let arch = Arch::native();
     let mut cargo = cargo_test(&Toolchain::find(arch)?, arch)?;
@@ -265,7 +265,7 @@ pub fn cargo_unit_tests() -> Result<Command> {
     Ok(cargo)
 }
 
-/// Builds the boot tests, and some unit tests if asked. Returns the programs by name, and the
+/// Builds the boot tests and, on request, some unit tests. Returns the programs by name, and the
 /// `portcullis` that they test.
 fn test_programs(
     toolchain: &Toolchain,
@@ -296,7 +296,7 @@ fn test_programs(
             _ => {}
         }
     }
-    // What takes a second shows first whether anything works.
+    // Short programs first show an early failure.
     programs.sort_by_key(|(name, _)| (!name.starts_with("unit-"), name.clone()));
     let binary = binary.context("cargo has built no portcullis beside its tests")?;
     Ok((programs, binary))
@@ -336,8 +336,8 @@ mod tests {
             } else {
                 shell.env("PORTCULLIS_HOST_START_SECONDS", start);
             }
-            let said = crate::packages::output(&mut shell).unwrap();
-            assert_eq!(said.trim(), expected, "after a start of {start:?} s");
+            let printed = crate::packages::output(&mut shell).unwrap();
+            assert_eq!(printed.trim(), expected, "after a start of {start:?} s");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a change concerns: the tests that could fail by it.
+//! Selects the tests that a change could make fail.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,18 +12,18 @@ use crate::product;
 
 /// A package of the workspace.
 pub struct Package {
-    /// Its name.
+    /// Name of the package.
     pub name: String,
     /// Its directory below the workspace, with a slash at the end; empty for the top one.
     pub dir: String,
-    /// The packages of the workspace that it or its tests use.
+    /// Packages of the workspace that it or its tests depend on.
     pub needs: Vec<String>,
 }
 
-/// Tests to run.
+/// Selected tests.
 #[derive(Default, Debug, PartialEq)]
 pub struct Selection {
-    /// Lints, of both architectures: some Rust code has changed.
+    /// Lints, of both architectures: Rust code has changed.
     pub lints: bool,
     /// Packages whose unit tests are run.
     pub units: BTreeSet<String>,
@@ -35,11 +35,11 @@ pub struct Selection {
     pub fuzz: bool,
     /// Boot test programs.
     pub programs: BTreeSet<String>,
-    /// Each changed path, and what it concerns.
+    /// Each changed path with the tests that it selects.
     pub reasons: Vec<String>,
 }
 
-/// Files that concern everything.
+/// Files that select all tests.
 const EVERYTHING: [&str; 5] = [
     "Cargo.toml",
     "Cargo.lock",
@@ -48,8 +48,8 @@ const EVERYTHING: [&str; 5] = [
     "rust-toolchain",
 ];
 
-/// Boot test programs by the beginning of a path, `*` for all; the longest beginning counts.
-/// `unit-…` are unit tests that run where boot tests do.
+/// Boot test programs by the prefix of a path, `*` for all; the longest prefix counts. `unit-…` are
+/// unit tests that run where boot tests do.
 const PROGRAMS: [(&str, &[&str]); 18] = [
     ("iommu/src/", &["viommu", "vhost"]),
     ("devices/src/", &["devices", "viommu", "vhost"]),
@@ -71,7 +71,7 @@ const PROGRAMS: [(&str, &[&str]); 18] = [
     ("xtask/src/kernel", &["boot"]),
 ];
 
-/// Chooses the tests for changes of these paths, which are relative to the workspace.
+/// Selects the tests for changes of these paths, which are relative to the workspace.
 pub fn choose(changed: &[String], packages: &[Package], programs: &[String]) -> Selection {
     let mut all = Selection::default();
     for path in changed {
@@ -87,7 +87,7 @@ pub fn choose(changed: &[String], packages: &[Package], programs: &[String]) -> 
     all
 }
 
-/// The tests that a change of one path concerns.
+/// The tests that a change of one path selects.
 fn concerned(path: &str, packages: &[Package], programs: &[String]) -> Selection {
     if EVERYTHING.iter().any(|prefix| path.starts_with(prefix)) {
         return everything(packages, programs);
@@ -120,13 +120,13 @@ fn concerned(path: &str, packages: &[Package], programs: &[String]) -> Selection
         one.units = owner.map_or_else(BTreeSet::new, |owner| dependents(&owner.name, packages));
     }
     if path.starts_with("resources/") || path == "docs/api.md" {
-        // Tests of the command line and of the API read these.
+        // Tests of the command line and of the API read these files.
         one.units.extend(["portcullis", "api"].map(str::to_owned));
     }
     one
 }
 
-/// Everything there is.
+/// All tests.
 fn everything(packages: &[Package], programs: &[String]) -> Selection {
     Selection {
         lints: true,
@@ -142,13 +142,13 @@ fn everything(packages: &[Package], programs: &[String]) -> Selection {
     }
 }
 
-/// Whether this is the source of the test program `name`.
+/// Whether `path` is the source of the test program `name`.
 fn is_source_of(path: &str, name: &str) -> bool {
     let file = path.rsplit_once("tests/").map(|(_, file)| file);
     file.and_then(|file| file.strip_suffix(".rs")) == Some(name)
 }
 
-/// A package and all that use it, directly or not.
+/// A package and all packages that depend on it, directly or not.
 fn dependents(name: &str, packages: &[Package]) -> BTreeSet<String> {
     let mut users: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for package in packages {
@@ -167,7 +167,7 @@ fn dependents(name: &str, packages: &[Package]) -> BTreeSet<String> {
 }
 
 impl Selection {
-    /// The tests in words.
+    /// Describes the selection for the report.
     pub fn describe(&self) -> String {
         let mut parts = vec!["formatting and documents".to_owned()];
         if self.lints {
@@ -208,7 +208,7 @@ pub fn packages() -> Result<Vec<Package>> {
         found.push(Package {
             name: package["name"].as_str().unwrap_or_default().to_owned(),
             dir: if dir.is_empty() { dir } else { dir + "/" },
-            // Only those of the workspace have a path.
+            // Only packages of the workspace have a path.
             needs: needs
                 .filter(|need| need["path"].is_string())
                 .filter_map(|need| need["name"].as_str().map(str::to_owned))
@@ -218,8 +218,8 @@ pub fn packages() -> Result<Vec<Package>> {
     Ok(found)
 }
 
-/// The paths that differ from where the branch left `main`, in commits, in the working tree and in
-/// files that git does not know yet.
+/// Paths that differ from the branch point of `main`: in commits, in the working tree, and
+/// untracked files.
 pub fn paths() -> Result<Vec<String>> {
     let git = |arguments: &[&str]| {
         let mut git = Command::new("git");
@@ -316,7 +316,7 @@ mod tests {
         let tour = choose(&["CONTRIBUTING.md".to_owned()], &packages(), &programs());
         assert!(tour.units.is_empty() && tour.programs.is_empty() && !tour.lints);
         assert_eq!(tour.reasons, ["CONTRIBUTING.md: formatting and documents"]);
-        // The API's document is read by tests.
+        // Tests read the API's document.
         assert_eq!(names(&chosen("docs/api.md").units), ["api", "portcullis"]);
     }
 

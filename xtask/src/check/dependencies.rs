@@ -1,5 +1,5 @@
-//! Licences and duplicates of the dependencies, against the lists in `deny.toml`; everything else
-//! that is in there where `cargo deny` is installed.
+//! Checks licences and duplicates of the dependencies against the lists in `deny.toml`, and its
+//! other rules where `cargo deny` is installed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -58,9 +58,9 @@ fn packages() -> Result<Vec<Package>> {
 
 /// The lists of `deny.toml`.
 struct Lists {
-    /// Licences that are allowed.
+    /// Permitted licences.
     allow: Vec<String>,
-    /// `name@version` of duplicates that are known.
+    /// `name@version` of known duplicates.
     skip: Vec<String>,
 }
 
@@ -73,7 +73,7 @@ fn lists() -> Result<Lists> {
     })
 }
 
-/// The strings of a list that has a line for each.
+/// The strings of a list with one line for each.
 fn list(text: &str, name: &str) -> Vec<String> {
     let start = format!("{name} = [");
     text.lines()
@@ -85,7 +85,7 @@ fn list(text: &str, name: &str) -> Vec<String> {
 }
 
 impl Lists {
-    /// Prints what is not allowed, and what is listed for nothing.
+    /// Prints packages that the lists do not permit, and list entries without a package.
     fn agree(&self, packages: &[Package]) -> Result<bool> {
         anyhow::ensure!(!packages.is_empty(), "cargo names no package");
         let mut agree = true;
@@ -123,7 +123,7 @@ impl Lists {
         Ok(agree)
     }
 
-    /// True if an SPDX expression can be met with the licences of the list. `/` is an old `OR`.
+    /// True if the permitted licences satisfy an SPDX expression. `/` is an old `OR`.
     fn allows(&self, license: &str) -> bool {
         let spaced = license
             .replace('/', " OR ")
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_of_licences_needs_one_and_a_combination_all() {
+    fn an_or_of_licences_needs_one_and_an_and_needs_all() {
         for license in [
             "MIT",
             "GPL-2.0 OR MIT",

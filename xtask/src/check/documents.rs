@@ -1,7 +1,7 @@
-//! Documents that list what the code has: threads, locks, files with `unsafe` code.
+//! Checks documents that list parts of the code: threads, locks, files with `unsafe` code.
 //!
-//! Each list is a table under a heading of its own, with names in backticks in the first cell of
-//! each row. A name that is in one of code and table only is an error.
+//! Each list is a table under its own heading, with names in backticks in the first cell of each
+//! row. A name in only one of code and table is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,7 +12,8 @@ use super::sources::{CRATES, Source};
 use super::tally::{Tally, title};
 use crate::paths;
 
-/// The lists: what they name, the document, its heading, and what the code has.
+/// The lists: their objects, the document, its heading, and the function that finds them in the
+/// code.
 const LISTS: [(&str, &str, &str, Found); 3] = [
     ("threads", "docs/architecture.md", "Threads", threads),
     ("locks", "docs/architecture.md", "Locks", locks),
@@ -24,10 +25,10 @@ const LISTS: [(&str, &str, &str, Found); 3] = [
     ),
 ];
 
-/// The document and the heading below which backticks have names of functions.
+/// The document and the heading below which backticks contain names of functions.
 const FLOWS: (&str, &str) = ("docs/architecture.md", "Four flows");
 
-/// Names in a file of the product, each with where it is.
+/// Finds names in a file of the product, each with its position.
 type Found = fn(&str, &str) -> Vec<(String, String)>;
 
 /// Compares each list with the code.
@@ -65,7 +66,7 @@ fn check_flows() -> Result<bool> {
     Ok(missing.is_empty())
 }
 
-/// Names like `module::function` in backticks.
+/// Returns names like `module::function` in backticks.
 fn functions<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let quoted = lines.flat_map(|line| line.split('`').skip(1).step_by(2));
     quoted.filter(|name| name.contains("::")).collect()
@@ -126,7 +127,8 @@ fn table(document: &str, heading: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Names of threads: `vcpu*` for `format!("vcpu{index}")`; a thread without a name is `(no name)`.
+/// Returns names of threads: `vcpu*` for `format!("vcpu{index}")`; a thread without a name is `(no
+/// name)`.
 fn threads(path: &str, text: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let starts = ["Builder::new()", "thread::spawn("];
@@ -136,7 +138,7 @@ fn threads(path: &str, text: &str) -> Vec<(String, String)> {
             continue;
         }
         let rest = &text[at + start.len()..];
-        // The name comes with the builder, not with a later one.
+        // A later builder has its own name.
         let end = rest.find("spawn(").unwrap_or(rest.len());
         let named = rest[..end].split_once(".name(").and_then(|(_, argument)| {
             let literal = argument.split('"').nth(1)?;
@@ -154,8 +156,8 @@ fn threads(path: &str, text: &str) -> Vec<(String, String)> {
     found
 }
 
-/// Locks as `module::Owner::field`, with the last module's name: the fields whose type has a `Mutex`
-/// or `RwLock` in it.
+/// Returns locks as `module::Owner::field`, with the last module's name: the fields whose type
+/// contains a `Mutex` or `RwLock`.
 fn locks(path: &str, text: &str) -> Vec<(String, String)> {
     let base = path.trim_end_matches(".rs").trim_end_matches("/mod");
     let module = base.rsplit('/').next().unwrap_or(base);
@@ -169,7 +171,7 @@ fn locks(path: &str, text: &str) -> Vec<(String, String)> {
         {
             let end = rest.find(|c: char| !c.is_ascii_alphanumeric());
             let name = &rest[..end.unwrap_or(rest.len())];
-            // `RankedMutex` itself is no lock until it is a field.
+            // `RankedMutex` itself is a lock only as a field.
             if is_lock && rest.contains('(') && !name.ends_with("Mutex") {
                 find(name.to_owned());
             }
@@ -189,7 +191,7 @@ fn locks(path: &str, text: &str) -> Vec<(String, String)> {
     found
 }
 
-/// Files that have `unsafe` code, or lift the lint that denies it.
+/// Returns files with `unsafe` code, or that lift the lint that denies it.
 fn unsafe_code(path: &str, text: &str) -> Vec<(String, String)> {
     let marks = [
         "unsafe {",

@@ -1,4 +1,4 @@
-//! What needs no guest: formatting, lints, unit tests, clients of the API.
+//! Checks that need no guest: formatting, lints, unit tests, clients of the API.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -15,20 +15,20 @@ use crate::native;
 use crate::paths;
 use crate::product::{self, Profile, Toolchain};
 
-/// All features, for the lints.
+/// All features, which the lints enable.
 const LINTED: &str = "boot-tests,bench";
 
-/// How much of the machine the compiler may use.
+/// Priority of the compiler.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Priority {
-    /// As much as anything else.
+    /// The default priority.
     Normal,
-    /// What the labs leave: the whole takes as long as the longer lab does.
+    /// Only the processor time that the labs leave: the whole takes as long as the longer lab.
     BehindLabs,
 }
 
 impl Priority {
-    /// The command, at this priority.
+    /// Returns the command with this priority.
     fn of(self, command: Command) -> Command {
         match self.wrapper() {
             [] => command,
@@ -36,7 +36,7 @@ impl Priority {
         }
     }
 
-    /// What starts a command at this priority.
+    /// Program and arguments that set the priority of a command.
     fn wrapper(self) -> &'static [&'static str] {
         match self {
             Priority::Normal => &[],
@@ -74,7 +74,7 @@ pub fn lints(arch: Arch, priority: Priority, tally: &mut Tally) {
 }
 
 /// Builds and runs the unit tests of these packages, or of all. Returns the `portcullis` that was
-/// built for them.
+/// built with them.
 pub fn unit_tests(
     of: Option<&BTreeSet<String>>,
     priority: Priority,
@@ -84,7 +84,7 @@ pub fn unit_tests(
     title(WHAT);
     let mut binary = None;
     let mut run = || -> Result<Tally> {
-        // The tests themselves wait for things with a time limit: the priority is the compiler's.
+        // The tests have time limits: only the compiler has the low priority.
         let built = product::built(priority.of(unit_test_command(of)?).arg("--no-run"))?;
         binary = built
             .into_iter()
@@ -114,7 +114,7 @@ fn unit_test_command(of: Option<&BTreeSet<String>>) -> Result<Command> {
     Ok(cargo)
 }
 
-/// Every interleaving of what two threads do with an IOMMU's gate.
+/// Runs every interleaving of two threads at an IOMMU's gate.
 pub fn loom_tests(priority: Priority, tally: &mut Tally) {
     const WHAT: &str = "every interleaving of a device's access and an invalidation (loom)";
     title(WHAT);
@@ -133,7 +133,7 @@ pub fn loom_tests(priority: Priority, tally: &mut Tally) {
     }
 }
 
-/// Runs every fuzz target on its saved inputs: no search.
+/// Runs every fuzz target on its saved inputs, without a search.
 pub fn fuzz_seeds(priority: Priority, tally: &mut Tally) {
     const WHAT: &str = "fuzz targets on their saved inputs";
     title(WHAT);
@@ -152,8 +152,8 @@ pub fn fuzz_seeds(priority: Priority, tally: &mut Tally) {
     }
 }
 
-/// Requests to `binary` by a client that others wrote. Without its packages they are left out, and the end of
-/// the report repeats that.
+/// Sends requests to `binary` by a third-party client. Without its packages they are left out, and
+/// the end of the report repeats that.
 pub fn client_tests(binary: Option<PathBuf>, tally: &mut Tally) {
     const WHAT: &str = "requests generated from the API's document";
     title(WHAT);
@@ -168,7 +168,7 @@ pub fn client_tests(binary: Option<PathBuf>, tally: &mut Tally) {
     }
 }
 
-/// Runs a command that runs tests, and counts them; an error if it fails and no test did.
+/// Runs a command that runs tests, and returns their counts; an error if it fails and no test did.
 fn counted(command: &mut Command) -> Result<Tally> {
     let mut listener = Listener::default();
     let worked = native::listen(command, "", &mut |line| listener.line(line))?;

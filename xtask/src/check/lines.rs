@@ -1,5 +1,5 @@
-//! Lines of code, apart from blank lines, comments and tests: per crate, and the files that are too
-//! long to be read at once.
+//! Lines of code, without blank lines, comments and tests: per crate, and the files that are too
+//! long.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,11 +11,11 @@ use super::sources::{CRATES, Source};
 use super::tally::{Tally, title};
 use crate::paths;
 
-/// Most lines of code in a file.
+/// Upper bound on the lines of code in a file.
 const MOST: usize = 450;
-/// A file above this is named in the table.
+/// Lower bound, exclusive, for files that the table names.
 const LONG: usize = 400;
-/// Files that may be longer, each with the reason.
+/// Files that may exceed the upper bound, each with the reason.
 const LONGER: [(&str, &str); 1] = [("vmm/src/controller.rs", TO_BE_SPLIT)];
 const TO_BE_SPLIT: &str = "to be split";
 
@@ -69,13 +69,13 @@ pub fn run(args: &LinesArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a crate has.
+/// Counts of a crate.
 struct Counted {
     name: &'static str,
     product: bool,
     /// Paths below the top directory, with their lines of code.
     files: Vec<(String, usize)>,
-    /// `unsafe` blocks.
+    /// Number of `unsafe` blocks.
     blocks: usize,
 }
 
@@ -102,7 +102,7 @@ fn count(top: &Path) -> Result<Vec<Counted>> {
     counted.collect()
 }
 
-/// Prints the files that are too long, and the exceptions that are none.
+/// Prints the files that are too long, and the exceptions that are not needed.
 fn compare<'a>(files: impl Iterator<Item = &'a (String, usize)>, longer: &[(&str, &str)]) -> bool {
     let mut agree = true;
     let mut needless: Vec<&str> = longer.iter().map(|(path, _)| *path).collect();

@@ -1,7 +1,7 @@
 //! All tests: formatting, lints, unit tests, and boot tests on both architectures.
 //!
-//! The labs of both architectures and what needs no guest run side by side. The boot tests are
-//! built first: the whole takes as long as building them and the longer lab.
+//! The labs of both architectures and the tests without a guest run side by side. The boot tests
+//! are built first: the whole takes as long as building them and the longer lab.
 
 mod boot;
 mod changed;
@@ -60,7 +60,7 @@ pub struct TestArgs {
 }
 
 impl TestArgs {
-    /// The boot tests that are asked for, the architecture with the most of them first.
+    /// The requested boot tests, the architecture with the most of them first.
     fn boot_tests(&self, selection: Option<&Selection>) -> Vec<Request> {
         let none = self.quick || selection.is_some_and(|chosen| chosen.programs.is_empty());
         let archs = match self.arch {
@@ -81,7 +81,7 @@ impl TestArgs {
     }
 }
 
-/// Runs the tests and says how many passed.
+/// Runs the tests and prints their counts.
 pub fn run(args: &TestArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let mut tally = Tally::default();
@@ -100,7 +100,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
             host::formatting(&mut tally);
             source(&mut tally);
         }
-        // Images are prepared while the programs are built, where they are not in the cache.
+        // Prepares images that are not in the cache, while the programs are built.
         let labs: Vec<_> = requests
             .iter()
             .map(|request| BootTests::start(scope, request, args.place))
@@ -126,7 +126,7 @@ pub fn lines(args: &LinesArgs) -> Result<ExitCode> {
     lines::run(args)
 }
 
-/// Checks that read the source and the list of dependencies only.
+/// Checks that only read the source and the list of dependencies.
 fn source(tally: &mut Tally) {
     documents::check(tally);
     modules::check(tally);
@@ -134,7 +134,7 @@ fn source(tally: &mut Tally) {
     dependencies::check(tally);
 }
 
-/// Chooses what the changes concern, and says what and why.
+/// Selects the tests of the changes, and prints the selection with its reasons.
 fn selection() -> Result<Selection> {
     let selection = changed::choose(&changed::paths()?, &changed::packages()?, &boot::names()?);
     title("changes, and what they concern");
@@ -145,7 +145,7 @@ fn selection() -> Result<Selection> {
     Ok(selection)
 }
 
-/// Runs what needs no guest, or the selected part of it.
+/// Runs the tests that need no guest, or the selected ones.
 fn without_guests(
     args: &TestArgs,
     selection: Option<&Selection>,
@@ -166,7 +166,7 @@ fn without_guests(
     if chosen(|selection| selection.loom) {
         host::loom_tests(priority, tally);
     }
-    // They are compiled with flags of their own, which takes a while.
+    // They are compiled with other flags, which takes a while.
     if !args.quick && chosen(|selection| selection.fuzz) {
         host::fuzz_seeds(priority, tally);
     }
@@ -199,14 +199,14 @@ fn report(tally: &Tally, started: Instant) -> ExitCode {
     }
 }
 
-/// The boot tests of one architecture, on a thread that waits for their programs.
+/// Boot tests of one architecture, on a thread that waits for their programs.
 struct BootTests<'a, 'scope> {
     request: &'a Request,
     programs: mpsc::Sender<Programs>,
     thread: ScopedJoinHandle<'scope, Result<Tally>>,
 }
 
-/// Boot tests whose programs are built, or cannot be.
+/// Boot tests whose programs are built or failed to build.
 struct Started<'a, 'scope> {
     request: &'a Request,
     built: Result<()>,
@@ -228,14 +228,14 @@ impl<'a, 'scope> BootTests<'a, 'scope> {
         }
     }
 
-    /// Builds the programs, with which the tests begin.
+    /// Builds the programs and sends them to the thread.
     fn build(self) -> Started<'a, 'scope> {
         title(&format!(
             "building the boot tests for {}",
             self.request.arch
         ));
         let built = self.request.build().map(|programs| {
-            // An error means that the receiving thread has ended early: it says why.
+            // An error means that the receiving thread has ended early; it reports the reason.
             let _ = self.programs.send(programs);
         });
         Started {
@@ -247,7 +247,7 @@ impl<'a, 'scope> BootTests<'a, 'scope> {
 }
 
 impl Started<'_, '_> {
-    /// Waits for the tests and adds their counts.
+    /// Waits for the tests and adds their counts to `tally`.
     fn finish(self, tally: &mut Tally) {
         let what = format!("boot tests on {}", self.request.arch);
         let ended = self.thread.join();

@@ -1,11 +1,11 @@
-//! The modules of each crate: none imports one that imports it.
+//! Checks the modules of each crate for cycles: no module imports one that imports it.
 //!
-//! A module is a file. It uses another where its code, tests apart, has a path that leads to an item
-//! of the other: `crate::…`, `super::…`, `self::…`, the name of a child, or a name that `use` has
-//! brought in. Imports and re-exports are followed to the file that defines the item. So a parent
-//! that declares children and re-exports their items does not use them; it does when its own code
-//! names one. A child that uses an item of its parent, while the parent uses the child, is a cycle.
-//! Calls of methods and names inside macros of other crates are not seen.
+//! A module is a file. It uses another module if its code, without tests, has a path to an item of
+//! the other: `crate::…`, `super::…`, `self::…`, the name of a child, or a name that `use` imports.
+//! Imports and re-exports are followed to the file that defines the item. So a parent that declares
+//! children and re-exports their items does not use them; it does when its own code names one. A
+//! child that uses an item of its parent, while the parent uses the child, is a cycle. Calls of
+//! methods and names inside macros of other crates are not detected.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -17,8 +17,8 @@ use super::tally::{Tally, title};
 use super::tokens::{is_name, tokens};
 use crate::paths;
 
-/// Cycles that are to be ended: the crate and the modules, sorted, separated by spaces. One that is
-/// new fails the check, and one that has gone and is still listed does too. The aim is an empty list.
+/// Known cycles: the crate and the modules, sorted, separated by spaces. A new cycle fails the
+/// check, and so does a listed one that no longer exists. The aim is an empty list.
 const KNOWN: [(&str, &str); 0] = [];
 
 /// Checks every crate.
@@ -35,9 +35,9 @@ pub fn check(tally: &mut Tally) {
 pub struct Cycle {
     /// The crate.
     pub name: &'static str,
-    /// All modules that each use each other, directly or through others; sorted, separated by spaces.
+    /// All modules that use each other, directly or through others; sorted, separated by spaces.
     pub modules: String,
-    /// A shortest way around, with the name that each module takes from the next one.
+    /// A shortest cycle, with the name that each module uses of the next one.
     pub way: String,
 }
 
@@ -57,7 +57,7 @@ pub fn cycles(top: &Path) -> Result<Vec<Cycle>> {
     Ok(found)
 }
 
-/// Prints what differs.
+/// Prints the differences.
 fn compare(found: &[Cycle], known: &[(&str, &str)]) -> bool {
     let mut agree = true;
     for cycle in found {
@@ -81,21 +81,21 @@ fn compare(found: &[Cycle], known: &[(&str, &str)]) -> bool {
     agree
 }
 
-/// What one file declares, imports and names.
+/// Declarations, imports and names of one file.
 #[derive(Default)]
 struct Module {
-    /// Names that `use` and `mod` bring in, with absolute paths below the crate. A name has several
-    /// where it depends on the target.
+    /// Names that `use` and `mod` declare, with absolute paths below the crate. A name has several
+    /// if it depends on the target.
     imports: BTreeMap<String, Vec<Vec<String>>>,
-    /// Modules of which everything is imported.
+    /// Modules with a glob import.
     globs: Vec<Vec<String>>,
-    /// Names of the items that are defined here.
+    /// Names of the items that the file defines.
     items: BTreeSet<String>,
     /// Paths in the code outside of `use`.
     paths: BTreeSet<Vec<String>>,
 }
 
-/// Modules by path, and what each uses: the other module, and the path that leads there.
+/// Modules by path, and their uses: the other module, and the path to it.
 struct Graph {
     uses: BTreeMap<String, BTreeMap<String, String>>,
 }
@@ -126,7 +126,7 @@ impl Graph {
         Self { uses }
     }
 
-    /// All modules that can be reached from one, with the module from which each is reached first.
+    /// All modules reachable from one, each with the module from which it is reached first.
     fn reached(&self, from: &str) -> BTreeMap<&str, &str> {
         let mut found = BTreeMap::new();
         let mut next = VecDeque::from([from]);
@@ -245,7 +245,7 @@ impl Module {
         module
     }
 
-    /// Reads one tree of a `use`, which begins at `at`; leaves `at` behind it.
+    /// Reads one tree of a `use`, which begins at `at`; leaves `at` after it.
     fn read_use(
         &mut self,
         tokens: &[String],
@@ -293,7 +293,7 @@ impl Module {
         let Some(name) = alias.or_else(|| named.last().cloned()) else {
             return;
         };
-        // Children come from the `mod` lines.
+        // `mod` lines declare the children.
         let Some(absolute) = scope.absolute(&named).or_else(|| self.through(&named)) else {
             return;
         };
@@ -317,22 +317,22 @@ impl Module {
             let mut path = scope.here();
             path.push(file.to_owned());
             let paths = self.imports.entry(name.clone()).or_default();
-            // A file of another crate's directory belongs to no module.
+            // A file in another crate's directory belongs to no module.
             if scope.modules.contains(&path.join("::")) {
                 paths.push(path);
             }
         }
     }
 
-    /// The absolute path of one that begins with an imported name.
+    /// The absolute path of a path that begins with an imported name.
     fn through(&self, named: &[String]) -> Option<Vec<String>> {
         let (first, rest) = named.split_first()?;
         let start = self.imports.get(first)?.first()?;
         Some(start.iter().chain(rest).cloned().collect())
     }
 
-    /// Absolute paths of what the module uses: its imports, except those that it only re-exports,
-    /// and the paths in its code.
+    /// Absolute paths that the module uses: its imports, except those that it only re-exports, and
+    /// the paths in its code.
     fn all_paths(&self, here: &str) -> BTreeSet<Vec<String>> {
         let mut found: BTreeSet<Vec<String>> = self.globs.iter().cloned().collect();
         let named = |name: &String| self.paths.iter().any(|path| path.first() == Some(name));
@@ -360,7 +360,7 @@ impl Module {
     }
 }
 
-/// The module that is read, and all of its crate.
+/// The module being read, and all modules of its crate.
 struct Scope<'a> {
     path: &'a str,
     modules: &'a BTreeSet<String>,
@@ -371,7 +371,7 @@ impl Scope<'_> {
         segments(self.path)
     }
 
-    /// The path below the crate; `None` for one of another crate or of an imported name.
+    /// The path below the crate; `None` for another crate's path or an imported name's.
     fn absolute(&self, named: &[String]) -> Option<Vec<String>> {
         if let found @ Some(_) = absolute(named, self.path) {
             return found;
@@ -411,8 +411,8 @@ fn segments(module: &str) -> Vec<String> {
     parts.map(str::to_owned).collect()
 }
 
-/// The modules that define what an absolute path leads to. `seen` has the paths that led to this one:
-/// imports may go in a circle.
+/// The modules that define the item at an absolute path. `seen` contains the paths on the way to
+/// this one: imports may form a circle.
 fn owners(
     modules: &BTreeMap<String, Module>,
     path: &[String],

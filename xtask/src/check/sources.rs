@@ -1,4 +1,4 @@
-//! The code of the crates, without comments and without what only tests have.
+//! The code of the crates, without comments and tests.
 
 use std::fs;
 use std::path::Path;
@@ -7,15 +7,15 @@ use anyhow::{Context, Result};
 
 /// A crate of the workspace.
 pub struct Crate {
-    /// Its name.
+    /// Name of the crate.
     pub name: &'static str,
     /// Directory of its sources, below the workspace.
     pub dir: &'static str,
-    /// It is linked into `portcullis`.
+    /// Whether it is linked into `portcullis`.
     pub product: bool,
 }
 
-/// All crates; the tests of the top directory and the fuzz targets are none.
+/// All crates, except the tests of the top directory and the fuzz targets.
 pub const CRATES: [Crate; 8] = [
     of_product("portcullis", "src"),
     of_product("iommu", "iommu/src"),
@@ -47,12 +47,12 @@ const fn of_product(name: &'static str, dir: &'static str) -> Crate {
 pub struct Source {
     /// Its path below the workspace.
     pub path: String,
-    /// Its text; after [`without_tests`] only the code outside of tests.
+    /// Its text; after [`without_tests`] only the code outside tests.
     pub text: String,
 }
 
 impl Source {
-    /// The path of its module below the crate, which `dir` has: `pci::msi`; empty for the root.
+    /// The path of its module below the crate's directory `dir`: `pci::msi`; empty for the root.
     pub fn module(&self, dir: &str) -> String {
         let path = self.path.strip_prefix(dir).unwrap_or(&self.path);
         stem(path).trim_start_matches('/').replace('/', "::")
@@ -91,7 +91,7 @@ fn read_sources(top: &Path, dir: &str, sources: &mut Vec<Source>) -> Result<()> 
     Ok(())
 }
 
-/// The path without what does not name a module.
+/// The path without the parts that do not name a module.
 fn stem(path: &str) -> &str {
     ["/mod.rs", "/lib.rs", "/main.rs", ".rs"]
         .iter()
@@ -99,7 +99,7 @@ fn stem(path: &str) -> &str {
         .unwrap_or(path)
 }
 
-/// The sources without the modules and items that only tests have, and without comments.
+/// Removes modules and items that only tests use, and comments.
 pub fn without_tests(sources: Vec<Source>) -> Vec<Source> {
     let mut tests = Vec::new();
     let mut product = Vec::new();
@@ -132,11 +132,11 @@ pub fn without_tests(sources: Vec<Source>) -> Vec<Source> {
 
 /// Skips the item that follows an attribute. Returns its name if it is a module.
 fn skip_item<'a>(lines: &mut std::str::Lines<'a>, indent: &str) -> Option<&'a str> {
-    // Other attributes and comments may be between.
+    // Other attributes and comments may follow the first one.
     let attribute = |line: &str| line.contains("#[") || line.trim_start().starts_with("//");
     let first = lines.find(|line| !attribute(line))?;
     let mut item = first;
-    // A head may have several lines.
+    // The head of an item may have several lines.
     let deeper = format!("{indent}    ");
     while !item.ends_with(';') && (!item.ends_with(['{', '}', ',']) || item.starts_with(&deeper)) {
         item = lines.next()?;

@@ -1,10 +1,10 @@
-//! What tests came to: counts, failures, and what was left out.
+//! Results of tests: counts, failures and omissions.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Error, Result};
 
-/// How many of the tests that took longest are reported.
+/// Number of the longest tests in the report.
 const LONGEST: usize = 12;
 
 /// Prints the title of a part of the report.
@@ -12,25 +12,25 @@ pub fn title(text: &str) {
     println!("\n== {text}");
 }
 
-/// What has been counted so far.
+/// Counts of the tests and checks so far.
 #[derive(Default, Debug, PartialEq)]
 pub struct Tally {
     /// Tests and checks that passed.
     pub passed: u32,
     /// Tests and checks that failed.
     pub failed: u32,
-    /// Boots, and starts of the emulated host, that were tried again.
+    /// Repeated boots, and repeated starts of the emulated host.
     pub retries: u32,
-    /// Names of what failed.
+    /// Names of the failed tests and checks.
     pub failures: Vec<String>,
-    /// What was not done, and why.
+    /// Omitted checks, with the reasons.
     pub left_out: Vec<String>,
-    /// Names of the tests that were heard of one by one, and what they took.
+    /// Names and durations of the tests that were reported one by one.
     pub durations: Vec<(Duration, String)>,
 }
 
 impl Tally {
-    /// Adds the counts of another part.
+    /// Adds the counts of another tally.
     pub fn add(&mut self, other: Tally) {
         self.passed += other.passed;
         self.failed += other.failed;
@@ -40,7 +40,7 @@ impl Tally {
         self.durations.extend(other.durations);
     }
 
-    /// The tests that took longest, the longest first.
+    /// The longest tests, in descending order.
     pub fn longest(&self) -> Vec<&(Duration, String)> {
         let mut durations: Vec<_> = self.durations.iter().collect();
         durations.sort_by(|one, other| other.cmp(one));
@@ -54,13 +54,13 @@ impl Tally {
         self.failures.push(what);
     }
 
-    /// Counts an error as the failure of `what`, and prints it.
+    /// Counts and prints an error as the failure of `what`.
     pub fn fail_by(&mut self, what: &str, error: &Error) {
         eprintln!("xtask: {what}: {error:#}");
         self.fail(what.to_owned());
     }
 
-    /// Records what cannot be done here.
+    /// Records a check that this machine cannot run.
     pub fn leave_out(&mut self, what: String) {
         println!("left out: {what}");
         self.left_out.push(what);
@@ -76,29 +76,29 @@ impl Tally {
     }
 }
 
-/// Counts what test programs say about themselves.
+/// Counts the results in the output of test programs.
 #[derive(Default)]
 pub struct Listener {
     tally: Tally,
     program: String,
     failures_before: u32,
-    /// The test that runs, and since when.
+    /// The running test, and its start.
     running: Option<(Instant, String)>,
-    /// Programs that have ended.
+    /// Number of programs that have ended.
     pub ended: usize,
 }
 
 impl Listener {
     /// Receives a line of a program's output.
     pub fn line(&mut self, line: &str) {
-        self.note_duration(line);
+        self.record_duration(line);
         if let Some(counts) = line.strip_prefix("test result: ") {
             self.tally.passed += count_of(counts, "passed");
             self.tally.failed += count_of(counts, "failed");
         } else if let Some(rest) = line.strip_prefix("---- ")
             && let Some(name) = rest.strip_suffix(" stdout ----")
         {
-            // The line of the result itself may be in pieces: tests say what they do.
+            // Tests print between the pieces of the result's line.
             self.tally.failures.push(format!("{name} {}", self.program));
         } else if let Some(rest) = line.strip_prefix("== ") {
             if let Some(status) = rest.strip_prefix("status ") {
@@ -116,9 +116,9 @@ impl Listener {
         }
     }
 
-    /// A test's name is printed when the test begins; the end of its line, when it ends, may be
-    /// a line of its own.
-    fn note_duration(&mut self, line: &str) {
+    /// Records a test's duration. The name is printed when the test begins; the end of the line,
+    /// when it ends, may be on its own line.
+    fn record_duration(&mut self, line: &str) {
         let begins = line.starts_with("test ") && line.contains(" ...");
         if !begins && !line.starts_with("test result: ") {
             return;
@@ -131,7 +131,7 @@ impl Listener {
         }
     }
 
-    /// The counts of all lines.
+    /// Returns the counts of all lines.
     pub fn finish(self) -> Tally {
         self.tally
     }
@@ -151,7 +151,7 @@ fn count_of(text: &str, word: &str) -> u32 {
 mod tests {
     use super::*;
 
-    fn heard(lines: &str) -> Tally {
+    fn tally_of(lines: &str) -> Tally {
         let mut listener = Listener::default();
         lines.lines().for_each(|line| listener.line(line));
         listener.finish()
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn results_of_several_programs_add_up() {
-        let tally = heard(
+        let tally = tally_of(
             "== boot on x86_64\ntest power_off ... ok\ntest reset ... \n--- a part\nFAILED\n\
              ---- reset stdout ----\n\
              test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured\n== status 101\n\
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn each_test_has_a_duration() {
-        let tally = heard(
+        let tally = tally_of(
             "== boot on x86_64\ntest power_off ... ok\ntest reset ... \n--- a part\nok\n\
              test result: ok. 2 passed; 0 failed\n== status 0",
         );
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_program_that_dies_without_a_result_counts_as_a_failure() {
-        let tally = heard("== boot on x86_64\ntest power_off ...\n== status 137");
+        let tally = tally_of("== boot on x86_64\ntest power_off ...\n== status 137");
         assert_eq!((tally.passed, tally.failed), (0, 1));
     }
 

@@ -1,11 +1,12 @@
-//! Rust's tokens, as far as names and paths need them.
+//! Rust's tokens, as needed for names and paths.
 
-/// A name or a keyword.
+/// Whether a token is a name or a keyword.
 pub fn is_name(token: &str) -> bool {
     token.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
 }
 
-/// Names, `::`, literals of strings with their quotes, and single characters.
+/// Splits code into names, `::`, string literals with their quotes, and single
+/// characters.
 pub fn tokens(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut rest = text;
@@ -51,7 +52,7 @@ fn string_length(text: &str) -> usize {
     text.len()
 }
 
-/// Of a raw string, behind its `r`.
+/// Length of a raw string's rest after its `r`.
 fn raw_string_length(text: &str) -> Option<usize> {
     let hashes = text.find(|c| c != '#')?;
     let inner = text[hashes..].strip_prefix('"')?;
@@ -59,7 +60,7 @@ fn raw_string_length(text: &str) -> Option<usize> {
     Some(hashes + 1 + inner.find(&end)? + end.len())
 }
 
-/// Of a character's literal; a lifetime's quote alone.
+/// Length of a character literal; 1 for a lifetime's quote.
 fn quoted_length(text: &str) -> usize {
     let mut chars = text.char_indices().skip(1);
     match (chars.next(), chars.next()) {

@@ -1,15 +1,15 @@
-//! What the lab is asked to do.
+//! A job of the lab.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::arch::Arch;
 
-/// Something to run in the lab.
+/// A command to run in the lab.
 pub struct Job {
     /// Architecture of the emulated host.
     pub arch: Arch,
-    /// Its processors.
+    /// Number of its processors.
     pub cpus: u8,
     /// Its memory in MiB.
     pub memory_mib: u32,
@@ -17,29 +17,29 @@ pub struct Job {
     pub timeout: Duration,
     /// Longest silence of the command, after which the host counts as hung.
     pub silence: Option<Duration>,
-    /// Both are those of a quiet machine: a host that starts slower has more.
+    /// `timeout` and `silence` are those of a quiet machine: a host that starts slower has more.
     pub scaled: bool,
-    /// Programs put into /portcullis/bin, which is in PATH, by the name they get there.
+    /// Programs for /portcullis/bin, which is in PATH, each with its name there.
     pub programs: Vec<(String, PathBuf)>,
     /// An initramfs segment appended to those of the guests.
     pub guest_tools: Option<PathBuf>,
-    /// Directory copied to /share and, as far as the command changed it, back.
+    /// Directory copied to /share; the command's changes in it are copied back.
     pub share: Option<PathBuf>,
     /// Command and arguments; a shell when empty.
     pub command: Vec<String>,
     /// Connect the command with the terminal.
     pub interactive: bool,
-    /// In front of each line of output, so that those of two labs can be told apart.
+    /// Label at the start of each line of output, which distinguishes two labs.
     pub label: String,
 }
 
 impl Job {
-    /// A job with the defaults that the architecture is reliable with.
+    /// Creates a job with defaults with which the architecture is reliable.
     pub fn new(arch: Arch) -> Job {
         Job {
             arch,
             cpus: match arch {
-                // More than one and the emulated host itself crashes now and then.
+                // With more than one processor the emulated host itself crashes now and then.
                 Arch::X86_64 => 1,
                 Arch::Aarch64 => 2,
             },
@@ -56,7 +56,7 @@ impl Job {
         }
     }
 
-    /// Prints a line about the lab itself.
+    /// Prints a line of the lab itself.
     pub fn say(&self, text: &str) {
         eprintln!("{}lab: {text}", self.label);
     }

@@ -1,7 +1,7 @@
-//! The lab: an emulated host that has KVM, vhost and tap, for machines that have not.
+//! The lab: an emulated host with KVM, vhost and tap, for machines without them.
 //!
-//! QEMU emulates a whole machine with virtualization extensions, a kernel of the distribution
-//! runs on it, and the job runs there. `docs/lab.md` says how far it can be trusted.
+//! QEMU emulates a whole machine with virtualization extensions. A kernel of the distribution runs
+//! on it, and the job runs there. `docs/lab.md` describes its reliability.
 
 mod job;
 mod qemu;
@@ -62,10 +62,11 @@ const PROGRAMS: [&str; 17] = [
     "sbin/debugfs",
 ];
 
-/// Exit status of a job that ran out of time, as of timeout(1).
+/// Exit status of a job at its time limit, as timeout(1) returns it.
 const TIMED_OUT: u8 = 124;
 
-/// Fetches and makes what an emulated host of `arch` and its guests need, unless it is there.
+/// Fetches and creates the files of an emulated host of `arch` and of its guests, unless they
+/// exist.
 pub fn prepare(arch: Arch) -> Result<()> {
     guest::prepare(arch)?;
     prepare_host(arch)?;
@@ -73,7 +74,7 @@ pub fn prepare(arch: Arch) -> Result<()> {
 }
 
 /// Runs a job and returns the exit status of its command. Its output goes to standard output;
-/// `on_line` sees every line of it.
+/// `on_line` receives each line of it.
 pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
     let images = guest::prepare(job.arch)?;
     let host = prepare_host(job.arch)?;
@@ -134,7 +135,7 @@ fn prepare_host(arch: Arch) -> Result<Host> {
         let mut archive = Archive::default();
         guest::busybox(&mut archive, &programs)?;
         programs.install(&mut archive, &PROGRAMS)?;
-        // Busybox's shell would run its own ip and tar, whatever PATH says.
+        // Busybox's shell would run its own ip and tar, regardless of PATH.
         archive.link("bin/sh", "/usr/bin/dash");
         archive.copy("bin/bash", &programs.path("bin/bash-static"))?;
         archive.file("init", 0o755, INIT.into());
@@ -148,8 +149,8 @@ fn prepare_host(arch: Arch) -> Result<Host> {
     })
 }
 
-/// One lab of each architecture at a time on a machine, from every checkout: two of one would only
-/// slow each other down, two of different ones share the machine's cores.
+/// Permits one lab of each architecture at a time on a machine, from every checkout: two of one
+/// would only slow each other down, two of different ones share the machine's cores.
 fn lock(job: &Job) -> Result<File> {
     let path = std::env::temp_dir().join(format!("portcullis-lab-{}.lock", job.arch));
     let file = File::options().create(true).append(true).open(&path);
@@ -210,7 +211,7 @@ fn pack(job: &Job, dir: &Path, interactive: bool) -> Result<()> {
     packages::checked(&mut tar, "packing the job")?;
     if let Some(share) = &job.share {
         let mut tar = Command::new("tar");
-        // Names change, the targets of symbolic links do not.
+        // The names of files change, the targets of symbolic links do not.
         tar.arg("-rf")
             .arg(&archive)
             .arg("--transform=flags=rhS;s,^\\.,share,");
@@ -225,7 +226,7 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// Shows the end of the emulated host's own console.
+/// Prints the end of the emulated host's own console.
 fn show_console(job: &Job, dir: &Path) {
     let path = dir.join("console.log");
     let text = fs::read(&path).unwrap_or_default();

@@ -21,7 +21,7 @@ pub struct Host {
     pub initramfs: PathBuf,
 }
 
-/// Starts the emulated host; its standard output is ours to read unless `interactive`.
+/// Starts the emulated host; its standard output is a pipe unless `interactive`.
 pub fn start(
     job: &Job,
     images: &Images,
@@ -34,9 +34,9 @@ pub fn start(
     let console = match job.arch {
         Arch::X86_64 => {
             qemu.args(["-machine", "q35", "-cpu", "max,+svm,-la57"]);
-            // QEMU loses an interrupt that comes just as a guest of the host exits (its SVM
-            // helpers change the pending ones without a lock). A periodic tick brings the next
-            // one; after a lost one-shot timer the host would sleep for ever.
+            // QEMU loses an interrupt that arrives at the moment when a guest of the host exits
+            // (its SVM helpers change the pending ones without a lock). A periodic tick brings the
+            // next one; after a lost one-shot timer the host would sleep forever.
             "console=ttyS0 nokaslr mitigations=off nohz=off highres=off"
         }
         Arch::Aarch64 => {
@@ -111,7 +111,7 @@ fn qemu(arch: Arch, tools: &Sysroot) -> Command {
         );
         command
     };
-    // The emulated host ends with us, however we end.
+    // The emulated host ends with this process, however that ends.
     native::wrapped(&["setpriv", "--pdeathsig", "KILL", "--"], &command)
 }
 
@@ -131,7 +131,7 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // Nothing better to do if it fails.
+        // A failure has no remedy.
         let _ = Command::new("stty").arg(&self.0).status();
     }
 }

@@ -1,4 +1,4 @@
-//! A running lab: its output, its signs of life, its end.
+//! A running lab: its output, its progress, its end.
 
 use std::fs;
 use std::io::{Read, Write, stdout};
@@ -13,19 +13,19 @@ use anyhow::{Result, bail};
 use super::job::Job;
 use crate::slowness;
 
-/// How long is waited for output at a time.
+/// Timeout of one wait for output.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The emulated host that runs a job.
 pub struct Watch<'a> {
     job: &'a Job,
     qemu: Child,
-    /// Directory of the status that the host reports.
+    /// Directory of the host's status files.
     dir: PathBuf,
     started: Instant,
-    heard: Instant,
+    last_output: Instant,
     up: bool,
-    /// How slow the host's start was; 1 while it is not known.
+    /// Slowness of the host's start, at least 1; 1 while it is not known.
     slowness: f64,
     /// Seconds of processor time that QEMU has used.
     cpu_seconds: f64,
@@ -39,15 +39,15 @@ impl<'a> Watch<'a> {
             qemu,
             dir: dir.to_owned(),
             started: Instant::now(),
-            heard: Instant::now(),
+            last_output: Instant::now(),
             up: false,
             slowness: 1.0,
             cpu_seconds: 0.0,
         }
     }
 
-    /// Passes output on until QEMU ends, or ends it when the time is over (`None`). An error if
-    /// the host falls silent.
+    /// Passes output on until QEMU ends. Ends QEMU at the time limit (`None`). An error if the host
+    /// falls silent.
     pub fn wait(mut self, on_line: &mut dyn FnMut(&str)) -> Result<Option<ExitStatus>> {
         let output = self.forward();
         let mut shown = Output {
@@ -59,7 +59,7 @@ impl<'a> Watch<'a> {
         loop {
             match output.recv_timeout(PAUSE) {
                 Ok(chunk) => {
-                    self.heard = Instant::now();
+                    self.last_output = Instant::now();
                     shown.write(&chunk)?;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -90,13 +90,13 @@ impl<'a> Watch<'a> {
             if self.is_silent() {
                 bail!(
                     "the emulated host said nothing for {} s",
-                    self.heard.elapsed().as_secs()
+                    self.last_output.elapsed().as_secs()
                 );
             }
         }
     }
 
-    /// A limit of the job, for a host as slow as this one.
+    /// Extends a limit of the job for a host as slow as this one.
     fn limit(&self, limit: Duration) -> Duration {
         if self.job.scaled {
             slowness::scaled(limit, self.slowness)
@@ -107,16 +107,16 @@ impl<'a> Watch<'a> {
 
     fn is_silent(&self) -> bool {
         let limit = self.job.silence.map(|limit| self.limit(limit));
-        limit.is_some_and(|limit| self.heard.elapsed() > limit)
+        limit.is_some_and(|limit| self.last_output.elapsed() > limit)
     }
 
-    /// Reads how far the host has come.
+    /// Reads the progress of the host.
     fn read_status(&mut self) {
         if self.up {
             return;
         }
         let text = fs::read_to_string(self.dir.join("status")).unwrap_or_default();
-        // The line may be half written.
+        // The line may be incomplete.
         let started = text
             .split_inclusive('\n')
             .find_map(|line| line.strip_prefix("started ")?.strip_suffix('\n'));
@@ -144,7 +144,7 @@ impl<'a> Watch<'a> {
         self.cpu_seconds = self.cpu_seconds.max(ticks / 100.0);
     }
 
-    /// Reads the standard output of QEMU, if it is ours, in a thread of its own.
+    /// Reads the standard output of QEMU, if it is a pipe, in a thread.
     fn forward(&mut self) -> Receiver<Vec<u8>> {
         let (sender, receiver) = mpsc::channel();
         if let Some(mut output) = self.qemu.stdout.take() {
@@ -161,7 +161,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// The output of a job on its way to standard output: as it comes, or in lines behind a label.
+/// Output of a job, passed to standard output: as it arrives, or in lines with a label.
 struct Output<'a, W> {
     label: &'a str,
     to: W,
@@ -185,7 +185,7 @@ impl<W: Write> Output<'_, W> {
         Ok(())
     }
 
-    /// Ends the line.
+    /// Ends the current line.
     fn end(&mut self) -> Result<()> {
         let line = std::mem::take(&mut self.line);
         let text = String::from_utf8_lossy(&line);
@@ -212,9 +212,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_labelled_line_is_heard_whole_and_without_its_label() {
-        let mut heard = Vec::new();
-        let mut on_line = |line: &str| heard.push(line.to_owned());
+    fn a_labelled_line_is_passed_on_whole_and_without_its_label() {
+        let mut lines = Vec::new();
+        let mut on_line = |line: &str| lines.push(line.to_owned());
         let mut output = Output {
             label: "[x86_64] ",
             to: Vec::new(),
@@ -226,7 +226,7 @@ mod tests {
         }
         let shown = String::from_utf8(output.to).unwrap();
         assert_eq!(shown, "[x86_64] test result: ok\n[x86_64] == status 0\n");
-        assert_eq!(heard, ["test result: ok", "== status 0"]);
+        assert_eq!(lines, ["test result: ok", "== status 0"]);
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! Drives a virtio-iommu from inside a guest whose kernel leaves it alone, to keep a vCPU inside
-//! the device: full rings of requests, over as many mappings as asked for.
+//! Drives a virtio-iommu from inside a guest whose kernel does not use it, to keep a vCPU inside
+//! the device: full rings of requests, over a given number of mappings.
 //!
-//! `flood ADDRESS ENDPOINT OTHER MAPPINGS` takes the virtio-iommu at PCI address ADDRESS, attaches
-//! the endpoint ENDPOINT to a domain with MAPPINGS mappings, and then posts rings that attach the
-//! endpoint OTHER to that domain and detach it, and unmap and map the domain's ends. It prints a
-//! line for each ring, and ends with a message when an answer is wrong. Linux only, as root.
+//! `flood ADDRESS ENDPOINT OTHER MAPPINGS` takes over the virtio-iommu at PCI address ADDRESS, and
+//! attaches the endpoint ENDPOINT to a domain with MAPPINGS mappings. Then it makes rings available
+//! that attach the endpoint OTHER to that domain and detach it, and unmap and map the domain's
+//! ends. It prints a line for each ring, and ends with a message when an answer is wrong. Linux
+//! only, as root.
 
 #[path = "../memory.rs"]
 #[allow(dead_code, reason = "isolation uses the rest")]
@@ -22,7 +23,7 @@ use memory::{Shared, page_size};
 /// Descriptors of the request queue; two for each request.
 const SIZE: u16 = 256;
 const REQUESTS: usize = SIZE as usize / 2;
-/// Bytes of BAR 0, and where its structures are: the product's layout.
+/// Bytes of BAR 0, and offsets of its structures: the product's layout.
 const BAR_SIZE: usize = 0x8000;
 const COMMON: usize = 0;
 const NOTIFY: usize = 0x3000;
@@ -45,22 +46,22 @@ mod common {
 const ACKNOWLEDGE_AND_DRIVER: u8 = 3;
 const FEATURES_OK: u8 = 8;
 const DRIVER_OK: u8 = 4;
-/// Features below the ring's and the transport's: all of the device's own.
+/// Device-specific feature bits, below those of the ring and the transport.
 const DEVICE_FEATURES: u32 = 0x00ff_ffff;
 const F_VERSION_1_HIGH: u32 = 1;
 
-/// Types of requests (virtio 1.2 §5.13.6), and their length without the tail.
+/// Types of requests (virtio 1.2 §5.13.6), and their length in bytes without the tail.
 const ATTACH: (u8, usize) = (1, 20);
 const DETACH: (u8, usize) = (2, 20);
 const MAP: (u8, usize) = (3, 36);
 const UNMAP: (u8, usize) = (4, 28);
 const TAIL: u32 = 4;
 
-/// Bytes of memory for one request: itself, and its tail behind it.
+/// Bytes of memory for one request and its tail.
 const SLOT: usize = 64;
 const TAIL_AT: usize = 40;
 const DOMAIN: u32 = 1;
-/// Mappings are a page each, with a hole behind it, so that no two are neighbours.
+/// Each mapping is a page, with a hole after it, so that no two are adjacent.
 const STRIDE: u64 = 0x2000;
 /// Above the window of message-signalled interrupts.
 const FIRST: u64 = 1 << 32;
@@ -153,7 +154,7 @@ struct Pages {
 impl Pages {
     fn new(count: usize) -> Result<Self> {
         let memory = Shared::anonymous(count * page_size())?;
-        // Present from here on; nothing takes pages away from this guest.
+        // Present from here on; this guest reclaims no pages.
         memory.fill(0);
         let pagemap = File::open("/proc/self/pagemap")?;
         let page = u64::try_from(page_size())?;
@@ -188,7 +189,7 @@ struct Queue {
 impl Queue {
     fn start(address: &str) -> Result<Self> {
         let device = format!("/sys/bus/pci/devices/{address}");
-        // The transport's driver has it, without a driver of the device.
+        // The transport's driver owns the function; the device itself has no driver.
         let driver = format!("{device}/driver/unbind");
         if Path::new(&driver).exists() {
             fs::write(&driver, address).context("taking the device from its driver")?;
@@ -236,7 +237,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Tells the device of the rings. The descriptors never change: two for each slot.
+    /// Writes the descriptors, two for each slot, and the ring. They never change.
     fn describe(&self) {
         let descriptors = &self.descriptors.memory;
         for slot in 0..REQUESTS {
@@ -262,7 +263,8 @@ impl Queue {
         bar.set_u16(COMMON + common::QUEUE_ENABLE, 1);
     }
 
-    /// Posts requests with one kick, spins until all are answered, and checks the answers.
+    /// Makes requests available with one kick, spins until all are answered, and checks the
+    /// answers.
     fn answered(&mut self, requests: &[Request]) -> Result<()> {
         const PENDING: u8 = 0xff;
         for (slot, bytes) in requests.iter().enumerate() {
@@ -288,7 +290,7 @@ impl Queue {
     }
 }
 
-/// Memory space and bus master, in the command register.
+/// Enables memory space and bus master in the command register.
 fn set_bus_master(device: &str) -> Result<()> {
     const COMMAND: u64 = 4;
     const MEMORY_AND_MASTER: u8 = 6;
