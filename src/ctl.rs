@@ -21,10 +21,10 @@ use vmm::error::Chain;
 const SOCKET_VARIABLE: &str = "PORTCULLIS_API_SOCKET";
 
 /// Timeout of a query.
-const QUERY_PATIENCE: Duration = Duration::from_secs(10);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Timeout of a change: longer than the monitor itself waits for its machine.
-const CHANGE_PATIENCE: Duration = Duration::from_secs(70);
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);
 
 /// Mappings of one request.
 const PAGE: u32 = 1000;
@@ -308,7 +308,7 @@ impl<'a> Session<'a> {
             let message = format!("{target:?} has spaces or other characters a path cannot have");
             return Err(Failure::Usage(message));
         }
-        let answer = self.ask(method, target, body, CHANGE_PATIENCE)?;
+        let answer = self.ask(method, target, body, CHANGE_TIMEOUT)?;
         match serde_json::from_slice::<Value>(&answer) {
             Ok(_) => print_json(&answer, out),
             Err(_) => Ok(out.write_all(&answer)?),
@@ -316,12 +316,12 @@ impl<'a> Session<'a> {
     }
 
     fn change(&self, method: &str, target: &str, body: &str) -> Result<(), Failure> {
-        self.ask(method, target, Some(body), CHANGE_PATIENCE)
+        self.ask(method, target, Some(body), CHANGE_TIMEOUT)
             .map(drop)
     }
 
     fn get(&self, target: &str) -> Result<Vec<u8>, Failure> {
-        self.ask("GET", target, None, QUERY_PATIENCE)
+        self.ask("GET", target, None, QUERY_TIMEOUT)
     }
 
     fn ask(
@@ -329,11 +329,10 @@ impl<'a> Session<'a> {
         method: &str,
         target: &str,
         body: Option<&str>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Vec<u8>, Failure> {
-        let Answer { status, body } =
-            client::request(self.socket, (method, target), body, patience)
-                .map_err(Failure::Unreachable)?;
+        let Answer { status, body } = client::request(self.socket, (method, target), body, timeout)
+            .map_err(Failure::Unreachable)?;
         if status < 400 {
             return Ok(body);
         }

@@ -48,7 +48,7 @@ fn keys_that_make_signals_and_flow_control_elsewhere_reach_the_guest() {
     guest.type_text("\x01x").expect_exit(0);
 }
 
-/// The terminal's mode is restored, in whatever way the machine ends.
+/// The terminal's mode is restored after each kind of ending.
 #[track_caller]
 fn gives_the_terminal_back_on(signal: &str) {
     let mut guest = boot_on_terminal(&Machine::new());

@@ -248,7 +248,7 @@ fn split_fields(body: &str) -> Vec<String> {
     parts
 }
 
-/// Position of the bracket that closes the one opened before `code`.
+/// Position of the bracket that closes the one to the left of `code`.
 fn closing(code: &str) -> usize {
     let mut depth = 0;
     let mut in_string = false;

@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Upper bound on the growth of the monitor, in KiB.
 const GROWTH: u64 = 1024;
@@ -57,8 +57,8 @@ fn main() {
 /// Sends `bytes`, reads to the end, and returns the status lines of the answers.
 fn converse(socket: &Path, bytes: &[u8]) -> Vec<String> {
     let mut stream = UnixStream::connect(socket).expect("the socket is served");
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    stream.set_write_timeout(Some(TIMEOUT)).unwrap();
     let mut reader = stream.try_clone().unwrap();
     let reader = std::thread::spawn(move || {
         let mut answer = Vec::new();
@@ -80,7 +80,7 @@ fn converse(socket: &Path, bytes: &[u8]) -> Vec<String> {
 }
 
 fn ask(socket: &Path, target: &str) -> String {
-    let answer = client::request(socket, ("GET", target), None, PATIENCE).expect("an answer");
+    let answer = client::request(socket, ("GET", target), None, TIMEOUT).expect("an answer");
     assert_eq!(answer.status, 200);
     String::from_utf8(answer.body).unwrap()
 }

@@ -60,7 +60,7 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
-/// Sends one request to the machine at `path` and waits at most `patience` for its answer. `target`
+/// Sends one request to the machine at `path` and waits at most `timeout` for its answer. `target`
 /// and `method` must not contain spaces or control characters.
 ///
 /// # Errors
@@ -69,17 +69,17 @@ pub fn request(
     path: &Path,
     (method, target): (&str, &str),
     body: Option<&str>,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Answer, ClientError> {
     if let Err(length) = check_length(path) {
         return Err(ClientError::PathLength(length));
     }
-    let give_up = Instant::now() + patience;
+    let give_up = Instant::now() + timeout;
     let explain = |source| explain(path, source);
-    let mut stream = connect(path, patience)
+    let mut stream = connect(path, timeout)
         .ok_or_else(|| ClientError::Silent(path.to_owned()))?
         .map_err(explain)?;
-    stream.set_write_timeout(Some(patience)).map_err(explain)?;
+    stream.set_write_timeout(Some(timeout)).map_err(explain)?;
     let mut request = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
     request.push_str("Connection: close\r\n");
     if let Some(body) = body {
@@ -184,16 +184,16 @@ pub(crate) fn check_length(path: &Path) -> Result<(), usize> {
     }
 }
 
-/// Connects within `patience`. `None` when the time is over, as with a blocked server whose queue
+/// Connects within `timeout`. `None` when the time is over, as with a blocked server whose queue
 /// is full.
-pub(crate) fn connect(path: &Path, patience: Duration) -> Option<io::Result<UnixStream>> {
+pub(crate) fn connect(path: &Path, timeout: Duration) -> Option<io::Result<UnixStream>> {
     let (sender, receiver) = mpsc::channel();
     let path = path.to_owned();
     let thread = thread::Builder::new().name("connect".to_owned());
     if let Err(error) = thread.spawn(move || sender.send(UnixStream::connect(path))) {
         return Some(Err(error));
     }
-    receiver.recv_timeout(patience).ok()
+    receiver.recv_timeout(timeout).ok()
 }
 
 #[cfg(test)]
@@ -202,10 +202,10 @@ mod tests {
     use crate::testing::Directory;
     use std::os::unix::net::UnixListener;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const TIMEOUT: Duration = Duration::from_secs(10);
 
-    fn error(path: &Path, patience: Duration) -> String {
-        request(path, ("GET", "/"), None, patience)
+    fn error(path: &Path, timeout: Duration) -> String {
+        request(path, ("GET", "/"), None, timeout)
             .unwrap_err()
             .to_string()
     }
@@ -222,7 +222,7 @@ mod tests {
             assert!(request[..count].starts_with(b"GET / HTTP/1.1\r\n"));
             stream.write_all(words).unwrap();
         });
-        let error = error(&path, PATIENCE);
+        let error = error(&path, TIMEOUT);
         server.join().unwrap();
         error
     }
@@ -231,20 +231,20 @@ mod tests {
     fn each_reason_for_no_answer_has_its_own_text() {
         let directory = Directory::new();
         let path = directory.path().join("s");
-        assert!(error(&path, PATIENCE).contains("no such socket"));
+        assert!(error(&path, TIMEOUT).contains("no such socket"));
         let listener = UnixListener::bind(&path).unwrap();
         let silent = error(&path, Duration::from_millis(20));
         assert!(silent.contains("does not answer"), "{silent}");
         drop(listener);
-        assert!(error(&path, PATIENCE).contains("left the socket behind"));
+        assert!(error(&path, TIMEOUT).contains("left the socket behind"));
         let file = directory.path().join("f");
         fs::write(&file, "").unwrap();
         for path in [&file, directory.path()] {
-            let text = error(path, PATIENCE);
+            let text = error(path, TIMEOUT);
             assert!(text.contains("is not a socket"), "{text}");
         }
         for length in [0, 108, 5000] {
-            let text = error(Path::new(&"x".repeat(length)), PATIENCE);
+            let text = error(Path::new(&"x".repeat(length)), TIMEOUT);
             assert!(text.contains(&format!("this one has {length};")), "{text}");
         }
     }

@@ -69,18 +69,18 @@ impl Console {
     }
 
     /// Waits for the end of the output, and returns the text so far.
-    pub(super) fn whole(&self, patience: Duration) -> String {
+    pub(super) fn whole(&self, timeout: Duration) -> String {
         let buffer = self.shared.lock();
         let ended = |buffer: &mut Buffer| !buffer.ended;
-        let waited = self.shared.more.wait_timeout_while(buffer, patience, ended);
+        let waited = self.shared.more.wait_timeout_while(buffer, timeout, ended);
         drop(waited);
         self.text()
     }
 
-    /// Waits for `text` after the last match. Returns the text before it;
+    /// Waits for `text` after the last match. Returns the text between them;
     /// `None` at the time limit or at the end of the output.
-    pub(super) fn find(&mut self, text: &str, patience: Duration) -> Option<String> {
-        let deadline = Instant::now() + patience;
+    pub(super) fn find(&mut self, text: &str, timeout: Duration) -> Option<String> {
+        let deadline = Instant::now() + timeout;
         let mut buffer = self.shared.lock();
         loop {
             let rest = &buffer.bytes[self.searched..];

@@ -55,14 +55,14 @@ pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
 const ACTIONS_A_ROUND: usize = 16;
 /// Time for vCPUs and devices to stop after the user stops the machine. One
 /// that is inside the host's kernel may never stop.
-const STOP_PATIENCE: Duration = Duration::from_millis(1500);
+const STOP_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Time for vCPUs and devices to stop after the guest ended the machine.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval between polls of the signals while the devices stop.
 const SIGNAL_POLL: Duration = Duration::from_millis(100);
 /// Time without progress after which the last console output of an ended
 /// machine is dropped.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Error of creating a controller.
 #[derive(Debug, thiserror::Error)]
@@ -198,9 +198,9 @@ impl Controller {
     /// Serves the machine until it ends, then shuts it down.
     pub fn run(mut self) -> Ending {
         let departure = loop {
-            if let Err(error) = self.events.run_with_timeout(self.patience()) {
+            if let Err(error) = self.events.run_with_timeout(self.timeout()) {
                 let failed = Ending::Failed(format!("waiting for events: {}", Chain(&error)));
-                break Departure::new(failed, END_PATIENCE);
+                break Departure::new(failed, END_TIMEOUT);
             }
             self.poll_control();
             if let Some(departure) = self.life.take_departure() {
@@ -214,8 +214,8 @@ impl Controller {
     }
 
     /// Timeout of the event loop in milliseconds; -1 without a limit.
-    fn patience(&self) -> i32 {
-        match self.life.patience() {
+    fn timeout(&self) -> i32 {
+        match self.life.timeout() {
             _ if self.more_actions => 0,
             Some(left) => i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX),
             None => -1,
@@ -226,7 +226,7 @@ impl Controller {
     fn poll_control(&mut self) {
         for signal in self.signals.take() {
             match signal {
-                Signal::Terminate => self.end(Ending::Stopped, STOP_PATIENCE),
+                Signal::Terminate => self.end(Ending::Stopped, STOP_TIMEOUT),
                 Signal::Suspend => terminal::restore_and_stop(),
                 Signal::Continue => {}
             }
@@ -236,11 +236,11 @@ impl Controller {
             }
         }
         if let Some(ending) = self.reports.take() {
-            let patience = match ending {
-                Ending::Stopped => STOP_PATIENCE,
-                _ => END_PATIENCE,
+            let timeout = match ending {
+                Ending::Stopped => STOP_TIMEOUT,
+                _ => END_TIMEOUT,
             };
-            self.end(ending, patience);
+            self.end(ending, timeout);
         }
         self.complete_pause();
         while let Some(answered) = self.life.queries().and_then(QueryThread::next_answer) {
@@ -333,7 +333,7 @@ impl Controller {
             Lifecycle::Pause => return self.pause(),
             Lifecycle::Resume => self.resume(),
             Lifecycle::Stop => {
-                self.end(Ending::Stopped, STOP_PATIENCE);
+                self.end(Ending::Stopped, STOP_TIMEOUT);
                 self.waiting.check_room(Event::Ended)?;
                 return Ok(Progress::Until(Event::Ended));
             }
@@ -377,8 +377,8 @@ impl Controller {
     }
 
     /// Starts the end of the machine. Of several endings the first one counts.
-    fn end(&mut self, ending: Ending, patience: Duration) {
-        self.life.end(ending, patience);
+    fn end(&mut self, ending: Ending, timeout: Duration) {
+        self.life.end(ending, timeout);
         self.fail_pauses("the machine ended while it was being paused");
     }
 
@@ -512,7 +512,7 @@ impl Controller {
             let who = if is_idle { "a device" } else { "a vCPU" };
             log::warn!("{who} does not stop, and is left to the end of the process");
         }
-        let left = output.flush(OUTPUT_PATIENCE);
+        let left = output.flush(OUTPUT_TIMEOUT);
         if left != 0 {
             log::warn!("console: the last {left} bytes were not read, and are lost");
         }
@@ -520,7 +520,7 @@ impl Controller {
     }
 
     /// Waits for a message until `deadline`. A terminating signal shortens it
-    /// to [`STOP_PATIENCE`].
+    /// to [`STOP_TIMEOUT`].
     fn wait_until(&self, mut deadline: Instant, message: &Receiver<()>) -> bool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -534,14 +534,14 @@ impl Controller {
                 .take()
                 .any(|signal| signal == Signal::Terminate)
             {
-                deadline = deadline.min(Instant::now() + STOP_PATIENCE);
+                deadline = deadline.min(Instant::now() + STOP_TIMEOUT);
             }
         }
     }
 
     fn record_last_metrics(&mut self, queries: &QueryThread, deadline: Instant) {
         // Signals are not polled here.
-        let deadline = deadline.min(Instant::now() + STOP_PATIENCE);
+        let deadline = deadline.min(Instant::now() + STOP_TIMEOUT);
         self.asked += 1;
         let number = self.asked;
         queries.ask(number, Query::Metrics, self.config.iommu.model);

@@ -122,7 +122,7 @@ pub struct Boot {
     pub cmdline: String,
 }
 
-/// Where the serial console is.
+/// Input and output of the serial console.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Console {

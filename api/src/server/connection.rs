@@ -107,9 +107,9 @@ impl Connection {
         waits.then_some((self.served, self.last_received))
     }
 
-    fn enter(&mut self, phase: Phase, patience: Duration) {
+    fn enter(&mut self, phase: Phase, timeout: Duration) {
         self.phase = phase;
-        self.deadline = Instant::now() + patience;
+        self.deadline = Instant::now() + timeout;
     }
 
     /// Reads the available bytes, once. While a request is being answered nothing is read, so that

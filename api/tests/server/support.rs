@@ -15,7 +15,7 @@ use vmm::action::{
 use vmm::config::VmConfig;
 
 /// Upper bound on every wait of a test.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A served machine in its own directory.
 pub struct Machine {
@@ -102,8 +102,8 @@ pub struct Connection {
 impl Connection {
     fn new(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.set_write_timeout(Some(TIMEOUT)).unwrap();
         let received = Vec::new();
         Self { stream, received }
     }

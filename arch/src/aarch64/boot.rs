@@ -108,7 +108,7 @@ fn load_kernel<M: GuestMemoryBackend, K: KernelFile>(
     }
 }
 
-/// How the payload of an EFI zboot image of `size` bytes is compressed.
+/// Compression of the payload in an EFI zboot image of `size` bytes.
 fn zboot_compression(header: &Zboot, size: u64) -> Result<Compression, kernel::Error> {
     let compression = match header.compression.as_str() {
         "gzip" => Compression::Gzip,

@@ -17,7 +17,7 @@ const OEM_ID: [u8; 6] = *b"PORTCL";
 const OEM_TABLE_ID: [u8; 8] = *b"PORTCLIS";
 const OEM_REVISION: u32 = 1;
 
-/// `ACPI_FADT_NO_VGA` and the like: IAPC_BOOT_ARCH, ACPI 6.5 §5.2.9.3.
+/// Bits of IAPC_BOOT_ARCH (ACPI 6.5 §5.2.9.3).
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_ASPM: u16 = 1 << 4;
 

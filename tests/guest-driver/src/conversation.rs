@@ -26,7 +26,7 @@ pub const TRANSMIT_IOVA: u64 = 0x4000_0000;
 pub const RECEIVE_IOVA: u64 = 0x1_4000_0000;
 
 /// Time limit of an answer on a slow, busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Buffers of one direction, mapped as a whole or not at all.
 pub struct Pool {
@@ -191,7 +191,7 @@ impl<'a> Conversation<'a> {
     /// Sends a request of `asker` and waits for the answer.
     pub fn exchange(&mut self, asker: Ipv4Addr) -> Result<()> {
         self.send(asker)?;
-        let answered = self.answered_within(asker, PATIENCE)?;
+        let answered = self.answered_within(asker, TIMEOUT)?;
         ensure!(answered, "no answer to {asker} from {}", self.peer);
         Ok(())
     }
@@ -205,7 +205,7 @@ impl<'a> Conversation<'a> {
         }
         self.queues.kick_transmit();
         self.queues.kick_receive();
-        let answered = self.answered_within(asker, PATIENCE)?;
+        let answered = self.answered_within(asker, TIMEOUT)?;
         ensure!(
             answered,
             "{asker} is not answered though the mapping is back"

@@ -272,7 +272,7 @@ pub struct Permissions {
     pub write: bool,
 }
 
-/// A range of IOVAs and what it maps to.
+/// A range of IOVAs and its target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
     /// First IOVA.

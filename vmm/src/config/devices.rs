@@ -28,7 +28,7 @@ pub enum CacheType {
     Writeback,
 }
 
-/// How a drive's file is read and written.
+/// System calls for a drive's file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoEngine {
     /// `preadv` and `pwritev`.

@@ -77,11 +77,11 @@ impl Output {
     }
 
     /// Waits until everything is written, or until nothing has been written for
-    /// `patience`. Returns the number of bytes left.
-    pub fn flush(&self, patience: Duration) -> usize {
+    /// `timeout`. Returns the number of bytes left.
+    pub fn flush(&self, timeout: Duration) -> usize {
         let mut buffer = self.lock();
         let mut left = buffer.bytes.len();
-        let mut deadline = Instant::now() + patience;
+        let mut deadline = Instant::now() + timeout;
         while left != 0 && !buffer.broken {
             let Some(wait) = deadline.checked_duration_since(Instant::now()) else {
                 break;
@@ -89,7 +89,7 @@ impl Output {
             let waited = self.drained.wait_timeout(buffer, wait);
             buffer = waited.unwrap_or_else(PoisonError::into_inner).0;
             if buffer.bytes.len() < left {
-                deadline = Instant::now() + patience;
+                deadline = Instant::now() + timeout;
             }
             left = buffer.bytes.len();
         }

@@ -25,10 +25,10 @@ pub struct Departure {
 }
 
 impl Departure {
-    /// Creates a departure whose deadline is `patience` from now.
+    /// Creates a departure whose deadline is `timeout` from now.
     #[must_use]
-    pub fn new(ending: Ending, patience: Duration) -> Self {
-        let deadline = Instant::now() + patience;
+    pub fn new(ending: Ending, timeout: Duration) -> Self {
+        let deadline = Instant::now() + timeout;
         Self { ending, deadline }
     }
 }
@@ -38,7 +38,7 @@ impl Departure {
 pub struct Life {
     state: MachineState,
     running: Option<Running>,
-    /// The vCPUs were asked to pause, and some still execute.
+    /// A pause is requested, and some vCPUs still execute.
     pausing: bool,
     departure: Option<Departure>,
 }
@@ -102,17 +102,17 @@ impl Life {
     }
 
     /// Starts the end of the machine. Of several calls the first ending and the
-    /// shortest patience count.
-    pub fn end(&mut self, ending: Ending, patience: Duration) {
+    /// shortest timeout count.
+    pub fn end(&mut self, ending: Ending, timeout: Duration) {
         if let Some(departure) = &mut self.departure {
-            departure.deadline = departure.deadline.min(Instant::now() + patience);
+            departure.deadline = departure.deadline.min(Instant::now() + timeout);
             return;
         }
         self.pausing = false;
         if let Some(running) = &self.running {
             running.machine.vcpus.request_stop();
         }
-        self.departure = Some(Departure::new(ending, patience));
+        self.departure = Some(Departure::new(ending, timeout));
     }
 
     /// Returns the ending, once the vCPUs have ended or the deadline has
@@ -125,7 +125,7 @@ impl Life {
 
     /// Time that the event loop may wait for events; `None` without a limit.
     #[must_use]
-    pub fn patience(&self) -> Option<Duration> {
+    pub fn timeout(&self) -> Option<Duration> {
         let departure = self.departure.as_ref()?;
         Some(departure.deadline.saturating_duration_since(Instant::now()))
     }

@@ -12,7 +12,7 @@ use super::*;
 use crate::action::{MachineState, Outcome};
 use crate::console::Output;
 use crate::kvm::Vcpus;
-use crate::kvm::fake::{FakeVcpu, PATIENCE, Sleeper, sleeping_buses};
+use crate::kvm::fake::{FakeVcpu, Sleeper, TIMEOUT, sleeping_buses};
 use crate::pci::{IommuDevice, PciBus};
 use crate::signals;
 
@@ -71,7 +71,7 @@ impl TestController {
         self.ask(Action::Lifecycle(step))
     }
 
-    /// Sends `GET /`, which is answered whatever state the vCPU is in.
+    /// Sends `GET /`, which is answered in any state of the vCPU.
     #[track_caller]
     fn state(&self) -> MachineState {
         match wait(&self.ask(Action::Query(Query::InstanceInfo))) {
@@ -91,7 +91,7 @@ impl TestController {
 
 #[track_caller]
 fn wait(outcome: &Receiver<Outcome>) -> Outcome {
-    outcome.recv_timeout(PATIENCE).expect("no outcome came")
+    outcome.recv_timeout(TIMEOUT).expect("no outcome came")
 }
 
 /// Checks that an action is not answered. Actions are handled in order: the

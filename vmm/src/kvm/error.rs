@@ -26,7 +26,7 @@ pub enum Error {
     /// More vCPUs than the host or the layout allows.
     #[error("{asked} vCPUs: this host supports at most {max}")]
     TooManyCpus {
-        /// vCPUs asked for.
+        /// Requested number of vCPUs.
         asked: u32,
         /// Most vCPUs.
         max: u32,

@@ -19,7 +19,7 @@ use crate::kvm::vcpus::Processor;
 pub const DEVICE: u64 = 0x1000;
 
 /// Upper bound on every wait of a test.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A lock in place of a busy model's.
 pub type Busy = Arc<Mutex<()>>;
@@ -121,7 +121,7 @@ pub struct Sleeper {
 impl Sleeper {
     /// Waits until a vCPU is inside the device.
     pub fn wait_until_entered(&self) {
-        let entered = self.entered.recv_timeout(PATIENCE);
+        let entered = self.entered.recv_timeout(TIMEOUT);
         entered.expect("no vCPU entered the device");
     }
 

@@ -137,7 +137,7 @@ impl Listener {
     }
 }
 
-/// The number before `word` in `ok. 3 passed; 0 failed; …`.
+/// The number left of `word` in `ok. 3 passed; 0 failed; …`.
 fn count_of(text: &str, word: &str) -> u32 {
     let before = text.split_once(word).map_or("", |(before, _)| before);
     before

@@ -13,7 +13,7 @@ pub(super) const OLD_TEXT_OFFSET: u64 = 0x8_0000;
 /// Length of the arm64 header.
 const HEADER: u64 = 64;
 
-/// Compares the file's length with what the sections of its PE header need;
+/// Compares the file's length with the end of the sections in its PE header;
 /// the arm64 header itself gives the size in memory only. An image without a
 /// PE header (no EFI stub) cannot be checked.
 pub(super) fn check_complete<K: Read + Seek>(

@@ -6,7 +6,7 @@ use devices::bus::BusDevice;
 use devices::pause::{Deferral, Resumable};
 
 use super::*;
-use crate::kvm::fake::{FakeVcpu, PATIENCE, Step, buses_with, sleeping_buses};
+use crate::kvm::fake::{FakeVcpu, Step, TIMEOUT, buses_with, sleeping_buses};
 
 /// Starts vCPU threads, and returns the receiver of their idle callbacks.
 fn spawn(vcpus: Vec<FakeVcpu>, buses: &Buses) -> (Vcpus, Receiver<()>) {
@@ -27,7 +27,7 @@ fn spawn(vcpus: Vec<FakeVcpu>, buses: &Buses) -> (Vcpus, Receiver<()>) {
 #[track_caller]
 fn wait_until_idle(vcpus: &Vcpus, idle: &Receiver<()>) {
     while !vcpus.is_idle() {
-        idle.recv_timeout(PATIENCE)
+        idle.recv_timeout(TIMEOUT)
             .expect("the vCPUs never were idle");
     }
 }
