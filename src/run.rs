@@ -174,8 +174,8 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let findings = inspect::machine(&plan, &config).map_err(not_built(&name))?;
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     streams::print_line(&json);
-    for doubt in &findings.doubts {
-        print_error(format!("warning: {doubt}"));
+    for warning in &findings.warnings {
+        print_error(format!("warning: {warning}"));
     }
     for line in &findings.not_examined {
         print_error(format!("not examined: {line}"));

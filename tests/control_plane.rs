@@ -226,7 +226,7 @@ impl Thread {
     }
 
     /// Delays the thread by ten minutes at each system call of this name.
-    fn hold_at(&self, call: &str) -> Job {
+    fn delay_at(&self, call: &str) -> Job {
         let (_, id) = self.0.rsplit_once('/').expect("a path");
         let job = Job::start(&format!(
             "strace -qq -o /dev/null -p {id} -e trace={call} -e inject={call}:delay_enter=600000000"
@@ -279,7 +279,7 @@ fn a_vcpu_that_never_leaves_a_device_delays_no_query_and_no_end() {
     assert!(read_bytes() >= before + (1 << 20), "a read is not counted");
 
     let worker = Thread::named(&guest, "disk-data");
-    let held = worker.hold_at("lseek");
+    let held = worker.delay_at("lseek");
     guest.in_background("dd if=/dev/vda of=/dev/null bs=4096 skip=3072 count=1");
     worker.wait_for_call(libc::SYS_lseek);
     let vcpu = Thread::named(&guest, "vcpu1");

@@ -311,7 +311,7 @@ fn memory(guest: &Guest) -> Vec<(String, f64)> {
 }
 
 /// Traffic in one direction.
-struct Way {
+struct Direction {
     time: Duration,
     /// Registration of the back end.
     registered: String,
@@ -320,14 +320,14 @@ struct Way {
     counted: [Option<f64>; 6],
 }
 
-impl Way {
+impl Direction {
     fn speed(&self) -> f64 {
         f64::from(MEBIBYTES) / self.time.as_secs_f64()
     }
 }
 
 /// Boots with one network device and sends to the host and to the guest.
-fn both_ways(option: &str, mode: &str) -> [Way; 2] {
+fn both_ways(option: &str, mode: &str) -> [Direction; 2] {
     let tap = Tap::create("pcbench0", 1, 30);
     let api = Api::new("bench");
     let machine = Machine::new()
@@ -346,7 +346,7 @@ fn both_ways(option: &str, mode: &str) -> [Way; 2] {
         println!("sending {MEBIBYTES} MiB");
         let time = send(&mut guest, &tap);
         let Some(before) = before else {
-            return Way {
+            return Direction {
                 time,
                 registered: "-".to_owned(),
                 counted: [None; 6],
@@ -354,7 +354,7 @@ fn both_ways(option: &str, mode: &str) -> [Way; 2] {
         };
         let after = api.endpoint("net0");
         let kind = after.registration.map(|found| found.kind.to_string());
-        Way {
+        Direction {
             time,
             registered: kind.unwrap_or_else(|| "nothing".to_owned()),
             counted: counted(&before, &after.counters).map(Some),

@@ -25,7 +25,7 @@ fn seconds(head: &str) -> Option<f64> {
 
 /// Memory of a process in KiB.
 #[derive(Debug, Default, PartialEq)]
-pub struct Resident {
+pub struct ProcessMemory {
     /// Proportional set size: shared pages are divided among their processes.
     pub pss: u32,
     /// Pages of this process only.
@@ -34,8 +34,8 @@ pub struct Resident {
 
 /// Sums `/proc/PID/smaps` over all mappings smaller than the guest's RAM, which is one mapping of
 /// at least `guest_kib`. `None` if there is no such mapping.
-pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<Resident> {
-    let mut resident = Resident::default();
+pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<ProcessMemory> {
+    let mut memory = ProcessMemory::default();
     let (mut is_guest, mut found) = (false, false);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
@@ -50,12 +50,12 @@ pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<Resident> {
                 found |= is_guest;
             }
             _ if is_guest => {}
-            "Pss:" => resident.pss += kib,
-            "Private_Clean:" | "Private_Dirty:" => resident.private += kib,
+            "Pss:" => memory.pss += kib,
+            "Private_Clean:" | "Private_Dirty:" => memory.private += kib,
             _ => {}
         }
     }
-    found.then_some(resident)
+    found.then_some(memory)
 }
 
 /// The median, the least and the greatest of the values.

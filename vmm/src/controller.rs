@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
-use self::life::{Departure, Life, Running};
+use self::life::{Life, PendingEnd, Running};
 use self::recorder::Recorder;
 use self::waiting::{Event, Pending, WaitingActions};
 use crate::action::{
@@ -197,20 +197,20 @@ impl Controller {
 
     /// Serves the machine until it ends, then shuts it down.
     pub fn run(mut self) -> Ending {
-        let departure = loop {
+        let pending_end = loop {
             if let Err(error) = self.events.run_with_timeout(self.timeout()) {
                 let failed = Ending::Failed(format!("waiting for events: {}", Chain(&error)));
-                break Departure::new(failed, END_TIMEOUT);
+                break PendingEnd::new(failed, END_TIMEOUT);
             }
             self.poll_control();
-            if let Some(departure) = self.life.take_departure() {
-                break departure;
+            if let Some(pending_end) = self.life.take_pending_end() {
+                break pending_end;
             }
         };
-        log::info!("{}", departure.ending);
+        log::info!("{}", pending_end.ending);
         self.finish_all(Event::Ended, &Ok(Reply::Done));
-        self.shut_down(departure.deadline);
-        departure.ending
+        self.shut_down(pending_end.deadline);
+        pending_end.ending
     }
 
     /// Timeout of the event loop in milliseconds; -1 without a limit.
@@ -275,7 +275,7 @@ impl Controller {
         };
         let progress = action
             .check_state(self.life.state())
-            .and_then(|()| self.check_departure(&action))
+            .and_then(|()| self.check_not_ending(&action))
             .and_then(|()| self.perform(action));
         match progress {
             Ok(Progress::Done(reply)) => pending.finish(Ok(reply), &self.metrics),
@@ -285,7 +285,7 @@ impl Controller {
     }
 
     /// Refuses changes while the machine ends.
-    fn check_departure(&self, action: &Action) -> Result<(), ActionError> {
+    fn check_not_ending(&self, action: &Action) -> Result<(), ActionError> {
         match action {
             Action::Query(_) | Action::Lifecycle(Lifecycle::Stop) => Ok(()),
             _ if !self.life.is_ending() => Ok(()),

@@ -81,7 +81,7 @@ fn existing_output(field: &str, path: &Path) -> Result<bool, ConfigError> {
 #[derive(Debug, Default)]
 pub struct Findings {
     /// Settings that may be mistakes, one line each.
-    pub doubts: Vec<String>,
+    pub warnings: Vec<String>,
     /// Resources that only a start can check, one line each.
     pub not_examined: Vec<String>,
 }
@@ -129,8 +129,8 @@ fn acquire_functions(plan: &MachinePlan, findings: &mut Findings) -> Result<(), 
             Err(Refusal::Fault(error)) => return Err(error),
         }
     }
-    let doubts = acquired.into_iter().flat_map(|function| function.doubts);
-    findings.doubts.extend(doubts);
+    let warnings = acquired.into_iter().flat_map(|function| function.warnings);
+    findings.warnings.extend(warnings);
     Ok(())
 }
 

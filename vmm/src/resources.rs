@@ -56,8 +56,8 @@ impl HostResources {
         let mut functions = Vec::new();
         for function in &plan.functions {
             let acquired = acquire(function, vhost.as_ref()).map_err(Refusal::into_error)?;
-            for doubt in &acquired.doubts {
-                log::warn!("{doubt}");
+            for warning in &acquired.warnings {
+                log::warn!("{warning}");
             }
             functions.push(acquired);
         }

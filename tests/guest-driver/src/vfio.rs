@@ -233,10 +233,10 @@ pub struct Mapping {
 impl Mapping {
     /// Unmaps the range. When this returns, the device no longer uses it.
     pub fn unmap(mut self) -> Result<()> {
-        self.take_away()
+        self.release()
     }
 
-    fn take_away(&mut self) -> Result<()> {
+    fn release(&mut self) -> Result<()> {
         let (iova, size) = (self.iova, std::mem::take(&mut self.size));
         let mut argument = DmaUnmap {
             argsz: argsz::<DmaUnmap>(),
@@ -258,7 +258,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if self.size != 0
-            && let Err(error) = self.take_away()
+            && let Err(error) = self.release()
         {
             eprintln!("isolation: {error:#}");
         }

@@ -16,7 +16,7 @@ pub struct Running {
 }
 
 /// Ending of the machine, and the deadline for it.
-pub struct Departure {
+pub struct PendingEnd {
     /// Ending of the machine.
     pub ending: Ending,
     /// Time from which vCPUs and devices that still run are left to the end of
@@ -24,8 +24,8 @@ pub struct Departure {
     pub deadline: Instant,
 }
 
-impl Departure {
-    /// Creates a departure whose deadline is `timeout` from now.
+impl PendingEnd {
+    /// Creates an ending whose deadline is `timeout` from now.
     #[must_use]
     pub fn new(ending: Ending, timeout: Duration) -> Self {
         let deadline = Instant::now() + timeout;
@@ -40,7 +40,7 @@ pub struct Life {
     running: Option<Running>,
     /// A pause is requested, and some vCPUs still execute.
     pausing: bool,
-    departure: Option<Departure>,
+    pending_end: Option<PendingEnd>,
 }
 
 impl Life {
@@ -59,7 +59,7 @@ impl Life {
     /// Whether the machine has an ending.
     #[must_use]
     pub fn is_ending(&self) -> bool {
-        self.departure.is_some()
+        self.pending_end.is_some()
     }
 
     /// Stores a built machine and resumes its vCPUs.
@@ -104,30 +104,34 @@ impl Life {
     /// Starts the end of the machine. Of several calls the first ending and the
     /// shortest timeout count.
     pub fn end(&mut self, ending: Ending, timeout: Duration) {
-        if let Some(departure) = &mut self.departure {
-            departure.deadline = departure.deadline.min(Instant::now() + timeout);
+        if let Some(pending_end) = &mut self.pending_end {
+            pending_end.deadline = pending_end.deadline.min(Instant::now() + timeout);
             return;
         }
         self.pausing = false;
         if let Some(running) = &self.running {
             running.machine.vcpus.request_stop();
         }
-        self.departure = Some(Departure::new(ending, timeout));
+        self.pending_end = Some(PendingEnd::new(ending, timeout));
     }
 
     /// Returns the ending, once the vCPUs have ended or the deadline has
     /// passed.
-    pub fn take_departure(&mut self) -> Option<Departure> {
+    pub fn take_pending_end(&mut self) -> Option<PendingEnd> {
         let idle = self.is_idle();
-        let due = |departure: &mut Departure| idle || departure.deadline <= Instant::now();
-        self.departure.take_if(due)
+        let due = |pending_end: &mut PendingEnd| idle || pending_end.deadline <= Instant::now();
+        self.pending_end.take_if(due)
     }
 
     /// Time that the event loop may wait for events; `None` without a limit.
     #[must_use]
     pub fn timeout(&self) -> Option<Duration> {
-        let departure = self.departure.as_ref()?;
-        Some(departure.deadline.saturating_duration_since(Instant::now()))
+        let pending_end = self.pending_end.as_ref()?;
+        Some(
+            pending_end
+                .deadline
+                .saturating_duration_since(Instant::now()),
+        )
     }
 
     /// Takes the machine out, to be dropped by the caller.

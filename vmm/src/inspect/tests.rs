@@ -95,8 +95,8 @@ fn check_acquires_the_images_and_names_what_it_does_not_examine() {
     let (kernel, disk) = (TempFile::new().unwrap(), image(b"QFI\xfb", 1000));
     let mut config = machine_of([&kernel, &disk]);
     let found = findings(&config).unwrap();
-    assert_eq!(found.doubts.len(), 2, "{found:?}");
-    assert!(found.doubts[0].starts_with("drives[a]: /"), "{found:?}");
+    assert_eq!(found.warnings.len(), 2, "{found:?}");
+    assert!(found.warnings[0].starts_with("drives[a]: /"), "{found:?}");
     let rest = found.not_examined.last().unwrap();
     assert!(rest.starts_with("KVM, guest memory"), "{rest}");
     // The first check released the images.

@@ -139,10 +139,10 @@ impl Shared {
     }
 
     /// Waits while a pause is requested.
-    fn wait(&self) -> Turn {
+    fn wait(&self) -> NextStep {
         let state = self.state();
         if state.requested != RequestedState::Paused {
-            return Turn::from(state.requested, false);
+            return NextStep::from(state.requested, false);
         }
         self.park(state);
         let waited = self.changed.wait_while(self.state(), |state| {
@@ -150,13 +150,13 @@ impl Shared {
         });
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         state.parked -= 1;
-        Turn::from(state.requested, true)
+        NextStep::from(state.requested, true)
     }
 }
 
 /// Next step of a vCPU thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
+enum NextStep {
     /// Run the guest.
     Run {
         /// The thread was parked since it last ran.
@@ -166,7 +166,7 @@ enum Turn {
     End,
 }
 
-impl Turn {
+impl NextStep {
     fn from(requested: RequestedState, was_paused: bool) -> Self {
         match requested {
             RequestedState::Stopped => Self::End,
@@ -288,16 +288,16 @@ thread_local! {
 }
 
 /// Publishes the page to the signal handler, for as long as the vCPU lives.
-struct Kickable;
+struct RunPageGuard;
 
-impl Kickable {
+impl RunPageGuard {
     fn new(page: *mut kvm_run) -> Self {
         RUN_PAGE.set(page);
         Self
     }
 }
 
-impl Drop for Kickable {
+impl Drop for RunPageGuard {
     fn drop(&mut self) {
         RUN_PAGE.set(ptr::null_mut());
     }
@@ -307,7 +307,7 @@ impl Drop for Kickable {
 /// comes between the check of the state and KVM_RUN is not lost.
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     if let Some(page) = NonNull::new(RUN_PAGE.get()) {
-        // SAFETY: `Kickable` publishes the page of this thread's own vCPU only
+        // SAFETY: `RunPageGuard` publishes the page of this thread's own vCPU only
         // while that is alive. The field is one byte that the kernel reads
         // too; the write is volatile because the interrupted code does not
         // expect it.
@@ -328,7 +328,7 @@ fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn
     let end = {
         let page = vcpu.run_page();
         // Dropped before `vcpu`, whose page it publishes.
-        let _kickable = Kickable::new(page);
+        let _guard = RunPageGuard::new(page);
         run_until_end(&mut vcpu, shared, buses)
     };
     shared.park(shared.state());
@@ -340,7 +340,7 @@ fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn
 /// Runs the guest until it ends; `None` when a stop is requested.
 fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> Option<End> {
     let mut has_run = false;
-    while let Turn::Run { was_paused } = shared.wait() {
+    while let NextStep::Run { was_paused } = shared.wait() {
         if was_paused && has_run {
             vcpu.report_pause();
         }

@@ -25,7 +25,7 @@ pub(crate) struct AcquiredFunction {
     /// `None` for the virtio-iommu, which needs no resource of the host.
     pub(crate) device: Option<Box<dyn VirtioDevice>>,
     /// Settings that may be mistakes, one line each.
-    pub(crate) doubts: Vec<String>,
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Error of acquiring a function's resources.
@@ -102,7 +102,7 @@ pub(crate) fn acquire(
     vhost: Option<&VhostContext>,
 ) -> Result<AcquiredFunction, Refusal> {
     let vhost = || vhost.ok_or(io::Error::from(io::ErrorKind::NotFound));
-    let mut doubts = Vec::new();
+    let mut warnings = Vec::new();
     let id = &plan.id;
     let device: Option<Box<dyn VirtioDevice>> = match &plan.device {
         DevicePlan::VirtioIommu => None,
@@ -115,8 +115,8 @@ pub(crate) fn acquire(
             let image = Image::open(path, *read_only).map_err(|error| {
                 ConfigError::of_file(format!("drives[{id}].path_on_host"), path, &error)
             })?;
-            let named = |doubt| format!("drives[{id}]: {} {doubt}", path.display());
-            doubts.extend(image.doubts().into_iter().map(named));
+            let named = |warning| format!("drives[{id}]: {} {warning}", path.display());
+            warnings.extend(image.doubts().into_iter().map(named));
             let config = BlockConfig {
                 id: id.clone(),
                 queues: *queues,
@@ -147,7 +147,7 @@ pub(crate) fn acquire(
         }
         DevicePlan::Entropy => Some(Box::new(Rng::new()?)),
     };
-    Ok(AcquiredFunction { device, doubts })
+    Ok(AcquiredFunction { device, warnings })
 }
 
 /// Opens the tap and the host's vhost-net.
