@@ -1,9 +1,9 @@
 //! The serial console on standard input and output.
 //!
 //! Input is read only as fast as the guest consumes it. On a terminal (raw mode) every key goes to
-//! the guest as it is typed, except those of [`keys`]. From a pipe or file bytes pass unchanged,
-//! and the end of the input ends nothing. A background job does not use the terminal, and checks
-//! twice a second whether it is in the foreground.
+//! the guest as it is typed, except the keys for the monitor (Ctrl-a). From a pipe or file bytes
+//! pass unchanged, and the end of the input ends nothing. A background job does not use the
+//! terminal, and checks twice a second whether it is in the foreground.
 
 mod keys;
 mod output;

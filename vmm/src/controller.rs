@@ -9,7 +9,7 @@
 //! The loop never waits for a vCPU, nor for a lock that a vCPU holds inside a
 //! device. A pause and the end of the machine are requests to the vCPU threads.
 //! The action is answered when the last of them has stopped. Queries that read
-//! the devices' state run on the [query thread](crate::queries).
+//! the devices' state run on the query thread.
 
 mod life;
 mod recorder;
@@ -265,7 +265,7 @@ impl Controller {
     }
 
     /// Performs the action, and answers it now or when it is complete.
-    /// [`Pending::finish`] logs and counts every action.
+    /// `Pending::finish` logs and counts every action.
     pub fn handle(&mut self, call: Call) {
         let (action, answer) = call.split();
         let pending = Pending {

@@ -1,6 +1,6 @@
 //! The log: lines on standard error, or appended to a file.
 //!
-//! A line is `[seconds since start] level module: text`, at most [`MAX_LINE`]
+//! A line is `[seconds since start] level module: text`, at most 4096
 //! bytes. Logging never waits for a reader: while standard error or a FIFO is
 //! full, lines are lost, and the next written line reports their number.
 //! Frequent lines of one call site are omitted, and counted too.

@@ -7,7 +7,7 @@ use crate::config::{
     Metrics, NetworkInterface, Serial, VmConfig, Vsock,
 };
 
-/// Upper bound on the mappings of one [`MappingsPage`].
+/// Upper bound on the mappings of one [`MappingsPage`](super::MappingsPage).
 pub const MAX_MAPPINGS_PAGE: u32 = 1000;
 
 /// A request to the controller.
