@@ -1,6 +1,6 @@
 //! Bytes in a virtio-iommu's request queue, in any number of buffers of any
-//! length: every request is answered as the rules say, endpoints see what is
-//! mapped and nothing else, and whoever keeps a shadow of it has it exact.
+//! length: every request has a status that the specification permits, endpoints
+//! access only mapped memory, and the shadow of a notifier is exact.
 #![no_main]
 
 mod driver;
@@ -10,9 +10,9 @@ mod naive;
 use std::sync::{Arc, Mutex};
 
 use devices::interrupt::{MsiAllocator as _, MsiVector};
-use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use devices::queue::{Interrupt, RunningQueue};
 use devices::virtio::VirtioDevice as _;
+use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use driver::{AVAIL, SIZE, TABLE, USED};
 use iommu::virtio::spec::request::{ATTACH, DETACH, MAP, PROBE, UNMAP};
 use iommu::virtio::spec::{CONFIG_BYPASS, feature};
@@ -22,32 +22,32 @@ use iommu::{
     NotifierEvents, NotifierSink, Registration, StreamId,
 };
 use libfuzzer_sys::fuzz_target;
-use naive::{Held, Mapped, Naive, PROBE_REPLY, Seen};
+use naive::{Mapped, Naive, PROBE_REPLY, Seen, ShadowMappings};
 use vm_memory::{Bytes as _, GuestAddress};
 
-/// What a driver that knows all of it negotiates.
+/// Features of a driver that accepts all of them.
 const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::BYPASS_CONFIG | feature::MMIO;
 const STREAMS: [u32; 2] = [0x08, 0x10];
 const INPUT: (u64, u64) = (0x1000, (1 << 48) - 1);
 const MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
-/// Where requests and answers lie, so much for each of a batch.
+/// Address of the first request and reply, and bytes for each request of a batch.
 const REQUESTS: u64 = 0x8000;
 const SLOT: u64 = 0x1000;
-/// Requests of a batch, and descriptors of each.
+/// Upper bounds on requests of a batch, and on descriptors of each.
 const BATCH: usize = 4;
 const PARTS: usize = 4;
-/// Bytes of a request that the device reads.
+/// Upper bound on bytes of a request that the device reads.
 const READ_AT_MOST: usize = 128;
 
-/// What may be wrong with a request: a byte, its length, the room for its
-/// answer, or where it or the answer lies.
+/// Kinds of errors in a request: a byte, its length, the room for its reply, or
+/// the address of the request or the reply.
 const BYTE: u8 = 251;
 const LENGTH: u8 = 252;
 const ROOM: u8 = 253;
 const OUTSIDE: u8 = 254;
 const REPLY_OUTSIDE: u8 = 255;
 
-/// A request as eleven bytes say, and more of them when it is not to be one.
+/// A request decoded from eleven bytes, or from more when it is random bytes.
 struct Request<'a> {
     kind: u8,
     raw: &'a [u8],
@@ -57,12 +57,12 @@ struct Request<'a> {
     pages: u8,
     flags: u8,
     gpa: u8,
-    /// Where the driver cuts it, and the room for the answer.
+    /// Split of the request into buffers, and the room for the reply.
     cut: u8,
-    /// What is wrong with it: mostly nothing, or no state would build up.
+    /// Kind of error: mostly none, otherwise no state would build up.
     wrong: u8,
     how: [u8; 2],
-    /// The driver waits for the answer.
+    /// The driver waits for the reply: the request ends its batch.
     last: bool,
 }
 
@@ -73,7 +73,7 @@ enum Step<'a> {
     Look { who: usize, iova: u64, write: bool },
 }
 
-/// Takes a step off the front of the input.
+/// Decodes and removes a step from the front of the input.
 fn step<'a>(data: &mut &'a [u8]) -> Option<Step<'a>> {
     let (&[what, a, b, page, pages, flags, gpa, cut, wrong, c, d], rest) =
         data.split_first_chunk()?;
@@ -87,14 +87,16 @@ fn step<'a>(data: &mut &'a [u8]) -> Option<Step<'a>> {
         28 => 0,
         29 => return Some(Step::Bypass(flags % 4)),
         30 if wrong > 0xc0 => {
-            // Most drivers accept each.
+            // Most of the time every feature is accepted.
             let all = [
                 feature::BYPASS_CONFIG,
                 feature::MMIO,
                 feature::MAP_UNMAP,
                 feature::PROBE,
             ];
-            let features = (0..).zip(all).filter(|(bit, _)| flags & (0x11 << bit) != 0x11 << bit);
+            let features = (0..)
+                .zip(all)
+                .filter(|(bit, _)| flags & (0x11 << bit) != 0x11 << bit);
             let features = features.fold(0, |all, (_, feature)| all | feature);
             return Some(Step::Reset { features });
         }
@@ -124,9 +126,9 @@ fn step<'a>(data: &mut &'a [u8]) -> Option<Step<'a>> {
     }))
 }
 
-/// Keeps an exact shadow.
+/// A notifier that keeps an exact shadow of the mappings.
 #[derive(Default)]
-struct Shadow(Mutex<Held>);
+struct Shadow(Mutex<ShadowMappings>);
 
 fn mapped(mapping: &Mapping) -> Mapped {
     let may = |access, bit| if mapping.perm.allows(access) { bit } else { 0 };
@@ -181,7 +183,7 @@ impl Request<'_> {
         }
     }
 
-    /// First and last address, in the middle or at an edge.
+    /// First and last address, inclusive, in the middle or at an edge.
     fn span(&self) -> (u64, u64) {
         let base = match self.page >> 4 {
             0..=11 => 0,
@@ -231,7 +233,7 @@ impl Request<'_> {
         usize::from(u16::from_le_bytes(self.how))
     }
 
-    /// Bytes of room for the answer.
+    /// Bytes of room for the reply.
     fn room(&self) -> usize {
         if self.wrong == ROOM {
             self.how() % 0x800
@@ -240,15 +242,14 @@ impl Request<'_> {
         }
     }
 
-    /// Whether the device has to access what is no memory, if it writes
+    /// Whether the device accesses addresses outside of RAM, if it writes
     /// `written` bytes.
     fn is_outside(&self, read: &[u8], written: usize) -> bool {
-        (self.wrong == REPLY_OUTSIDE && written != 0)
-            || (self.wrong == OUTSIDE && !read.is_empty())
+        (self.wrong == REPLY_OUTSIDE && written != 0) || (self.wrong == OUTSIDE && !read.is_empty())
     }
 }
 
-/// The machine, and what is to become of it.
+/// The device, and the naive model that it must agree with.
 struct Rig {
     ram: Arc<GuestRam>,
     model: Arc<VirtioIommu>,
@@ -300,7 +301,7 @@ impl Rig {
         rig
     }
 
-    /// As a driver that comes, or comes back.
+    /// Resets and negotiates, as a driver that is bound.
     fn reset(&mut self, features: u64) {
         self.device.stop_queue(0);
         self.device.reset();
@@ -318,7 +319,7 @@ impl Rig {
         self.device.start_queue(0, queue).expect("it is empty");
     }
 
-    /// Posts a batch and checks what comes back.
+    /// Adds a batch and checks the replies.
     fn post(&mut self, batch: &[Request<'_>]) {
         let start = self.posted;
         for (slot, request) in batch.iter().enumerate() {
@@ -355,7 +356,7 @@ impl Rig {
         assert_eq!(outcome.is_err(), stuck, "{outcome:?}");
         assert_eq!(used, start.wrapping_add(done));
         if stuck {
-            // It needs a reset.
+            // The device needs a reset.
             self.reset(ALL);
         }
         self.agrees();
@@ -417,7 +418,7 @@ impl Rig {
         }
     }
 
-    /// Translates; a fault is reported, and no driver has posted a buffer.
+    /// Translates and compares; the report of a fault finds no buffer.
     fn look(&mut self, who: usize, iova: u64, write: bool) {
         let (access, perm) = match write {
             true => (Access::Write, naive::WRITE),
@@ -446,7 +447,7 @@ fn reply_at(slot: usize) -> u64 {
     REQUESTS + slot as u64 * SLOT + 0x800
 }
 
-/// What a listener that comes late is shown.
+/// The mappings that a new notifier receives.
 fn listen_once(region: &IommuRegion) -> Vec<Mapped> {
     let shadow = Arc::new(Shadow::default());
     let id = region.register(IommuNotifier {

@@ -1,12 +1,12 @@
-//! What requests to a virtio-iommu cost, by the number of mappings in the
-//! domain.
+//! Measures the cost of requests to a virtio-iommu by the number of mappings
+//! in the domain.
 //!
 //!     cargo run --release -p iommu --example mapping_cost
 //!
 //! The first table counts the instructions of a MAP and an UNMAP of one page
 //! by running this program in callgrind, so it needs valgrind. The others have
-//! the memory of a mapping, and the CPU time of requests that concern all
-//! mappings of a domain at once, as the kernel accounts them.
+//! the bytes of memory per mapping, and the CPU time of requests that concern
+//! all mappings of a domain at once, as the kernel accounts them.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -25,11 +25,11 @@ const PAGE: u64 = 4096;
 const PAIRS: u64 = 10_000;
 /// Mappings of a large domain.
 const ALL: u64 = 1 << 20;
-/// Pages that they lie in where the chunks are 3/8 full.
+/// Pages over which `ALL` mappings are spread so that chunks are 3/8 full.
 const SPREAD: u64 = ALL / 48 * 128;
 const FIRST: StreamId = StreamId(0x08);
 const SECOND: StreamId = StreamId(0x10);
-/// As many mappings as the kernel's IOTLB holds.
+/// Entries of the kernel's IOTLB.
 const ROOM: usize = 2048;
 
 struct NoFaults;
@@ -38,7 +38,7 @@ impl FaultSink for NoFaults {
     fn report(&self, _report: &FaultReport) {}
 }
 
-/// Counts mappings, and keeps as many as a kernel IOTLB.
+/// Counts mappings up to the limit of a kernel IOTLB.
 #[derive(Default)]
 struct Consumer(AtomicUsize);
 
@@ -89,7 +89,7 @@ impl Machine {
         }
     }
 
-    /// A domain 1 of the first endpoint with mappings of a page each.
+    /// Attaches the first endpoint to domain 1 and maps each page of `pages`.
     fn with_mappings(pages: impl Iterator<Item = u64>) -> Self {
         let machine = Self::new();
         machine.attach(1, FIRST);
@@ -135,7 +135,7 @@ fn halves(value: u64) -> [u32; 2] {
     [value & mask, value >> 32].map(|half| u32::try_from(half).expect("32 bits"))
 }
 
-/// The numbers below 2^20 in an order that has none: each step is a bijection.
+/// Permutes the numbers below 2^20: each step is a bijection.
 fn shuffled(at: u64) -> u64 {
     let mixed = at.wrapping_mul(0x9e37_79b1) % ALL;
     (mixed ^ (mixed >> 10)).wrapping_mul(0x85eb_ca6b) % ALL
@@ -151,7 +151,8 @@ fn churn(count: u64, pairs: u64) {
     }
 }
 
-/// Instructions of this program with these arguments.
+/// Instructions that this program executes with these arguments; `None`
+/// without valgrind.
 fn instructions(count: u64, pairs: u64) -> Option<u64> {
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
@@ -164,16 +165,16 @@ fn instructions(count: u64, pairs: u64) -> Option<u64> {
     line.split_whitespace().last()?.parse().ok()
 }
 
-/// Nanoseconds that this thread has run.
+/// CPU time of this thread in nanoseconds.
 fn cpu_time() -> u64 {
-    // The kernel accounts when it schedules.
+    // The kernel updates the accounting when it schedules.
     std::thread::yield_now();
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
     let first = text.split_whitespace().next().expect("a number");
     first.parse().expect("a number")
 }
 
-/// Bytes of this process that are in memory.
+/// Resident set size of this process in bytes.
 fn resident() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").expect("statm");
     let pages = text.split_whitespace().nth(1).expect("a number");
@@ -210,7 +211,7 @@ fn main() {
             None => println!("| {count} | no valgrind |"),
         }
     }
-    // Each in a process of its own, whose memory is fresh.
+    // A process per case: memory that an earlier case freed would distort it.
     let program = std::env::current_exe().expect("this program");
     for which in 0..3 {
         let status = Command::new(&program).arg(which.to_string()).status();
@@ -235,7 +236,7 @@ fn bulk_case(which: u64) {
     }
 }
 
-/// Requests that concern all mappings of a domain, which `build` makes.
+/// Measures requests that concern all mappings of the domain from `build`.
 fn bulk(how: &str, build: impl Fn() -> Machine) {
     println!("\n| 2^20 mappings, made {how} | |\n|---|---|");
     let before = resident();

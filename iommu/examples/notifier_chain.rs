@@ -25,8 +25,8 @@ struct Vhost {
 }
 
 impl Vhost {
-    /// Registers for device IOTLB invalidations, or else falls back to those of
-    /// every mapping.
+    /// Registers for device IOTLB invalidations, with invalidations of every
+    /// mapping as the fallback.
     fn register(region: &IommuRegion) -> Arc<Self> {
         let vhost = Arc::new(Self::default());
         region.register(IommuNotifier {
@@ -72,7 +72,7 @@ impl NotifierSink for Vhost {
     }
 }
 
-/// The monitor's end of both models, which here has no guest to interrupt.
+/// The monitor's callbacks of both models. Interrupts are dropped.
 struct NoGuest;
 
 impl FaultSink for NoGuest {
@@ -98,7 +98,7 @@ fn send(model: &VirtioIommu, kind: u8, words: &[u32]) {
     }
     let mut reply = [0xff; request::TAIL_SIZE];
     let _ = model.handle(&bytes, &mut reply);
-    // The request is complete, and may be shown as used, after this.
+    // After the flush the request is complete and may go to the used ring.
     model.flush();
     assert_eq!(reply, [0; request::TAIL_SIZE], "status of the request");
 }
@@ -122,7 +122,7 @@ fn behind_virtio_iommu(ram: &Arc<GuestRam>) {
         "a virtio-iommu has no device IOTLB"
     );
 
-    // Domain 1 has both requesters, and one page: IOVA 0x1000 is RAM at 0x8000.
+    // Domain 1 has both requesters and one page: IOVA 0x1000 maps to 0x8000.
     send(&model, request::ATTACH, &[1, DISK.0, 0, 0]);
     send(&model, request::ATTACH, &[1, NIC.0, 0, 0]);
     send(
@@ -132,7 +132,7 @@ fn behind_virtio_iommu(ram: &Arc<GuestRam>) {
     );
     assert_eq!(vhost.cached(), 1, "prefilled by the MAP");
 
-    // A device that this process emulates reaches RAM by the same mapping.
+    // An emulated device reaches RAM through the same mapping.
     let dma = AddressSpace::translated(disk, Arc::clone(ram)).dma();
     let written = dma.view().write_obj(42_u32, GuestAddress(0x1000));
     assert!(written.is_ok());

@@ -1,4 +1,4 @@
-//! Addresses that cannot be mistaken for one another.
+//! A type per address space, so that the compiler rejects a mix-up.
 
 use std::fmt;
 
@@ -39,15 +39,15 @@ macro_rules! address {
 }
 
 address! {
-    /// An I/O virtual address: what a device puts on the bus.
+    /// An I/O virtual address: the input of the IOMMU's translation.
     Iova
 }
 address! {
-    /// A guest-physical address: what the guest's CPUs call physical.
+    /// A guest-physical address: the output of the IOMMU's translation.
     Gpa
 }
 address! {
-    /// A virtual address of this process, where a piece of guest RAM is mapped.
+    /// A virtual address of this process inside a mapping of guest RAM.
     Hva
 }
 
@@ -81,7 +81,7 @@ impl fmt::Display for StreamId {
     }
 }
 
-/// A range of zero bytes, or one that would run beyond 2^64 - 1.
+/// Error for a range of zero bytes, or one that ends beyond 2^64 - 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the range is empty or runs beyond 2^64 - 1")]
 pub struct EmptyRange;
@@ -105,7 +105,7 @@ pub struct IovaRange {
 }
 
 impl IovaRange {
-    /// All of the address space.
+    /// All 2^64 addresses.
     pub const ALL: Self = Self {
         first: Iova(0),
         last: Iova(u64::MAX),
@@ -114,7 +114,7 @@ impl IovaRange {
     /// The range from `first` to `last`, both inclusive.
     ///
     /// # Errors
-    /// [`EmptyRange`] when `last` lies before `first`.
+    /// [`EmptyRange`] when `last` is below `first`.
     pub const fn new(first: Iova, last: Iova) -> Result<Self, EmptyRange> {
         if first.0 <= last.0 {
             Ok(Self { first, last })
@@ -123,7 +123,7 @@ impl IovaRange {
         }
     }
 
-    /// The range of `bytes` bytes from `first` on.
+    /// The range of `bytes` bytes that starts at `first`.
     ///
     /// # Errors
     /// [`EmptyRange`] for zero bytes, or when the last byte would lie beyond
@@ -138,8 +138,8 @@ impl IovaRange {
         }
     }
 
-    /// The naturally aligned block of `1 << shift` bytes around `iova`. A shift
-    /// of 64 or more is all of the address space.
+    /// The naturally aligned block of `1 << shift` bytes that contains `iova`.
+    /// A shift of 64 or more gives [`ALL`](Self::ALL).
     #[must_use]
     pub const fn block(iova: Iova, shift: u32) -> Self {
         if shift >= 64 {
@@ -152,38 +152,37 @@ impl IovaRange {
         }
     }
 
-    /// The first address.
+    /// The first address, inclusive.
     #[must_use]
     pub const fn first(self) -> Iova {
         self.first
     }
 
-    /// The last address, which belongs to the range.
+    /// The last address, inclusive.
     #[must_use]
     pub const fn last(self) -> Iova {
         self.last
     }
 
-    /// The length in bytes less one, which fits 64 bits for all of the address
-    /// space too.
+    /// The length in bytes minus one, which fits 64 bits for every range.
     #[must_use]
     pub const fn extent(self) -> u64 {
         self.last.0 - self.first.0
     }
 
-    /// The length in bytes, or `None` for all 2^64.
+    /// The length in bytes, or `None` for 2^64.
     #[must_use]
     pub const fn size(self) -> Option<u64> {
         self.extent().checked_add(1)
     }
 
-    /// Whether `iova` lies in the range.
+    /// Whether `iova` is in the range, both ends included.
     #[must_use]
     pub const fn contains(self, iova: Iova) -> bool {
         self.first.0 <= iova.0 && iova.0 <= self.last.0
     }
 
-    /// Whether all of `other` lies in the range.
+    /// Whether every address of `other` is in the range.
     #[must_use]
     pub const fn covers(self, other: Self) -> bool {
         self.first.0 <= other.first.0 && other.last.0 <= self.last.0
@@ -195,13 +194,13 @@ impl IovaRange {
         self.first.0 <= other.last.0 && other.first.0 <= self.last.0
     }
 
-    /// Addresses that are in both.
+    /// Addresses that are in both, or `None` without a common one.
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.first.max(other.first), self.last.min(other.last)).ok()
     }
 
-    /// Both as one range, when they overlap or are adjacent.
+    /// The union, or `None` when they neither overlap nor are adjacent.
     #[must_use]
     pub fn joined(self, other: Self) -> Option<Self> {
         let (low, high) = if self.first <= other.first {
@@ -271,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_join_and_strangers_do_not() {
+    fn adjacent_ranges_join_and_separate_ones_do_not() {
         assert_eq!(range(0, 9).joined(range(10, 19)), Some(range(0, 19)));
         assert_eq!(range(10, 19).joined(range(0, 8)), None);
         assert_eq!(range(5, u64::MAX).joined(range(0, 4)), Some(IovaRange::ALL));
@@ -279,7 +278,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn intersection_holds_exactly_what_both_hold(
+        fn intersection_has_exactly_the_addresses_in_both(
             a in 0_u64..64, b in 0_u64..64, c in 0_u64..64, d in 0_u64..64, x in 0_u64..64,
         ) {
             let one = range(a.min(b), a.max(b));

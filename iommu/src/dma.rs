@@ -1,4 +1,4 @@
-//! A device's only way to guest memory.
+//! Guest memory as an emulated device accesses it: at I/O virtual addresses.
 
 use std::cell::Cell;
 use std::iter::FusedIterator;
@@ -17,13 +17,13 @@ use crate::region::Translating;
 use crate::space::AddressSpace;
 use crate::translate::{Fault, FaultReason};
 
-/// Entries of a device's cache of answers; a power of two.
+/// Entries of a view's translation cache; a power of two.
 const CACHE: usize = 64;
-/// Bytes that share a slot of the cache, as a shift.
+/// Bytes that share a slot of the cache, as a shift: 4 KiB.
 const SLOT_SHIFT: u32 = 12;
 
-/// Answers of the IOMMU, direct-mapped by page, valid for one generation of the
-/// stream. It is part of the IOMMU's TLB, not a device IOTLB: every
+/// Translations, direct-mapped by page and valid for one generation of the
+/// stream. The cache is part of the IOMMU's TLB, not a device IOTLB: every
 /// invalidation of the stream empties it.
 #[derive(Debug)]
 struct Cache {
@@ -31,8 +31,8 @@ struct Cache {
     slots: [Option<Mapping>; CACHE],
 }
 
-/// A requester's view of guest memory. Each user (a queue, a thread) clones its
-/// own: a clone has its own cache.
+/// A requester's view of guest memory. Each queue or thread uses a clone,
+/// because a clone has its own translation cache.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -55,7 +55,7 @@ pub struct DmaSpace {
 }
 
 impl AddressSpace {
-    /// A view for a device that this process emulates.
+    /// A view for a device that this process emulates, with an empty cache.
     #[must_use]
     pub fn dma(&self) -> DmaSpace {
         DmaSpace::new(self.clone())
@@ -79,20 +79,21 @@ impl DmaSpace {
         }
     }
 
-    /// The address space it is a view of.
+    /// The address space that the view accesses.
     #[must_use]
     pub fn space(&self) -> &AddressSpace {
         &self.space
     }
 
-    /// Opens the memory for a batch of accesses. As long as the view lives, an
-    /// invalidation of the stream waits: keep it for the work at hand, not
-    /// across a sleep. A thread holds one view of a stream at a time.
+    /// Enters the stream's gate for a batch of accesses. An invalidation of the
+    /// stream waits until the view is dropped, so no view is held across a
+    /// sleep. A thread holds one view of a stream at a time.
     #[must_use]
     pub fn view(&self) -> DmaView<'_> {
         let translated = self.space.region().map(|region| {
             let inside = region.enter();
-            // Another thread uses the same clone, which is rare: go without the cache.
+            // Another thread holds the cache of this clone, which is rare: use
+            // none.
             let mut cache = self.cache.try_lock().ok();
             if let Some(cache) = &mut cache {
                 let generation = region.generation();
@@ -121,11 +122,11 @@ struct Translated<'a> {
     hits: Cell<u64>,
 }
 
-/// Guest memory at I/O virtual addresses, open for use. It is a
-/// [`GuestMemory`], so that code written for plain memory works over it.
+/// Guest memory at I/O virtual addresses, with the stream's gate entered. It
+/// implements [`GuestMemory`], so code for untranslated memory accepts it.
 ///
-/// `virtio_queue` turns a fault on a descriptor into the end of its chain:
-/// look at [`fault`](Self::fault) after the chain.
+/// `virtio_queue` ends a chain at a descriptor that faults:
+/// [`fault`](Self::fault) distinguishes that from a complete chain.
 pub struct DmaView<'a> {
     space: &'a AddressSpace,
     translated: Option<Translated<'a>>,
@@ -133,7 +134,8 @@ pub struct DmaView<'a> {
 }
 
 impl DmaView<'_> {
-    /// The first fault since the view was opened or the fault was last taken.
+    /// The first fault since the view was opened or the last
+    /// [`take_fault`](Self::take_fault).
     #[must_use]
     pub fn fault(&self) -> Option<Fault> {
         self.fault.get()
@@ -144,7 +146,7 @@ impl DmaView<'_> {
         self.fault.take()
     }
 
-    /// The run around `iova` that may be used for `access`.
+    /// The run of addresses around `iova` whose mapping permits `access`.
     fn run(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
         let Some(translated) = &self.translated else {
             return Ok(Mapping {
@@ -170,7 +172,7 @@ impl DmaView<'_> {
         Ok(answer)
     }
 
-    /// The first piece of `count` bytes at `iova` that is one piece of RAM.
+    /// The longest part of `count` bytes at `iova` that is contiguous in RAM.
     fn piece(
         &self,
         iova: Iova,
@@ -202,7 +204,7 @@ impl DmaView<'_> {
     }
 
     fn note(&self, fault: Fault) {
-        // The model counts the faults that it finds itself.
+        // The model counts every other reason itself.
         if let (FaultReason::NotRam, Some(region)) = (fault.reason, self.space.region()) {
             region.counters().count_fault(fault.reason);
         }
@@ -253,7 +255,7 @@ impl GuestMemory for DmaView<'_> {
     }
 }
 
-/// The pieces of RAM behind a range of I/O virtual addresses.
+/// The pieces of RAM to which a range of I/O virtual addresses is mapped.
 struct Slices<'a, 'v> {
     view: &'a DmaView<'v>,
     iova: u64,
@@ -265,7 +267,7 @@ struct Slices<'a, 'v> {
 impl<'a> Slices<'a, '_> {
     fn piece(&self) -> Result<VolatileSlice<'a, ()>, Fault> {
         let iova = Iova(self.iova);
-        // A range that would run beyond 2^64 has no bytes there to give.
+        // A range that ends beyond 2^64 - 1 is refused, not wrapped around.
         if iova.checked_add(self.left as u64 - 1).is_none() {
             return Err(Fault {
                 stream: self.view.space.requester(),

@@ -1,19 +1,19 @@
-//! The gate of a stream: what makes an invalidation complete.
+//! The gate of a stream: makes an invalidation wait for accesses under the old
+//! translation.
 //!
-//! A thread that translates and then uses or publishes the answer holds the gate
-//! shared while the answer is in use. An invalidation changes the tables first,
-//! then closes the gate (which waits until no thread holds it), notifies, and
-//! opens it again. So:
+//! A thread that translates and then uses or publishes the result holds the
+//! gate shared while the result is in use. An invalidation changes the tables
+//! first, then closes the gate (which waits until no thread holds it),
+//! notifies, and opens it again. So:
 //!
 //! * an access that began under the old translation has ended when the
 //!   invalidation returns (invariant 3);
-//! * an answer is published to a consumer before the invalidation that the
-//!   consumer sees, never after it (invariant 4).
+//! * a translation is published to a consumer before its invalidation, never
+//!   after it (invariant 4).
 //!
-//! A thread that leaves the gate and enters it again at once would be faster than
-//! an invalidation that has to be woken first, again and again. So threads that
-//! enter let an invalidation that waits go first: it waits for the accesses that
-//! have begun, and for no others.
+//! A thread that leaves the gate and enters it again at once could overtake a
+//! waiting invalidation without end. So a thread that enters lets a waiting
+//! invalidation go first: it waits only for accesses that have already begun.
 
 use std::sync::{LockResult, PoisonError};
 #[cfg(not(loom))]
@@ -28,24 +28,24 @@ use loom::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// The gate. It is not re-entrant: a thread that holds it must not ask again.
+/// The gate. It is not re-entrant: a thread that holds it must not enter again.
 #[derive(Debug, Default)]
 pub struct Gate {
     lock: RwLock<()>,
     /// Invalidations that wait for `lock`.
     closing: AtomicUsize,
-    /// Held by the invalidation that is next, until it has `lock`.
+    /// Held by the next invalidation until it has `lock`.
     next: Mutex<()>,
 }
 
-/// Shared hold, for translating and using the answer.
+/// Shared guard: permits translating and using the result.
 pub type Entered<'a> = RwLockReadGuard<'a, ()>;
-/// Exclusive hold, for an invalidation.
+/// Exclusive guard of an invalidation.
 pub type Closed<'a> = RwLockWriteGuard<'a, ()>;
 
 impl Gate {
-    /// Enters: from here until the guard is dropped, an answer of the IOMMU
-    /// for this stream stays valid.
+    /// Takes the gate shared. A translation of this stream stays valid until
+    /// the guard is dropped.
     pub fn enter(&self) -> Entered<'_> {
         if self.closing.load(Ordering::Relaxed) != 0 {
             drop(valid(self.next.lock()));
@@ -53,8 +53,8 @@ impl Gate {
         valid(self.lock.read())
     }
 
-    /// Waits until no thread holds the gate, and holds it exclusively. Threads
-    /// that come to [`Gate::enter`] meanwhile wait until it is open again.
+    /// Waits until no thread holds the gate, and takes it exclusively.
+    /// [`Gate::enter`] waits until the guard is dropped.
     pub fn close(&self) -> Closed<'_> {
         self.closing.fetch_add(1, Ordering::Relaxed);
         let next = valid(self.next.lock());
@@ -65,7 +65,7 @@ impl Gate {
     }
 }
 
-/// The guard of a lock that protects no data: that of a poisoned one is as valid.
+/// The guard of a lock, poisoned or not: the lock protects no data.
 fn valid<G>(guard: LockResult<G>) -> G {
     guard.unwrap_or_else(PoisonError::into_inner)
 }
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_enters_again_waits_for_the_invalidation_that_waits_for_it() {
+    fn a_thread_that_reenters_waits_for_the_pending_invalidation() {
         let gate = Gate::default();
         let closed = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -106,60 +106,60 @@ mod loom_tests {
 
     use super::*;
 
-    /// A page that is mapped until it is unmapped, a kernel IOTLB that holds
-    /// it or not, and a flag for "the device is using it".
+    /// Whether the page is mapped, whether the kernel IOTLB has it, and whether
+    /// the device accesses it.
     #[derive(Default)]
-    struct World {
+    struct State {
         gate: Gate,
         mapped: AtomicBool,
         published: AtomicBool,
         using: AtomicUsize,
     }
 
-    fn unmap(world: &World) {
-        world.mapped.store(false, Ordering::Release);
-        let _closed = world.gate.close();
-        world.published.store(false, Ordering::Release);
+    fn unmap(state: &State) {
+        state.mapped.store(false, Ordering::Release);
+        let _closed = state.gate.close();
+        state.published.store(false, Ordering::Release);
     }
 
     #[test]
     fn stale_update_never_follows_its_invalidate() {
         loom::model(|| {
-            let world = Arc::new(World::default());
-            world.mapped.store(true, Ordering::Release);
+            let state = Arc::new(State::default());
+            state.mapped.store(true, Ordering::Release);
             let miss = {
-                let world = Arc::clone(&world);
+                let state = Arc::clone(&state);
                 thread::spawn(move || {
-                    let _inside = world.gate.enter();
-                    if world.mapped.load(Ordering::Acquire) {
-                        world.published.store(true, Ordering::Release);
+                    let _inside = state.gate.enter();
+                    if state.mapped.load(Ordering::Acquire) {
+                        state.published.store(true, Ordering::Release);
                     }
                 })
             };
-            unmap(&world);
+            unmap(&state);
             miss.join().unwrap();
-            assert!(!world.published.load(Ordering::Acquire));
+            assert!(!state.published.load(Ordering::Acquire));
         });
     }
 
     #[test]
-    fn no_access_runs_on_after_its_unmap_returned() {
+    fn no_access_continues_after_its_unmap_returned() {
         loom::model(|| {
-            let world = Arc::new(World::default());
-            world.mapped.store(true, Ordering::Release);
+            let state = Arc::new(State::default());
+            state.mapped.store(true, Ordering::Release);
             let device = {
-                let world = Arc::clone(&world);
+                let state = Arc::clone(&state);
                 thread::spawn(move || {
-                    let _inside = world.gate.enter();
-                    if world.mapped.load(Ordering::Acquire) {
-                        world.using.fetch_add(1, Ordering::AcqRel);
+                    let _inside = state.gate.enter();
+                    if state.mapped.load(Ordering::Acquire) {
+                        state.using.fetch_add(1, Ordering::AcqRel);
                         thread::yield_now();
-                        world.using.fetch_sub(1, Ordering::AcqRel);
+                        state.using.fetch_sub(1, Ordering::AcqRel);
                     }
                 })
             };
-            unmap(&world);
-            assert_eq!(world.using.load(Ordering::Acquire), 0);
+            unmap(&state);
+            assert_eq!(state.using.load(Ordering::Acquire), 0);
             device.join().unwrap();
         });
     }

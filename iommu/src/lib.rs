@@ -23,19 +23,19 @@
 //!                                              MSI routes        devices), miss handlers
 //! ```
 //!
-//! The program `examples/notifier_chain.rs` has all of it: two requesters, a
-//! consumer whose first choice of events is refused, and an SMMUv3 whose guest
-//! switches ATS.
+//! The program `examples/notifier_chain.rs` uses all of it: two requesters, a
+//! consumer whose preferred events are refused, and an SMMUv3 whose guest
+//! enables and disables ATS.
 //!
 //! # Locks
 //! From the outermost to the innermost:
 //!
-//! 1. a model's command lock: commands of one IOMMU are carried out in order;
+//! 1. a model's command lock: commands of one IOMMU are executed in order;
 //! 2. the [`Gate`](gate::Gate) of a stream: shared by {translate, use or
 //!    publish}, exclusive for {invalidate, notify};
 //! 3. a consumer's own lock, taken inside its [`NotifierSink`];
 //! 4. a model's state (tables, TLB), never held while a gate is taken or a
-//!    sink is called: a sink may look up.
+//!    sink is called, because a sink may call `lookup`.
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub, clippy::indexing_slicing, clippy::missing_errors_doc)]
 #![cfg_attr(

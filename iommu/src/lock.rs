@@ -3,13 +3,14 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A mutex with a rank; `docs/architecture.md` has the list.
+/// A mutex with a rank; `docs/architecture.md` lists the ranks.
 ///
-/// A panic inside the lock leaves the value as it is for the next holder.
+/// The mutex is never poisoned: after a panic the next holder gets the value as
+/// it is.
 #[derive(Debug)]
 pub struct RankedMutex<T, const RANK: u8>(Mutex<T>);
 
-/// Access to the value of a [`RankedMutex`].
+/// Guard of a [`RankedMutex`]; dropping it unlocks.
 #[derive(Debug)]
 pub struct RankedGuard<'a, T, const RANK: u8> {
     guard: MutexGuard<'a, T>,
@@ -25,7 +26,7 @@ impl<T, const RANK: u8> RankedMutex<T, RANK> {
     /// Waits for the lock.
     ///
     /// # Panics
-    /// In a debug build, if the thread holds a lock of this or of a later rank.
+    /// In a debug build, if the thread holds a lock of this or a higher rank.
     pub fn lock(&self) -> RankedGuard<'_, T, RANK> {
         let held = Held::new(RANK);
         let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -63,11 +64,11 @@ mod checked {
     use std::cell::Cell;
 
     thread_local! {
-        /// A bit for each rank that the thread holds.
+        /// Bit `n` is set while the thread holds a lock of rank `n`.
         static RANKS: Cell<u64> = const { Cell::new(0) };
     }
 
-    /// A rank that a thread holds; a guard stays on its thread.
+    /// Marks a rank as held by this thread until it is dropped.
     #[derive(Debug)]
     pub(super) struct Held(u64);
 

@@ -32,7 +32,7 @@ impl Perm {
     /// Reading and writing.
     pub const READ_WRITE: Self = Self(3);
 
-    /// Whether `access` is permitted.
+    /// Whether the permission includes `access`.
     #[must_use]
     pub const fn allows(self, access: Access) -> bool {
         match access {
@@ -41,7 +41,7 @@ impl Perm {
         }
     }
 
-    /// Accesses that both permit.
+    /// Accesses that both permissions include.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
@@ -64,7 +64,7 @@ impl fmt::Debug for Perm {
     }
 }
 
-/// A run of I/O virtual addresses that is contiguous in guest-physical memory.
+/// A range of I/O virtual addresses with one contiguous guest-physical target.
 ///
 /// ```
 /// use iommu::{Gpa, Iova, IovaRange, Mapping, Perm};
@@ -79,16 +79,16 @@ impl fmt::Debug for Perm {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
-    /// Addresses that the device uses; both ends inclusive.
+    /// I/O virtual addresses, both ends inclusive.
     pub iova: IovaRange,
-    /// Guest-physical address of the first one. The run does not wrap around 2^64.
+    /// Target of the first address. The target does not wrap around 2^64.
     pub gpa: Gpa,
     /// Accesses that are permitted.
     pub perm: Perm,
 }
 
 impl Mapping {
-    /// Guest-physical address of `iova`, or `None` outside the run.
+    /// Guest-physical address of `iova`, or `None` outside the mapping.
     #[must_use]
     pub const fn gpa_of(&self, iova: Iova) -> Option<Gpa> {
         if self.iova.contains(iova) {
@@ -98,7 +98,7 @@ impl Mapping {
         }
     }
 
-    /// The part of the mapping that lies in `range`.
+    /// The part of the mapping in `range`, or `None` when they do not overlap.
     #[must_use]
     pub fn clipped(&self, range: IovaRange) -> Option<Self> {
         let iova = self.iova.intersection(range)?;

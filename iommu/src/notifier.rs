@@ -1,4 +1,4 @@
-//! Notifiers: how a consumer that keeps translations is notified of changes.
+//! Notifiers: notify the consumers of translations of changes.
 
 use std::fmt;
 use std::ops::BitOr;
@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use crate::addr::IovaRange;
 use crate::mapping::Mapping;
 
-/// A set of events that a notifier asks for.
+/// A set of events that a notifier requests.
 ///
 /// ```
 /// use iommu::NotifierEvents;
@@ -24,9 +24,9 @@ pub struct NotifierEvents(u8);
 impl NotifierEvents {
     /// No event.
     pub const NONE: Self = Self(0);
-    /// Mappings that appear.
+    /// Mappings that are created.
     pub const MAP: Self = Self(1);
-    /// Ranges to drop from a cache of translations.
+    /// Ranges whose translation changed.
     pub const UNMAP: Self = Self(2);
     /// Invalidations of the device IOTLB by the guest (ATS).
     pub const DEVIOTLB_UNMAP: Self = Self(4);
@@ -43,7 +43,7 @@ impl NotifierEvents {
         Self(self.0 & other.0)
     }
 
-    /// Whether the set has no event.
+    /// Whether the set equals [`NONE`](Self::NONE).
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
@@ -91,13 +91,13 @@ impl Serialize for NotifierEvents {
     }
 }
 
-/// Why a model does not deliver events to a stream.
+/// Refusal of an event set by a model.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{events} refused: {reason}")]
 pub struct Refused {
-    /// The events that are not delivered.
+    /// The events that the model cannot deliver.
     pub events: NotifierEvents,
-    /// The reason, for the log and the API.
+    /// Reason for the log and the API.
     pub reason: &'static str,
 }
 
@@ -110,16 +110,16 @@ pub struct Registration {
     pub refused: Vec<Refused>,
 }
 
-/// The consumer's end. Every method is called with the stream's gate held: it
-/// must neither enter the gate nor register, and should return soon, because a
-/// vCPU waits for it. [`IommuRegion::lookup`](crate::IommuRegion::lookup) answers
-/// what is mapped.
+/// Callbacks of a consumer. Every method is called with the stream's gate held:
+/// it must neither enter the gate nor register, and should return soon, because
+/// a vCPU waits for it. It translates with
+/// [`IommuRegion::lookup`](crate::IommuRegion::lookup).
 pub trait NotifierSink: Send + Sync {
-    /// A mapping appeared (`MAP`), or is replayed.
+    /// A mapping was created (`MAP`), or is replayed.
     fn map(&self, mapping: &Mapping);
 
-    /// Whether a replay goes on: called for each mapping. A cache of limited size
-    /// returns `false` when it is full.
+    /// Whether a replay continues: called for each mapping. A cache of limited
+    /// size returns `false` when it is full.
     fn wants_more(&self) -> bool {
         true
     }
@@ -128,9 +128,9 @@ pub trait NotifierSink: Send + Sync {
     /// this returns the consumer uses no old translation of them.
     fn unmap(&self, ranges: &[IovaRange]);
 
-    /// Result of the registration: at first, and again whenever the guest changes
-    /// what the model can deliver. Between two results everything is unmapped, so
-    /// no event is lost.
+    /// Result of the registration, and again whenever the guest changes the
+    /// events that the model can deliver. Between two results everything is
+    /// unmapped, so no event is lost.
     fn registered(&self, outcome: &Registration);
 }
 
@@ -140,43 +140,43 @@ pub struct IommuNotifier {
     /// Acceptable event sets in order of preference; the first one that the model
     /// accepts is used.
     pub wanted: Vec<NotifierEvents>,
-    /// Addresses to be notified of.
+    /// Addresses whose events are delivered, both ends inclusive.
     pub range: IovaRange,
-    /// The consumer.
+    /// Receives the events.
     pub sink: Arc<dyn NotifierSink>,
 }
 
-/// Names a registered notifier of a region.
+/// Identifies a registered notifier of one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NotifierId(pub(crate) u64);
 
-/// A stream's address space, to which its model announces changes of the
-/// translation. The model calls it without its state lock; every method but
-/// [`map`](Self::map) waits until all accesses under the old translation ended.
+/// Receives a model's changes of one stream's translation. The model calls it
+/// without its state lock; every method but [`map`](Self::map) waits until all
+/// accesses under the old translation have ended.
 pub trait StreamSink: Send + Sync {
-    /// The translation of `ranges` changed: drops what the device caches hold
-    /// and notifies for `UNMAP`. The model has changed its own state already.
+    /// The translation of `ranges` changed: empties the caches of emulated
+    /// devices and notifies for `UNMAP`. The model changes its own state first.
     fn invalidate(&self, ranges: &[IovaRange]);
 
     /// The guest invalidated `ranges` of the stream's device IOTLB: notifies for
     /// `DEVIOTLB_UNMAP`.
     fn invalidate_device_iotlb(&self, ranges: &[IovaRange]);
 
-    /// The stream's configuration changed: everything that any consumer holds,
+    /// The stream's configuration changed: every translation of every consumer,
     /// device IOTLB or not, is invalid.
     fn invalidate_all(&self);
 
-    /// The stream has another view of memory: as
-    /// [`invalidate_all`](Self::invalidate_all), then replays the new view to
-    /// the notifiers for `MAP`. The model holds no lock but its command lock.
+    /// The stream's address space was replaced: does
+    /// [`invalidate_all`](Self::invalidate_all), then replays the new mappings
+    /// to the notifiers for `MAP`. The model holds only its command lock.
     fn reload(&self);
 
-    /// A mapping appeared: notifies for `MAP`. The model holds its command lock,
-    /// so that no removal of the same mapping can overtake it.
+    /// A mapping was created: notifies for `MAP`. The model holds its command
+    /// lock, so that no removal of the same mapping can overtake it.
     fn map(&self, mapping: &Mapping);
 
-    /// Negotiates every registration again, for a model whose ability to
-    /// deliver events changed (the guest switched ATS, for example). A notifier
-    /// whose outcome differs is unmapped in between.
+    /// Negotiates every registration again, after a change of the events that
+    /// the model can deliver (the guest enabled ATS, for example). A notifier
+    /// with a different result is unmapped in between.
     fn renegotiate(&self);
 }

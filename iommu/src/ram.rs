@@ -1,11 +1,11 @@
-//! The guest's RAM, and the identity mapping of it.
+//! The guest's RAM and its identity mapping.
 
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use crate::addr::{Gpa, Iova, IovaRange};
 use crate::mapping::{Mapping, Perm};
 
-/// The RAM of the guest, as guest-physical regions mapped into this process.
+/// The guest's RAM: guest-physical regions that are mapped into this process.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
 
 /// The identity mappings of an IOMMU in bypass: one per region of RAM.
@@ -20,8 +20,8 @@ pub(crate) fn ram_blocks(ram: &GuestRam) -> impl Iterator<Item = Mapping> + '_ {
     })
 }
 
-/// The identity mapping around `iova`: the whole region of RAM it lies in, or
-/// its 4 KiB page outside of RAM (an interrupt doorbell, for example).
+/// The identity mapping around `iova`: its whole region of RAM, or its 4 KiB
+/// page outside of RAM (an interrupt doorbell, for example).
 pub(crate) fn identity_around(ram: &GuestRam, iova: Iova) -> Mapping {
     let block = ram_blocks(ram).find(|block| block.iova.contains(iova));
     block.unwrap_or_else(|| {

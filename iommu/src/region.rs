@@ -13,7 +13,7 @@ use crate::mapping::{Access, Mapping};
 use crate::notifier::{IommuNotifier, NotifierEvents, NotifierId, Registration, StreamSink};
 use crate::translate::{Fault, FaultReason, Iommu, Request, RequestKind};
 
-/// Counters of a stream, relaxed atomics.
+/// Counters of a stream, updated with relaxed ordering.
 #[derive(Debug, Default)]
 pub struct StreamCounters {
     pub(crate) translations: AtomicU64,
@@ -31,19 +31,19 @@ impl StreamCounters {
     }
 }
 
-/// A copy of [`StreamCounters`].
+/// Values of a stream's counters since its region was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct StreamStats {
-    /// Requests to the model.
+    /// Requests that reached the model.
     pub translations: u64,
-    /// Requests that the device's own cache of answers served.
+    /// Requests that the translation cache of a [`DmaSpace`](crate::DmaSpace)
+    /// served.
     pub hits: u64,
-    /// Requests that faulted, by the place of their reason in
-    /// [`FaultReason::ALL`].
+    /// Requests that faulted, indexed as [`FaultReason::ALL`].
     pub faults: [u64; FaultReason::ALL.len()],
     /// Invalidations that reached the stream.
     pub invalidations: u64,
-    /// Mappings that were announced to the stream's notifiers.
+    /// Mappings that were delivered to the stream's notifiers.
     pub maps: u64,
 }
 
@@ -95,7 +95,7 @@ pub struct IommuRegion {
 }
 
 impl IommuRegion {
-    /// The region of `stream`, connected to the model.
+    /// The region of `stream`. Connects it to the model.
     pub fn new(iommu: Arc<dyn Iommu>, stream: StreamId) -> Arc<Self> {
         let region = Arc::new(Self {
             iommu,
@@ -110,13 +110,13 @@ impl IommuRegion {
         region
     }
 
-    /// Stream of the region.
+    /// Stream ID of the requester.
     #[must_use]
     pub fn stream(&self) -> StreamId {
         self.stream
     }
 
-    /// Values of the counters.
+    /// Copies the counters; the values are not of one instant.
     #[must_use]
     pub fn stats(&self) -> StreamStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -133,8 +133,8 @@ impl IommuRegion {
         &self.counters
     }
 
-    /// Enters the stream's gate: answers got through the guard may be used
-    /// and published until it is dropped. Not re-entrant.
+    /// Enters the stream's gate: translations made through the guard may be
+    /// used and published until it is dropped. Not re-entrant.
     pub fn enter(&self) -> Translating<'_> {
         Translating {
             _inside: self.gate.enter(),
@@ -142,13 +142,12 @@ impl IommuRegion {
         }
     }
 
-    /// Looks up without recording an event, for a
-    /// [`NotifierSink`](crate::NotifierSink) in one of its calls: the region
-    /// holds the gate then, so the answer may be published until the call
-    /// returns.
+    /// Translates without recording an event, for calls from a
+    /// [`NotifierSink`](crate::NotifierSink) method: the region holds the gate
+    /// then, so the result may be published until the method returns.
     ///
     /// # Errors
-    /// The [`Fault`], recorded nowhere.
+    /// The [`Fault`]; it is not recorded.
     pub fn lookup(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
         let request = Request::untranslated(self.stream, iova, access);
         self.iommu.lookup(&request)
@@ -178,8 +177,8 @@ impl IommuRegion {
         self.notifiers.lock().list.retain(|known| known.id != id);
     }
 
-    /// Changes with every invalidation. Read with the gate held, it is fixed
-    /// until the gate is left.
+    /// Number that changes with every invalidation. It is constant while the
+    /// gate is held.
     pub(crate) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
@@ -238,8 +237,8 @@ impl IommuRegion {
         }
     }
 
-    /// Replays the present mappings, as many as the sink wants. Needs the closed
-    /// gate.
+    /// Replays the present mappings until the sink wants no more. Needs the
+    /// closed gate.
     fn replay(&self, notifier: &IommuNotifier) {
         let mut visit = |mapping: &Mapping| {
             if !notifier.sink.wants_more() {
@@ -314,26 +313,26 @@ impl std::fmt::Debug for IommuRegion {
     }
 }
 
-/// The stream's gate, entered: the right to translate and to use the answers.
+/// Guard of the stream's gate: permits translating and using the results.
 pub struct Translating<'a> {
     _inside: Entered<'a>,
     region: &'a IommuRegion,
 }
 
 impl Translating<'_> {
-    /// Translates an access of the device; a fault is the model's event.
+    /// Translates an access of the device.
     ///
     /// # Errors
-    /// The [`Fault`].
+    /// The [`Fault`]; the model records its event.
     pub fn translate(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
         self.ask(iova, access, RequestKind::Untranslated)
     }
 
-    /// An ATS translation request of the device; a fault is the model's event
-    /// where its specification says so.
+    /// Translates an ATS request of the device (PCIe 6.0 §10.2).
     ///
     /// # Errors
-    /// The [`Fault`].
+    /// The [`Fault`]; the model records an event where its specification has
+    /// one.
     pub fn request_ats(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
         self.ask(iova, access, RequestKind::AtsTranslation)
     }
@@ -341,7 +340,7 @@ impl Translating<'_> {
     /// Translates without recording an event.
     ///
     /// # Errors
-    /// The [`Fault`], recorded nowhere.
+    /// The [`Fault`]; it is not recorded.
     pub fn lookup(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
         self.region.lookup(iova, access)
     }

@@ -6,8 +6,8 @@ use crate::addr::StreamId;
 use crate::ram::GuestRam;
 use crate::region::IommuRegion;
 
-/// The address space of one requester: all of RAM at its own address, or one
-/// region that the guest's IOMMU translates. Cheap to clone.
+/// The address space of one requester: the identity mapping of RAM, or one
+/// region that the guest's IOMMU translates. A clone shares both.
 #[derive(Clone, Debug)]
 pub struct AddressSpace {
     requester: StreamId,
@@ -26,7 +26,7 @@ impl AddressSpace {
         }
     }
 
-    /// The address space of the requester whose stream `region` is.
+    /// The address space of the requester with the stream of `region`.
     #[must_use]
     pub fn translated(region: Arc<IommuRegion>, ram: Arc<GuestRam>) -> Self {
         Self {
@@ -36,19 +36,19 @@ impl AddressSpace {
         }
     }
 
-    /// Requester ID of the owner.
+    /// Stream ID of the requester.
     #[must_use]
     pub fn requester(&self) -> StreamId {
         self.requester
     }
 
-    /// RAM that the address space leads to.
+    /// RAM that translations refer to.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
-    /// The translated region; `None` behind no IOMMU.
+    /// The translated region; `None` for a requester that is behind no IOMMU.
     #[must_use]
     pub fn region(&self) -> Option<&Arc<IommuRegion>> {
         self.region.as_ref()

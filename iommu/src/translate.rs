@@ -14,7 +14,7 @@ use crate::notifier::{NotifierEvents, Refused, StreamSink};
 pub enum RequestKind {
     /// An access with an untranslated address.
     Untranslated,
-    /// An ATS translation request: the device keeps the answer in its
+    /// An ATS translation request: the device keeps the translation in its
     /// device IOTLB until an invalidation.
     AtsTranslation,
 }
@@ -24,7 +24,7 @@ pub enum RequestKind {
 pub struct Request {
     /// Stream of the requester.
     pub stream: StreamId,
-    /// The SubstreamID (PASID) that comes with the request, if one does.
+    /// SubstreamID (PASID) of the request, if it has one.
     pub substream: Option<u32>,
     /// Address to translate.
     pub iova: Iova,
@@ -48,8 +48,8 @@ impl Request {
     }
 }
 
-/// Reason of a fault, common to all models. The model's own event record says
-/// more.
+/// Reason of a fault, common to all models. The model's own event record has
+/// more detail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FaultReason {
@@ -63,11 +63,11 @@ pub enum FaultReason {
     AddressSize,
     /// The access flag of the mapping is clear, and the IOMMU does not set it.
     AccessFlag,
-    /// The tables could not be read.
+    /// A table or a configuration structure is outside of RAM.
     External,
-    /// The configuration says that the stream's requests are aborted.
+    /// The configuration aborts the stream's requests.
     Aborted,
-    /// The address is translated, to guest-physical memory that is not RAM.
+    /// The address is mapped to a guest-physical address that is not RAM.
     NotRam,
 }
 
@@ -95,7 +95,7 @@ pub struct Fault {
     pub iova: Iova,
     /// Direction of the access.
     pub access: Access,
-    /// Why it is refused.
+    /// Reason, common to all models.
     pub reason: FaultReason,
 }
 
@@ -114,13 +114,12 @@ impl Fault {
 
 /// A model of an IOMMU.
 ///
-/// The methods that translate are called by [`IommuRegion`](crate::IommuRegion) with the stream's
-/// gate held at least shared: a model takes its own state lock in them and
-/// nothing else.
+/// The methods that translate are called by [`IommuRegion`](crate::IommuRegion)
+/// with the stream's gate held at least shared: a model takes only its own
+/// state lock in them.
 pub trait Iommu: Send + Sync {
-    /// Answers a request with the largest run around its address that has one
-    /// translation and one permission. A fault is recorded as the model's own
-    /// event.
+    /// Translates to the largest mapping around the address that the model can
+    /// determine. A fault is recorded as the model's own event.
     ///
     /// # Errors
     /// The [`Fault`]; its event has been recorded.
@@ -128,15 +127,15 @@ pub trait Iommu: Send + Sync {
 
     /// As [`translate`](Self::translate), but records no event, updates no flag
     /// in a descriptor, fills no cache of the model and counts nothing. The
-    /// consumers of the stream may keep the answer: its invalidation reaches
-    /// them. For prefetching and for inspection.
+    /// consumers of the stream may keep the translation: its invalidation
+    /// reaches them. For prefetching and for inspection.
     ///
     /// # Errors
-    /// The [`Fault`], recorded nowhere.
+    /// The [`Fault`]; it is not recorded.
     fn lookup(&self, request: &Request) -> Result<Mapping, Fault>;
 
-    /// Asks whether a notifier of a stream may ask for `new` (where it asked
-    /// for `old` until now). Called with the stream's gate held exclusively.
+    /// Checks whether a notifier of a stream may change its events from `old`
+    /// to `new`. Called with the stream's gate held exclusively.
     ///
     /// # Errors
     /// [`Refused`] names the events that the model cannot deliver for this
@@ -148,10 +147,9 @@ pub trait Iommu: Send + Sync {
         new: NotifierEvents,
     ) -> Result<(), Refused>;
 
-    /// Shows `visit` the mappings of the stream that overlap `range`, in order
-    /// and as far as the model can know them without a request, until it
-    /// breaks. Called with the stream's gate held exclusively; `visit` is
-    /// called without the model's state lock.
+    /// Passes the mappings of the stream that overlap `range` to `visit`, in
+    /// ascending order, until it breaks. Called with the stream's gate held
+    /// exclusively; `visit` is called without the model's state lock.
     fn replay(
         &self,
         stream: StreamId,
@@ -159,7 +157,7 @@ pub trait Iommu: Send + Sync {
         visit: &mut dyn FnMut(&Mapping) -> ControlFlow<()>,
     );
 
-    /// Records where changes of a stream's translations are announced. Called
-    /// once per region, at its creation.
+    /// Sets the receiver of changes of a stream's translations. Called once per
+    /// region, at its creation.
     fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>);
 }

@@ -11,12 +11,12 @@ use crate::{
 
 const PAGE: u64 = 4096;
 
-/// The simplest IOMMU there can be: a table of pages.
+/// An IOMMU with one table of 4 KiB pages for every stream.
 #[derive(Default)]
 struct Table {
     pages: Mutex<BTreeMap<u64, (u64, Perm)>>,
     sink: Mutex<Option<Weak<dyn StreamSink>>>,
-    asked: Mutex<u64>,
+    requests: Mutex<u64>,
 }
 
 impl Table {
@@ -37,14 +37,14 @@ impl Table {
         sink.invalidate(&[IovaRange::from_len(Iova(iova), PAGE).unwrap()]);
     }
 
-    fn asked(&self) -> u64 {
-        *self.asked.lock().unwrap()
+    fn requests(&self) -> u64 {
+        *self.requests.lock().unwrap()
     }
 }
 
 impl Iommu for Table {
     fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        *self.asked.lock().unwrap() += 1;
+        *self.requests.lock().unwrap() += 1;
         self.lookup(request)
     }
 
@@ -108,7 +108,7 @@ impl Iommu for Table {
     }
 }
 
-fn world() -> (Arc<Table>, Arc<IommuRegion>, DmaSpace) {
+fn setup() -> (Arc<Table>, Arc<IommuRegion>, DmaSpace) {
     let table = Arc::new(Table::default());
     let region = IommuRegion::new(Arc::clone(&table) as Arc<dyn Iommu>, StreamId(8));
     let ram = GuestRam::from_ranges(&[
@@ -121,7 +121,7 @@ fn world() -> (Arc<Table>, Arc<IommuRegion>, DmaSpace) {
 
 #[test]
 fn buffer_over_scattered_pages_is_one_buffer_to_the_device() {
-    let (table, _region, dma) = world();
+    let (table, _region, dma) = setup();
     table.map(0x10_0000, 0x3000, Perm::READ_WRITE);
     table.map(0x10_1000, 0x1_5000, Perm::READ_WRITE);
     let data: Vec<u8> = (0..=255).cycle().take(6000).collect();
@@ -136,8 +136,8 @@ fn buffer_over_scattered_pages_is_one_buffer_to_the_device() {
 }
 
 #[test]
-fn write_to_a_read_only_page_does_not_happen_and_is_told() {
-    let (table, region, dma) = world();
+fn write_to_a_read_only_page_writes_nothing_and_faults() {
+    let (table, region, dma) = setup();
     table.map(0x4000, 0x3000, Perm::READ);
     let view = dma.view();
     assert!(view.write_obj(7_u32, GuestAddress(0x4000)).is_err());
@@ -148,7 +148,7 @@ fn write_to_a_read_only_page_does_not_happen_and_is_told() {
 
 #[test]
 fn range_beyond_the_address_space_is_no_range() {
-    let (table, _region, dma) = world();
+    let (table, _region, dma) = setup();
     table.map(!(PAGE - 1), 0x3000, Perm::READ_WRITE);
     let view = dma.view();
     let last = GuestAddress(u64::MAX - 7);
@@ -159,7 +159,7 @@ fn range_beyond_the_address_space_is_no_range() {
 
 #[test]
 fn translation_outside_of_ram_is_a_fault() {
-    let (table, _region, dma) = world();
+    let (table, _region, dma) = setup();
     table.map(0x4000, 0xdead_b000, Perm::READ_WRITE);
     let view = dma.view();
     assert!(view.read_obj::<u8>(GuestAddress(0x4000)).is_err());
@@ -177,14 +177,14 @@ fn identity_space_is_all_of_ram_and_nothing_else() {
 }
 
 #[test]
-fn cached_answer_dies_with_its_mapping() {
-    let (table, _region, dma) = world();
+fn cached_translation_is_dropped_with_its_mapping() {
+    let (table, _region, dma) = setup();
     table.map(0x4000, 0x3000, Perm::READ_WRITE);
     for _ in 0..3 {
         dma.view().read_obj::<u8>(GuestAddress(0x4000)).unwrap();
     }
     assert_eq!(
-        table.asked(),
+        table.requests(),
         1,
         "the second access was served by the cache"
     );
@@ -194,7 +194,7 @@ fn cached_answer_dies_with_its_mapping() {
 
 #[test]
 fn unmap_waits_for_the_view_that_uses_the_page() {
-    let (table, _region, dma) = world();
+    let (table, _region, dma) = setup();
     table.map(0x4000, 0x3000, Perm::READ_WRITE);
     let (done, is_done) = std::sync::mpsc::channel();
     let view = dma.view();
@@ -231,8 +231,8 @@ impl NotifierSink for Log {
 }
 
 #[test]
-fn notifier_falls_back_and_is_shown_what_is_mapped() {
-    let (table, region, _dma) = world();
+fn notifier_falls_back_and_receives_the_present_mappings() {
+    let (table, region, _dma) = setup();
     table.map(0x4000, 0x3000, Perm::READ);
     let log = Arc::new(Log::default());
     let id = region.register(IommuNotifier {
@@ -258,7 +258,7 @@ fn notifier_falls_back_and_is_shown_what_is_mapped() {
 
 #[test]
 fn access_kind_of_a_view_follows_the_permissions_asked_for() {
-    let (table, _region, dma) = world();
+    let (table, _region, dma) = setup();
     table.map(0x4000, 0x3000, Perm::WRITE);
     let view = dma.view();
     let at = GuestAddress(0x4000);

@@ -11,7 +11,7 @@ use crate::mapping::Access;
 /// Upper bound on cached STEs, and on cached CDs. A full cache is cleared.
 const MAX_CACHED: usize = 1024;
 
-/// Cached STEs, CDs and translations.
+/// The configuration caches and the TLB, protected by the state lock.
 #[derive(Default)]
 pub(super) struct Caches {
     stes: BTreeMap<StreamId, Ste>,
@@ -39,7 +39,7 @@ impl Caches {
         insert(&mut self.cds, (stream, index), cd);
     }
 
-    /// Drops the STEs and CDs of the streams from `first` to `last`, inclusive.
+    /// Drops the STEs and CDs of the streams `first` to `last`, both inclusive.
     pub(super) fn drop_streams(&mut self, first: StreamId, last: StreamId) {
         let streams = first..=last;
         self.stes.retain(|stream, _| !streams.contains(stream));
@@ -52,14 +52,14 @@ impl Caches {
             .retain(|key, _| key.0 != stream || index.is_some_and(|index| index != key.1));
     }
 
-    /// Drops everything.
+    /// Empties both configuration caches and the TLB.
     pub(super) fn clear(&mut self) {
         self.stes.clear();
         self.cds.clear();
         self.tlb = Tlb::default();
     }
 
-    /// The translation of `address`, if the TLB has one that permits `access`.
+    /// The TLB's entry for `address`, if it permits `access`.
     pub(super) fn peek(&self, tag: &Tag, address: u64, access: Access) -> Option<Entry> {
         let entry = self.tlb.find(tag, address);
         entry.filter(|entry| entry.perm.allows(access))
@@ -80,17 +80,17 @@ impl Caches {
         self.tlb.insert(tag, entry, summary);
     }
 
-    /// Summary of the TLB's translations with one tag.
+    /// Summary of the TLB's entries with one tag.
     pub(super) fn summary(&self, tag: &Tag) -> TagSummary {
         self.tlb.summary(tag)
     }
 
-    /// Drops the translations that `scope` selects.
+    /// Drops the TLB's entries that `scope` selects.
     pub(super) fn invalidate(&mut self, scope: &Scope) {
         self.tlb.invalidate(scope);
     }
 
-    /// Hits and misses of the TLB.
+    /// Hits and misses of the TLB since it was created.
     pub(super) const fn counts(&self) -> (u64, u64) {
         (self.hits, self.misses)
     }

@@ -5,29 +5,29 @@ use super::descriptor::{Format, Granule, Table};
 use super::spec::cd::{self, RawCd};
 use super::ste::{Stage1, StreamWorld, address_bits, flags, granule_0};
 
-/// One of the two halves of a virtual address space.
+/// Half of a virtual address space, translated through TTB0 or TTB1 (§5.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TtbRegion {
-    /// The table; its input addresses are the low bits of an address.
+    /// Translation table. Its input is the low bits of an address.
     pub table: Table,
     /// No walks: every address faults (EPD).
     pub disabled: bool,
-    /// Bits 63:56 of an address do not matter (TBI).
+    /// Bits 63:56 of an address are ignored (TBI).
     pub ignore_top: bool,
 }
 
 /// A valid CD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cd {
-    /// Addresses from 0 up.
+    /// TTB0: addresses from 0 up.
     pub low: TtbRegion,
-    /// Addresses from 2^64 down; the EL2 regime has none.
+    /// TTB1: addresses from 2^64 - 1 down; `None` in the EL2 regime.
     pub high: Option<TtbRegion>,
-    /// ASID; 0 in the EL2 regime, which has none.
+    /// ASID; 0 in the EL2 regime, which has no ASIDs.
     pub asid: u16,
-    /// Faults stall.
+    /// Faults of translation stall the transaction (CD.S).
     pub stall: bool,
-    /// Faults are recorded.
+    /// Faults of translation are recorded (CD.R).
     pub record: bool,
 }
 
@@ -39,11 +39,10 @@ pub(super) struct BadCd;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TableInput<'a> {
     /// TTB0 or TTB1 region.
-    pub half: &'a TtbRegion,
+    pub region: &'a TtbRegion,
     /// Input address of the table.
     pub input: u64,
-    /// What an address of this half has above the input, when its top byte is
-    /// a sign extension.
+    /// Bits of the address above the input, with the top byte sign-extended.
     pub base: u64,
 }
 
@@ -89,7 +88,7 @@ impl Cd {
             config,
             unprivileged: !one_table,
         };
-        let low = common.half(
+        let low = common.region(
             disabled[0],
             cd::TBI0.is_set(raw),
             Fields {
@@ -108,7 +107,7 @@ impl Cd {
                 3 => Some(Granule::K64),
                 _ => None,
             };
-            Some(common.half(
+            Some(common.region(
                 disabled[1],
                 cd::TBI1.is_set(raw),
                 Fields {
@@ -128,32 +127,32 @@ impl Cd {
         })
     }
 
-    /// Table input of `address`, or `None` when it lies between the halves
-    /// or in one that is disabled (§3.4.1).
-    pub(super) fn place(&self, address: u64) -> Option<TableInput<'_>> {
+    /// Table input of `address`, or `None` when it is between the two regions
+    /// or in a disabled one (§3.4.1).
+    pub(super) fn table_input(&self, address: u64) -> Option<TableInput<'_>> {
         let upper = self.high.is_some() && address >> 55 & 1 != 0;
-        let half = if upper {
+        let region = if upper {
             self.high.as_ref()?
         } else {
             &self.low
         };
-        if half.disabled {
+        if region.disabled {
             return None;
         }
-        let ignored = if half.ignore_top { 0xff << 56 } else { 0 };
-        let mask = (1_u64 << half.table.input_bits) - 1;
+        let ignored = if region.ignore_top { 0xff << 56 } else { 0 };
+        let mask = (1_u64 << region.table.input_bits) - 1;
         let base = if upper { !mask } else { 0 };
         ((address ^ base) & !mask & !ignored == 0).then_some(TableInput {
-            half,
+            region,
             input: address & mask,
             base,
         })
     }
 
-    /// Whether any address has others that mean the same.
+    /// Whether several addresses may have one translation (TBI).
     pub(super) fn has_aliases(&self) -> bool {
-        let half = |half: &TtbRegion| half.ignore_top && !half.disabled;
-        half(&self.low) || self.high.as_ref().is_some_and(half)
+        let has_alias = |region: &TtbRegion| region.ignore_top && !region.disabled;
+        has_alias(&self.low) || self.high.as_ref().is_some_and(has_alias)
     }
 }
 
@@ -171,7 +170,7 @@ struct Common<'a> {
 }
 
 impl Common<'_> {
-    fn half(&self, disabled: bool, ignore_top: bool, fields: Fields) -> Result<TtbRegion, BadCd> {
+    fn region(&self, disabled: bool, ignore_top: bool, fields: Fields) -> Result<TtbRegion, BadCd> {
         let output_bits = address_bits(cd::IPS.of(self.raw), self.config.address_bits());
         let (access_flag, dirty) = flags(
             cd::HA.is_set(self.raw),
@@ -180,7 +179,7 @@ impl Common<'_> {
         );
         let granule = match fields.granule {
             Some(granule) => granule,
-            // The fields of a disabled half are ignored (§5.4.1.1).
+            // The fields of a disabled region are ignored (§5.4.1.1).
             None if disabled => Granule::K4,
             None => return Err(BadCd),
         };

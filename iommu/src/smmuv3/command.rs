@@ -13,7 +13,7 @@ use crate::addr::{Iova, IovaRange, StreamId};
 /// How CMD_SYNC signals its completion (§4.7.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Signal {
-    /// None, or an event that this SMMU does not offer.
+    /// No signal, or SIG_SEV, which this SMMU does not implement.
     None,
     /// By an interrupt, and by a message if the address is not 0.
     Interrupt {
@@ -24,7 +24,7 @@ pub(super) enum Signal {
     },
 }
 
-/// Answer to a page request group (§4.5.2).
+/// Response to a page request group (§4.5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PageResponse {
     /// The device shall not repeat the request.
@@ -35,38 +35,38 @@ pub enum PageResponse {
     Success,
 }
 
-/// What CMD_RESUME does to a stalled transaction (§4.7.1).
+/// Effect of CMD_RESUME on a stalled transaction (§4.7.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resume {
-    /// It is tried again as if it had just come.
+    /// It is translated again, as a new transaction.
     Retry,
     /// It is aborted.
     Terminate,
 }
 
-/// A command.
+/// A decoded command (§4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// A hint that has no effect.
+    /// CMD_PREFETCH_*: a hint without effect.
     Prefetch,
-    /// Configuration of the streams from the first to the last, inclusive.
+    /// CMD_CFGI_STE, CMD_CFGI_STE_RANGE: the first and last stream, inclusive.
     ConfigStreams(StreamId, StreamId),
-    /// One context descriptor of a stream.
+    /// CMD_CFGI_CD: one context descriptor of a stream.
     ConfigCd(StreamId, u32),
-    /// All context descriptors of a stream.
+    /// CMD_CFGI_CD_ALL: all context descriptors of a stream.
     ConfigCds(StreamId),
-    /// Translations.
+    /// CMD_TLBI_*: entries of the TLB.
     Tlb(Scope),
-    /// Translations in a function's device IOTLB.
+    /// CMD_ATC_INV: entries of a function's device IOTLB.
     Atc {
-        /// Which function.
+        /// Stream of the function.
         stream: StreamId,
-        /// Those of one SubstreamID, or those without.
+        /// SubstreamID of the entries; `None` for entries without one.
         substream: Option<u32>,
-        /// Which addresses.
+        /// Addresses, both ends inclusive.
         range: IovaRange,
     },
-    /// Answer to a page request group.
+    /// CMD_PRI_RESP: response to a page request group.
     PageResponse {
         /// Stream of the request.
         stream: StreamId,
@@ -74,18 +74,18 @@ pub(super) enum Command {
         substream: Option<u32>,
         /// Page request group index.
         group: u16,
-        /// The answer.
+        /// Response for the function.
         response: PageResponse,
     },
-    /// Resumes one stalled transaction.
+    /// CMD_RESUME: one stalled transaction, by stream and STAG.
     Resume(StreamId, u16, Resume),
-    /// Aborts every stalled transaction of a stream.
+    /// CMD_STALL_TERM: every stalled transaction of a stream.
     StallTerm(StreamId),
-    /// Completes all earlier commands.
+    /// CMD_SYNC: completes all earlier commands.
     Sync(Signal),
 }
 
-/// Kinds of commands, for counting.
+/// Kinds of commands that the statistics distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names are the specification's")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
@@ -135,8 +135,8 @@ impl Command {
     /// Decodes and checks a command of the non-secure command queue.
     ///
     /// # Errors
-    /// [`Cerror::Ill`] for one that this SMMU, as it is configured, does not
-    /// know or whose parameters are ILLEGAL.
+    /// [`Cerror::Ill`] for a command that this configuration does not implement
+    /// or whose parameters are ILLEGAL.
     pub(super) fn parse(
         raw: &RawCommand,
         config: &SmmuConfig,
@@ -206,7 +206,7 @@ impl Decoder<'_> {
         }
     }
 
-    /// The StreamID. One beyond IDR1.SIDSIZE names no stream (§4.1.7).
+    /// The StreamID. One beyond IDR1.SIDSIZE is an error (§4.1.7).
     fn stream(&self) -> Result<StreamId, Cerror> {
         needs(!cmd::SSEC.is_set(self.raw))?;
         Ok(StreamId(cmd::SID.of32(self.raw)))
@@ -285,7 +285,7 @@ impl Decoder<'_> {
         Ok(scope)
     }
 
-    /// VMID and the bits of it that matter (§3.17.6).
+    /// VMID and the mask of its significant bits (§3.17.6).
     fn vmid(&self) -> Option<(u16, u16)> {
         let ignored = (self.registers.get(reg::CR0) & cr0::VMW) >> cr0::VMW_SHIFT;
         self.config.stage2().then(|| {

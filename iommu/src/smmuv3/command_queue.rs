@@ -10,7 +10,7 @@ use super::spec::command::Cerror;
 use super::spec::{cr0, gerror, queue, reg};
 use crate::ram::GuestRam;
 
-/// Fetches commands, and counts them.
+/// Fetches commands and counts those that were consumed.
 pub(super) struct CommandQueue {
     config: SmmuConfig,
     consumed: BTreeMap<CommandKind, u64>,
@@ -24,7 +24,7 @@ impl CommandQueue {
         }
     }
 
-    /// Commands that were carried out, by kind.
+    /// Number of consumed commands by kind.
     pub(super) const fn consumed(&self) -> &BTreeMap<CommandKind, u64> {
         &self.consumed
     }
@@ -33,7 +33,8 @@ impl CommandQueue {
         Queue::new(registers, &CMDQ, self.config.address_bits())
     }
 
-    /// Commands that wait in the queue, if it may be processed (§4.1.2).
+    /// Number of commands in the queue; 0 while it is disabled or in error
+    /// (§4.1.2).
     pub(super) fn waiting(&self, registers: &Registers) -> u32 {
         if !registers.enabled(cr0::CMDQEN) || registers.error_active(gerror::CMDQ) {
             return 0;
@@ -43,8 +44,8 @@ impl CommandQueue {
         self.queue(registers).used(prod, cons)
     }
 
-    /// The command at CMDQ_CONS. `None`: there is none, or it stopped the queue
-    /// with an error (§7.1).
+    /// The command at CMDQ_CONS. `None` when the queue is empty, or when the
+    /// command is an error and stops the queue (§7.1).
     pub(super) fn fetch(&mut self, registers: &mut Registers, ram: &GuestRam) -> Option<Command> {
         if self.waiting(registers) == 0 {
             return None;
@@ -65,7 +66,7 @@ impl CommandQueue {
         }
     }
 
-    /// Moves CMDQ_CONS beyond the command it is at.
+    /// Advances CMDQ_CONS by one command.
     pub(super) fn consume(&self, registers: &mut Registers) {
         let next = self.queue(registers).next(registers.get(reg::CMDQ_CONS));
         registers.set(reg::CMDQ_CONS, next);

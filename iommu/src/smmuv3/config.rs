@@ -1,4 +1,5 @@
-//! What an SMMU offers.
+//! Features of an SMMU that its identification registers report (IHI 0070
+//! §6.3.1 to §6.3.6).
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +8,7 @@ pub(super) const STREAM_BITS: u32 = 16;
 /// Bits of a SubstreamID: a PASID.
 pub(super) const SUBSTREAM_BITS: u32 = 20;
 
-/// Which stages are offered.
+/// Stages of translation (IDR0.S1P, IDR0.S2P).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stages {
@@ -20,7 +21,7 @@ pub enum Stages {
     Nested,
 }
 
-/// Bits of a physical address.
+/// Size of a physical address (IDR5.OAS).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AddressSize {
     /// 44 bits.
@@ -35,13 +36,14 @@ pub enum AddressSize {
 /// Configuration that is fixed while the machine runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SmmuConfig {
-    /// Which stages are offered.
+    /// Stages of translation (IDR0.S1P, IDR0.S2P).
     pub stages: Stages,
-    /// ATS is offered.
+    /// IDR0.ATS: translation requests of functions are served.
     pub ats: bool,
-    /// PRI is offered; needs ATS.
+    /// IDR0.PRI: page requests of functions are queued. Has no effect without
+    /// `ats`.
     pub pri: bool,
-    /// Bits of a physical address.
+    /// Size of a physical address (IDR5.OAS).
     pub address_size: AddressSize,
 }
 
@@ -58,13 +60,13 @@ impl SmmuConfig {
         !matches!(self.stages, Stages::One)
     }
 
-    /// Whether the EL2 regimes are offered; they come with both stages.
+    /// Whether the EL2 regimes are offered (IDR0.Hyp): with both stages.
     #[must_use]
     pub const fn hyp(&self) -> bool {
         matches!(self.stages, Stages::Nested)
     }
 
-    /// Whether PRI is offered.
+    /// Whether PRI is offered: it needs ATS too.
     #[must_use]
     pub const fn pri(&self) -> bool {
         self.ats && self.pri

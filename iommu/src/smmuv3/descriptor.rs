@@ -14,7 +14,7 @@ pub(super) enum Granule {
 }
 
 impl Granule {
-    /// Bits of an offset in a page.
+    /// Number of offset bits of a page.
     pub(super) const fn bits(self) -> u32 {
         match self {
             Self::K4 => 12,
@@ -23,12 +23,12 @@ impl Granule {
         }
     }
 
-    /// Bits that one level resolves.
+    /// Number of input address bits that one level resolves.
     pub(super) const fn stride(self) -> u32 {
         self.bits() - 3
     }
 
-    /// How many entries at `level` the contiguous hint joins, as a power of two.
+    /// Entries of a contiguous group at `level`, as a power of two.
     pub(super) const fn contiguous(self, level: u32) -> u32 {
         match (self, level) {
             (Self::K4, _) => 4,
@@ -37,7 +37,7 @@ impl Granule {
         }
     }
 
-    /// Bits of an offset in what one entry at `level` maps.
+    /// Size of the page or block of one entry at `level`, as a shift.
     pub(super) const fn shift(self, level: u32) -> u32 {
         self.bits() + (3 - level) * self.stride()
     }
@@ -50,19 +50,19 @@ pub(super) enum AccessFlag {
     Fault,
     /// None: it counts as set (`AFFD`).
     Ignore,
-    /// It is set by the walk (`HA`).
+    /// The walk sets it (`HA`).
     Update,
 }
 
-/// How a table's permissions are read.
+/// Format of a table's permissions and attributes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
     /// Stage 1.
     Stage1 {
-        /// AP\[1\] says whether unprivileged accesses, which is all that
-        /// devices make, are permitted. Not so in the EL2 regime.
+        /// AP\[1\] permits unprivileged accesses, the only ones that devices
+        /// make. `false` in the EL2 regime, where AP\[1\] is ignored.
         unprivileged: bool,
-        /// Table descriptors restrict what lies below them (not with `HAD`).
+        /// Table descriptors restrict the levels below them (without `HAD`).
         hierarchical: bool,
     },
     /// Stage 2.
@@ -72,7 +72,7 @@ pub(super) enum Format {
     },
 }
 
-/// A translation table and the rules of walking it.
+/// A translation table and the parameters of its walks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Table {
     /// Granule.
@@ -91,7 +91,7 @@ pub(super) struct Table {
     pub access_flag: AccessFlag,
     /// The walk updates dirty state (`HD`).
     pub dirty: bool,
-    /// How permissions are read.
+    /// Format of permissions and attributes.
     pub format: Format,
 }
 
@@ -109,7 +109,7 @@ pub(super) const SOFTWARE: u64 = 0xf << 55;
 pub(super) const TABLE_UNPRIVILEGED_OFF: u64 = 1 << 61;
 pub(super) const TABLE_READ_ONLY: u64 = 1 << 62;
 
-/// Kinds of descriptors.
+/// Kind of a descriptor.
 pub(super) enum Kind {
     Invalid,
     Table,
@@ -149,7 +149,7 @@ impl Table {
         if block { Kind::Leaf } else { Kind::Invalid }
     }
 
-    /// The address in a descriptor whose low `bits` bits are not part of it.
+    /// Output address of a descriptor, with the low `bits` bits clear.
     pub(super) const fn address(&self, descriptor: u64, bits: u32) -> u64 {
         let low = descriptor & 0x0000_ffff_ffff_ffff & !((1 << bits) - 1);
         if self.wide && matches!(self.granule, Granule::K64) {
@@ -172,8 +172,8 @@ impl Table {
         input >> self.granule.shift(level) & ((1 << bits) - 1)
     }
 
-    /// Accesses that a leaf permits (DDI 0487 §D8.4), and whether only a clean
-    /// dirty state prevents writes.
+    /// Accesses that a leaf permits (DDI 0487 §D8.4), and whether a write is
+    /// permitted by an update to the dirty state.
     pub(super) fn permissions(&self, descriptor: u64, above: Above) -> (Perm, bool) {
         let clean = self.dirty && descriptor & DIRTY_MODIFIER != 0;
         match self.format {
@@ -220,7 +220,7 @@ impl Table {
         }
     }
 
-    /// `descriptor` marked as written to.
+    /// `descriptor` in the dirty state.
     pub(super) const fn dirtied(&self, descriptor: u64) -> u64 {
         match self.format {
             Format::Stage1 { .. } => descriptor & !READ_ONLY,

@@ -30,7 +30,7 @@ pub enum EventKind {
 }
 
 impl EventKind {
-    /// All of them, in the order of their numbers.
+    /// All kinds, in the order of their event numbers.
     pub const ALL: [Self; 13] = [
         Self::CBadStreamid,
         Self::FSteFetch,
@@ -80,7 +80,7 @@ impl EventKind {
         }
     }
 
-    /// Whether it is one of the four that may stall (§5.5).
+    /// Whether it is one of the four kinds that may stall (§5.5).
     #[must_use]
     pub const fn is_translation_related(self) -> bool {
         matches!(
@@ -90,12 +90,13 @@ impl EventKind {
     }
 }
 
-/// An event from which a record is made.
+/// Fields of an event that do not come from the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Event {
     /// Event number.
     pub kind: EventKind,
-    /// Address of a structure or descriptor, or intermediate physical address.
+    /// Address of a structure or descriptor, or an intermediate physical
+    /// address.
     pub address: u64,
     /// The fault is of stage 2.
     pub stage2: bool,
@@ -123,8 +124,8 @@ impl Event {
     }
 
     /// The event of a walk that faults.
-    pub(super) const fn walk(stop: &WalkFault) -> Self {
-        let kind = match stop.cause {
+    pub(super) const fn walk(fault: &WalkFault) -> Self {
+        let kind = match fault.cause {
             Cause::Translation => EventKind::FTranslation,
             Cause::AddressSize => EventKind::FAddrSize,
             Cause::AccessFlag => EventKind::FAccess,
@@ -133,25 +134,26 @@ impl Event {
         };
         Self {
             kind,
-            address: match stop.cause {
-                Cause::External => stop.fetch,
-                _ => stop.ipa,
+            address: match fault.cause {
+                Cause::External => fault.fetch,
+                _ => fault.ipa,
             },
-            stage2: stop.stage2,
-            class: stop.class,
-            table_read: !stop.table_write,
+            stage2: fault.stage2,
+            class: fault.class,
+            table_read: !fault.table_write,
         }
     }
 
-    /// The record of the event for `request`, stalled as transaction `stag` if
-    /// there is one.
+    /// The record of the event for `request`. `stag` identifies a stalled
+    /// transaction.
     pub(super) fn record(&self, request: &Request, stag: Option<u16>) -> RawEvent {
         let mut record = RawEvent::ZERO;
         let mut put = |field: Field<RawEvent>, value: u64| field.put(&mut record, value);
         put(event::NUMBER, u64::from(self.kind as u8));
         put(event::SID, u64::from(request.stream.0));
         let substream = match self.kind {
-            // It has no SSV: the index of the CD is always given (§7.3.9).
+            // The record has no SSV and always has the index of the CD
+            // (§7.3.9).
             EventKind::CBadSubstreamid => {
                 put(event::SSID, u64::from(request.substream.unwrap_or(0)));
                 None

@@ -26,13 +26,13 @@ pub struct Stalled {
     pub iova: Iova,
     /// Direction.
     pub access: Access,
-    /// Its event record is in the queue. One without is tried again when the
-    /// queue becomes writable (§3.12.2).
+    /// The event record was written. A transaction without one is translated
+    /// again when the queue becomes writable (§3.12.2).
     pub(super) recorded: bool,
 }
 
 impl Stalled {
-    /// The request to translate when the transaction is tried again.
+    /// The request of the transaction, for translating it again.
     pub(super) const fn request(&self) -> Request {
         let mut request = Request::untranslated(self.stream, self.iova, self.access);
         request.substream = self.substream;
@@ -47,7 +47,7 @@ impl Stalled {
     }
 }
 
-/// The event queue's producer, and the transactions that are stalled.
+/// The event queue's producer and the stalled transactions.
 pub(super) struct EventQueue {
     producer: Producer,
     stalled: BTreeMap<u16, Stalled>,
@@ -67,12 +67,12 @@ impl EventQueue {
         }
     }
 
-    /// Records that were written, by kind.
+    /// Number of written records by kind.
     pub(super) const fn written(&self) -> &BTreeMap<EventKind, u64> {
         &self.written
     }
 
-    /// Events of terminated transactions without a record.
+    /// Number of terminated transactions whose event was not recorded.
     pub(super) const fn dropped(&self) -> u64 {
         self.dropped
     }
@@ -82,7 +82,7 @@ impl EventQueue {
         &self.stalled
     }
 
-    /// Replaces the stalled transactions.
+    /// Replaces the stalled transactions when a snapshot is restored.
     pub(super) fn set_stalled(&mut self, stalled: BTreeMap<u16, Stalled>) {
         self.free_stags = all_stags()
             .filter(|stag| !stalled.contains_key(stag))
@@ -95,8 +95,8 @@ impl EventQueue {
         is_enabled(registers) && !self.producer.is_full(registers)
     }
 
-    /// Records the event of a terminated transaction, or drops it. Only a full
-    /// queue overflows by that (§7.4).
+    /// Records the event of a terminated transaction, or drops it. A drop marks
+    /// an overflow only when the queue is full (§7.4).
     pub(super) fn record(
         &mut self,
         registers: &mut Registers,
@@ -116,7 +116,7 @@ impl EventQueue {
     }
 
     /// Stalls a transaction. A second one to the same page is not recorded
-    /// (§3.12.2.1); one too many waits without a record.
+    /// (§3.12.2.1); one that finds the event queue full waits without a record.
     pub(super) fn stall(
         &mut self,
         registers: &mut Registers,
@@ -131,7 +131,7 @@ impl EventQueue {
         let Some(stag) = self.free_stags.pop_front() else {
             return;
         };
-        // A record that is not written is not lost: no overflow (§7.4).
+        // The record is written later, so this is no overflow (§7.4).
         let record = event.record(request, Some(stag));
         let recorded = self.push(registers, ram, &record).is_ok();
         if recorded {
@@ -155,7 +155,8 @@ impl EventQueue {
         unrecorded.map(|(stag, _)| *stag).collect()
     }
 
-    /// Removes and returns the stalled transactions that `which` selects.
+    /// Removes and returns the stalled transactions that `which` selects by
+    /// STAG.
     pub(super) fn remove(&mut self, which: impl Fn(u16, &Stalled) -> bool) -> Vec<Stalled> {
         let free_stags = &mut self.free_stags;
         let removed = self.stalled.extract_if(.., |stag, stalled| {
@@ -168,8 +169,8 @@ impl EventQueue {
         removed.map(|(_, stalled)| stalled).collect()
     }
 
-    /// Writes a record. What happens without one is the caller's decision: the
-    /// record of a terminated transaction is lost, that of a stall is not.
+    /// Writes a record. The caller handles a failure: the record of a
+    /// terminated transaction is lost, that of a stalled one is not.
     fn push(
         &self,
         registers: &mut Registers,
@@ -182,7 +183,7 @@ impl EventQueue {
         let outcome = self.producer.push(registers, ram, record);
         match outcome {
             // An interrupt for each record, not only for the first one in an
-            // empty queue: a driver that is about to leave sees it.
+            // empty queue: a handler that is about to return misses none.
             Ok(()) => registers.interrupt(SmmuLine::Eventq),
             Err(QueueWriteError::Full) => {}
             Err(QueueWriteError::Abort) => registers.global_error(gerror::EVENTQ_ABT),
@@ -195,7 +196,7 @@ impl EventQueue {
     }
 }
 
-/// Whether the event queue takes records apart from being full (§7.2.1).
+/// Whether records may be written, unless the queue is full (§7.2.1).
 fn is_enabled(registers: &Registers) -> bool {
     registers.enabled(cr0::EVENTQEN) && !registers.error_active(gerror::EVENTQ_ABT)
 }

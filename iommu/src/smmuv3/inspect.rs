@@ -13,22 +13,22 @@ use crate::ram::GuestRam;
 use crate::ram::ram_blocks;
 use crate::translate::Request;
 
-/// Descriptors after which a listing ends. A walk counts as [`WALK`], and the
-/// neighbours that a gap or a run extends over as one each.
+/// Upper bound on descriptors per listing. A walk counts as [`WALK`], each
+/// neighbour that a gap or a run extends over as one.
 const MAX_DESCRIPTORS: u64 = 1 << 18;
 const WALK: u64 = 16;
-/// Neighbours that a walk looks at, at most.
+/// Upper bound on neighbours that a walk reads.
 const NEIGHBOURS: u64 = 512;
 
 /// Treatment of a stream's accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StreamMode {
-    /// They pass untranslated.
+    /// Accesses pass untranslated.
     Bypass,
-    /// They are aborted.
+    /// Accesses are aborted.
     Abort,
-    /// The configuration is not valid: they are aborted, with an event.
+    /// The configuration is not valid: accesses are aborted with an event.
     Invalid,
     /// Stage 1 translates.
     Stage1,
@@ -43,15 +43,15 @@ pub enum StreamMode {
 pub struct StreamState {
     /// Treatment of accesses without a SubstreamID.
     pub mode: StreamMode,
-    /// Its ASID, with stage 1.
+    /// ASID of the CD; `None` without stage 1.
     pub asid: Option<u16>,
-    /// Its VMID, with stage 1 or 2 of EL1 when stage 2 is offered.
+    /// VMID of the STE; `None` outside of EL1 or when stage 2 is not offered.
     pub vmid: Option<u16>,
-    /// The STE allows ATS.
+    /// The STE allows ATS (EATS).
     pub ats_allowed: bool,
-    /// ATS is enabled in the function.
+    /// The enable bit of the function's ATS capability is set.
     pub ats_enabled: bool,
-    /// Notifiers may have `DEVIOTLB_UNMAP`.
+    /// `DEVIOTLB_UNMAP` is delivered to notifiers.
     pub device_iotlb: bool,
 }
 
@@ -86,11 +86,11 @@ impl Translator<'_> {
     fn default_cd(&mut self, stream: StreamId, ste: &Ste) -> Option<Cd> {
         let stage1 = ste.stage1?;
         let request = Request::untranslated(stream, Iova(0), Access::Read);
-        let asked = TranslationContext {
+        let context = TranslationContext {
             request: &request,
             update: false,
         };
-        self.cd(ste, &stage1, 0, asked).ok()
+        self.cd(ste, &stage1, 0, context).ok()
     }
 
     pub(super) fn view(&mut self, stream: StreamId) -> View {
@@ -160,7 +160,7 @@ pub(super) fn mappings(
     {
         let step = step(ram, view, at.0);
         read += WALK + step.neighbours;
-        // A page that permits nothing is no mapping.
+        // A page without permissions is no mapping.
         let permits = |mapping: &Mapping| mapping.perm != Perm::NONE;
         found.extend(step.mapping.filter(permits));
         next = step.last.checked_add(1).map(Iova);
@@ -172,26 +172,29 @@ pub(super) fn mappings(
 fn step(ram: &GuestRam, view: &View, address: u64) -> Step {
     match view {
         View::Bypass | View::Blocked => Step::gap(u64::MAX),
-        View::Stage2(stage2) => match look(|want| walk(ram, &stage2.table, None, address, want)) {
-            Ok(leaf) => Step::leaf(0, &leaf),
-            Err(stop) => Step::stop(0, address, &stop),
-        },
+        View::Stage2(stage2) => {
+            match walk_any_access(|request| walk(ram, &stage2.table, None, address, request)) {
+                Ok(leaf) => Step::leaf(0, &leaf),
+                Err(fault) => Step::fault(0, address, &fault),
+            }
+        }
         View::Stage1(cd, stage2) => {
-            let Some(place) = cd.place(address) else {
+            let Some(table_input) = cd.table_input(address) else {
                 return Step::gap(gap_end(cd, address));
             };
-            if place.canonical() != address {
-                // An alias of what is listed already.
+            if table_input.canonical() != address {
+                // An alias of a mapping that is listed already.
                 return Step::gap(gap_end(cd, address));
             }
-            match look(|want| walk_both(ram, &place, stage2.as_ref(), want)) {
-                Ok(leaf) => Step::leaf(place.base, &leaf),
-                // A gap of stage 2 says nothing of input addresses.
-                Err(stop) if stop.stage2 => Step {
+            match walk_any_access(|request| walk_both(ram, &table_input, stage2.as_ref(), request))
+            {
+                Ok(leaf) => Step::leaf(table_input.base, &leaf),
+                // A gap of stage 2 is in intermediate physical addresses.
+                Err(fault) if fault.stage2 => Step {
                     neighbours: NEIGHBOURS,
                     ..Step::gap(address | 0xfff)
                 },
-                Err(stop) => Step::stop(place.base, place.input, &stop),
+                Err(fault) => Step::fault(table_input.base, table_input.input, &fault),
             }
         }
     }
@@ -200,9 +203,9 @@ fn step(ram: &GuestRam, view: &View, address: u64) -> Step {
 /// A part of a listing.
 struct Step {
     mapping: Option<Mapping>,
-    /// The last address for which that is so.
+    /// Last address of the mapping or gap, inclusive.
     last: u64,
-    /// Neighbours of a descriptor that were looked at.
+    /// Neighbours of a descriptor that were read.
     neighbours: u64,
 }
 
@@ -224,39 +227,41 @@ impl Step {
         }
     }
 
-    /// A walk of `input` that stops.
-    fn stop(base: u64, input: u64, stop: &WalkFault) -> Self {
+    /// The gap at `input`, whose walk faults.
+    fn fault(base: u64, input: u64, fault: &WalkFault) -> Self {
         Self {
-            neighbours: stop.beyond.checked_shr(stop.span).unwrap_or(0),
-            ..Self::gap(base | gap_of(stop, input))
+            neighbours: fault.beyond.checked_shr(fault.span).unwrap_or(0),
+            ..Self::gap(base | gap_of(fault, input))
         }
     }
 }
 
-/// Walks for a read or, where that is not permitted, for a write.
-fn look(walk: impl Fn(WalkRequest) -> Result<Leaf, WalkFault>) -> Result<Leaf, WalkFault> {
-    let want = |access| WalkRequest {
+/// Walks for a read, then for a write if reading is not permitted.
+fn walk_any_access(
+    walk: impl Fn(WalkRequest) -> Result<Leaf, WalkFault>,
+) -> Result<Leaf, WalkFault> {
+    let request = |access| WalkRequest {
         access,
         update: false,
         run: true,
         gap: true,
     };
-    match walk(want(Access::Read)) {
-        Err(stop) if stop.cause == Cause::Permission => walk(want(Access::Write)),
+    match walk(request(Access::Read)) {
+        Err(fault) if fault.cause == Cause::Permission => walk(request(Access::Write)),
         found => found,
     }
 }
 
-/// The last input address for which a walk of `input` stops alike.
-fn gap_of(stop: &WalkFault, input: u64) -> u64 {
+/// The last input address whose walk has the same fault as that of `input`.
+fn gap_of(fault: &WalkFault, input: u64) -> u64 {
     let span = 1_u64
-        .checked_shl(stop.span)
+        .checked_shl(fault.span)
         .map_or(u64::MAX, |size| size - 1);
-    (input | span).saturating_add(stop.beyond)
+    (input | span).saturating_add(fault.beyond)
 }
 
-/// The last address of the gap that `address` lies in: between the halves, in
-/// one that is disabled, or in aliases of the lower one.
+/// The last address of the gap around `address`: between the TTB0 and TTB1
+/// regions, in a disabled one, or in aliases of the TTB0 region.
 fn gap_end(cd: &Cd, address: u64) -> u64 {
     let Some(high) = cd.high.filter(|high| !high.disabled) else {
         return u64::MAX;

@@ -1,22 +1,23 @@
 //! An SMMUv3.2 as a model (IHI 0070): non-secure streams, stage 1, stage 2 and
 //! both, VMSAv8-64 tables.
 //!
-//! * `config` says what is offered, `spec` has the layouts;
+//! * `config` has the offered features, `spec` the layouts;
 //! * `registers`, `command_queue`, `event_queue` (with the stalled transactions),
 //!   `pri_queue`, `caches` and `streams` each own a part of the state, and
 //!   `state` holds them under one lock;
 //! * `command` decodes, `ste`, `cd`, `descriptor` and `walk` are the steps of a translation,
 //!   none of them with state, and `translate` puts the steps in order;
-//! * `tlb` says which translations an invalidation reaches;
+//! * `tlb` has the translations and the scope of an invalidation;
 //! * `inspect` lists configuration and mappings for the API.
 //!
 //! # How an invalidation becomes complete
-//! A command changes the caches under the state lock, and records which streams
-//! may hold what was dropped. Before the CMD_SYNC after it is consumed (or at the
-//! end of the queue) the state is unlocked and each of those streams is notified:
-//! [`StreamSink::invalidate`] waits for accesses under the old translation.
-//! A walk and the insertion of its result into the TLB happen under one hold
-//! of the state lock, so none that began before an invalidation ends after it.
+//! A command changes the caches under the state lock, and records the streams
+//! that may hold the dropped entries. Before the CMD_SYNC after it is consumed
+//! (or at the end of the queue) the state is unlocked and each of those streams
+//! is notified: [`StreamSink::invalidate`] waits for accesses under the old
+//! translation. A walk and the insertion of its result into the TLB happen
+//! under one hold of the state lock, so none that began before an invalidation
+//! ends after it.
 
 mod caches;
 mod cd;
@@ -65,8 +66,9 @@ use crate::notifier::{NotifierEvents, Refused, StreamSink};
 use crate::ram::GuestRam;
 use crate::translate::{Fault, Iommu, Request};
 
-/// Receives the model's signals. Called without the state lock, perhaps with a
-/// stream's gate held shared: it must neither translate nor call the model.
+/// Receives the model's interrupts and responses. Called without the state
+/// lock, perhaps with a stream's gate held shared: it must neither translate
+/// nor call the model.
 pub trait SmmuWires: Send + Sync {
     /// An edge on a wired interrupt.
     fn pulse(&self, line: SmmuLine);
@@ -85,12 +87,12 @@ pub trait SmmuWires: Send + Sync {
     ) {
     }
 
-    /// The guest resumed a stalled transaction: it is tried again, or its
-    /// device gets the abort.
+    /// The guest resumed a stalled transaction: the device repeats it, or
+    /// receives an abort.
     fn resumed(&self, _transaction: &Stalled, _action: Resume) {}
 
     /// Whether to leave the rest of the command queue until
-    /// [`Smmu::resume`]. TranslationContext before each command.
+    /// [`Smmu::resume`]. Called before each command.
     fn interrupts(&self) -> bool {
         false
     }
@@ -101,19 +103,20 @@ pub trait SmmuWires: Send + Sync {
 pub struct SmmuStats {
     /// Commands that were consumed, by kind.
     pub commands: BTreeMap<CommandKind, u64>,
-    /// Translations that the TLB answered.
+    /// Translations that hit the TLB.
     pub tlb_hits: u64,
-    /// Translations that walked tables.
+    /// Translations that missed the TLB.
     pub tlb_misses: u64,
-    /// Entries in the TLB now.
+    /// Entries that the TLB has now.
     pub tlb_entries: usize,
     /// Event records that were written, by kind.
     pub events: BTreeMap<EventKind, u64>,
-    /// Events that found the queue full, disabled or unreachable.
+    /// Events that were not recorded: the queue was full, disabled or not in
+    /// RAM.
     pub events_dropped: u64,
 }
 
-/// State of a snapshot, without the caches.
+/// State of a snapshot: registers, stalls and ATS enable bits, no caches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SmmuState {
     registers: Registers,
@@ -121,7 +124,7 @@ pub struct SmmuState {
     ats_enabled: Vec<StreamId>,
 }
 
-/// The model.
+/// The model of an SMMUv3; `Sync`, with a command lock and a state lock.
 pub struct Smmu {
     config: SmmuConfig,
     ram: Arc<GuestRam>,
@@ -144,7 +147,7 @@ impl Smmu {
         }
     }
 
-    /// Configuration of the model.
+    /// Features that the model offers.
     #[must_use]
     pub const fn config(&self) -> &SmmuConfig {
         &self.config
@@ -157,8 +160,8 @@ impl Smmu {
         self.lock().registers.read(offset)
     }
 
-    /// Reads the 64 bits at `offset`, a multiple of 8: a 64-bit register as it is
-    /// at one point in time, or two adjacent 32-bit ones (§6.2).
+    /// Reads the 64 bits at `offset`, a multiple of 8: a 64-bit register
+    /// atomically, or two adjacent 32-bit ones (§6.2).
     #[must_use]
     pub fn read64(&self, offset: u64) -> u64 {
         let state = self.lock();
@@ -166,8 +169,8 @@ impl Smmu {
         word(offset) | word(offset.saturating_add(4)) << 32
     }
 
-    /// Writes the 64 bits at `offset`, a multiple of 8: a 64-bit register at
-    /// once, or two adjacent 32-bit ones in rising order (§6.2).
+    /// Writes the 64 bits at `offset`, a multiple of 8: a 64-bit register
+    /// atomically, or two adjacent 32-bit ones in ascending order (§6.2).
     pub fn write64(&self, offset: u64, value: u64) {
         let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
         let low = u32::from_le_bytes([a, b, c, d]);
@@ -182,8 +185,8 @@ impl Smmu {
         }
     }
 
-    /// Writes a 32-bit word. When it returns, the effects of the write are
-    /// complete: commands are carried out up to CMDQ_PROD, an error, or
+    /// Writes the 32-bit word at `offset`. When it returns, the effects of the
+    /// write are complete: commands are executed up to CMDQ_PROD, an error, or
     /// [`SmmuWires::interrupts`].
     pub fn write(&self, offset: u64, value: u32) {
         match in_page_0(offset) {
@@ -200,7 +203,7 @@ impl Smmu {
         }
     }
 
-    /// Acknowledged when every stream has seen the change (§6.3.9, §6.3.10).
+    /// Acknowledges CR0 when every stream was notified (§6.3.9, §6.3.10).
     fn write_cr0(&self, value: u32) {
         let mut pending = self.command();
         let ended = self.lock().write_cr0(value, &mut pending);
@@ -233,7 +236,7 @@ impl Smmu {
         self.drain(&mut pending);
     }
 
-    /// Goes on with stalled transactions that have no record yet.
+    /// Retries stalled transactions that have no record yet.
     fn retry_unrecorded(&self) {
         let ended = self.with(|state| state.retry_unrecorded(&self.ram));
         for (stalled, action) in &ended {
@@ -241,20 +244,20 @@ impl Smmu {
         }
     }
 
-    /// Goes on with the command queue from CMDQ_CONS, where
-    /// [`SmmuWires::interrupts`] made it stop.
+    /// Continues the command queue at CMDQ_CONS, after
+    /// [`SmmuWires::interrupts`] stopped it.
     pub fn resume(&self) {
         self.drain(&mut self.command());
     }
 
-    /// Whether the guest enabled translation.
+    /// Whether CR0.SMMUEN is set.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
         self.lock().registers.enabled(cr0::SMMUEN)
     }
 
-    /// Back to reset, as when the machine restarts. Functions lose their ATS
-    /// enable bit.
+    /// Returns to the state after reset. Clears the ATS enable bit of every
+    /// function.
     pub fn reset(&self) {
         let mut pending = self.command();
         self.lock().reset(&mut pending);
@@ -267,16 +270,16 @@ impl Smmu {
         let mut pending = self.command();
         let changed = self.lock().streams.set_ats_enabled(stream, enabled);
         if changed {
-            // What is due as a plain or device invalidation goes out under
-            // the registration that it was meant for.
+            // Pending invalidations are delivered under the registration
+            // that they were recorded for.
             self.deliver(&mut pending);
             self.renegotiate(stream);
         }
     }
 
-    /// A function asks for a page (§8). Answers the response that the SMMU
-    /// gives by itself when the request cannot be queued and is the last of
-    /// its group; `None` when the answer comes from the guest, or not at all.
+    /// Queues a function's page request (§8). Returns the SMMU's automatic
+    /// response when the request cannot be queued and is the last of its group;
+    /// `None` when the guest responds, or nothing does.
     pub fn page_request(&self, request: &PageRequest) -> Option<PageResponse> {
         let outcome = self.with(|state| state.pri.push(&mut state.registers, &self.ram, request));
         match outcome {
@@ -286,7 +289,7 @@ impl Smmu {
         }
     }
 
-    /// Statistics since the model was made.
+    /// Statistics since the model was created.
     #[must_use]
     pub fn stats(&self) -> SmmuStats {
         let state = self.lock();
@@ -301,7 +304,8 @@ impl Smmu {
         }
     }
 
-    /// Faults of a stream since the model was made, by kind, recorded or not.
+    /// Faults of a stream since the model was created, by kind, recorded or
+    /// not.
     #[must_use]
     pub fn faults(&self, stream: StreamId) -> BTreeMap<EventKind, u64> {
         self.lock().streams.faults(stream)
@@ -314,11 +318,11 @@ impl Smmu {
     }
 
     /// Up to `limit` mappings of a stream from `from` on, in order, and the
-    /// address to go on from if there may be more. One call takes a bounded
-    /// number of steps: where the tables have many gaps it may find fewer
-    /// mappings than `limit`, or none, with more to come. A mapping is a run as
-    /// [`translate`](Iommu::translate) would answer it for reading or, where
-    /// that is not permitted, for writing.
+    /// address to continue from if there may be more. One call takes a bounded
+    /// number of steps: in tables with many gaps it may return fewer mappings
+    /// than `limit`, or none, and an address to continue from. A mapping is the
+    /// result of [`translate`](Iommu::translate) for reading or, where that is
+    /// not permitted, for writing.
     #[must_use]
     pub fn mappings(
         &self,
@@ -341,7 +345,7 @@ impl Smmu {
         }
     }
 
-    /// Replaces the state by the snapshot of an SMMU with the same
+    /// Replaces the state with the snapshot of an SMMU of the same
     /// configuration. Every stream is connected and the machine is paused.
     pub fn restore(&self, saved: &SmmuState) {
         let mut pending = self.command();
@@ -351,8 +355,8 @@ impl Smmu {
         self.deliver(&mut pending);
     }
 
-    /// Carries out what waits in the command queue: at most as many commands
-    /// as waited at the start, so a hostile index costs one queue's worth.
+    /// Executes the commands in the queue: at most as many as it has at the
+    /// start, so that a hostile index costs at most one queue of commands.
     fn drain(&self, pending: &mut PendingInvalidations) {
         let waiting = {
             let state = self.lock();
@@ -390,7 +394,7 @@ impl Smmu {
         self.deliver(pending);
     }
 
-    /// §4.7.3: seeing the signal means that the command is consumed.
+    /// Signals a CMD_SYNC, after it is consumed (§4.7.3).
     fn signal_sync(&self, signal: Signal) {
         let Signal::Interrupt { address, data } = signal else {
             return;
@@ -402,19 +406,19 @@ impl Smmu {
         });
     }
 
-    /// Tells every stream what is due. No lock but the command lock is held.
+    /// Delivers the pending invalidations. Only the command lock is held.
     fn deliver(&self, pending: &mut PendingInvalidations) {
-        for (stream, due) in pending.take() {
+        for (stream, invalidations) in pending.take() {
             let Some(sink) = self.sink(stream) else {
                 continue;
             };
-            if due.configuration {
+            if invalidations.configuration {
                 sink.invalidate_all();
                 self.renegotiate(stream);
                 continue;
             }
-            sink.invalidate(&due.ranges);
-            sink.invalidate_device_iotlb(&due.device);
+            sink.invalidate(&invalidations.ranges);
+            sink.invalidate_device_iotlb(&invalidations.device);
         }
     }
 
@@ -422,8 +426,8 @@ impl Smmu {
         self.lock().streams.sink(stream)
     }
 
-    /// Negotiates a stream's registrations again if it can deliver otherwise
-    /// than when they were last negotiated.
+    /// Negotiates a stream's registrations again if the events that it can
+    /// deliver changed since the last negotiation.
     fn renegotiate(&self, stream: StreamId) {
         let changed = {
             let mut state = self.lock();
@@ -435,7 +439,8 @@ impl Smmu {
         }
     }
 
-    /// Sends an interrupt; a message that is not delivered is a global error.
+    /// Sends an interrupt; a message that cannot be delivered is a global
+    /// error.
     fn send(&self, interrupt: InterruptRequest) {
         let wired = interrupt.message.is_none() || interrupt.line == SmmuLine::CmdSync;
         if let Some((address, data)) = interrupt.message {
@@ -457,8 +462,8 @@ impl Smmu {
         }
     }
 
-    /// Works on the state, and sends the interrupts that come of it when it is
-    /// unlocked.
+    /// Runs `work` under the state lock, and sends the requested interrupts
+    /// after unlocking.
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let outcome = work(&mut state);
@@ -482,13 +487,13 @@ impl Smmu {
 impl Iommu for Smmu {
     fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
         self.with(|state| {
-            let asked = TranslationContext {
+            let context = TranslationContext {
                 request,
                 update: true,
             };
             state
                 .translator(&self.ram)
-                .resolve(asked)
+                .resolve(context)
                 .map_err(|failure| {
                     state.fail(&self.ram, request, &failure);
                     Fault::new(request, failure.reason)
@@ -497,11 +502,11 @@ impl Iommu for Smmu {
     }
 
     fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        let asked = TranslationContext {
+        let context = TranslationContext {
             request,
             update: false,
         };
-        let outcome = self.lock().translator(&self.ram).resolve(asked);
+        let outcome = self.lock().translator(&self.ram).resolve(context);
         outcome.map_err(|failure| Fault::new(request, failure.reason))
     }
 

@@ -49,9 +49,9 @@ impl PageRequest {
 /// Result of queueing a page request (§8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PageRequestOutcome {
-    /// The guest will answer.
+    /// The guest responds with CMD_PRI_RESP.
     Queued,
-    /// The queue overflows.
+    /// The queue is full or has an unacknowledged overflow.
     Discarded,
     /// The queue is disabled, or its memory is not RAM.
     Unavailable,

@@ -51,7 +51,7 @@ pub(super) const PRIQ: QueueRegisters = QueueRegisters {
     entry: RawPageRequest::SIZE,
 };
 
-/// A queue as its base register describes it.
+/// Location and size of a queue, from its base register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Queue {
     base: u64,
@@ -59,7 +59,7 @@ pub(super) struct Queue {
     entry: u64,
 }
 
-/// Why an entry is not in its queue.
+/// Error of a write to a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueWriteError {
     /// The queue is full.
@@ -86,17 +86,17 @@ impl Queue {
         }
     }
 
-    /// The bits of an index and its wrap bit.
+    /// Mask of an index including its wrap bit.
     pub(super) const fn mask(&self) -> u32 {
         (2 << self.log2size) - 1
     }
 
-    /// How many entries lie between two indices.
+    /// Number of entries from `cons` to `prod`.
     pub(super) const fn used(&self, prod: u32, cons: u32) -> u32 {
         prod.wrapping_sub(cons) & self.mask()
     }
 
-    /// The index after `index`, its other bits kept.
+    /// The index after `index`; bits outside of the mask are unchanged.
     pub(super) const fn next(&self, index: u32) -> u32 {
         index & !queue::INDEX | index.wrapping_add(1) & self.mask()
     }
@@ -105,7 +105,7 @@ impl Queue {
         Gpa(self.base + (index & (self.mask() >> 1)) as u64 * self.entry)
     }
 
-    /// Whether nothing more may be written.
+    /// Whether no entry may be written.
     pub(super) const fn is_full(&self, prod: u32, cons: u32) -> bool {
         self.used(prod, cons) >= 1 << self.log2size
     }
@@ -127,7 +127,7 @@ impl Queue {
     }
 }
 
-/// A queue that the SMMU writes.
+/// A queue that the SMMU writes: the event or PRI queue.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Producer {
     registers: QueueRegisters,
@@ -144,17 +144,17 @@ impl Producer {
         }
     }
 
-    /// Whether the guest has to consume an entry first.
+    /// Whether no entry may be written until the guest consumes one.
     pub(super) fn is_full(&self, registers: &Registers) -> bool {
         let queue = Queue::new(registers, &self.registers, self.address_bits);
         let index = |register| registers.get(register);
         queue.is_full(index(self.registers.prod), index(self.registers.cons))
     }
 
-    /// Writes an entry and moves PROD.
+    /// Writes an entry and advances PROD.
     ///
     /// # Errors
-    /// [`QueueWriteError`]; PROD stays.
+    /// [`QueueWriteError`]; PROD is unchanged.
     pub(super) fn push<T: Raw>(
         &self,
         registers: &mut Registers,
@@ -177,7 +177,7 @@ impl Producer {
         (index(self.registers.prod) ^ index(self.registers.cons)) & queue::OVERFLOW != 0
     }
 
-    /// Marks that a record was discarded because the queue is full.
+    /// Marks that a record was discarded because the queue is full (OVFLG).
     pub(super) fn overflow(&self, registers: &mut Registers) {
         if !self.is_overflowing(registers) {
             let prod = registers.get(self.registers.prod) ^ queue::OVERFLOW;

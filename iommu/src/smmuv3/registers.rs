@@ -1,5 +1,5 @@
-//! The registers (IHI 0070 §6): which bits of which word the guest may write,
-//! and when; global errors, and the interrupts that they request.
+//! The registers (IHI 0070 §6): writable bits and their guards; global errors
+//! and the interrupts that they request.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,19 +11,19 @@ use crate::addr::Gpa;
 
 /// Words of the register file.
 const WORDS: usize = (reg::END / 4) as usize;
-/// SMMUv3.2.
+/// AIDR of SMMUv3.2.
 const AIDR: u32 = 2;
 /// `CIDR0` to `CIDR3` of a CoreLink component.
 const CIDR: [u32; 4] = [0x0d, 0xf0, 0x05, 0xb1];
-/// Entries of the queues, as powers of two. Linux takes the largest it can
-/// get, so these are also what a guest spends on them.
+/// Entries of the queues, as powers of two. Linux allocates the largest size,
+/// so these also decide the memory that a guest spends on them.
 const CMDQS: u32 = 12;
 const EVENTQS: u32 = 10;
 const PRIQS: u32 = 10;
-/// Most stalled transactions.
+/// Upper bound on stalled transactions (IDR5.STALL_MAX).
 pub(super) const STALL_MAX: u32 = 32;
 
-/// When the guest may write a register.
+/// Condition under which the guest may write a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guard {
     /// Always.
@@ -106,7 +106,7 @@ const WRITABLE: [(u64, u32, Guard); 33] = {
 /// The SMMU's interrupts (§3.18).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SmmuLine {
-    /// The event queue is not empty.
+    /// Event queue not empty.
     Eventq,
     /// The PRI queue is not empty.
     Priq,
@@ -121,17 +121,17 @@ pub enum SmmuLine {
 pub(super) struct InterruptRequest {
     /// The wire.
     pub line: SmmuLine,
-    /// Address and data of a message, in place of or (CMD_SYNC) beside the
-    /// wire.
+    /// Address and data of a message, instead of the wire or, for CMD_SYNC, in
+    /// addition to it.
     pub message: Option<(Gpa, u32)>,
 }
 
-/// The values of all registers, and the interrupts that are due.
+/// The values of all registers, and the requested interrupts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Registers {
     words: Vec<u32>,
     #[serde(skip)]
-    due: Vec<InterruptRequest>,
+    requested: Vec<InterruptRequest>,
 }
 
 impl Registers {
@@ -139,7 +139,7 @@ impl Registers {
     pub(super) fn new(config: &SmmuConfig) -> Self {
         let mut registers = Self {
             words: vec![0; WORDS],
-            due: Vec::new(),
+            requested: Vec::new(),
         };
         for (offset, value) in identification(config) {
             registers.set(offset, value);
@@ -162,7 +162,7 @@ impl Registers {
         u64::from(self.get(offset)) | u64::from(self.get(offset + 4)) << 32
     }
 
-    /// Sets a word, whatever the guest may do to it.
+    /// Sets a word regardless of its guard and writable bits.
     pub(super) fn set(&mut self, offset: u64, value: u32) {
         if let Some(word) = self.words.get_mut(Self::index(offset)) {
             *word = value;
@@ -195,7 +195,7 @@ impl Registers {
         }
     }
 
-    /// Makes an interrupt due, as IRQ_CTRL and the IRQ_CFG registers say.
+    /// Requests an interrupt according to IRQ_CTRL and the IRQ_CFG registers.
     pub(super) fn interrupt(&mut self, line: SmmuLine) {
         let (enable, base) = match line {
             SmmuLine::Eventq => (irq_ctrl::EVENTQ, reg::EVENTQ_IRQ_CFG0),
@@ -211,31 +211,31 @@ impl Registers {
             line,
             message: (address != 0).then_some((Gpa(address), self.get(base + 8))),
         };
-        if !self.due.contains(&request) {
-            self.due.push(request);
+        if !self.requested.contains(&request) {
+            self.requested.push(request);
         }
     }
 
-    /// Takes the interrupts that are due.
+    /// Removes and returns the requested interrupts.
     pub(super) fn take_interrupts(&mut self) -> Vec<InterruptRequest> {
-        std::mem::take(&mut self.due)
+        std::mem::take(&mut self.requested)
     }
 
-    /// A guest's write without effects beyond the register. Ignored where the
-    /// guest may not write now.
+    /// Writes the word at `offset` for the guest, without other effects.
+    /// Ignored where the guest may not write now.
     pub(super) fn write(&mut self, offset: u64, value: u32) {
         if let Some(value) = self.writable(offset, value) {
             self.set(offset, value);
         }
     }
 
-    /// A guest's write to IRQ_CTRL, acknowledged at once (§6.3.17, §6.3.18).
+    /// Writes IRQ_CTRL for the guest and acknowledges it (§6.3.17, §6.3.18).
     pub(super) fn write_irq_ctrl(&mut self, value: u32) {
         self.write(reg::IRQ_CTRL, value);
         self.set(reg::IRQ_CTRLACK, self.get(reg::IRQ_CTRL));
     }
 
-    /// Acknowledges CR0 when its write is complete (§6.3.10).
+    /// Copies CR0 to CR0ACK: the write is complete (§6.3.10).
     pub(super) fn acknowledge_cr0(&mut self) {
         self.set(reg::CR0ACK, self.get(reg::CR0));
     }
@@ -253,7 +253,7 @@ impl Registers {
         free.then_some(self.get(offset) & !mask | value & mask)
     }
 
-    /// The bits of a control register that belong to what IDR0 offers.
+    /// The bits of a control register that the features of IDR0 define.
     fn offered(&self, offset: u64) -> u32 {
         let controls: &[(u64, u32, u32)] = &[
             (reg::CR0, idr0::PRI, cr0::PRIQEN),
@@ -270,7 +270,7 @@ impl Registers {
             .fold(u32::MAX, |mask, (.., bits)| mask & !bits)
     }
 
-    /// The word at `offset` of both pages as the guest reads it.
+    /// The word at `offset` of either page as the guest reads it.
     pub(super) fn read(&self, offset: u64) -> u32 {
         match offset {
             reg::CIDR0.. if offset < reg::CIDR0 + 16 => {
@@ -291,8 +291,8 @@ pub(super) const fn in_page_0(offset: u64) -> u64 {
     }
 }
 
-/// Whether a 64-bit register starts at `offset` (§6.2.1). A write of one has
-/// no consequences beyond the register.
+/// Whether a 64-bit register starts at `offset` (§6.2.1). A write to one has no
+/// other effects.
 pub(super) const fn is_64_bit(offset: u64) -> bool {
     matches!(
         offset,

@@ -1,5 +1,5 @@
-//! The owners of the model's state under one lock, and the steps that concern
-//! several of them.
+//! The parts of the model's state under one lock, and the operations on several
+//! of them.
 
 use std::collections::BTreeMap;
 
@@ -20,27 +20,28 @@ use crate::translate::Request;
 const FIRST_STREAM: StreamId = StreamId(0);
 const LAST_STREAM: StreamId = StreamId(u32::MAX);
 
-/// Result of a step of the command queue: work for the unlocked state.
+/// Result of one command: work to be done without the state lock.
 #[derive(Debug)]
 pub(super) enum Step {
     /// The queue is empty, or an error stopped it.
     Idle,
     /// A command was consumed.
     Consumed,
-    /// A command was consumed; the answer goes to a function.
+    /// CMD_PRI_RESP was consumed; the response goes to a function.
     Respond {
         stream: StreamId,
         substream: Option<u32>,
         group: u16,
         response: PageResponse,
     },
-    /// A command was consumed; these transactions are no longer stalled.
+    /// CMD_RESUME or CMD_STALL_TERM was consumed; these transactions are no
+    /// longer stalled.
     Resumed(Vec<Stalled>, Resume),
-    /// CMD_SYNC, to be consumed when everything in front of it is complete.
+    /// CMD_SYNC, to be consumed when all earlier commands are complete.
     Sync(Signal),
 }
 
-/// The model's state.
+/// The state of the model that the state lock protects.
 pub(super) struct State {
     config: SmmuConfig,
     pub(super) registers: Registers,
@@ -64,7 +65,7 @@ impl State {
         }
     }
 
-    /// The part of the state that translates.
+    /// Borrows the parts of the state that a translation uses.
     pub(super) fn translator<'a>(&'a mut self, ram: &'a GuestRam) -> Translator<'a> {
         Translator {
             config: &self.config,
@@ -75,7 +76,7 @@ impl State {
         }
     }
 
-    /// Replaces what a snapshot keeps, and drops everything else.
+    /// Replaces the parts that are in a snapshot, and resets all others.
     pub(super) fn replace(
         &mut self,
         registers: Registers,
@@ -90,13 +91,13 @@ impl State {
         self.reconfigure_all(pending);
     }
 
-    /// Back to reset.
+    /// Returns to the state after reset.
     pub(super) fn reset(&mut self, pending: &mut PendingInvalidations) {
         let registers = Registers::new(&self.config);
         self.replace(registers, BTreeMap::new(), &[], pending);
     }
 
-    /// A write to CR0 (§6.3.9). Returns the stalled transactions that it ends.
+    /// Writes CR0 (§6.3.9). Returns the stalled transactions that this ends.
     pub(super) fn write_cr0(
         &mut self,
         value: u32,
@@ -115,7 +116,7 @@ impl State {
         }
     }
 
-    /// A write to GBPA (§6.3.14): an update where UPDATE is set.
+    /// Writes GBPA (§6.3.14). Ignored without UPDATE.
     pub(super) fn write_gbpa(&mut self, value: u32, pending: &mut PendingInvalidations) {
         if value & gbpa::UPDATE == 0 {
             return;
@@ -128,8 +129,8 @@ impl State {
         }
     }
 
-    /// Counts a failure of `request` and records its event, or stalls the
-    /// transaction, as its configuration says.
+    /// Counts a failure of `request`, and records its event or stalls the
+    /// transaction according to the configuration.
     pub(super) fn fail(&mut self, ram: &GuestRam, request: &Request, failure: &Failure) {
         let Some(event) = &failure.event else {
             return;
@@ -142,9 +143,9 @@ impl State {
         }
     }
 
-    /// Tries the stalled transactions without a record again, as if each had
-    /// just come, while the event queue is writable (§3.12.2, §7.2.1): their
-    /// records tell the present configuration and tables. Returns those that are
+    /// Translates the stalled transactions without a record again, as new ones,
+    /// while the event queue is writable (§3.12.2, §7.2.1): their records
+    /// follow from the present configuration and tables. Returns those that are
     /// no longer stalled, with the action of their device.
     pub(super) fn retry_unrecorded(&mut self, ram: &GuestRam) -> Vec<(Stalled, Resume)> {
         let mut ended = Vec::new();
@@ -154,11 +155,11 @@ impl State {
             }
             for stalled in self.events.remove(|known, _| known == stag) {
                 let request = stalled.request();
-                let asked = TranslationContext {
+                let context = TranslationContext {
                     request: &request,
                     update: true,
                 };
-                match self.translator(ram).resolve(asked) {
+                match self.translator(ram).resolve(context) {
                     Ok(_) => ended.push((stalled, Resume::Retry)),
                     Err(failure) => {
                         self.fail(ram, &request, &failure);
@@ -172,7 +173,7 @@ impl State {
         ended
     }
 
-    /// Carries out the next command.
+    /// Executes the next command.
     pub(super) fn step(&mut self, ram: &GuestRam, pending: &mut PendingInvalidations) -> Step {
         let Some(command) = self.commands.fetch(&mut self.registers, ram) else {
             return Step::Idle;
@@ -184,7 +185,7 @@ impl State {
         step
     }
 
-    /// Moves CMDQ_CONS beyond the command it is at.
+    /// Advances CMDQ_CONS by one command.
     pub(super) fn consume(&mut self) {
         self.commands.consume(&mut self.registers);
     }
@@ -247,8 +248,8 @@ impl State {
         Step::Consumed
     }
 
-    /// Marks the configuration of streams as changed. While `SMMUEN` is 0 no
-    /// consumer holds anything that came from it.
+    /// Marks the configuration of streams as changed. Does nothing while
+    /// `SMMUEN` is 0: no consumer has a translation that depends on it.
     fn reconfigure(&mut self, first: StreamId, last: StreamId, pending: &mut PendingInvalidations) {
         if self.registers.enabled(cr0::SMMUEN) {
             self.streams.reconfigure(first, last, pending);

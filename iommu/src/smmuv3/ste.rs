@@ -1,12 +1,11 @@
-//! Stream table entries: where they lie (IHI 0070 §5.1) and what they say
-//! (§5.2).
+//! Stream table entries (IHI 0070 §5.2).
 
 use super::config::SmmuConfig;
 use super::descriptor::{AccessFlag, Format, Granule, Table};
 use super::spec::cr2;
 use super::spec::ste::{self, RawSte};
 
-/// Which regime tags the translations of a stream (§3.3.3 StreamWorld).
+/// Regime that tags the translations of a stream (§3.3.3 StreamWorld).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum StreamWorld {
     /// NS-EL1: tagged with VMID and ASID.
@@ -29,44 +28,45 @@ pub(super) struct Stage1 {
     pub substream_bits: u32,
     /// Treatment of accesses without a SubstreamID where CDs are per SubstreamID.
     pub default_substream: DefaultSubstream,
-    /// CDs must not stall.
+    /// A CD with stalls enabled is ILLEGAL (S1STALLD).
     pub stall_disabled: bool,
 }
 
 /// S1DSS (§5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DefaultSubstream {
-    /// They are terminated.
+    /// Accesses without a SubstreamID are terminated.
     Terminate,
-    /// They bypass stage 1.
+    /// Accesses without a SubstreamID bypass stage 1.
     Bypass,
-    /// They use the CD of SubstreamID 0, which is theirs alone.
+    /// Accesses without a SubstreamID use CD 0, and those with SubstreamID 0
+    /// are terminated.
     Zero,
 }
 
 /// Fields of the STE for stage 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stage2 {
-    /// The table.
+    /// Translation table of stage 2.
     pub table: Table,
-    /// Faults stall.
+    /// Faults of stage 2 stall the transaction (S2S).
     pub stall: bool,
-    /// Faults are recorded.
+    /// Faults of stage 2 are recorded (S2R).
     pub record: bool,
-    /// Stage 1 walks must not go to Device memory.
+    /// Stage 1 walks to Device memory fault (S2PTW).
     pub protect_walks: bool,
 }
 
 /// A valid STE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ste {
-    /// `false`: accesses are aborted and that is all (Config 0b0xx).
+    /// `false` aborts every access without an event (Config 0b0xx).
     pub passes: bool,
-    /// Stage 1, when it translates.
+    /// Stage 1; `None` when it does not translate.
     pub stage1: Option<Stage1>,
-    /// Stage 2, when it translates.
+    /// Stage 2; `None` when it does not translate.
     pub stage2: Option<Stage2>,
-    /// Regime.
+    /// Regime of the stream's translations.
     pub world: StreamWorld,
     /// VMID; 0 where the STE has none.
     pub vmid: u16,
@@ -88,7 +88,7 @@ pub(super) const fn granule_0(field: u64) -> Option<Granule> {
     }
 }
 
-/// Decodes IPS and S2PS, capped to the SMMU's own size.
+/// Decodes IPS or S2PS to bits of an address, at most `limit`.
 pub(super) const fn address_bits(field: u64, limit: u32) -> u32 {
     let bits = match field {
         0 => 32,
@@ -102,7 +102,8 @@ pub(super) const fn address_bits(field: u64, limit: u32) -> u32 {
     if bits < limit { bits } else { limit }
 }
 
-/// How HA, HD and AFFD combine (§5.4 CD.HA, §5.2 STE.S2HA).
+/// Decodes HA, HD and AFFD (§5.4 CD.HA, §5.2 STE.S2HA): the effect of a clear
+/// access flag, and whether walks update dirty state.
 pub(super) const fn flags(ha: bool, hd: bool, affd: bool) -> (AccessFlag, bool) {
     if ha {
         (AccessFlag::Update, hd)
@@ -114,7 +115,7 @@ pub(super) const fn flags(ha: bool, hd: bool, affd: bool) -> (AccessFlag, bool) 
 }
 
 impl Ste {
-    /// Decodes and checks an STE (§5.2.2). `cr2` is the register.
+    /// Decodes and checks an STE (§5.2.2). `cr2` is the value of CR2.
     ///
     /// # Errors
     /// [`BadSte`].
@@ -158,7 +159,8 @@ impl Ste {
     }
 }
 
-/// EATS. Split-stage ATS and device permission tables are not offered.
+/// Decodes EATS: whether ATS is allowed. Split-stage ATS and device permission
+/// tables are not offered.
 fn ats(raw: &RawSte, config: &SmmuConfig, two: bool) -> Result<bool, BadSte> {
     match (config.ats, ste::EATS.of(raw)) {
         (false, _) | (true, 0 | 3) => Ok(false),
@@ -168,7 +170,7 @@ fn ats(raw: &RawSte, config: &SmmuConfig, two: bool) -> Result<bool, BadSte> {
     }
 }
 
-/// STRW.
+/// Decodes STRW.
 fn world(raw: &RawSte, config: &SmmuConfig, two: bool, cr2: u32) -> Result<StreamWorld, BadSte> {
     if two || !config.hyp() {
         return Ok(StreamWorld::El1);
@@ -206,7 +208,7 @@ fn stage1(raw: &RawSte, config: &SmmuConfig) -> Result<Stage1, BadSte> {
 }
 
 /// The level at which a stage 2 walk starts, or `None` when SL0, T0SZ and TG
-/// do not fit together (DDI 0487 §D8.2.3).
+/// are inconsistent (DDI 0487 §D8.2.3).
 fn stage2_start(granule: Granule, sl0: u64, input_bits: u32) -> Option<u32> {
     let level = match (granule, sl0) {
         (Granule::K4, 0..=2) => 2 - u32::try_from(sl0).ok()?,

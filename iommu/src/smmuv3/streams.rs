@@ -1,4 +1,4 @@
-//! The connected streams, and which invalidations are due to them.
+//! The connected streams and their pending invalidations.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -11,20 +11,22 @@ use crate::notifier::StreamSink;
 /// Upper bound on the tags recorded per stream. Beyond it every invalidation
 /// reaches the stream.
 const MAX_TAGS: usize = 64;
-/// Ranges per stream at which pending invalidations are delivered.
+/// Ranges per stream at which pending invalidations are delivered early.
 const MAX_PENDING: usize = 64;
 
 /// A connected stream.
 #[derive(Default)]
 struct Stream {
     sink: Option<Weak<dyn StreamSink>>,
-    /// What its consumers may hold, since everything was last invalidated.
+    /// Translations that the consumers may hold: those since the last
+    /// invalidation of everything.
     held: BTreeMap<Tag, TagSummary>,
-    /// There were more tags than are recorded.
+    /// There were more than [`MAX_TAGS`] tags.
     held_more: bool,
-    /// It used a SubstreamID.
+    /// A translation since the last invalidation of everything had a
+    /// SubstreamID.
     substreams: bool,
-    /// ATS is enabled in the function's capability.
+    /// The enable bit of the function's ATS capability is set.
     ats_enabled: bool,
     /// `DEVIOTLB_UNMAP` was available at the last negotiation.
     device_iotlb: bool,
@@ -42,14 +44,14 @@ impl Stream {
         }
     }
 
-    /// Everything is invalidated.
+    /// Records that everything is invalidated.
     fn clear(&mut self) {
         self.held.clear();
         self.held_more = false;
         self.substreams = false;
     }
 
-    /// What `scope` takes away from the stream's consumers.
+    /// Translations of the stream's consumers that `scope` removes.
     fn extents(&self, scope: &Scope) -> Vec<InvalidationExtent> {
         let held = self.held.iter();
         let mut extents: Vec<_> = held
@@ -62,35 +64,36 @@ impl Stream {
     }
 }
 
-/// Invalidations that one stream has to see before the next CMD_SYNC completes.
+/// Invalidations of one stream to be delivered before the next CMD_SYNC
+/// completes.
 #[derive(Debug, Default)]
-pub(super) struct Due {
-    /// The configuration changed: everything.
+pub(super) struct StreamInvalidations {
+    /// The configuration changed: every translation is invalid.
     pub(super) configuration: bool,
-    /// Translations, as inclusive ranges.
+    /// Invalid translations; both ends of a range are inclusive.
     pub(super) ranges: Vec<IovaRange>,
-    /// Translations in its device IOTLB, as inclusive ranges.
+    /// Invalid entries of the device IOTLB; both ends of a range are inclusive.
     pub(super) device: Vec<IovaRange>,
 }
 
-/// Invalidations that the streams have to see. Its lock is the command lock: it
-/// is held while commands, or what they depend on, are changed.
+/// Invalidations to be delivered, by stream. Its lock is the command lock,
+/// which is held while commands are executed or their effects change.
 #[derive(Debug, Default)]
-pub(super) struct PendingInvalidations(BTreeMap<StreamId, Due>);
+pub(super) struct PendingInvalidations(BTreeMap<StreamId, StreamInvalidations>);
 
 impl PendingInvalidations {
-    fn stream(&mut self, stream: StreamId) -> &mut Due {
+    fn stream(&mut self, stream: StreamId) -> &mut StreamInvalidations {
         self.0.entry(stream).or_default()
     }
 
-    /// Whether a stream's list should not grow further.
+    /// Whether a stream has reached [`MAX_PENDING`] ranges.
     pub(super) fn is_full(&self) -> bool {
-        let mut due = self.0.values();
-        due.any(|due| due.ranges.len().max(due.device.len()) >= MAX_PENDING)
+        let mut streams = self.0.values();
+        streams.any(|stream| stream.ranges.len().max(stream.device.len()) >= MAX_PENDING)
     }
 
-    /// Takes all of them.
-    pub(super) fn take(&mut self) -> BTreeMap<StreamId, Due> {
+    /// Removes and returns the invalidations of every stream.
+    pub(super) fn take(&mut self) -> BTreeMap<StreamId, StreamInvalidations> {
         std::mem::take(&mut self.0)
     }
 }
@@ -138,7 +141,7 @@ impl Streams {
         stream.map_or_else(BTreeMap::new, |stream| stream.faults.clone())
     }
 
-    /// Whether ATS is enabled in the function.
+    /// Whether the ATS enable bit of the function is set.
     pub(super) fn ats_enabled(&self, stream: StreamId) -> bool {
         self.0.get(&stream).is_some_and(|stream| stream.ats_enabled)
     }
@@ -196,9 +199,9 @@ impl Streams {
         }
     }
 
-    /// Adds the invalidation to the streams whose consumers may hold what it
-    /// selects: those whose STE and CD named the VMID and ASID when they were
-    /// translated (§4.4).
+    /// Adds the invalidation to the streams whose consumers may hold a selected
+    /// translation: those whose STE and CD had the VMID and ASID at translation
+    /// (§4.4).
     pub(super) fn invalidate(&self, scope: &Scope, pending: &mut PendingInvalidations) {
         for (id, stream) in &self.0 {
             for extent in stream.extents(scope) {
@@ -215,7 +218,7 @@ impl Streams {
         }
     }
 
-    /// Adds an invalidation of a device IOTLB. One with a SubstreamID is for
+    /// Adds an invalidation of a device IOTLB. One with a SubstreamID selects
     /// translations that were requested with one (§4.5.1).
     pub(super) fn invalidate_atc(
         &self,

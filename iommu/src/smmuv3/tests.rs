@@ -1,4 +1,5 @@
-//! Tests of the model as a driver sees it.
+//! Tests of the model through registers, queues and tables, as a driver uses
+//! it.
 
 mod ats;
 mod bringup;

@@ -1,14 +1,14 @@
 //! The TLB and its invalidation (IHI 0070 §3.17, §4.4).
 //!
-//! It lives under the model's state lock, as does every walk that fills it.
-//! So no walk that began before an invalidation can insert after it.
+//! The model's state lock protects the TLB and every walk that fills it. So no
+//! walk that began before an invalidation can insert after it.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::ste::StreamWorld;
 use crate::mapping::Perm;
 
-/// Upper bound on entries.
+/// Upper bound on entries; the oldest insertion is evicted first.
 pub(super) const MAX_ENTRIES: usize = 4096;
 
 /// Which stages translate.
@@ -18,14 +18,14 @@ pub(super) enum Stages {
     One,
     /// Stage 2 only: addresses are intermediate physical.
     Two,
-    /// Both.
+    /// Both stages.
     Nested,
 }
 
 /// Tag of a translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Tag {
-    /// Regime.
+    /// Regime of the translation.
     pub world: StreamWorld,
     /// VMID; 0 outside of EL1.
     pub vmid: u16,
@@ -38,18 +38,18 @@ pub(super) struct Tag {
 /// Summary of all translations with one tag that a cache or consumer may hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TagSummary {
-    /// Some are valid for every ASID.
+    /// Some translations are valid for every ASID.
     pub global: bool,
     /// An address may have aliases (TBI).
     pub aliases: bool,
-    /// The largest page, block or contiguous group among them, as a shift.
+    /// Size of the largest page, block or contiguous group, as a shift.
     pub shift: u32,
-    /// Some are contiguous groups.
+    /// Some translations are of contiguous groups.
     pub grouped: bool,
 }
 
 impl TagSummary {
-    /// Both together.
+    /// Summary of the translations of both.
     pub(super) const fn and(self, other: Self) -> Self {
         Self {
             global: self.global || other.global,
@@ -64,46 +64,46 @@ impl TagSummary {
     }
 }
 
-/// The ASIDs that an invalidation is for.
+/// ASIDs that an invalidation selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AsidScope {
-    /// All.
+    /// Every ASID.
     Any,
-    /// One.
+    /// This ASID, without global translations.
     Only(u16),
-    /// One, and translations that are valid for every ASID.
+    /// This ASID, and translations that are valid for every ASID.
     OrGlobal(u16),
 }
 
-/// The stages that an invalidation is for.
+/// Stages that an invalidation selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StageScope {
-    /// What stage 1 takes part in.
+    /// Stage 1, alone or nested.
     First,
-    /// Stage 2, by intermediate physical address. What combines both stages
-    /// is not found by it and falls as a whole.
+    /// Stage 2, by intermediate physical address. Nested translations cannot
+    /// be found by it: all of them are removed.
     Second,
-    /// All.
+    /// Every stage.
     Any,
 }
 
-/// A range of addresses.
+/// Addresses that an invalidation selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
-    /// First address.
+    /// First address, inclusive.
     pub first: u64,
     /// Last address, inclusive.
     pub last: u64,
-    /// Pages or blocks larger than this (a shift) are not meant (TTL).
+    /// Size of the largest page or block that is selected, as a shift (TTL).
     pub limit: u32,
-    /// How many of them form a contiguous group, as a power of two.
+    /// Entries of a contiguous group, as a power of two.
     pub group: u32,
 }
 
 impl Span {
-    /// The range grown to whole pages, blocks or groups of those that are
-    /// held: an invalidation of one address of a block takes all of it away,
-    /// whatever part of it is held.
+    /// The range extended to whole pages, blocks or groups of the sizes in
+    /// `held`: an invalidation of one address of a block removes all of it.
+    /// Both ends are inclusive.
     pub(super) const fn grown(self, held: TagSummary) -> (u64, u64) {
         let limit = if held.grouped {
             self.limit.saturating_add(self.group)
@@ -124,34 +124,35 @@ impl Span {
     }
 }
 
-/// Selection of an invalidation.
+/// Translations that an invalidation selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Scope {
-    /// EL1, or (`false`) the EL2 regimes.
+    /// `true` selects EL1, `false` the EL2 regimes.
     pub el1: bool,
-    /// Of the EL2 regimes, only that with (`true`) or without ASIDs.
+    /// Of the EL2 regimes, `true` selects EL2-E2H and `false` EL2.
     pub e2h: Option<bool>,
-    /// VMID, and which of its bits matter; `None` for all.
+    /// VMID and the mask of its significant bits; `None` selects every VMID.
     pub vmid: Option<(u16, u16)>,
-    /// ASIDs.
+    /// Selected ASIDs.
     pub asid: AsidScope,
-    /// Stages.
+    /// Selected stages.
     pub stages: StageScope,
-    /// Addresses; `None` for all.
+    /// Selected addresses; `None` for all.
     pub span: Option<Span>,
 }
 
 /// The part of a tag's translations that an invalidation removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InvalidationExtent {
-    /// Everything.
+    /// Every translation of the tag.
     All,
     /// A range, both ends inclusive.
     Range(u64, u64),
 }
 
 impl Scope {
-    /// The part of the translations tagged `tag` that is removed.
+    /// The part of the translations with `tag` that is removed; `None` for no
+    /// part.
     pub(super) fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
         let world = match tag.world {
             StreamWorld::El1 => self.el1,
@@ -184,14 +185,14 @@ impl Scope {
     }
 }
 
-/// A run of addresses with one translation.
+/// A contiguous range of addresses with one translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// First address, sign-extended where the top byte is ignored.
+    /// First address, inclusive; sign-extended where the top byte is ignored.
     pub first: u64,
     /// Last address, inclusive.
     pub last: u64,
-    /// Output address of the first.
+    /// Output address of `first`.
     pub output: u64,
     /// Accesses that are permitted.
     pub perm: Perm,
@@ -200,12 +201,13 @@ pub(super) struct Entry {
 #[derive(Debug, Default)]
 struct Context {
     held: TagSummary,
-    /// Disjoint entries by their first address, each with its age.
+    /// Disjoint entries by first address, each with its insertion number.
     entries: BTreeMap<u64, (Entry, u64)>,
 }
 
 impl Context {
-    /// Removes what overlaps the range; answers how many entries that was.
+    /// Removes the entries that overlap the range, both ends inclusive. Returns
+    /// their number.
     fn remove(&mut self, first: u64, last: u64) -> usize {
         let mut removed = 0;
         while let Some((&key, (entry, _))) = self.entries.range(..=last).next_back() {
@@ -223,14 +225,14 @@ impl Context {
 #[derive(Debug, Default)]
 pub(super) struct Tlb {
     contexts: BTreeMap<Tag, Context>,
-    /// Insertions, oldest first; those since removed are still in it.
+    /// Insertions, oldest first, including those of removed entries.
     order: VecDeque<(Tag, u64, u64)>,
     count: usize,
     age: u64,
 }
 
 impl Tlb {
-    /// The run that `address` lies in.
+    /// The entry that contains `address`.
     pub(super) fn find(&self, tag: &Tag, address: u64) -> Option<Entry> {
         let entries = &self.contexts.get(tag)?.entries;
         let (_, (entry, _)) = entries.range(..=address).next_back()?;
@@ -244,7 +246,7 @@ impl Tlb {
             .map_or_else(TagSummary::default, |context| context.held)
     }
 
-    /// Inserts a run in place of what overlaps it.
+    /// Inserts an entry and removes those that overlap it.
     pub(super) fn insert(&mut self, tag: Tag, entry: Entry, held: TagSummary) {
         self.age += 1;
         let context = self.contexts.entry(tag).or_default();
@@ -258,7 +260,7 @@ impl Tlb {
         }
     }
 
-    /// Drops the oldest insertion, if it is still there.
+    /// Drops the oldest insertion that was not removed.
     fn evict(&mut self) {
         let Some((tag, first, age)) = self.order.pop_front() else {
             return;
@@ -277,7 +279,7 @@ impl Tlb {
         }
     }
 
-    /// Drops what `scope` reaches.
+    /// Drops the entries that `scope` selects.
     pub(super) fn invalidate(&mut self, scope: &Scope) {
         let count = &mut self.count;
         self.contexts.retain(|tag, context| {
@@ -295,7 +297,7 @@ impl Tlb {
         });
     }
 
-    /// How many entries there are.
+    /// Number of entries.
     pub(super) fn entries(&self) -> usize {
         self.count
     }

@@ -19,16 +19,16 @@ use crate::ram::GuestRam;
 use crate::ram::identity_around;
 use crate::translate::{FaultReason, Request, RequestKind};
 
-/// A request that gets no translation.
+/// Error of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Failure {
     /// The reason that all models share.
     pub(super) reason: FaultReason,
-    /// The event, where the specification has one.
+    /// The event; `None` where the specification defines none.
     pub(super) event: Option<Event>,
-    /// Whether it goes to the event queue.
+    /// Whether the event is recorded in the event queue.
     pub(super) record: bool,
-    /// Whether the transaction waits.
+    /// Whether the transaction stalls (§3.12.2).
     pub(super) stall: bool,
 }
 
@@ -52,18 +52,18 @@ impl Failure {
     }
 }
 
-/// A request, and whether its translation may change state.
+/// A request and the permitted side effects of its translation.
 #[derive(Clone, Copy)]
 pub(super) struct TranslationContext<'a> {
     pub(super) request: &'a Request,
     /// Whether flags in descriptors, the caches and the statistics may be
-    /// updated. That the stream's consumers may hold the answer is remembered
-    /// in any case: they may have asked in advance.
+    /// updated. The translation is recorded as held by the stream's consumers
+    /// in any case: a lookup may be a prefetch.
     pub(super) update: bool,
 }
 
 impl TranslationContext<'_> {
-    const fn want(&self) -> WalkRequest {
+    const fn walk(&self) -> WalkRequest {
         WalkRequest {
             access: self.request.access,
             update: self.update,
@@ -77,8 +77,8 @@ impl TranslationContext<'_> {
     }
 }
 
-/// Translates requests: the registers and the guest's memory, and the caches
-/// that are filled from them.
+/// Translates requests by the registers and the guest's memory, and fills the
+/// caches from them.
 pub(super) struct Translator<'a> {
     pub(super) config: &'a SmmuConfig,
     pub(super) ram: &'a GuestRam,
@@ -89,34 +89,34 @@ pub(super) struct Translator<'a> {
 
 impl Translator<'_> {
     /// Translates a request.
-    pub(super) fn resolve(&mut self, asked: TranslationContext) -> Result<Mapping, Failure> {
-        let request = asked.request;
+    pub(super) fn resolve(&mut self, context: TranslationContext) -> Result<Mapping, Failure> {
+        let request = context.request;
         if !self.registers.enabled(cr0::SMMUEN) {
-            return self.unmanaged(asked);
+            return self.unmanaged(context);
         }
-        let ste = match self.ste(request.stream, asked.update) {
+        let ste = match self.ste(request.stream, context.update) {
             Ok(ste) => ste,
-            Err(event) => return Err(self.apply_record_policy(Failure::event(event), asked)),
+            Err(event) => return Err(self.apply_record_policy(Failure::event(event), context)),
         };
         if !ste.passes {
             return Err(Failure::silent(FaultReason::Aborted));
         }
-        if asked.is_ats() && !ste.ats {
+        if context.is_ats() && !ste.ats {
             let event = Event::configuration(EventKind::FBadAtsTreq);
             return Err(Failure::event(event));
         }
         let outcome = match select_substream(&ste, request.substream) {
             Err(kind) => Err(Failure::event(Event::configuration(kind))),
-            Ok(None) => self.without_stage1(&ste, asked),
-            Ok(Some((stage1, index))) => self.with_stage1(&ste, &stage1, index, asked),
+            Ok(None) => self.without_stage1(&ste, context),
+            Ok(Some((stage1, index))) => self.with_stage1(&ste, &stage1, index, context),
         };
-        outcome.map_err(|failure| self.apply_record_policy(failure, asked))
+        outcome.map_err(|failure| self.apply_record_policy(failure, context))
     }
 
-    /// Whether events about configuration are recorded: C_BAD_STREAMID when
-    /// CR2.RECINVSID says so, and those of ATS requests when CR2.REC_CFG_ATS
-    /// does (§3.9.1.2). Faults of translation are never an ATS request's.
-    fn apply_record_policy(&self, failure: Failure, asked: TranslationContext) -> Failure {
+    /// Decides whether events about configuration are recorded: C_BAD_STREAMID
+    /// with CR2.RECINVSID, those of ATS requests with CR2.REC_CFG_ATS
+    /// (§3.9.1.2). Faults of translation of ATS requests are never recorded.
+    fn apply_record_policy(&self, failure: Failure, context: TranslationContext) -> Failure {
         let Some(event) = failure.event else {
             return failure;
         };
@@ -124,29 +124,29 @@ impl Translator<'_> {
         if event.kind == EventKind::CBadStreamid {
             record &= self.registers.cr2(cr2::RECINVSID);
         }
-        if asked.is_ats() {
+        if context.is_ats() {
             record &= !event.kind.is_translation_related() && self.registers.cr2(cr2::REC_CFG_ATS);
         }
         Failure {
             record,
-            stall: failure.stall && !asked.is_ats(),
+            stall: failure.stall && !context.is_ats(),
             ..failure
         }
     }
 
-    /// Accesses while `SMMUEN` is 0 (§6.3.9.6, §6.3.14).
-    fn unmanaged(&self, asked: TranslationContext) -> Result<Mapping, Failure> {
-        if asked.is_ats() {
+    /// Handles accesses while `SMMUEN` is 0 (§6.3.9.6, §6.3.14).
+    fn unmanaged(&self, context: TranslationContext) -> Result<Mapping, Failure> {
+        if context.is_ats() {
             let event = Event::configuration(EventKind::FBadAtsTreq);
             return Err(Failure::event(event));
         }
         if self.registers.get(reg::GBPA) & gbpa::ABORT != 0 {
             return Err(Failure::silent(FaultReason::Aborted));
         }
-        if asked.request.iova.0 >> self.config.address_bits() != 0 {
+        if context.request.iova.0 >> self.config.address_bits() != 0 {
             return Err(Failure::silent(FaultReason::AddressSize));
         }
-        Ok(identity_around(self.ram, asked.request.iova))
+        Ok(identity_around(self.ram, context.request.iova))
     }
 
     /// The STE of a stream (§3.3.1, §5.1). With `update` a valid one is cached.
@@ -169,8 +169,8 @@ impl Translator<'_> {
         let bad_stream = Event::configuration(EventKind::CBadStreamid);
         let cfg = self.registers.get(reg::STRTAB_BASE_CFG);
         let base = self.registers.get64(reg::STRTAB_BASE) & strtab::ADDRESS;
-        // The literal size aligns the table, the offered one limits StreamIDs
-        // (§6.3.24, §6.3.25).
+        // LOG2SIZE as written aligns the table; capped at IDR1.SIDSIZE it
+        // limits StreamIDs (§6.3.24, §6.3.25).
         let literal = cfg & strtab::LOG2SIZE;
         let log2size = literal.min(STREAM_BITS);
         let index = u64::from(stream.0);
@@ -201,15 +201,15 @@ impl Translator<'_> {
     }
 
     /// The CD at `index` of a stream (§5.3, §5.4). A valid one is cached if
-    /// `asked` lets it.
+    /// `context` permits updates.
     pub(super) fn cd(
         &mut self,
         ste: &Ste,
         stage1: &Stage1,
         index: u32,
-        asked: TranslationContext,
+        context: TranslationContext,
     ) -> Result<Cd, Failure> {
-        let stream = asked.request.stream;
+        let stream = context.request.stream;
         if let Some(known) = self.caches.cd(stream, index) {
             return Ok(known);
         }
@@ -217,21 +217,25 @@ impl Translator<'_> {
             ram: self.ram,
             ste,
             address_bits: self.config.address_bits(),
-            update: asked.update,
+            update: context.update,
         };
         let address = fetch.address(stage1, index)?;
         let raw = fetch.read(address)?;
         let parsed = Cd::parse(&raw, self.config, stage1, ste.world)
             .map_err(|_| Failure::event(Event::configuration(EventKind::CBadCd)))?;
-        if asked.update {
+        if context.update {
             self.caches.insert_cd(stream, index, parsed);
         }
         Ok(parsed)
     }
 
-    /// Stage 1 does not translate, or is skipped.
-    fn without_stage1(&mut self, ste: &Ste, asked: TranslationContext) -> Result<Mapping, Failure> {
-        let iova = asked.request.iova;
+    /// Translates through stage 2 alone, or bypasses both stages.
+    fn without_stage1(
+        &mut self,
+        ste: &Ste,
+        context: TranslationContext,
+    ) -> Result<Mapping, Failure> {
+        let iova = context.request.iova;
         if iova.0 >> self.config.address_bits() != 0 {
             let event = Event::configuration(EventKind::FAddrSize);
             return Err(Failure::event(event));
@@ -240,30 +244,30 @@ impl Translator<'_> {
             return Ok(identity_around(self.ram, iova));
         };
         let tag = tag(ste, Stages::Two, 0);
-        if let Some(entry) = self.cached(&tag, iova.0, asked) {
-            return self.answer(asked.request, tag, entry, TagSummary::default(), 0);
+        if let Some(entry) = self.cached(&tag, iova.0, context) {
+            return self.answer(context.request, tag, entry, TagSummary::default(), 0);
         }
-        let leaf = walk(self.ram, &stage2.table, None, iova.0, asked.want())
-            .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?;
+        let leaf = walk(self.ram, &stage2.table, None, iova.0, context.walk())
+            .map_err(|fault| stage2_failure(stage2, &Event::walk(&fault)))?;
         let held = TagSummary {
             global: false,
             aliases: false,
             shift: leaf.shift,
             grouped: leaf.grouped,
         };
-        self.insert(asked, tag, entry_of(&leaf), held, 0)
+        self.insert(context, tag, entry_of(&leaf), held, 0)
     }
 
-    /// Stage 1 translates with the CD at `index`.
+    /// Translates through stage 1 with the CD at `index`, and stage 2 if any.
     fn with_stage1(
         &mut self,
         ste: &Ste,
         stage1: &Stage1,
         index: u32,
-        asked: TranslationContext,
+        context: TranslationContext,
     ) -> Result<Mapping, Failure> {
-        let request = asked.request;
-        let cd = self.cd(ste, stage1, index, asked)?;
+        let request = context.request;
+        let cd = self.cd(ste, stage1, index, context)?;
         let stages = if ste.stage2.is_some() {
             Stages::Nested
         } else {
@@ -275,28 +279,28 @@ impl Translator<'_> {
             stall: cd.stall,
             ..Failure::event(event)
         };
-        let Some(place) = cd.place(request.iova.0) else {
+        let Some(table_input) = cd.table_input(request.iova.0) else {
             let event = Event::configuration(EventKind::FTranslation);
             return Err(fault(event));
         };
-        let alias = request.iova.0 ^ place.canonical();
-        if let Some(entry) = self.cached(&tag, place.canonical(), asked) {
+        let alias = request.iova.0 ^ table_input.canonical();
+        if let Some(entry) = self.cached(&tag, table_input.canonical(), context) {
             let held = TagSummary {
                 aliases: cd.has_aliases(),
                 ..TagSummary::default()
             };
             return self.answer(request, tag, entry, held, alias);
         }
-        let sorted = |stop: super::walk::WalkFault| {
-            let event = Event::walk(&stop);
+        let failure = |walk_fault: super::walk::WalkFault| {
+            let event = Event::walk(&walk_fault);
             match &ste.stage2 {
-                Some(stage2) if stop.stage2 => stage2_failure(stage2, &event),
+                Some(stage2) if walk_fault.stage2 => stage2_failure(stage2, &event),
                 _ if event.kind.is_translation_related() => fault(event),
                 _ => Failure::event(event),
             }
         };
-        let leaf =
-            walk_both(self.ram, &place, ste.stage2.as_ref(), asked.want()).map_err(sorted)?;
+        let leaf = walk_both(self.ram, &table_input, ste.stage2.as_ref(), context.walk())
+            .map_err(failure)?;
         let held = TagSummary {
             global: leaf.global,
             aliases: cd.has_aliases(),
@@ -304,16 +308,16 @@ impl Translator<'_> {
             grouped: leaf.grouped,
         };
         let entry = Entry {
-            first: place.base | leaf.first,
-            last: place.base | leaf.last,
+            first: table_input.base | leaf.first,
+            last: table_input.base | leaf.last,
             ..entry_of(&leaf)
         };
-        self.insert(asked, tag, entry, held, alias)
+        self.insert(context, tag, entry, held, alias)
     }
 
-    fn cached(&mut self, tag: &Tag, address: u64, asked: TranslationContext) -> Option<Entry> {
-        let access = asked.request.access;
-        if asked.update {
+    fn cached(&mut self, tag: &Tag, address: u64, context: TranslationContext) -> Option<Entry> {
+        let access = context.request.access;
+        if context.update {
             self.caches.find(tag, address, access)
         } else {
             self.caches.peek(tag, address, access)
@@ -322,19 +326,20 @@ impl Translator<'_> {
 
     fn insert(
         &mut self,
-        asked: TranslationContext,
+        context: TranslationContext,
         tag: Tag,
         entry: Entry,
         held: TagSummary,
         alias: u64,
     ) -> Result<Mapping, Failure> {
-        if asked.update {
+        if context.update {
             self.caches.insert(tag, entry, held);
         }
-        self.answer(asked.request, tag, entry, held, alias)
+        self.answer(context.request, tag, entry, held, alias)
     }
 
-    /// The answer, remembered as something that the stream's consumers hold.
+    /// Records the translation as held by the stream's consumers and returns
+    /// it.
     fn answer(
         &mut self,
         request: &Request,
@@ -354,7 +359,8 @@ impl Translator<'_> {
         })
     }
 
-    /// Whether the function of `stream` may keep a device IOTLB now.
+    /// Checks whether the function of `stream` may have a device IOTLB now. The
+    /// error is the reason for the log and the API.
     pub(super) fn device_iotlb(&mut self, stream: StreamId) -> Result<(), &'static str> {
         if !self.config.ats {
             Err("ATS is not offered")
@@ -395,7 +401,7 @@ const fn entry_of(leaf: &Leaf) -> Entry {
     }
 }
 
-/// How a fault of stage 2 is treated (§5.5).
+/// The failure for a fault of stage 2 (§5.5).
 fn stage2_failure(stage2: &Stage2, event: &Event) -> Failure {
     let failure = Failure::event(*event);
     if event.kind.is_translation_related() {
@@ -409,7 +415,7 @@ fn stage2_failure(stage2: &Stage2, event: &Event) -> Failure {
     }
 }
 
-/// Which CD an access uses: `None` when stage 1 is skipped (§5.2 S1DSS,
+/// The index of an access's CD; `None` when stage 1 is bypassed (§5.2 S1DSS,
 /// §7.3.7, §7.3.9).
 fn select_substream(ste: &Ste, substream: Option<u32>) -> Result<Option<(Stage1, u32)>, EventKind> {
     let Some(stage1) = ste.stage1 else {
@@ -433,30 +439,30 @@ fn select_substream(ste: &Ste, substream: Option<u32>) -> Result<Option<(Stage1,
 /// Walks stage 1 and, in a nested configuration, stage 2 for its result.
 pub(super) fn walk_both(
     ram: &GuestRam,
-    place: &TableInput,
+    from: &TableInput,
     stage2: Option<&Stage2>,
-    want: WalkRequest,
+    request: WalkRequest,
 ) -> Result<Leaf, super::walk::WalkFault> {
     let under = stage2.map(|stage2| (&stage2.table, stage2.protect_walks));
-    let one = walk(ram, &place.half.table, under, place.input, want)?;
+    let one = walk(ram, &from.region.table, under, from.input, request)?;
     let Some(stage2) = stage2 else {
         return Ok(one);
     };
-    let ipa = one.output_of(place.input);
-    let two = walk(ram, &stage2.table, None, ipa, want)?;
-    // What both runs have in common around the address.
-    let below = (place.input - one.first).min(ipa - two.first);
-    let beyond = (one.last - place.input).min(two.last - ipa);
+    let ipa = one.output_of(from.input);
+    let two = walk(ram, &stage2.table, None, ipa, request)?;
+    // The intersection of both runs around the address.
+    let below = (from.input - one.first).min(ipa - two.first);
+    let beyond = (one.last - from.input).min(two.last - ipa);
     Ok(Leaf {
-        first: place.input - below,
-        last: place.input + beyond,
+        first: from.input - below,
+        last: from.input + beyond,
         output: two.output_of(ipa) - below,
         perm: one.perm.and(two.perm),
         ..one
     })
 }
 
-/// Reads the CD and the table it lies in, through stage 2 if there is one.
+/// Reads a CD and its level 1 descriptor, through stage 2 if that translates.
 struct CdFetch<'a> {
     ram: &'a GuestRam,
     ste: &'a Ste,
@@ -486,15 +492,15 @@ impl CdFetch<'_> {
         let place = match &self.ste.stage2 {
             None => address,
             Some(stage2) => {
-                let want = WalkRequest {
+                let request = WalkRequest {
                     access: Access::Read,
                     update: self.update,
                     run: false,
                     gap: false,
                 };
                 let under = (&stage2.table, stage2.protect_walks);
-                through_stage2(self.ram, under, address, Class::Cd, want)
-                    .map_err(|stop| stage2_failure(stage2, &Event::walk(&stop)))?
+                through_stage2(self.ram, under, address, Class::Cd, request)
+                    .map_err(|fault| stage2_failure(stage2, &Event::walk(&fault)))?
             }
         };
         read_raw(self.ram, Gpa(place))

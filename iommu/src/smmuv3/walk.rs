@@ -12,50 +12,49 @@ use super::descriptor::{
 use crate::mapping::{Access, Perm};
 use crate::ram::GuestRam;
 
-/// How often an update of a descriptor is tried again when the guest changes
-/// it at the same time.
+/// Retries of a descriptor update that the guest interferes with.
 const MAX_RETRIES: u32 = 16;
-/// Neighbours are read in the 4 KiB around a descriptor: 512 descriptors.
+/// Descriptors in the aligned 4 KiB around one, where neighbours are read.
 const WINDOW: u64 = 512;
 
 /// Parameters of a walk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WalkRequest {
-    /// The access.
+    /// Direction of the access.
     pub access: Access,
-    /// Whether flags in descriptors may be updated. Otherwise an access that
-    /// would need it faults.
+    /// Whether flags in descriptors may be updated. If not, an access that
+    /// needs an update faults.
     pub update: bool,
-    /// Whether to look for neighbours that continue the page or block.
+    /// Whether to extend the result by neighbours that continue the mapping.
     pub run: bool,
-    /// Whether to look for the end of a gap, for [`WalkFault::beyond`].
+    /// Whether to compute [`WalkFault::beyond`].
     pub gap: bool,
 }
 
 /// Result of a walk: a run of input addresses with one translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Leaf {
-    /// First input address.
+    /// First input address, inclusive.
     pub first: u64,
     /// Last input address, inclusive.
     pub last: u64,
-    /// Output address of the first.
+    /// Output address of `first`.
     pub output: u64,
     /// Accesses that are permitted.
     pub perm: Perm,
     /// Valid for every ASID (nG clear).
     pub global: bool,
-    /// Bits of an offset in the page, block or contiguous group that the walk
-    /// ended at: what one invalidation by address takes away.
+    /// Size of the page, block or contiguous group at which the walk ended, as
+    /// a shift. One invalidation by address removes all of it.
     pub shift: u32,
-    /// It is part of a contiguous group.
+    /// The page or block is part of a contiguous group.
     pub grouped: bool,
     /// Stage 2 maps it as Device memory.
     pub device: bool,
 }
 
 impl Leaf {
-    /// Output address of `input`, which lies in the run.
+    /// Output address of `input`, which must be in the run.
     pub(super) const fn output_of(&self, input: u64) -> u64 {
         self.output.wrapping_add(input.wrapping_sub(self.first))
     }
@@ -90,24 +89,24 @@ pub(super) enum Class {
 /// A walk that faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct WalkFault {
-    /// Cause.
+    /// Kind of the fault, which decides its event.
     pub cause: Cause,
-    /// At stage 2.
+    /// The fault is of stage 2.
     pub stage2: bool,
     /// Purpose of the access.
     pub class: Class,
-    /// Input address of stage 2; of no meaning at stage 1.
+    /// Input address of stage 2; undefined for a fault of stage 1.
     pub ipa: u64,
     /// Physical address of the descriptor that could not be read; only for
     /// [`Cause::External`].
     pub fetch: u64,
     /// The access that faults updates a stage 1 descriptor.
     pub table_write: bool,
-    /// Bits of the span around the input address that faults alike; 64 when
-    /// the address lies outside of what the table covers.
+    /// Size of the aligned span around the input address with the same fault,
+    /// as a shift; 64 for an address outside of the table's input range.
     pub span: u32,
-    /// Input addresses behind the span that fault alike, as far as a 4 KiB
-    /// window of invalid descriptors shows; 0 without [`WalkRequest::gap`].
+    /// Number of input addresses above the span with the same fault, within a
+    /// 4 KiB window of descriptors; 0 without [`WalkRequest::gap`].
     pub beyond: u64,
 }
 
@@ -118,8 +117,8 @@ fn read(ram: &GuestRam, address: u64) -> Option<u64> {
         .map(u64::from_le)
 }
 
-/// Replaces the descriptor `old` by `new`; `None` outside of RAM, else whether
-/// it was still `old` (§3.13: the update is atomic).
+/// Replaces the descriptor `old` with `new` atomically (§3.13). Returns whether
+/// it was still `old`, or `None` outside of RAM.
 fn exchange(ram: &GuestRam, address: u64, old: u64, new: u64) -> Option<bool> {
     let slice = ram.get_slice(GuestAddress(address), 8).ok()?;
     let descriptor = slice.get_atomic_ref::<AtomicU64>(0).ok()?;
@@ -132,19 +131,19 @@ fn exchange(ram: &GuestRam, address: u64, old: u64, new: u64) -> Option<bool> {
     Some(changed.is_ok())
 }
 
-/// One walk.
+/// State of one walk.
 struct Walk<'a> {
     ram: &'a GuestRam,
     table: &'a Table,
-    /// Stage 2 through which a stage 1 table is reached, and whether Device
-    /// memory there faults (`S2PTW`).
+    /// Stage 2, which translates the addresses of stage 1 descriptors, and
+    /// whether Device memory there faults (`S2PTW`).
     under: Option<(&'a Table, bool)>,
     input: u64,
-    want: WalkRequest,
+    request: WalkRequest,
 }
 
-/// Walks `table` for `input`. A stage 1 table is itself reached through
-/// `under`, in a nested configuration; its second part is `S2PTW`.
+/// Walks `table` for `input`. In a nested configuration, `under` is stage 2 and
+/// `S2PTW`: stage 2 translates the addresses of the stage 1 descriptors.
 ///
 /// # Errors
 /// The [`WalkFault`], with [`Class::Input`] for the faults of stage 2 that do not
@@ -154,17 +153,17 @@ pub(super) fn walk(
     table: &Table,
     under: Option<(&Table, bool)>,
     input: u64,
-    want: WalkRequest,
+    request: WalkRequest,
 ) -> Result<Leaf, WalkFault> {
     let walk = Walk {
         ram,
         table,
         under,
         input,
-        want,
+        request,
     };
     if input >> table.input_bits != 0 {
-        return Err(walk.stop(Cause::Translation, 64));
+        return Err(walk.fault(Cause::Translation, 64));
     }
     walk.run()
 }
@@ -178,9 +177,9 @@ pub(super) fn through_stage2(
     (table, protect): (&Table, bool),
     ipa: u64,
     class: Class,
-    want: WalkRequest,
+    request: WalkRequest,
 ) -> Result<u64, WalkFault> {
-    let write = want.access == Access::Write;
+    let write = request.access == Access::Write;
     let leaf = walk(
         ram,
         table,
@@ -189,17 +188,17 @@ pub(super) fn through_stage2(
         WalkRequest {
             run: false,
             gap: false,
-            ..want
+            ..request
         },
     );
-    let stop = |stop: WalkFault| WalkFault {
+    let with_class = |fault: WalkFault| WalkFault {
         class,
         table_write: write,
-        ..stop
+        ..fault
     };
-    let leaf = leaf.map_err(stop)?;
+    let leaf = leaf.map_err(with_class)?;
     if leaf.device && protect {
-        return Err(stop(WalkFault {
+        return Err(with_class(WalkFault {
             cause: Cause::Permission,
             stage2: true,
             class,
@@ -214,7 +213,7 @@ pub(super) fn through_stage2(
 }
 
 impl Walk<'_> {
-    fn stop(&self, cause: Cause, span: u32) -> WalkFault {
+    fn fault(&self, cause: Cause, span: u32) -> WalkFault {
         let stage2 = matches!(self.table.format, Format::Stage2 { .. });
         let class = if !stage2 && cause == Cause::External {
             Class::Table
@@ -238,11 +237,11 @@ impl Walk<'_> {
         let Some(under) = self.under else {
             return Ok(address);
         };
-        let want = WalkRequest {
+        let request = WalkRequest {
             access,
-            ..self.want
+            ..self.request
         };
-        through_stage2(self.ram, under, address, Class::Table, want)
+        through_stage2(self.ram, under, address, Class::Table, request)
     }
 
     fn run(&self) -> Result<Leaf, WalkFault> {
@@ -266,7 +265,7 @@ impl Walk<'_> {
                 Kind::Table => {
                     base = table.address(descriptor, table.granule.bits());
                     if !table.in_range(base) {
-                        return Err(self.stop(Cause::AddressSize, shift));
+                        return Err(self.fault(Cause::AddressSize, shift));
                     }
                     if matches!(
                         table.format,
@@ -299,9 +298,9 @@ impl Walk<'_> {
         }
     }
 
-    /// How many descriptors of the same table are below and beyond the one at
-    /// `place`, in a window of 4 KiB: it never leaves the page that the table
-    /// lies in.
+    /// Number of descriptors of the same table below and above the one at
+    /// `place`, in an aligned window of 4 KiB, which the walk may read without
+    /// another translation.
     fn neighbours(&self, place: u64, level: u32) -> (u64, u64) {
         let table = self.table;
         let index = table.index(self.input, level);
@@ -317,9 +316,9 @@ impl Walk<'_> {
     /// The fault of an invalid descriptor.
     fn invalid(&self, place: u64, level: u32) -> WalkFault {
         let shift = self.table.granule.shift(level);
-        let stop = self.stop(Cause::Translation, shift);
-        if !self.want.gap {
-            return stop;
+        let fault = self.fault(Cause::Translation, shift);
+        if !self.request.gap {
+            return fault;
         }
         let (_, beyond) = self.neighbours(place, level);
         let is_invalid = |step: &u64| {
@@ -329,36 +328,36 @@ impl Walk<'_> {
         let further = (1..=beyond).take_while(is_invalid).count() as u64;
         WalkFault {
             beyond: further << shift,
-            ..stop
+            ..fault
         }
     }
 
     fn external(&self, place: u64, shift: u32) -> WalkFault {
         WalkFault {
             fetch: place,
-            ..self.stop(Cause::External, shift)
+            ..self.fault(Cause::External, shift)
         }
     }
 
-    /// Checks the access at a leaf, in the order of §7.3.22. Answers how the
-    /// descriptor looks when the flags that the access sets are set.
+    /// Checks the access at a leaf, in the order of §7.3.22. Returns the
+    /// descriptor with the flags that the access sets.
     fn admit(&self, descriptor: u64, shift: u32, above: Above) -> Result<u64, WalkFault> {
         let table = self.table;
         if !table.in_range(table.address(descriptor, shift)) {
-            return Err(self.stop(Cause::AddressSize, shift));
+            return Err(self.fault(Cause::AddressSize, shift));
         }
         let mut updated = descriptor;
         if descriptor & ACCESSED == 0 {
             match table.access_flag {
                 AccessFlag::Ignore => {}
-                AccessFlag::Update if self.want.update => updated |= ACCESSED,
-                _ => return Err(self.stop(Cause::AccessFlag, shift)),
+                AccessFlag::Update if self.request.update => updated |= ACCESSED,
+                _ => return Err(self.fault(Cause::AccessFlag, shift)),
             }
         }
         let (perm, clean) = table.permissions(descriptor, above);
-        if !perm.allows(self.want.access) {
-            if self.want.access == Access::Read || !clean || !self.want.update {
-                return Err(self.stop(Cause::Permission, shift));
+        if !perm.allows(self.request.access) {
+            if self.request.access == Access::Read || !clean || !self.request.update {
+                return Err(self.fault(Cause::Permission, shift));
             }
             updated = table.dirtied(updated);
         }
@@ -385,7 +384,7 @@ impl Walk<'_> {
             grouped: descriptor & CONTIGUOUS != 0,
             device: table.is_device(descriptor),
         };
-        if !self.want.run {
+        if !self.request.run {
             return leaf;
         }
         let (below, beyond) = self.neighbours(place, level);
@@ -409,7 +408,8 @@ impl Walk<'_> {
         leaf
     }
 
-    /// Whether the descriptor at `place` maps to `output` as `descriptor` does.
+    /// Whether the descriptor at `place` maps to `output` with the attributes
+    /// of `descriptor`.
     fn continues(&self, descriptor: u64, place: u64, level: u32, output: u64) -> bool {
         let table = self.table;
         let shift = table.granule.shift(level);

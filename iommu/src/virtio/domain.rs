@@ -1,11 +1,11 @@
-//! Domains.
+//! Domains (virtio 1.2 §5.13.1).
 
 use std::collections::BTreeSet;
 
 use super::mappings::Mappings;
 use crate::addr::StreamId;
 
-/// A domain: it exists while an endpoint is attached to it.
+/// A domain. It exists while an endpoint is attached to it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Domain {
     /// Addresses are guest-physical; there are no mappings.

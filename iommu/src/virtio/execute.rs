@@ -1,5 +1,5 @@
-//! Carrying out requests: changes of the state, and the notifications that make
-//! them complete (virtio 1.2 §5.13.6).
+//! Execution of requests: changes of the state, and the notifications that
+//! complete them (virtio 1.2 §5.13.6).
 
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -12,11 +12,11 @@ use crate::mapping::Mapping;
 
 /// Chunks of removed mappings that are freed in each request: about 50 µs.
 const FREED_CHUNKS: usize = 32;
-/// Unmapped ranges that wait for one invalidation, at most.
+/// Upper bound on unmapped ranges that wait for one invalidation.
 const MAX_PENDING: usize = 64;
 /// Ranges of one domain that are unmapped and not yet invalidated, and mappings
-/// that are removed and not yet freed. Also the command lock: a vCPU holds it
-/// while it carries out a request.
+/// that are removed and not yet freed. Its lock is the command lock, which a
+/// vCPU holds while it executes a request.
 #[derive(Debug, Default)]
 struct Pending {
     domain: u32,
@@ -72,8 +72,8 @@ impl Executor {
         }
     }
 
-    /// Back to before negotiation: no domain, no mapping. `bypass` keeps its
-    /// value (§5.13.5).
+    /// Returns to the state before negotiation, without domains. `bypass` keeps
+    /// its value (§5.13.5).
     pub(super) fn reset(&self) {
         let mut pending = self.command();
         pending.ranges.clear();
@@ -96,15 +96,14 @@ impl Executor {
         }
     }
 
-    /// Carries out one request and writes the properties and the tail to the
-    /// front of `reply`, the request's device-writable part. Returns how many
-    /// bytes of it are written. 0: the request is returned unwritten and
-    /// nothing was done, because its type is unknown, its feature is not
-    /// negotiated, or the tail has no room.
+    /// Executes one request and writes the properties and the tail to the front
+    /// of `reply`, the request's device-writable part. Returns the number of
+    /// bytes written. 0 means that nothing was done: the type is unknown, its
+    /// feature is not negotiated, or the tail does not fit.
     ///
-    /// The request may be shown as used after the next [`flush`](Self::flush),
-    /// not before: unmapped ranges wait for it, so that neighbours are
-    /// invalidated together.
+    /// The request may go to the used ring only after the next
+    /// [`flush`](Self::flush): unmapped ranges are pending until then, so that
+    /// adjacent ones are invalidated together.
     pub(super) fn handle(&self, request: &[u8], reply: &mut [u8]) -> usize {
         let Some(&kind) = request.first().filter(|kind| self.is_available(**kind)) else {
             return 0;
@@ -133,8 +132,8 @@ impl Executor {
         needed_feature(kind).is_some_and(|needs| needs & !self.read().features == 0)
     }
 
-    /// Completes every request that was handled: when it returns, no consumer
-    /// uses what they unmapped.
+    /// Completes every handled request: when it returns, no consumer uses a
+    /// mapping that they removed.
     pub(super) fn flush(&self) {
         self.flush_pending(&mut self.command());
     }
@@ -169,7 +168,7 @@ impl Executor {
                 flags,
             } => {
                 let iova = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
-                // What is mapped anew must not be dropped with what was there.
+                // A new mapping must not be dropped by a pending invalidation.
                 if pending.ranges.iter().any(|gone| gone.overlaps(iova)) {
                     self.flush_pending(&mut pending);
                 }
@@ -217,9 +216,9 @@ impl Executor {
         Ok(())
     }
 
-    /// §5.13.6.7.2
+    /// Executes PROBE (§5.13.6.7.2). `properties` is all zeros.
     fn probe(&self, stream: StreamId, properties: &mut [u8]) -> Result<(), Status> {
-        // No property is written where all of them have no room (§5.13.6.7.2).
+        // No property is written where not all of them fit (§5.13.6.7.2).
         if properties.len() < spec::PROBE_SIZE as usize {
             return Err(Status::Inval);
         }
@@ -232,7 +231,7 @@ impl Executor {
         Ok(())
     }
 
-    /// Keeps an unmapped range for one invalidation with its neighbours.
+    /// Adds an unmapped range to the pending invalidation.
     fn postpone(&self, pending: &mut Pending, domain: u32, range: IovaRange) {
         if pending.domain != domain || pending.ranges.len() >= MAX_PENDING {
             self.flush_pending(pending);
@@ -261,7 +260,7 @@ impl Executor {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, to be changed without a notification.
+    /// The state, for changes without a notification.
     pub(super) fn write(&self) -> RwLockWriteGuard<'_, State> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }

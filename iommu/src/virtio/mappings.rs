@@ -1,11 +1,11 @@
-//! The mappings of a domain, each as the driver made it.
+//! The mappings of a domain, each as the driver created it.
 //!
-//! They lie in chunks of up to `CHUNK` mappings, in order, and the chunks in a
-//! tree by the address from which each is responsible. A mapping that comes or
-//! goes moves the mappings of one chunk; a range that goes takes whole chunks
-//! with it. A mapping costs 32 bytes in a full chunk, and chunks between the
-//! first and the last are at least 3/8 full, so that it costs 87 at most.
-//! Chunks of which all mappings are removed are freed later, some at a time.
+//! A tree has chunks of up to `CHUNK` sorted mappings, by the lowest address
+//! that each chunk may have. An insertion or removal moves the mappings of one
+//! chunk; the removal of a range removes whole chunks. A mapping costs 32 bytes
+//! in a full chunk. Chunks between the first and the last are at least 3/8
+//! full, so a mapping costs at most 87 bytes. Empty chunks are freed later, a
+//! bounded number at a time.
 
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Included, Unbounded};
@@ -17,15 +17,15 @@ use crate::mapping::Mapping;
 /// Mappings that do not overlap, in the order of their addresses.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Mappings<const CHUNK: usize = 128> {
-    /// By the lowest address that a mapping of the chunk may start at: the
-    /// chunk ends where the next one begins. The first key is 0, and only its
+    /// Chunks by the lowest address at which a mapping of the chunk may start:
+    /// a chunk ends where the next one begins. The first key is 0, and only its
     /// chunk may be empty.
     chunks: BTreeMap<Iova, Vec<Mapping>>,
     len: usize,
 }
 
-/// Chunks whose mappings are removed and whose memory is not yet freed. To free
-/// that of 2^20 mappings takes longer than a request may.
+/// Chunks whose mappings are removed and whose memory is not yet freed. Freeing
+/// 2^20 mappings takes longer than a request may.
 #[derive(Debug, Default)]
 pub(super) struct Removed {
     chunks: Vec<Vec<Mapping>>,
@@ -33,7 +33,7 @@ pub(super) struct Removed {
 }
 
 impl Removed {
-    /// Mappings whose memory is not yet freed.
+    /// Number of mappings whose memory is not yet freed.
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -55,18 +55,17 @@ impl Removed {
     }
 }
 
-/// How many mappings of a chunk start at or below `iova`.
+/// Number of mappings of a chunk that start at or below `iova`.
 fn count_up_to(chunk: &[Mapping], iova: Iova) -> usize {
     chunk.partition_point(|mapping| mapping.iova.first() <= iova)
 }
 
-/// How many mappings of a chunk start below `iova`.
+/// Number of mappings of a chunk that start below `iova`.
 fn count_below(chunk: &[Mapping], iova: Iova) -> usize {
     chunk.partition_point(|mapping| mapping.iova.first() < iova)
 }
 
-/// Inserts into a chunk that is not full. The capacity doubles, as far as a
-/// full chunk.
+/// Inserts into a chunk that is not full. The capacity doubles, up to `CHUNK`.
 fn put<const CHUNK: usize>(chunk: &mut Vec<Mapping>, at: usize, mapping: Mapping) {
     let len = chunk.len();
     if len == chunk.capacity() {
@@ -76,28 +75,28 @@ fn put<const CHUNK: usize>(chunk: &mut Vec<Mapping>, at: usize, mapping: Mapping
 }
 
 impl<const CHUNK: usize> Mappings<CHUNK> {
-    /// Shorter chunks are joined with a neighbour.
+    /// Minimum length: shorter chunks are joined with a neighbour.
     const LEAST: usize = CHUNK * 3 / 8;
-    /// Longer chunks are not the result of joining two. Half of one more is not
+    /// Maximum length after joining two chunks. Half of a longer one is not
     /// shorter than `LEAST`.
     const JOINED: usize = CHUNK * 3 / 4;
 
-    /// How many there are.
+    /// Number of mappings.
     pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// The mapping that `iova` lies in.
+    /// The mapping that contains `iova`.
     pub(super) fn find(&self, iova: Iova) -> Option<Mapping> {
         self.last_up_to(iova)
             .filter(|mapping| mapping.iova.contains(iova))
             .copied()
     }
 
-    /// Adds a mapping that must overlap none (§5.13.6.5.2).
+    /// Adds a mapping (§5.13.6.5.2).
     ///
     /// # Errors
-    /// `INVAL`: it overlaps one.
+    /// `INVAL`: it overlaps another mapping.
     pub(super) fn insert(&mut self, mapping: Mapping) -> Result<(), Status> {
         let iova = mapping.iova;
         let below = self.last_up_to(iova.last());
@@ -117,12 +116,11 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         Ok(())
     }
 
-    /// Removes every mapping in `range`, and none when one of them would have
-    /// to be split (§5.13.6.6.2). Returns how many there were; the memory of
-    /// whole chunks of them goes to `removed`.
+    /// Removes every mapping in `range` (§5.13.6.6.2). Returns their number;
+    /// the memory of whole chunks goes to `removed`.
     ///
     /// # Errors
-    /// `RANGE`: one of them would have to be split.
+    /// `RANGE`: the range would split a mapping; none is removed.
     pub(super) fn remove(
         &mut self,
         range: IovaRange,
@@ -157,14 +155,14 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         Ok(before - self.len)
     }
 
-    /// Gives the memory of all mappings to `removed`.
+    /// Moves the memory of all mappings to `removed`.
     pub(super) fn discard(self, removed: &mut Removed) {
         self.chunks
             .into_values()
             .for_each(|chunk| removed.push(chunk));
     }
 
-    /// Those that overlap `range`, in order.
+    /// The mappings that overlap `range`, in ascending order.
     pub(super) fn iter(&self, range: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
         let reaching_in = self.find(range.first());
         let first = reaching_in.map_or(range.first(), |mapping| mapping.iova.first());
@@ -183,9 +181,9 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         chunks.find_map(|(_, chunk)| chunk.get(..count_up_to(chunk, iova))?.last())
     }
 
-    /// Inserts where the chunk of `key` is full: at either end of all mappings
-    /// a new chunk begins, so that a driver that maps in order fills its
-    /// chunks; elsewhere the chunk is split.
+    /// Inserts into the full chunk of `key`. At either end of all mappings this
+    /// starts a new chunk, so that a driver that maps in order fills its
+    /// chunks; elsewhere it splits the chunk.
     fn insert_into_full(&mut self, key: Iova, mapping: Mapping) {
         let first = mapping.iova.first();
         let is_last = self.chunks.range((Excluded(key), Unbounded)).next();
@@ -209,8 +207,9 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         }
     }
 
-    /// Removes what starts above the chunk of `lowest`, up to `last`. Only the
-    /// highest of these chunks may have more: the others are not looked into.
+    /// Removes the mappings in chunks above that of `lowest`, up to `last`.
+    /// Only the highest of these chunks may have more mappings: the others are
+    /// removed whole.
     fn remove_chunks(&mut self, lowest: Iova, last: Iova, removed: &mut Removed) {
         let reached = self.chunks.range((Excluded(lowest), Included(last)));
         let mut keys: Vec<Iova> = reached.map(|(key, _)| *key).collect();
@@ -237,8 +236,8 @@ impl<const CHUNK: usize> Mappings<CHUNK> {
         }
     }
 
-    /// Joins the chunk of `key` with neighbours until it is long enough or the
-    /// only one.
+    /// Joins the chunk of `key` with neighbours until it has at least `LEAST`
+    /// mappings or is the only one.
     fn refill(&mut self, key: Iova) {
         let is_short = |chunk: &Vec<Mapping>| chunk.len() < Self::LEAST;
         while self.chunks.get(&key).is_some_and(is_short) {

@@ -1,5 +1,5 @@
 //! The virtio-iommu as a model (virtio 1.2 §5.13): domains, mappings and
-//! endpoints. The transport has its queues and registers.
+//! endpoints. The crate `devices` has its queues and registers.
 
 mod domain;
 mod execute;
@@ -25,22 +25,22 @@ use crate::ram::GuestRam;
 use crate::ram::{identity_around, ram_blocks};
 use crate::translate::{Fault, FaultReason, Iommu};
 
-/// Mappings of a replay that are copied under one hold of the state's lock.
+/// Upper bound on mappings of a replay that are copied under the state lock.
 const REPLAY_PIECE: usize = 256;
 
 /// Status of an endpoint, for the API.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct EndpointState {
-    /// Its domain, if it is attached.
+    /// ID of its domain; `None` when it is not attached.
     pub domain: Option<u32>,
     /// Whether its addresses are guest-physical.
     pub bypass: bool,
-    /// How many mappings it sees.
+    /// Number of mappings of its domain.
     pub mappings: usize,
 }
 
-/// The model. Requests come in by [`handle`](Self::handle), and their effects
-/// are complete when [`flush`](Self::flush) has returned.
+/// The model. [`handle`](Self::handle) executes requests; their effects are
+/// complete when [`flush`](Self::flush) has returned.
 pub struct VirtioIommu {
     ram: Arc<GuestRam>,
     faults: Arc<dyn FaultSink>,
@@ -58,7 +58,7 @@ impl VirtioIommu {
         }
     }
 
-    /// The features it offers.
+    /// Feature bits that the device offers (§5.13.3).
     #[must_use]
     pub const fn features(&self) -> u64 {
         feature::INPUT_RANGE
@@ -69,13 +69,13 @@ impl VirtioIommu {
             | feature::BYPASS_CONFIG
     }
 
-    /// The features that were negotiated.
+    /// Feature bits that were negotiated; 0 before that.
     #[must_use]
     pub fn negotiated_features(&self) -> u64 {
         self.executor.read().features
     }
 
-    /// The driver accepted `features`.
+    /// Records that the driver accepted `features`.
     pub fn negotiated(&self, features: u64) {
         self.executor.write().features = features;
     }
@@ -87,40 +87,39 @@ impl VirtioIommu {
         wire::config_space(self.executor.config().input_range, PAGE_SHIFT, bypass)
     }
 
-    /// The driver wrote `bypass` of the configuration: whether endpoints that are
-    /// attached to no domain bypass. Ignored without
-    /// `BYPASS_CONFIG`, and for values other than 0 and 1 (§5.13.4.2).
+    /// Changes `bypass` of the configuration for the driver: whether endpoints
+    /// without a domain bypass. Ignored without `BYPASS_CONFIG`, and for values
+    /// other than 0 and 1 (§5.13.4.2).
     pub fn set_bypass(&self, value: u8) {
         self.executor.set_bypass(value);
     }
 
-    /// Back to before negotiation: no domain, no mapping. `bypass` keeps its
-    /// value (§5.13.5).
+    /// Returns to the state before negotiation, without domains. `bypass` keeps
+    /// its value (§5.13.5).
     pub fn reset(&self) {
         self.executor.reset();
     }
 
-    /// Carries out one request and writes the properties and the tail to the
-    /// front of `reply`, the request's device-writable part. Returns how many
-    /// bytes of it are written. 0: the request is returned unwritten and
-    /// nothing was done, because its type is unknown, its feature is not
-    /// negotiated, or the tail has no room.
+    /// Executes one request and writes the properties and the tail to the front
+    /// of `reply`, the request's device-writable part. Returns the number of
+    /// bytes written. 0 means that nothing was done: the type is unknown, its
+    /// feature is not negotiated, or the tail does not fit.
     ///
-    /// The request may be shown as used after the next [`flush`](Self::flush),
-    /// not before: unmapped ranges wait for it, so that neighbours are
-    /// invalidated together.
+    /// The request may go to the used ring only after the next
+    /// [`flush`](Self::flush): unmapped ranges are pending until then, so that
+    /// adjacent ones are invalidated together.
     #[must_use]
     pub fn handle(&self, request: &[u8], reply: &mut [u8]) -> usize {
         self.executor.handle(request, reply)
     }
 
-    /// Completes every request that was handled: when it returns, no consumer
-    /// uses what they unmapped.
+    /// Completes every handled request: when it returns, no consumer uses a
+    /// mapping that they removed.
     pub fn flush(&self) {
         self.executor.flush();
     }
 
-    /// Status of an endpoint; `None` when there is no such endpoint.
+    /// Status of an endpoint; `None` for a stream that is not connected.
     #[must_use]
     pub fn endpoint(&self, stream: StreamId) -> Option<EndpointState> {
         let state = self.executor.read();
@@ -133,14 +132,16 @@ impl VirtioIommu {
         })
     }
 
-    /// Up to `limit` mappings of an endpoint from `from` on, in order.
+    /// Up to `limit` mappings of an endpoint from `from` on, in ascending
+    /// order.
     #[must_use]
     pub fn mappings(&self, stream: StreamId, from: Iova, limit: usize) -> Vec<Mapping> {
         let range = IovaRange::new(from, Iova(u64::MAX));
         range.map_or(Vec::new(), |range| self.mappings_in(stream, range, limit))
     }
 
-    /// Up to `limit` mappings of an endpoint that overlap `range`, in order.
+    /// Up to `limit` mappings of an endpoint that overlap `range`, in ascending
+    /// order.
     fn mappings_in(&self, stream: StreamId, range: IovaRange, limit: usize) -> Vec<Mapping> {
         let state = self.executor.read();
         match state.view(stream) {
@@ -153,7 +154,7 @@ impl VirtioIommu {
         }
     }
 
-    /// How many mappings all domains hold together.
+    /// Number of mappings of all domains.
     #[must_use]
     pub fn mapped(&self) -> usize {
         self.executor.read().mapped
@@ -189,7 +190,7 @@ impl VirtioIommu {
         }
     }
 
-    /// The untranslated window of message-signalled interrupts, around `iova`.
+    /// The identity mapping of the MSI window, if `iova` is in it.
     fn msi(&self, iova: Iova) -> Option<Mapping> {
         let window = self
             .executor

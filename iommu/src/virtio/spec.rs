@@ -1,10 +1,10 @@
-//! Layouts and numbers of virtio 1.2 §5.13, and nothing else.
+//! Layouts and numbers of virtio 1.2 §5.13.
 
 /// Feature bits (§5.13.3).
 pub mod feature {
-    /// `input_range` of the configuration counts.
+    /// `input_range` of the configuration is valid.
     pub const INPUT_RANGE: u64 = 1 << 0;
-    /// `domain_range` of the configuration counts.
+    /// `domain_range` of the configuration is valid.
     pub const DOMAIN_RANGE: u64 = 1 << 1;
     /// MAP and UNMAP requests.
     pub const MAP_UNMAP: u64 = 1 << 2;
@@ -26,28 +26,27 @@ pub mod request {
     pub const MAP: u8 = 3;
     /// Remove mappings from a domain.
     pub const UNMAP: u8 = 4;
-    /// Ask for the properties of an endpoint.
+    /// Read the properties of an endpoint.
     pub const PROBE: u8 = 5;
 
     /// Flag of ATTACH: the domain is in bypass.
     pub const ATTACH_BYPASS: u32 = 1;
-    /// Flags of MAP.
+    /// Flag of MAP: the endpoint may read.
     pub const MAP_READ: u32 = 1 << 0;
-    /// The endpoint may write.
+    /// Flag of MAP: the endpoint may write.
     pub const MAP_WRITE: u32 = 1 << 1;
-    /// The range is memory-mapped I/O.
+    /// Flag of MAP: the range is memory-mapped I/O.
     pub const MAP_MMIO: u32 = 1 << 2;
 
-    /// Bytes that the driver gives of each request, up to the tail or the
-    /// properties.
+    /// Bytes of the device-readable part of ATTACH.
     pub const ATTACH_SIZE: usize = 20;
-    /// The same of DETACH.
+    /// Bytes of the device-readable part of DETACH.
     pub const DETACH_SIZE: usize = 20;
-    /// The same of MAP.
+    /// Bytes of the device-readable part of MAP.
     pub const MAP_SIZE: usize = 36;
-    /// The same of UNMAP.
+    /// Bytes of the device-readable part of UNMAP.
     pub const UNMAP_SIZE: usize = 28;
-    /// The same of PROBE.
+    /// Bytes of the device-readable part of PROBE.
     pub const PROBE_SIZE: usize = 72;
     /// Bytes of the tail, which the device writes.
     pub const TAIL_SIZE: usize = 4;
@@ -57,17 +56,17 @@ pub mod request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Status {
-    /// Done.
+    /// The request succeeded.
     Ok = 0,
     /// The request is not supported.
     Unsupp = 2,
-    /// A field has a value that it may not have.
+    /// A field has an invalid value.
     Inval = 4,
     /// An address or a domain is out of range.
     Range = 5,
     /// The endpoint or the domain does not exist.
     Noent = 6,
-    /// There is no memory left for it.
+    /// No memory is left for the request.
     Nomem = 8,
 }
 
@@ -93,9 +92,9 @@ pub mod property {
     pub const RESV_MEM: u16 = 1;
     /// Bytes that follow the header of a RESV_MEM property.
     pub const RESV_MEM_SIZE: u16 = 20;
-    /// Subtype: nothing may be mapped or accessed there.
+    /// Subtype: the region may be neither mapped nor accessed.
     pub const RESV_MEM_RESERVED: u8 = 0;
-    /// Subtype: message-signalled interrupts go there, untranslated.
+    /// Subtype: the region is a doorbell of MSIs, which is not translated.
     pub const RESV_MEM_MSI: u8 = 1;
 }
 

@@ -17,12 +17,12 @@ pub(super) const PAGE_SHIFT: u32 = 12;
 /// Configuration that is fixed while the machine runs.
 #[derive(Clone, Copy, Debug)]
 pub struct VirtioIommuConfig {
-    /// Addresses that endpoints may use.
+    /// I/O virtual addresses that endpoints may use, both ends inclusive.
     pub input_range: IovaRange,
-    /// The addresses of message-signalled interrupts, when they are not
-    /// translated (x86).
+    /// Doorbell addresses of MSIs that are not translated (x86); `None` when
+    /// MSIs are translated.
     pub msi_window: Option<IovaRange>,
-    /// `bypass` of the configuration at start.
+    /// Initial value of `bypass` in the configuration.
     pub boot_bypass: bool,
     /// Upper bound on the mappings of all domains together, those that are
     /// removed and not yet freed included. A mapping costs 32 to 87 bytes.
@@ -35,27 +35,27 @@ pub(super) struct Endpoint {
     pub sink: Weak<dyn StreamSink>,
 }
 
-/// The state. Its owner keeps it under a lock.
+/// The state that the executor's state lock protects.
 #[derive(Default)]
 pub(super) struct State {
-    /// The negotiated features.
+    /// Negotiated feature bits.
     pub features: u64,
     /// `bypass` of the configuration.
     pub bypass: bool,
     pub endpoints: BTreeMap<StreamId, Endpoint>,
     pub domains: BTreeMap<u32, Domain>,
-    /// Mappings of all domains.
+    /// Number of mappings of all domains.
     pub mapped: usize,
 }
 
-/// View of memory of an endpoint.
+/// Address space of an endpoint.
 pub(super) enum View<'a> {
     Blocked,
     Bypass,
     Domain(&'a Domain),
 }
 
-/// An endpoint that has another view of memory than before.
+/// An endpoint whose address space was replaced.
 #[derive(Default)]
 pub(super) struct Moved {
     pub sink: Option<Arc<dyn StreamSink>>,
@@ -64,7 +64,7 @@ pub(super) struct Moved {
 }
 
 impl State {
-    /// View of memory of an endpoint.
+    /// Address space of an endpoint.
     pub(super) fn view(&self, stream: StreamId) -> View<'_> {
         let Some(endpoint) = self.endpoints.get(&stream) else {
             return View::Blocked;
@@ -90,7 +90,7 @@ impl State {
         self.features & feature != 0
     }
 
-    /// §5.13.6.3.2. `None`: it is attached to that domain already.
+    /// Executes ATTACH (§5.13.6.3.2). `None`: it was attached to that domain.
     pub(super) fn attach(
         &mut self,
         id: u32,
@@ -125,7 +125,7 @@ impl State {
         Ok(Some(moved))
     }
 
-    /// §5.13.6.4.2
+    /// Executes DETACH (§5.13.6.4.2).
     pub(super) fn detach(&mut self, id: u32, stream: StreamId) -> Result<Moved, Status> {
         let endpoint = self.endpoints.get(&stream).ok_or(Status::Noent)?;
         if endpoint.domain != Some(id) {
@@ -134,7 +134,8 @@ impl State {
         Ok(self.leave(stream))
     }
 
-    /// §5.13.6.5.2. `unfreed` mappings are removed, and count.
+    /// Executes MAP (§5.13.6.5.2). `unfreed` is the number of removed mappings
+    /// whose memory still counts against `max_mappings`.
     pub(super) fn map(
         &mut self,
         config: &VirtioIommuConfig,
@@ -172,8 +173,8 @@ impl State {
         Ok(())
     }
 
-    /// §5.13.6.6.2. Returns whether there was a mapping. The ends of the range
-    /// need no alignment, and it may reach beyond the input range.
+    /// Executes UNMAP (§5.13.6.6.2). Returns whether there was a mapping. The
+    /// ends of the range need no alignment, and it may exceed the input range.
     pub(super) fn unmap(
         &mut self,
         id: u32,
@@ -189,8 +190,8 @@ impl State {
         Ok(count != 0)
     }
 
-    /// Takes an endpoint out of its domain. A domain without endpoints is gone,
-    /// its mappings with it.
+    /// Removes an endpoint from its domain. A domain without endpoints is
+    /// removed with its mappings.
     fn leave(&mut self, stream: StreamId) -> Moved {
         let Some(endpoint) = self.endpoints.get_mut(&stream) else {
             return Moved::default();
@@ -214,7 +215,7 @@ fn is_aligned(iova: IovaRange, gpa: Gpa) -> bool {
     (iova.first().0 | gpa.0) & mask == 0 && iova.last().0 & mask == mask
 }
 
-/// The permissions that the flags of a MAP request name.
+/// The permissions that the flags of a MAP request encode.
 pub(super) fn perm_of(flags: u32) -> Perm {
     let perm = |flag, perm| {
         if flags & flag != 0 { perm } else { Perm::NONE }

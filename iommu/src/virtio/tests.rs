@@ -11,7 +11,7 @@ use super::*;
 use crate::{Access, IommuNotifier, IommuRegion, NotifierSink, Registration};
 
 const NIC: StreamId = StreamId(0x08);
-/// The bound of the world's model.
+/// `max_mappings` of the model.
 const MAX_MAPPINGS: usize = 1000;
 const DISK: StreamId = StreamId(0x10);
 const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::MMIO | feature::BYPASS_CONFIG;
@@ -25,7 +25,7 @@ impl FaultSink for Reports {
     }
 }
 
-/// Keeps a number of mappings.
+/// A consumer with a cache of `room` mappings.
 struct Cache {
     room: usize,
     held: Mutex<Vec<Iova>>,
@@ -47,7 +47,7 @@ impl NotifierSink for Cache {
     fn registered(&self, _outcome: &Registration) {}
 }
 
-/// What a listener was told, in order.
+/// Events that a notifier received, in order.
 #[derive(Default)]
 struct Listener(Mutex<Vec<String>>);
 
@@ -72,14 +72,14 @@ impl NotifierSink for Listener {
     }
 }
 
-struct World {
+struct Setup {
     iommu: Arc<VirtioIommu>,
     reports: Arc<Reports>,
     nic: Arc<IommuRegion>,
     disk: Arc<IommuRegion>,
 }
 
-fn world() -> World {
+fn setup() -> Setup {
     let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
     let reports = Arc::new(Reports::default());
     let config = VirtioIommuConfig {
@@ -92,7 +92,7 @@ fn world() -> World {
     let iommu = Arc::new(VirtioIommu::new(config, Arc::new(ram), sink));
     iommu.negotiated(ALL);
     let region = |stream| IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, stream);
-    World {
+    Setup {
         nic: region(NIC),
         disk: region(DISK),
         reports,
@@ -100,7 +100,7 @@ fn world() -> World {
     }
 }
 
-impl World {
+impl Setup {
     fn send(&self, request: &[u8]) -> Status {
         let mut reply = [0xff; 600];
         let size = self.iommu.handle(request, &mut reply);
@@ -185,8 +185,8 @@ fn request_sizes_are_those_of_the_specification() {
     assert_eq!(probe(NIC).len(), request::PROBE_SIZE);
 }
 
-/// Every rule of §5.13.6 that a single request can break, on an endpoint that
-/// is attached to domain 1 with 0x1000..=0x2fff mapped, and another in bypass
+/// Checks every rule of §5.13.6 that a single request can break. One endpoint
+/// is attached to domain 1 with 0x1000..=0x2fff mapped, another to bypass
 /// domain 2.
 #[test]
 fn every_rule_has_its_status() {
@@ -253,113 +253,113 @@ fn every_rule_has_its_status() {
         ("probe", probe(NIC), Ok),
     ];
     for (what, request, status) in table {
-        let world = world();
-        assert_eq!(world.send(&attach(1, NIC, 0)), Ok);
-        assert_eq!(world.send(&attach(2, DISK, 1)), Ok);
-        assert_eq!(world.send(&map(1, 0x1000, 0x2fff, 0x5000, 3)), Ok);
-        assert_eq!(world.send(&request), status, "{what}");
+        let setup = setup();
+        assert_eq!(setup.send(&attach(1, NIC, 0)), Ok);
+        assert_eq!(setup.send(&attach(2, DISK, 1)), Ok);
+        assert_eq!(setup.send(&map(1, 0x1000, 0x2fff, 0x5000, 3)), Ok);
+        assert_eq!(setup.send(&request), status, "{what}");
     }
 }
 
-/// Hands over a request with `room` device-writable bytes: how many of them
-/// are written, and what all of them hold then.
-fn handle(world: &World, request: &[u8], room: usize) -> (usize, Vec<u8>) {
+/// Handles a request with `room` device-writable bytes. Returns the number of
+/// written bytes and the contents of all.
+fn handle(setup: &Setup, request: &[u8], room: usize) -> (usize, Vec<u8>) {
     let mut reply = vec![0xff; room];
-    let written = world.iommu.handle(request, &mut reply);
-    world.iommu.flush();
+    let written = setup.iommu.handle(request, &mut reply);
+    setup.iommu.flush();
     (written, reply)
 }
 
 #[test]
 fn request_of_an_unknown_type_is_returned_unwritten() {
-    let world = world();
+    let setup = setup();
     for kind in [0, 6, 77, 0xff] {
-        let (written, reply) = handle(&world, &head(kind, [0; 68].into_iter()), 600);
+        let (written, reply) = handle(&setup, &head(kind, [0; 68].into_iter()), 600);
         assert_eq!((written, reply), (0, vec![0xff; 600]), "type {kind}");
     }
-    assert_eq!(handle(&world, &[], 600).0, 0, "no type, so no tail");
+    assert_eq!(handle(&setup, &[], 600).0, 0, "no type, so no tail");
 }
 
 #[test]
 fn request_of_a_feature_that_was_not_negotiated_is_returned_unwritten() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
-    world.send(&map(1, 0x1000, 0x1fff, 0, 3));
-    world.iommu.negotiated(ALL & !feature::MAP_UNMAP);
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
+    setup.send(&map(1, 0x1000, 0x1fff, 0, 3));
+    setup.iommu.negotiated(ALL & !feature::MAP_UNMAP);
     for request in [map(1, 0x4000, 0x4fff, 0, 3), unmap(1, 0x1000, 0x1fff)] {
-        assert_eq!(handle(&world, &request, 4), (0, vec![0xff; 4]));
+        assert_eq!(handle(&setup, &request, 4), (0, vec![0xff; 4]));
     }
-    assert_eq!(world.iommu.mapped(), 1, "neither is carried out");
-    world.iommu.negotiated(ALL & !feature::PROBE);
-    assert_eq!(handle(&world, &probe(NIC), 516), (0, vec![0xff; 516]));
-    let (written, _) = handle(&world, &detach(1, NIC), 4);
+    assert_eq!(setup.iommu.mapped(), 1, "neither is carried out");
+    setup.iommu.negotiated(ALL & !feature::PROBE);
+    assert_eq!(handle(&setup, &probe(NIC), 516), (0, vec![0xff; 516]));
+    let (written, _) = handle(&setup, &detach(1, NIC), 4);
     assert_eq!(written, 4, "ATTACH and DETACH need no feature");
 }
 
 #[test]
 fn request_without_room_for_a_tail_is_returned_unwritten() {
-    let world = world();
+    let setup = setup();
     for request in [attach(1, NIC, 0), probe(NIC)] {
         for room in 0..4 {
-            assert_eq!(handle(&world, &request, room), (0, vec![0xff; room]));
+            assert_eq!(handle(&setup, &request, room), (0, vec![0xff; room]));
         }
     }
-    assert_eq!(world.iommu.endpoint(NIC).unwrap().domain, None);
+    assert_eq!(setup.iommu.endpoint(NIC).unwrap().domain, None);
 }
 
 #[test]
 fn probe_without_room_for_all_properties_writes_none() {
-    let world = world();
+    let setup = setup();
     for room in [4, 5, 28, 515] {
-        let (written, reply) = handle(&world, &probe(NIC), room);
+        let (written, reply) = handle(&setup, &probe(NIC), room);
         let tail = [Status::Inval as u8, 0, 0, 0];
         assert_eq!(written, room);
         assert_eq!(reply, [vec![0; room - 4], tail.to_vec()].concat());
     }
-    let (written, reply) = handle(&world, &probe(NIC), 520);
+    let (written, reply) = handle(&setup, &probe(NIC), 520);
     assert_eq!((written, reply[512]), (516, Status::Ok as u8));
 }
 
 #[test]
 fn bypass_at_boot_answers_with_all_of_ram_until_attached() {
-    let world = world();
-    let whole = world.nic.enter().translate(Iova(0x1234), Access::Write);
+    let setup = setup();
+    let whole = setup.nic.enter().translate(Iova(0x1234), Access::Write);
     assert_eq!(whole.unwrap().iova.size(), Some(0x10_0000));
-    world.send(&attach(1, NIC, 0));
-    assert_eq!(world.read(0x1234), Err(FaultReason::Translation));
+    setup.send(&attach(1, NIC, 0));
+    assert_eq!(setup.read(0x1234), Err(FaultReason::Translation));
 }
 
 #[test]
 fn bypass_survives_reset_as_it_was_set() {
-    let world = world();
-    world.iommu.set_bypass(0);
-    assert_eq!(world.read(0x1234), Err(FaultReason::Configuration));
-    world.iommu.reset();
-    assert_eq!(world.read(0x1234), Err(FaultReason::Configuration));
-    world.iommu.set_bypass(1);
+    let setup = setup();
+    setup.iommu.set_bypass(0);
+    assert_eq!(setup.read(0x1234), Err(FaultReason::Configuration));
+    setup.iommu.reset();
+    assert_eq!(setup.read(0x1234), Err(FaultReason::Configuration));
+    setup.iommu.set_bypass(1);
     assert_eq!(
-        world.read(0x1234),
+        setup.read(0x1234),
         Err(FaultReason::Configuration),
         "not negotiated, so it cannot be written"
     );
-    world.iommu.negotiated(ALL);
-    world.iommu.set_bypass(2);
-    assert_eq!(world.read(0x1234), Err(FaultReason::Configuration));
-    world.iommu.set_bypass(1);
-    assert_eq!(world.read(0x1234), Ok(Gpa(0x1234)));
+    setup.iommu.negotiated(ALL);
+    setup.iommu.set_bypass(2);
+    assert_eq!(setup.read(0x1234), Err(FaultReason::Configuration));
+    setup.iommu.set_bypass(1);
+    assert_eq!(setup.read(0x1234), Ok(Gpa(0x1234)));
 }
 
 #[test]
 fn fault_is_reported_with_its_reason() {
-    let world = world();
-    world.iommu.set_bypass(0);
-    let _ = world.read(0x7008);
-    world.send(&attach(1, NIC, 0));
-    world.send(&map(1, 0x7000, 0x7fff, 0, request::MAP_READ));
-    let denied = world.nic.enter().translate(Iova(0x7008), Access::Write);
+    let setup = setup();
+    setup.iommu.set_bypass(0);
+    let _ = setup.read(0x7008);
+    setup.send(&attach(1, NIC, 0));
+    setup.send(&map(1, 0x7000, 0x7fff, 0, request::MAP_READ));
+    let denied = setup.nic.enter().translate(Iova(0x7008), Access::Write);
     assert_eq!(denied.unwrap_err().reason, FaultReason::Permission);
-    let _ = world.nic.enter().lookup(Iova(0x9000), Access::Read);
-    let reports = world.reports.0.lock().unwrap();
+    let _ = setup.nic.enter().lookup(Iova(0x9000), Access::Read);
+    let reports = setup.reports.0.lock().unwrap();
     let bytes: Vec<_> = reports.iter().map(FaultReport::to_bytes).collect();
     assert_eq!(bytes.len(), 2, "a lookup leaves no trace");
     assert_eq!(
@@ -377,25 +377,25 @@ fn fault_is_reported_with_its_reason() {
 }
 
 #[test]
-fn listener_is_shown_each_view_of_memory_in_turn() {
-    let world = world();
-    let listener = world.listen();
+fn notifier_receives_each_view_of_memory_in_turn() {
+    let setup = setup();
+    let listener = setup.listen();
     assert_eq!(
         listener.take(),
         ["map+unmap", "map 0x0..=0xfffff rw"],
         "bypass is prefilled whole"
     );
-    world.send(&attach(1, NIC, 0));
-    world.send(&map(1, 0x7000, 0x7fff, 0, request::MAP_READ));
+    setup.send(&attach(1, NIC, 0));
+    setup.send(&map(1, 0x7000, 0x7fff, 0, request::MAP_READ));
     assert_eq!(
         listener.take(),
         ["unmap [0x0..=0xffffffffffffffff]", "map 0x7000..=0x7fff r-"]
     );
-    world.send(&attach(3, DISK, 0));
-    world.send(&map(3, 0x7000, 0x7fff, 0, 3));
-    world.send(&unmap(3, 0x7000, 0x7fff));
+    setup.send(&attach(3, DISK, 0));
+    setup.send(&map(3, 0x7000, 0x7fff, 0, 3));
+    setup.send(&unmap(3, 0x7000, 0x7fff));
     assert_eq!(listener.take(), [""; 0], "another domain is no concern");
-    world.send(&detach(1, NIC));
+    setup.send(&detach(1, NIC));
     assert_eq!(
         listener.take(),
         ["unmap [0x0..=0xffffffffffffffff]", "map 0x0..=0xfffff rw"]
@@ -404,35 +404,35 @@ fn listener_is_shown_each_view_of_memory_in_turn() {
 
 #[test]
 fn adjacent_unmaps_of_one_kick_are_one_invalidation() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
     for page in 0..4_u64 {
-        world.send(&map(1, page << 12, (page << 12) | 0xfff, 0, 3));
+        setup.send(&map(1, page << 12, (page << 12) | 0xfff, 0, 3));
     }
-    let listener = world.listen();
+    let listener = setup.listen();
     listener.take();
     let mut reply = [0; 4];
     for page in [0_u64, 1, 3] {
         let request = unmap(1, page << 12, (page << 12) | 0xfff);
-        assert_eq!(world.iommu.handle(&request, &mut reply), 4);
+        assert_eq!(setup.iommu.handle(&request, &mut reply), 4);
     }
     assert_eq!(listener.take(), [""; 0], "nothing before the flush");
-    world.iommu.flush();
+    setup.iommu.flush();
     assert_eq!(listener.take(), ["unmap [0x0..=0x1fff, 0x3000..=0x3fff]"]);
 }
 
 #[test]
-fn map_over_what_was_just_unmapped_is_not_dropped_with_it() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
-    world.send(&map(1, 0x1000, 0x1fff, 0, 3));
-    let listener = world.listen();
+fn map_after_unmap_is_not_dropped_by_the_pending_invalidation() {
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
+    setup.send(&map(1, 0x1000, 0x1fff, 0, 3));
+    let listener = setup.listen();
     listener.take();
     let mut reply = [0; 4];
     for request in [unmap(1, 0x1000, 0x1fff), map(1, 0x1000, 0x1fff, 0x2000, 1)] {
-        assert_eq!(world.iommu.handle(&request, &mut reply), 4);
+        assert_eq!(setup.iommu.handle(&request, &mut reply), 4);
     }
-    world.iommu.flush();
+    setup.iommu.flush();
     assert_eq!(
         listener.take(),
         ["unmap [0x1000..=0x1fff]", "map 0x1000..=0x1fff r-"]
@@ -440,30 +440,30 @@ fn map_over_what_was_just_unmapped_is_not_dropped_with_it() {
 }
 
 #[test]
-fn domain_dies_with_its_last_endpoint() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
-    world.send(&attach(1, DISK, 0));
-    world.send(&map(1, 0x1000, 0x1fff, 0, 3));
-    world.send(&attach(2, NIC, 0));
-    assert_eq!(world.iommu.mapped(), 1);
-    assert_eq!(world.send(&detach(1, DISK)), Status::Ok);
-    assert_eq!(world.iommu.mapped(), 0);
-    assert_eq!(world.send(&map(1, 0, 0xfff, 0, 3)), Status::Noent);
+fn domain_ends_with_its_last_endpoint() {
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
+    setup.send(&attach(1, DISK, 0));
+    setup.send(&map(1, 0x1000, 0x1fff, 0, 3));
+    setup.send(&attach(2, NIC, 0));
+    assert_eq!(setup.iommu.mapped(), 1);
+    assert_eq!(setup.send(&detach(1, DISK)), Status::Ok);
+    assert_eq!(setup.iommu.mapped(), 0);
+    assert_eq!(setup.send(&map(1, 0, 0xfff, 0, 3)), Status::Noent);
 }
 
 #[test]
-fn notifier_is_shown_as_many_mappings_as_it_wants() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
+fn replay_ends_when_the_notifier_wants_no_more() {
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
     let pages = 2 * REPLAY_PIECE as u64 + 5;
     for page in 0..pages {
-        world.send(&map(1, page << 12, (page << 12) | 0xfff, 0, 3));
+        setup.send(&map(1, page << 12, (page << 12) | 0xfff, 0, 3));
     }
     let cache = |room, range| {
         let held = Mutex::default();
         let cache = Arc::new(Cache { room, held });
-        world.disk.register(IommuNotifier {
+        setup.disk.register(IommuNotifier {
             wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
             range,
             sink: Arc::clone(&cache) as Arc<dyn NotifierSink>,
@@ -477,54 +477,54 @@ fn notifier_is_shown_as_many_mappings_as_it_wants() {
         cache(0, IovaRange::ALL),
         cache(usize::MAX, page),
     ];
-    let before = world.disk.stats().maps;
-    world.send(&attach(1, DISK, 0));
+    let before = setup.disk.stats().maps;
+    setup.send(&attach(1, DISK, 0));
     let held: Vec<Vec<Iova>> = caches
         .iter()
         .map(|cache| cache.held.lock().unwrap().clone())
         .collect();
     let all: Vec<_> = (0..pages).map(|page| Iova(page << 12)).collect();
     assert_eq!(held, [&all, &all[..300], &[], &[Iova(0x10_0000)]]);
-    assert_eq!(world.disk.stats().maps - before, pages + 300 + 1);
+    assert_eq!(setup.disk.stats().maps - before, pages + 300 + 1);
 }
 
 #[test]
 fn mappings_are_bounded() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
-    world.send(&attach(2, DISK, 0));
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
+    setup.send(&attach(2, DISK, 0));
     let base = 1_u64 << 33;
     let one = |domain: u32, page: u64| {
         let first = base + (page << 12);
         map(domain, first, first + 0xfff, 0, 3)
     };
     let full = MAX_MAPPINGS as u64;
-    assert_eq!(world.send(&one(2, 0)), Status::Ok);
+    assert_eq!(setup.send(&one(2, 0)), Status::Ok);
     for page in 1..full {
-        assert_eq!(world.send(&one(1, page)), Status::Ok);
+        assert_eq!(setup.send(&one(1, page)), Status::Ok);
     }
     for domain in [1, 2] {
-        assert_eq!(world.send(&one(domain, full)), Status::Nomem);
+        assert_eq!(setup.send(&one(domain, full)), Status::Nomem);
     }
-    assert_eq!(world.send(&unmap(1, base, (1 << 40) - 1)), Status::Ok);
-    assert_eq!(world.iommu.mapped(), 1);
-    assert_eq!(world.send(&one(2, full)), Status::Ok);
+    assert_eq!(setup.send(&unmap(1, base, (1 << 40) - 1)), Status::Ok);
+    assert_eq!(setup.iommu.mapped(), 1);
+    assert_eq!(setup.send(&one(2, full)), Status::Ok);
 }
 
 #[test]
 fn interrupts_of_an_attached_endpoint_pass_untranslated() {
-    let world = world();
-    world.send(&attach(1, NIC, 0));
+    let setup = setup();
+    setup.send(&attach(1, NIC, 0));
     let doorbell = Iova(0xfee0_1000);
-    let mapping = world
+    let mapping = setup
         .nic
         .enter()
         .translate(doorbell, Access::Write)
         .unwrap();
     assert_eq!(mapping.gpa_of(doorbell), Some(Gpa(0xfee0_1000)));
-    assert!(world.nic.enter().translate(doorbell, Access::Read).is_err());
+    assert!(setup.nic.enter().translate(doorbell, Access::Read).is_err());
     let mut reply = [0; 600];
-    assert_eq!(world.iommu.handle(&probe(NIC), &mut reply), 516);
+    assert_eq!(setup.iommu.handle(&probe(NIC), &mut reply), 516);
     assert_eq!(reply[..8], [1, 0, 20, 0, 1, 0, 0, 0]);
     assert_eq!(reply[8..16], 0xfee0_0000_u64.to_le_bytes());
     assert_eq!(reply[16..24], 0xfeef_ffff_u64.to_le_bytes());
@@ -535,14 +535,14 @@ proptest! {
     fn no_bytes_of_a_driver_panic(requests in prop::collection::vec(
         (0_u8..8, prop::collection::vec(any::<u8>(), 0..100)), 0..20,
     )) {
-        let world = world();
+        let setup = setup();
         let mut reply = [0; 600];
         for (kind, mut bytes) in requests {
             if let Some(first) = bytes.first_mut() {
                 *first = kind;
             }
-            let _ = world.iommu.handle(&bytes, &mut reply);
+            let _ = setup.iommu.handle(&bytes, &mut reply);
         }
-        world.iommu.flush();
+        setup.iommu.flush();
     }
 }

@@ -8,39 +8,39 @@ use crate::mapping::Access;
 /// Bytes of the properties and the tail of a PROBE request.
 pub(super) const PROBE_REPLY_SIZE: usize = PROBE_SIZE as usize + request::TAIL_SIZE;
 
-/// A request that has every field of its type.
+/// A parsed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// §5.13.6.3
+    /// ATTACH (§5.13.6.3).
     Attach {
         /// The domain to attach to, created when it does not exist.
         domain: u32,
         /// Endpoint to attach.
         endpoint: StreamId,
-        /// [`request::ATTACH_BYPASS`], perhaps more.
+        /// [`request::ATTACH_BYPASS`], and perhaps unknown flags.
         flags: u32,
     },
-    /// §5.13.6.4
+    /// DETACH (§5.13.6.4).
     Detach {
         /// The domain to detach from.
         domain: u32,
         /// Endpoint to detach.
         endpoint: StreamId,
     },
-    /// §5.13.6.5
+    /// MAP (§5.13.6.5).
     Map {
         /// Domain of the mapping.
         domain: u32,
-        /// First address.
+        /// First address, inclusive.
         first: Iova,
         /// Last address, inclusive.
         last: Iova,
-        /// Guest-physical address of the first address.
+        /// Guest-physical address of `first`.
         gpa: Gpa,
-        /// `MAP_READ`, `MAP_WRITE`, `MAP_MMIO`, perhaps more.
+        /// `MAP_READ`, `MAP_WRITE`, `MAP_MMIO`, and perhaps unknown flags.
         flags: u32,
     },
-    /// §5.13.6.6
+    /// UNMAP (§5.13.6.6).
     Unmap {
         /// Domain of the mappings.
         domain: u32,
@@ -49,7 +49,7 @@ pub enum Request {
         /// Last address, inclusive.
         last: Iova,
     },
-    /// §5.13.6.7
+    /// PROBE (§5.13.6.7).
     Probe {
         /// Endpoint with the properties.
         endpoint: StreamId,
@@ -81,8 +81,8 @@ impl Fields<'_> {
     }
 }
 
-/// The feature that a request of this type needs, 0 for none; `None` where
-/// there is no such type.
+/// Feature bit that a request of this type needs, 0 for none; `None` for an
+/// unknown type.
 pub(super) fn needed_feature(kind: u8) -> Option<u64> {
     match kind {
         request::ATTACH | request::DETACH => Some(0),
@@ -92,9 +92,9 @@ pub(super) fn needed_feature(kind: u8) -> Option<u64> {
     }
 }
 
-/// Bytes that the device writes of a device-writable part of `room` bytes: the
-/// properties of a PROBE request, and the tail at their end. `None`: the tail
-/// has no room, so that nothing can be written.
+/// Bytes that the device writes to a device-writable part of `room` bytes: the
+/// properties of a PROBE request, then the tail. `None`: the tail does not fit,
+/// so nothing can be written.
 pub(super) fn reply_size(kind: u8, room: usize) -> Option<usize> {
     if room < request::TAIL_SIZE {
         None
@@ -162,8 +162,8 @@ fn write(bytes: &mut [u8], fields: impl Iterator<Item = u8>) {
     }
 }
 
-/// The device configuration (§5.13.4): addresses from `input_range` in pages of
-/// `1 << page_shift` bytes, and every domain ID.
+/// Encodes the device configuration (§5.13.4): addresses of `input_range` in
+/// pages of `1 << page_shift` bytes, and every domain ID.
 pub(super) fn config_space(
     input_range: IovaRange,
     page_shift: u32,
@@ -198,7 +198,7 @@ pub(super) fn write_msi_window(properties: &mut [u8], window: IovaRange) {
     write(properties, fields);
 }
 
-/// A fault report as the event queue carries it (§5.13.6.9).
+/// A fault report for the event queue (§5.13.6.9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultReport {
     /// [`spec::fault::REASON_DOMAIN`] or [`spec::fault::REASON_MAPPING`].
@@ -212,7 +212,7 @@ pub struct FaultReport {
 }
 
 impl FaultReport {
-    /// The bytes of the report.
+    /// Encodes the report.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; spec::fault::SIZE] {
         let access = match self.access {
@@ -232,9 +232,9 @@ impl FaultReport {
     }
 }
 
-/// Takes fault reports to the event queue. Called with the stream's gate held
+/// Writes fault reports to the event queue. Called with the stream's gate held
 /// and no lock of the model: it must not translate.
 pub trait FaultSink: Send + Sync {
-    /// Reports, or drops the report when the driver left no buffer for it.
+    /// Writes the report, or drops it when no buffer is available.
     fn report(&self, report: &FaultReport);
 }

@@ -13,9 +13,9 @@ raw! {
 
 /// Valid.
 pub(crate) const L1_V: Field<RawL1Cd> = Field::new(0, 0);
-/// Address of the level 2 table, in place.
+/// Address of the level 2 table: bits 55:12, not shifted.
 pub(crate) const L2PTR: Field<RawL1Cd> = Field::new(55, 12);
-/// Size of the space that TTB0 translates.
+/// 64 minus the bits of an input address of TTB0.
 pub(crate) const T0SZ: Field<RawCd> = Field::new(5, 0);
 /// Granule of TTB0.
 pub(crate) const TG0: Field<RawCd> = Field::new(7, 6);
@@ -23,7 +23,7 @@ pub(crate) const TG0: Field<RawCd> = Field::new(7, 6);
 pub(crate) const EPD0: Field<RawCd> = Field::new(14, 14);
 /// Big-endian tables.
 pub(crate) const ENDI: Field<RawCd> = Field::new(15, 15);
-/// Size of the space that TTB1 translates.
+/// 64 minus the bits of an input address of TTB1.
 pub(crate) const T1SZ: Field<RawCd> = Field::new(21, 16);
 /// Granule of TTB1.
 pub(crate) const TG1: Field<RawCd> = Field::new(23, 22);
@@ -31,9 +31,9 @@ pub(crate) const TG1: Field<RawCd> = Field::new(23, 22);
 pub(crate) const EPD1: Field<RawCd> = Field::new(30, 30);
 /// Valid.
 pub(crate) const V: Field<RawCd> = Field::new(31, 31);
-/// Size of the intermediate address space.
+/// Encoded size of an intermediate physical address.
 pub(crate) const IPS: Field<RawCd> = Field::new(34, 32);
-/// The access flag does not fault.
+/// A clear access flag does not fault.
 pub(crate) const AFFD: Field<RawCd> = Field::new(35, 35);
 /// The top byte of TTB0's addresses is ignored.
 pub(crate) const TBI0: Field<RawCd> = Field::new(38, 38);
@@ -53,11 +53,11 @@ pub(crate) const R: Field<RawCd> = Field::new(45, 45);
 pub(crate) const A: Field<RawCd> = Field::new(46, 46);
 /// ASID.
 pub(crate) const ASID: Field<RawCd> = Field::new(63, 48);
-/// Table descriptors of TTB0 carry no attributes.
+/// Attributes in table descriptors of TTB0 are ignored.
 pub(crate) const HAD0: Field<RawCd> = Field::new(65, 65);
 /// Address of TTB0, in place.
 pub(crate) const TTB0: Field<RawCd> = Field::new(115, 68);
-/// Table descriptors of TTB1 carry no attributes.
+/// Attributes in table descriptors of TTB1 are ignored.
 pub(crate) const HAD1: Field<RawCd> = Field::new(129, 129);
 /// Address of TTB1, in place.
 pub(crate) const TTB1: Field<RawCd> = Field::new(179, 132);

@@ -21,7 +21,7 @@ pub(crate) enum Cerror {
 pub(crate) const OPCODE: Field<RawCommand> = Field::new(7, 0);
 /// The StreamID is secure.
 pub(crate) const SSEC: Field<RawCommand> = Field::new(10, 10);
-/// There is a SubstreamID.
+/// SSID is valid.
 pub(crate) const SSV: Field<RawCommand> = Field::new(11, 11);
 /// SubstreamID.
 pub(crate) const SSID: Field<RawCommand> = Field::new(31, 12);
@@ -29,7 +29,7 @@ pub(crate) const SSID: Field<RawCommand> = Field::new(31, 12);
 pub(crate) const SID: Field<RawCommand> = Field::new(63, 32);
 /// `CMD_CFGI_STE_RANGE`: `2 << RANGE` StreamIDs.
 pub(crate) const RANGE: Field<RawCommand> = Field::new(68, 64);
-/// Range invalidation: how many units, less one.
+/// Range invalidation: number of units minus one.
 pub(crate) const NUM: Field<RawCommand> = Field::new(16, 12);
 /// Range invalidation: units of `1 << SCALE` granules.
 pub(crate) const SCALE: Field<RawCommand> = Field::new(24, 20);
@@ -47,19 +47,19 @@ pub(crate) const ADDRESS: Field<RawCommand> = Field::new(127, 76);
 pub(crate) const IPA: Field<RawCommand> = Field::new(115, 76);
 /// `CMD_ATC_INV`: `1 << SIZE` pages.
 pub(crate) const ATC_SIZE: Field<RawCommand> = Field::new(69, 64);
-/// `CMD_PRI_RESP`: which group.
+/// `CMD_PRI_RESP`: page request group index.
 pub(crate) const PRG_INDEX: Field<RawCommand> = Field::new(72, 64);
-/// `CMD_PRI_RESP`: the answer.
+/// `CMD_PRI_RESP`: encoded response.
 pub(crate) const PRI_RESP: Field<RawCommand> = Field::new(77, 76);
 /// `CMD_RESUME`: retry.
 pub(crate) const RESUME_RETRY: Field<RawCommand> = Field::new(12, 12);
-/// `CMD_RESUME`: which transaction.
+/// `CMD_RESUME`: tag of the stalled transaction.
 pub(crate) const STAG: Field<RawCommand> = Field::new(79, 64);
-/// `CMD_SYNC`: how completion is signalled.
+/// `CMD_SYNC`: completion signal (§4.7.3).
 pub(crate) const CS: Field<RawCommand> = Field::new(13, 12);
-/// `CMD_SYNC`: what is written.
+/// `CMD_SYNC`: data of the message.
 pub(crate) const MSI_DATA: Field<RawCommand> = Field::new(63, 32);
-/// `CMD_SYNC`: where it is written, in place.
+/// `CMD_SYNC`: address of the message, in place.
 pub(crate) const MSI_ADDRESS: Field<RawCommand> = Field::new(115, 66);
 
 /// Opcodes (§4.1.1).

@@ -9,13 +9,13 @@ raw! {
 
 /// Event number.
 pub(crate) const NUMBER: Field<RawEvent> = Field::new(7, 0);
-/// There is a SubstreamID.
+/// SSID is valid.
 pub(crate) const SSV: Field<RawEvent> = Field::new(11, 11);
 /// SubstreamID.
 pub(crate) const SSID: Field<RawEvent> = Field::new(31, 12);
 /// StreamID.
 pub(crate) const SID: Field<RawEvent> = Field::new(63, 32);
-/// Which stalled transaction.
+/// Tag of the stalled transaction.
 pub(crate) const STAG: Field<RawEvent> = Field::new(79, 64);
 /// The transaction is stalled.
 pub(crate) const STALL: Field<RawEvent> = Field::new(95, 95);
@@ -23,13 +23,13 @@ pub(crate) const STALL: Field<RawEvent> = Field::new(95, 95);
 pub(crate) const RNW: Field<RawEvent> = Field::new(99, 99);
 /// The fault arose at stage 2.
 pub(crate) const S2: Field<RawEvent> = Field::new(103, 103);
-/// What caused the fault.
+/// Purpose of the access that faulted: CD, table or input address.
 pub(crate) const CLASS: Field<RawEvent> = Field::new(105, 104);
-/// Reading (not updating) a descriptor caused the fault.
+/// The faulting access to a descriptor was a read, not an update.
 pub(crate) const TTRNW: Field<RawEvent> = Field::new(108, 108);
-/// `F_BAD_ATS_TREQ`: writing was asked for.
+/// `F_BAD_ATS_TREQ`: write permission was requested.
 pub(crate) const TREQ_W: Field<RawEvent> = Field::new(98, 98);
-/// `F_BAD_ATS_TREQ`: reading was asked for.
+/// `F_BAD_ATS_TREQ`: read permission was requested.
 pub(crate) const TREQ_R: Field<RawEvent> = Field::new(99, 99);
 /// Address of the transaction.
 pub(crate) const INPUT: Field<RawEvent> = Field::new(191, 128);

@@ -10,7 +10,7 @@ pub(crate) trait Raw: Copy {
     const SIZE: u64;
     /// The words, in order.
     fn words(&self) -> &[u64];
-    /// The words, to be changed.
+    /// The words for modification, in order.
     fn words_mut(&mut self) -> &mut [u64];
 }
 
@@ -66,7 +66,7 @@ impl<T: Raw> Field<T> {
         raw.words().get(self.word).copied().unwrap_or(0)
     }
 
-    /// The value of the field, at the bottom of the word.
+    /// The value of the field, shifted to bit 0.
     pub(crate) fn of(self, raw: &T) -> u64 {
         (self.word(raw) >> self.low) & self.mask()
     }

@@ -1,5 +1,5 @@
-//! The layouts of IHI 0070: registers, structures, commands and records.
-//! Nothing else.
+//! The layouts of IHI 0070: registers, structures, commands and records. The
+//! modules have no behaviour.
 
 pub(super) mod cd;
 pub(super) mod command;

@@ -11,15 +11,15 @@ raw! {
 pub(crate) const SID: Field<RawPageRequest> = Field::new(31, 0);
 /// SubstreamID.
 pub(crate) const SSID: Field<RawPageRequest> = Field::new(51, 32);
-/// Reading is asked for.
+/// Read permission is requested.
 pub(crate) const READ: Field<RawPageRequest> = Field::new(60, 60);
-/// Writing is asked for.
+/// Write permission is requested.
 pub(crate) const WRITE: Field<RawPageRequest> = Field::new(61, 61);
 /// Last of its group.
 pub(crate) const LAST: Field<RawPageRequest> = Field::new(62, 62);
-/// There is a SubstreamID.
+/// SSID is valid.
 pub(crate) const SSV: Field<RawPageRequest> = Field::new(63, 63);
-/// Group.
+/// Page request group index.
 pub(crate) const PRG_INDEX: Field<RawPageRequest> = Field::new(72, 64);
 /// Address, in place.
 pub(crate) const ADDRESS: Field<RawPageRequest> = Field::new(127, 76);

@@ -72,7 +72,7 @@ pub(crate) mod reg {
     pub(crate) const PRIQ_IRQ_CFG1: u64 = 0xd8;
     /// §6.3.40
     pub(crate) const PRIQ_IRQ_CFG2: u64 = 0xdc;
-    /// End of the registers that hold something, in bytes.
+    /// End of the implemented registers, exclusive, in bytes.
     pub(crate) const END: u64 = 0x100;
     /// CIDR0 to CIDR3 (§6.2, CoreSight identification).
     pub(crate) const CIDR0: u64 = 0xff0;
@@ -94,7 +94,7 @@ pub(crate) mod idr0 {
     pub(crate) const HYP: u32 = 1 << 9;
     /// ATS.
     pub(crate) const ATS: u32 = 1 << 10;
-    /// ATS at all stages only: no split-stage ATS.
+    /// No split-stage ATS: a translation request uses all enabled stages.
     pub(crate) const NS1ATS: u32 = 1 << 11;
     /// 16-bit ASIDs.
     pub(crate) const ASID16: u32 = 1 << 12;
@@ -110,7 +110,7 @@ pub(crate) mod idr0 {
     pub(crate) const CD2L: u32 = 1 << 19;
     /// Tables are little-endian.
     pub(crate) const TTENDIAN_LITTLE: u32 = 2 << 21;
-    /// `CR2.REC_CFG_ATS` works.
+    /// `CR2.REC_CFG_ATS` is implemented.
     pub(crate) const ATSRECERR: u32 = 1 << 23;
     /// Faulting accesses that are terminated are aborted, never RAZ/WI.
     pub(crate) const TERM_MODEL: u32 = 1 << 26;
@@ -124,11 +124,11 @@ pub(crate) mod idr1 {
     pub(crate) const SIDSIZE: u32 = 0;
     /// Bits of a SubstreamID.
     pub(crate) const SSIDSIZE: u32 = 6;
-    /// Most entries of the PRI queue, as a power of two.
+    /// Maximum size of the PRI queue, as a power of two.
     pub(crate) const PRIQS: u32 = 11;
-    /// Most entries of the event queue, as a power of two.
+    /// Maximum size of the event queue, as a power of two.
     pub(crate) const EVENTQS: u32 = 16;
-    /// Most entries of the command queue, as a power of two.
+    /// Maximum size of the command queue, as a power of two.
     pub(crate) const CMDQS: u32 = 21;
     /// Mask of the three size fields of queues.
     pub(crate) const QUEUE_SIZE: u32 = 0x1f;
@@ -136,13 +136,13 @@ pub(crate) mod idr1 {
 
 /// IDR3 (§6.3.4).
 pub(crate) mod idr3 {
-    /// `CD.HAD0` and `CD.HAD1` work.
+    /// `CD.HAD0` and `CD.HAD1` are implemented.
     pub(crate) const HAD: u32 = 1 << 2;
     /// Stage 2 has separate execute permissions.
     pub(crate) const XNX: u32 = 1 << 4;
     /// Automatic page responses carry the PASID of the request.
     pub(crate) const PPS: u32 = 1 << 5;
-    /// `STE.S2FWB` works.
+    /// `STE.S2FWB` is implemented.
     pub(crate) const FWB: u32 = 1 << 8;
     /// Range invalidation and level hints.
     pub(crate) const RIL: u32 = 1 << 10;
@@ -156,23 +156,23 @@ pub(crate) mod idr5 {
     pub(crate) const GRANULES: u32 = 7 << 4;
     /// 52-bit virtual addresses.
     pub(crate) const VAX_52: u32 = 1 << 10;
-    /// Shift of the largest number of stalled transactions.
+    /// Shift of the maximum number of stalled transactions.
     pub(crate) const STALL_MAX: u32 = 16;
 }
 
 /// CR0 (§6.3.9).
 pub(crate) mod cr0 {
-    /// Translation.
+    /// Enables translation.
     pub(crate) const SMMUEN: u32 = 1 << 0;
-    /// The PRI queue.
+    /// Enables the PRI queue.
     pub(crate) const PRIQEN: u32 = 1 << 1;
-    /// The event queue.
+    /// Enables the event queue.
     pub(crate) const EVENTQEN: u32 = 1 << 2;
-    /// The command queue.
+    /// Enables the command queue.
     pub(crate) const CMDQEN: u32 = 1 << 3;
-    /// Checks of translated accesses.
+    /// Enables checks of translated accesses.
     pub(crate) const ATSCHK: u32 = 1 << 4;
-    /// VMID wildcards: how many low bits are ignored.
+    /// VMID wildcards: number of low bits that are ignored.
     pub(crate) const VMW: u32 = 7 << 6;
     /// Shift of [`VMW`].
     pub(crate) const VMW_SHIFT: u32 = 6;
@@ -184,7 +184,7 @@ pub(crate) mod cr2 {
     pub(crate) const E2H: u32 = 1 << 0;
     /// `C_BAD_STREAMID` is recorded.
     pub(crate) const RECINVSID: u32 = 1 << 1;
-    /// Private TLB maintenance: without `IDR0.BTM`, nothing.
+    /// Private TLB maintenance: no effect without `IDR0.BTM`.
     pub(crate) const PTM: u32 = 1 << 2;
     /// Configuration errors of ATS requests are recorded.
     pub(crate) const REC_CFG_ATS: u32 = 1 << 3;
@@ -194,9 +194,9 @@ pub(crate) mod cr2 {
 pub(crate) mod gbpa {
     /// Accesses are aborted while `SMMUEN` is 0.
     pub(crate) const ABORT: u32 = 1 << 20;
-    /// The write is an update; reads as 0 when it is complete.
+    /// Requests an update; reads as 0 when the update is complete.
     pub(crate) const UPDATE: u32 = 1 << 31;
-    /// Memory attributes, kept and not used: every access is coherent.
+    /// Memory attributes: stored and ignored, as every access is coherent.
     pub(crate) const ATTRIBUTES: u32 = 0x000f_3f1f;
     /// "Use incoming" attributes, no abort.
     pub(crate) const RESET: u32 = 1 << 12;
@@ -204,17 +204,17 @@ pub(crate) mod gbpa {
 
 /// IRQ_CTRL (§6.3.17).
 pub(crate) mod irq_ctrl {
-    /// Global errors.
+    /// Enables interrupts of global errors.
     pub(crate) const GERROR: u32 = 1 << 0;
-    /// The PRI queue.
+    /// Enables interrupts of the PRI queue.
     pub(crate) const PRIQ: u32 = 1 << 1;
-    /// The event queue.
+    /// Enables interrupts of the event queue.
     pub(crate) const EVENTQ: u32 = 1 << 2;
 }
 
 /// GERROR and GERRORN (§6.3.19, §7.5).
 pub(crate) mod gerror {
-    /// A command cannot be carried out.
+    /// The command queue stopped at an error (CMDQ_CONS.ERR).
     pub(crate) const CMDQ: u32 = 1 << 0;
     /// The event queue cannot be written.
     pub(crate) const EVENTQ_ABT: u32 = 1 << 2;
@@ -228,7 +228,7 @@ pub(crate) mod gerror {
     pub(crate) const MSI_PRIQ_ABT: u32 = 1 << 6;
     /// The message of a global error cannot be written.
     pub(crate) const MSI_GERROR_ABT: u32 = 1 << 7;
-    /// Bits that exist.
+    /// Mask of the implemented bits.
     pub(crate) const ALL: u32 = 0xfd;
 }
 
@@ -252,7 +252,7 @@ pub(crate) mod queue {
     pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_ffe0;
     /// Mask of LOG2SIZE in a base register.
     pub(crate) const LOG2SIZE: u64 = 0x1f;
-    /// An index with its wrap bit, at most.
+    /// Mask of the largest index including its wrap bit.
     pub(crate) const INDEX: u32 = 0x000f_ffff;
     /// OVFLG and OVACKFLG.
     pub(crate) const OVERFLOW: u32 = 1 << 31;

@@ -12,13 +12,13 @@ raw! {
     RawL1Std, 1
 }
 
-/// How many STEs the level 2 table has: `1 << (SPAN - 1)`.
+/// The level 2 table has `1 << (SPAN - 1)` STEs.
 pub(crate) const SPAN: Field<RawL1Std> = Field::new(4, 0);
 /// Address of the level 2 table, in place.
 pub(crate) const L2PTR: Field<RawL1Std> = Field::new(51, 6);
 /// Valid.
 pub(crate) const V: Field<RawSte> = Field::new(0, 0);
-/// Which stages translate.
+/// Abort, bypass, or the stages that translate.
 pub(crate) const CONFIG: Field<RawSte> = Field::new(3, 1);
 /// Format of the CD table.
 pub(crate) const S1FMT: Field<RawSte> = Field::new(5, 4);
@@ -32,25 +32,25 @@ pub(crate) const S1DSS: Field<RawSte> = Field::new(65, 64);
 pub(crate) const S2FWB: Field<RawSte> = Field::new(89, 89);
 /// Stage 1 must not stall.
 pub(crate) const S1STALLD: Field<RawSte> = Field::new(91, 91);
-/// ATS.
+/// Encoded permission for ATS.
 pub(crate) const EATS: Field<RawSte> = Field::new(93, 92);
 /// StreamWorld.
 pub(crate) const STRW: Field<RawSte> = Field::new(95, 94);
 /// VMID.
 pub(crate) const S2VMID: Field<RawSte> = Field::new(143, 128);
-/// Size of the intermediate address space.
+/// 64 minus the bits of an intermediate physical address.
 pub(crate) const S2T0SZ: Field<RawSte> = Field::new(165, 160);
 /// Level at which a walk starts.
 pub(crate) const S2SL0: Field<RawSte> = Field::new(167, 166);
 /// Granule.
 pub(crate) const S2TG: Field<RawSte> = Field::new(175, 174);
-/// Physical address size.
+/// Encoded size of a physical address.
 pub(crate) const S2PS: Field<RawSte> = Field::new(178, 176);
 /// AArch64 tables.
 pub(crate) const S2AA64: Field<RawSte> = Field::new(179, 179);
 /// Big-endian tables.
 pub(crate) const S2ENDI: Field<RawSte> = Field::new(180, 180);
-/// The access flag does not fault.
+/// A clear access flag does not fault.
 pub(crate) const S2AFFD: Field<RawSte> = Field::new(181, 181);
 /// Stage 1 walks must not go to Device memory.
 pub(crate) const S2PTW: Field<RawSte> = Field::new(182, 182);

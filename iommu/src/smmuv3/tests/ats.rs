@@ -1,5 +1,5 @@
-//! ATS: who may keep a device IOTLB, what invalidates it, and what changes
-//! when the guest changes its mind (IHI 0070 §3.9.1, §4.5.1).
+//! ATS: conditions for a device IOTLB, its invalidation, and changes of the
+//! enable bit and of EATS (IHI 0070 §3.9.1, §4.5.1).
 
 use super::super::spec::{
     Raw as _, command as cmd, command::RawCommand, cr0, cr2, event, reg, ste, ste::RawSte,
@@ -27,7 +27,7 @@ fn set_eats(rig: &Rig, stream: StreamId, eats: u64) {
     rig.cfgi_ste(stream);
 }
 
-/// A stream that listens as vhost does, its page 0x1000 mapped.
+/// A stream with page 0x1000 mapped and a notifier for the events of vhost.
 fn vhost(rig: &Rig) -> (Root, AddressSpace, Arc<Sink>) {
     let root = rig.stage1(STREAM, 1);
     rig.map(&root, 0x1000, RAM, 3, RW);
@@ -62,19 +62,19 @@ fn treq(rig: &Rig, stream: StreamId, iova: u64, access: Access) -> Result<Mappin
 }
 
 #[test]
-fn a_shadow_is_always_refused() {
+fn map_events_are_always_refused() {
     let rig = Rig::enabled(config());
     let (_space, sink) = rig.listen(STREAM, &[NotifierEvents::MAP | UNMAP, UNMAP]);
     assert_eq!(sink.outcomes.lock().unwrap().as_slice(), [UNMAP]);
 }
 
 #[test]
-fn the_registration_follows_the_guests_choice() {
+fn the_registration_follows_the_enable_bit_and_eats() {
     let rig = Rig::enabled(config());
     let (_, _space, sink) = vhost(&rig);
     let outcomes = |sink: &Sink| sink.outcomes.lock().unwrap().clone();
     assert_eq!(outcomes(&sink), [UNMAP], "the fallback, at first");
-    // Each condition alone is not enough.
+    // Each condition alone is not sufficient.
     rig.smmu.set_ats_enabled(STREAM, true);
     assert_eq!(outcomes(&sink), [UNMAP]);
     set_eats(&rig, STREAM, 1);
@@ -97,7 +97,7 @@ fn the_registration_follows_the_guests_choice() {
 }
 
 #[test]
-fn a_registration_that_comes_later_finds_ats_on() {
+fn a_later_registration_uses_ats() {
     let rig = Rig::enabled(config());
     let (_, space, _) = vhost(&rig);
     rig.smmu.set_ats_enabled(STREAM, true);
@@ -112,7 +112,7 @@ fn a_registration_that_comes_later_finds_ats_on() {
 }
 
 #[test]
-fn without_ats_the_stream_hears_tlbi_and_with_it_atc_inv() {
+fn tlbi_notifies_without_ats_and_atc_inv_with_it() {
     let rig = Rig::enabled(config());
     let (_, space, sink) = vhost(&rig);
     let touch = || {
@@ -161,7 +161,7 @@ fn atc_inv_names_an_aligned_power_of_two() {
         rig.complete(&[atc_inv(STREAM, &[(cmd::ATC_SIZE, size)])]);
         assert_eq!(sink.take(), [expected], "size {size}");
     }
-    // With a SubstreamID it is not for translations without one.
+    // With a SubstreamID it does not select translations without one.
     rig.complete(&[atc_inv(STREAM, &[(cmd::SSV, 1), (cmd::SSID, 1)])]);
     assert_eq!(sink.take(), []);
     // Ignored while SMMUEN is 0 (§4.5.1).
@@ -184,11 +184,11 @@ fn translation_requests_are_answered_by_the_rules() {
     set_eats(&rig, STREAM, 1);
     let mapping = treq(&rig, STREAM, 0x1000, Access::Read).unwrap();
     assert_eq!(mapping.gpa, Gpa(RAM));
-    // Faults of translation are the function's alone.
+    // Faults of translation are reported to the function only (§3.9.1.2).
     assert!(treq(&rig, STREAM, 0x9000, Access::Read).is_err());
     assert!(treq(&rig, STREAM, 0x1000, Access::Write).is_err());
     assert_eq!(rig.event_numbers(), Vec::<u64>::new());
-    // Bypass is no ATS; abort is silent.
+    // Bypass refuses ATS with an event; abort records none.
     for (encoding, expected) in [(4, vec![F_BAD_ATS_TREQ]), (0, vec![])] {
         let mut words = RawSte::ZERO;
         ste::V.put(&mut words, 1);

@@ -12,7 +12,7 @@ use crate::{Access, FaultReason};
 const QUEUES: u64 = RAM + 0x20_0000;
 const TABLE: u64 = RAM + 0x30_0000;
 
-/// As the driver does: write a control register, poll its ACK.
+/// Writes a control register and polls its ACK register.
 fn write_sync(rig: &Rig, value: u32, register: u64, ack: u64) {
     rig.smmu.write(register, value);
     assert_eq!(rig.smmu.read(ack), value);
@@ -46,7 +46,7 @@ impl Driver<'_> {
 }
 
 #[test]
-fn linux_brings_it_up_and_translates() {
+fn linux_initializes_it_and_translates() {
     let rig = Rig::new(SmmuConfig::default());
     let smmu = &rig.smmu;
 
@@ -69,7 +69,7 @@ fn linux_brings_it_up_and_translates() {
     assert_eq!(value & 7, 5, "48 bits");
     assert_eq!(value & idr5::GRANULES, idr5::GRANULES);
 
-    // Devices work before any driver came.
+    // Devices work before a driver is bound.
     assert_eq!(rig.gpa(STREAM, RAM + 5), Some(RAM + 5));
 
     // arm_smmu_device_reset
@@ -149,7 +149,7 @@ fn linux_brings_it_up_and_translates() {
 }
 
 #[test]
-fn gbpa_says_what_becomes_of_accesses_while_it_is_disabled() {
+fn gbpa_selects_bypass_or_abort_while_smmuen_is_0() {
     let rig = Rig::new(SmmuConfig::default());
     let (_space, sink) = rig.listen(STREAM, &[crate::NotifierEvents::UNMAP]);
     let whole = rig.read(STREAM, RAM).unwrap();
@@ -165,7 +165,7 @@ fn gbpa_says_what_becomes_of_accesses_while_it_is_disabled() {
     let fault = rig.read(STREAM, RAM).unwrap_err();
     assert_eq!(fault.reason, FaultReason::Aborted);
     assert_eq!(sink.take(), [IovaRange::ALL]);
-    // An address that the system does not have.
+    // An address beyond the OAS.
     rig.smmu.write(reg::GBPA, gbpa::UPDATE);
     assert!(rig.read(STREAM, 1 << 48).is_err());
 }
@@ -212,7 +212,7 @@ fn guarded_registers_keep_their_value() {
         rig.smmu.write(offset, value);
         assert_eq!(rig.smmu.read(offset), before, "{offset:#x}");
     }
-    // What is not offered cannot be switched on.
+    // Features that IDR0 does not offer cannot be enabled.
     let value = rig.smmu.read(reg::CR0);
     rig.smmu.write(reg::CR0, value | cr0::ATSCHK | cr0::VMW);
     assert_eq!(rig.smmu.read(reg::CR0), value & !cr0::PRIQEN);

@@ -20,7 +20,7 @@ fn has_stopped(rig: &Rig) -> bool {
     (rig.smmu.read(reg::GERROR) ^ rig.smmu.read(reg::GERRORN)) & gerror::CMDQ != 0
 }
 
-/// A name, the stages offered, opcode and fields, and whether it is illegal.
+/// Name, offered stages, opcode, fields, and whether the command is illegal.
 type Case = (
     &'static str,
     Stages,
@@ -149,7 +149,7 @@ fn every_illegal_command_is_a_cerror_ill() {
             stages: *stages,
             ..SmmuConfig::default()
         });
-        // Two that are fine, the one in question, one that is fine.
+        // Two legal commands, the one under test, one legal command.
         rig.issue(&[sync(), sync(), command(*opcode, fields), sync()]);
         let cons = rig.smmu.read(reg::CMDQ_CONS) & queue::INDEX;
         assert_eq!(cons, if *illegal { 2 } else { 4 }, "{name}");
@@ -165,11 +165,11 @@ fn every_illegal_command_is_a_cerror_ill() {
 }
 
 #[test]
-fn the_queue_goes_on_when_its_error_is_acknowledged() {
+fn the_queue_continues_when_its_error_is_acknowledged() {
     let rig = Rig::enabled(SmmuConfig::default());
     rig.issue(&[sync(), RawCommand::ZERO, sync(), sync()]);
     assert!(has_stopped(&rig));
-    // More commands do not start it.
+    // More commands do not restart the queue.
     rig.issue(&[sync()]);
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS) & queue::INDEX, 1);
     // As Linux does: turn the command into a CMD_SYNC, acknowledge.
@@ -196,7 +196,7 @@ fn a_queue_outside_of_ram_is_a_cerror_abt() {
 }
 
 #[test]
-fn enabling_the_queue_carries_out_what_waits() {
+fn enabling_the_queue_executes_waiting_commands() {
     let rig = Rig::enabled(SmmuConfig::default());
     rig.smmu.write(reg::CR0, 0);
     rig.issue(&[sync(), sync()]);
@@ -254,12 +254,12 @@ fn sync_signals_by_wire_and_by_message() {
     rig.issue(&[signal(0x808_0040)]);
     let messages = rig.wires.messages.lock().unwrap().clone();
     assert_eq!(messages, [(Gpa(0x808_0040), 0x1234_5678)]);
-    // Nowhere: by wire only.
+    // Address 0: by wire only.
     rig.issue(&[signal(0)]);
     assert_eq!(rig.wires.messages.lock().unwrap().len(), 1);
     assert_eq!(rig.wires.pulses.lock().unwrap().len(), 3);
-    // To where nobody answers.
-    rig.wires.deaf.store(true, Ordering::Relaxed);
+    // To an address that is neither RAM nor a doorbell.
+    rig.wires.without_doorbells.store(true, Ordering::Relaxed);
     rig.issue(&[signal(0x900_0000)]);
     assert_eq!(rig.smmu.read(reg::GERROR), gerror::MSI_CMDQ_ABT);
     assert_eq!(
@@ -270,7 +270,7 @@ fn sync_signals_by_wire_and_by_message() {
 }
 
 #[test]
-fn an_interrupted_queue_goes_on_where_cons_says() {
+fn an_interrupted_queue_resumes_at_cons() {
     let rig = Rig::enabled(SmmuConfig::default());
     let start = rig.smmu.read(reg::CMDQ_CONS);
     *rig.wires.interrupted_after.lock().unwrap() = Some(2);
@@ -283,7 +283,7 @@ fn an_interrupted_queue_goes_on_where_cons_says() {
     let nop = command(cmd::op::TLBI_NSNH_ALL, &[]);
     rig.issue(&[nop, sync(), nop, command(cmd::op::SYNC, &signal)]);
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS), start + 2);
-    // Another vCPU's write leaves the queue alone too.
+    // A write of another vCPU does not continue the queue either.
     rig.issue(&[nop]);
     rig.smmu.resume();
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS), start + 2);

@@ -32,7 +32,7 @@ fn stage2_root(rig: &Rig) -> Root {
     root
 }
 
-/// Names, and the fields that each sets.
+/// Name of each case, and the fields that it sets.
 type Cases<T> = &'static [(&'static str, &'static [(Field<T>, u64)])];
 
 fn put<T: Raw>(words: &mut T, fields: &[(Field<T>, u64)]) {
@@ -319,7 +319,7 @@ fn structures_outside_of_ram_are_fetch_errors() {
 
 #[test]
 fn every_illegal_cd_is_a_c_bad_cd() {
-    // §5.4.2, on top of a valid CD with both halves.
+    // §5.4.2, on top of a valid CD with both regions.
     let illegal: Cases<RawCd> = &[
         ("V", &[(cd::V, 0)]),
         ("AArch32", &[(cd::AA64, 0)]),
@@ -377,8 +377,7 @@ fn every_illegal_cd_is_a_c_bad_cd() {
     }
 }
 
-/// A stream with `1 << bits` contexts, of which number n maps page n to itself
-/// in RAM.
+/// A stream with `1 << bits` contexts. Context n maps page n of RAM one to one.
 fn with_substreams(rig: &Rig, bits: u32, format: u64, dss: u64) {
     let contexts = 1_u64 << bits;
     let split = if format == 1 { 6 } else { 10 };
@@ -439,7 +438,7 @@ fn substreams_select_contexts_in_linear_and_2_level_tables() {
 }
 
 #[test]
-fn s1dss_rules_over_accesses_without_a_substream() {
+fn s1dss_applies_to_accesses_without_a_substream() {
     for (dss, plain, zero) in [
         (0, Err(F_STREAM_DISABLED), Ok(RAM)),
         (1, Ok(0), Ok(RAM)),
@@ -624,7 +623,7 @@ fn both_halves_translate() {
         Some(RAM + 0x8123)
     );
     assert_eq!(rig.gpa(STREAM, 0x12 << 56 | 0x1000), None);
-    // EPD0: what was cached may still hit, so after an invalidation.
+    // EPD0: cached translations may hit until an invalidation.
     cd::EPD0.put(&mut words, 1);
     rig.put_words(context, &words);
     rig.cfgi_ste(STREAM);
@@ -635,8 +634,8 @@ fn both_halves_translate() {
     assert_eq!(rig.gpa(STREAM, top), Some(RAM + 0x8123));
 }
 
-/// A nested stream whose stage 1 table, CD and pages all lie in RAM that stage
-/// 2 maps to itself page by page.
+/// A nested stream. Its stage 1 table, CD and pages are in RAM that stage 2
+/// maps one to one, page by page.
 fn nested(rig: &Rig) -> (Root, Root) {
     let one = rig.stage1(STREAM, 1);
     rig.map(&one, 0x5000, RAM, 3, RW);
@@ -651,7 +650,7 @@ fn nested(rig: &Rig) -> (Root, Root) {
 }
 
 #[test]
-fn faults_of_stage_2_say_on_whose_behalf() {
+fn faults_of_stage_2_report_their_class() {
     for (name, class, expected) in [
         ("CD fetch", 0, F_TRANSLATION),
         ("stage 1 table", 1, F_PERMISSION),
@@ -685,7 +684,7 @@ fn faults_of_stage_2_say_on_whose_behalf() {
 }
 
 #[test]
-fn walks_into_device_memory_fault_where_s2ptw_says_so() {
+fn walks_into_device_memory_fault_with_s2ptw() {
     for protect in [0, 1] {
         let rig = Rig::nested();
         rig.enable();
@@ -708,7 +707,7 @@ fn walks_into_device_memory_fault_where_s2ptw_says_so() {
 }
 
 #[test]
-fn faults_are_recorded_where_r_says_so() {
+fn faults_are_recorded_if_r_is_set() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
     let context = rig.get(STRTAB + 64 * 8) & !0x3f;
@@ -725,7 +724,7 @@ fn faults_are_recorded_where_r_says_so() {
 }
 
 #[test]
-fn looking_leaves_no_trace() {
+fn lookup_records_no_event() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
     let context = rig.get(STRTAB + 64 * 8) & !0x3f;
@@ -746,7 +745,7 @@ fn looking_leaves_no_trace() {
 }
 
 #[test]
-fn the_api_sees_how_streams_are_configured() {
+fn stream_state_reports_the_configuration() {
     let rig = Rig::nested();
     assert_eq!(rig.smmu.stream_state(STREAM), None);
     let (_space, _) = rig.listen(STREAM, &[]);

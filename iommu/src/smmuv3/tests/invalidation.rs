@@ -1,4 +1,4 @@
-//! What an invalidation reaches (IHI 0070 §4.3, §4.4), and what it spares.
+//! Scope of invalidations (IHI 0070 §4.3, §4.4).
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -32,7 +32,7 @@ fn tlbi(opcode: u64, vmid: u64, asid: u64, address: u64) -> RawCommand {
     )
 }
 
-/// A page of a stream that its consumers hold.
+/// A stream with a consumer that registered for `UNMAP`.
 struct Listener {
     stream: StreamId,
     space: AddressSpace,
@@ -51,7 +51,7 @@ impl Listener {
         listener
     }
 
-    fn hold(&self, rig: &Rig, iova: u64) {
+    fn fill(&self, rig: &Rig, iova: u64) {
         rig.read(self.stream, iova).unwrap();
     }
 }
@@ -64,14 +64,14 @@ fn two_streams(rig: &Rig) -> [(Root, Listener); 2] {
             rig.map(&root, page * PAGE, RAM + gpa * PAGE, 3, RW);
         }
         let listener = Listener::new(rig, stream);
-        listener.hold(rig, PAGE);
-        listener.hold(rig, 2 * PAGE);
+        listener.fill(rig, PAGE);
+        listener.fill(rig, 2 * PAGE);
         (root, listener)
     })
 }
 
 #[test]
-fn stage1_commands_reach_the_stream_whose_cd_names_the_asid() {
+fn stage1_commands_reach_the_stream_whose_cd_has_the_asid() {
     use cmd::op;
     let all = vec![IovaRange::ALL];
     let page = vec![range(PAGE, PAGE)];
@@ -118,7 +118,7 @@ fn ranges_are_filtered_by_asid_too() {
 }
 
 #[test]
-fn what_went_is_found_again_only_after_the_invalidation() {
+fn a_removed_translation_is_used_until_its_invalidation() {
     let rig = Rig::enabled(SmmuConfig::default());
     let [(root, _), _] = two_streams(&rig);
     rig.map(&root, PAGE, RAM + 50 * PAGE, 3, RW);
@@ -128,7 +128,7 @@ fn what_went_is_found_again_only_after_the_invalidation() {
 }
 
 #[test]
-fn adjacent_invalidations_are_told_as_one_and_before_the_sync() {
+fn adjacent_invalidations_are_one_notification_before_the_sync() {
     let rig = Rig::enabled(SmmuConfig::default());
     let [(_, first), _] = two_streams(&rig);
     let words: Vec<_> = (1..=5)
@@ -138,7 +138,7 @@ fn adjacent_invalidations_are_told_as_one_and_before_the_sync() {
     assert_eq!(first.sink.take(), [range(PAGE, 5 * PAGE)]);
 }
 
-/// Notes where the command queue is when it is told to drop something.
+/// Records CMDQ_CONS at each notification.
 struct Watch {
     smmu: Arc<Smmu>,
     seen: Mutex<Vec<u32>>,
@@ -158,7 +158,7 @@ impl NotifierSink for Watch {
 }
 
 #[test]
-fn a_sync_is_consumed_only_after_everybody_was_told() {
+fn a_sync_is_consumed_after_every_notification() {
     let rig = Rig::enabled(SmmuConfig::default());
     let [(_, first), _] = two_streams(&rig);
     let watch = Arc::new(Watch {
@@ -174,9 +174,9 @@ fn a_sync_is_consumed_only_after_everybody_was_told() {
             range: IovaRange::ALL,
             sink: watch.clone(),
         });
-    let forget = tlbi(cmd::op::TLBI_NH_VA, 0, 1, PAGE);
-    rig.issue(&[forget, sync(), sync(), forget, sync()]);
-    // CONS moved beyond each TLBI, and stood at the CMD_SYNC after it.
+    let invalidate = tlbi(cmd::op::TLBI_NH_VA, 0, 1, PAGE);
+    rig.issue(&[invalidate, sync(), sync(), invalidate, sync()]);
+    // CONS is at the CMD_SYNC after each TLBI.
     assert_eq!(watch.seen.lock().unwrap().as_slice(), [1, 4]);
     assert_eq!(rig.smmu.read(reg::CMDQ_CONS), 5);
 }
@@ -194,16 +194,16 @@ fn many_scattered_invalidations_all_arrive() {
 }
 
 #[test]
-fn one_address_of_a_block_takes_all_of_it_from_whoever_holds_a_part() {
+fn invalidation_of_one_address_covers_the_whole_block() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
     rig.map(&root, 2 << 20, RAM, 2, RW);
     let listener = Listener::new(&rig, STREAM);
-    listener.hold(&rig, (2 << 20) + 0x1f_0000);
+    listener.fill(&rig, (2 << 20) + 0x1f_0000);
     rig.complete(&[tlbi(cmd::op::TLBI_NH_VA, 0, 1, 2 << 20)]);
     assert_eq!(listener.sink.take(), [range(2 << 20, 2 << 20)]);
-    // Of pages alone, as TTL says, a block is not one.
-    listener.hold(&rig, 2 << 20);
+    // An invalidation of pages only (TTL) does not select a block.
+    listener.fill(&rig, 2 << 20);
     let words = command(
         cmd::op::TLBI_NH_VA,
         &[
@@ -218,12 +218,12 @@ fn one_address_of_a_block_takes_all_of_it_from_whoever_holds_a_part() {
 }
 
 #[test]
-fn global_translations_fall_with_any_asid() {
+fn global_translations_are_invalidated_with_any_asid() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
     rig.map(&root, PAGE, RAM, 3, RW & !(1 << 11));
     let listener = Listener::new(&rig, STREAM);
-    listener.hold(&rig, PAGE);
+    listener.fill(&rig, PAGE);
     rig.complete(&[tlbi(cmd::op::TLBI_NH_ASID, 0, 7, 0)]);
     assert_eq!(listener.sink.take(), []);
     rig.complete(&[tlbi(cmd::op::TLBI_NH_VA, 0, 7, PAGE)]);
@@ -231,7 +231,7 @@ fn global_translations_fall_with_any_asid() {
 }
 
 #[test]
-fn ignored_top_bytes_make_every_alias_fall() {
+fn ignored_top_bytes_invalidate_every_alias() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.root(Granule::K4, 39);
     let context = rig.alloc(64);
@@ -272,9 +272,9 @@ fn three_kinds(rig: &Rig) -> [Listener; 3] {
     let place = STRTAB + 64 * 24 + 16;
     rig.put(place, 5);
     let listeners = [nested, second, first].map(|stream| Listener::new(rig, stream));
-    listeners[0].hold(rig, PAGE);
-    listeners[1].hold(rig, RAM + PAGE);
-    listeners[2].hold(rig, PAGE);
+    listeners[0].fill(rig, PAGE);
+    listeners[1].fill(rig, RAM + PAGE);
+    listeners[2].fill(rig, PAGE);
     listeners
 }
 
@@ -304,7 +304,7 @@ fn vmids_and_stages_select_streams() {
             tlbi(op::TLBI_NH_ASID, 4, 1, 0),
             [vec![], vec![], vec![]],
         ),
-        // Stage 2 falls under what nested streams hold.
+        // Stage 2 invalidates nested translations too.
         (
             "S2_IPA 5",
             tlbi(op::TLBI_S2_IPA, 5, 0, RAM),
@@ -358,7 +358,7 @@ fn vmid_wildcards_ignore_low_bits() {
 }
 
 #[test]
-fn el2_streams_hear_el2_commands_only() {
+fn el2_streams_are_invalidated_by_el2_commands_only() {
     use cmd::op;
     for e2h in [false, true] {
         let asid = u64::from(e2h);
@@ -382,7 +382,7 @@ fn el2_streams_hear_el2_commands_only() {
             let place = STRTAB + 64 * u64::from(STREAM.0) + 8;
             rig.put(place, 2 << 30);
             let listener = Listener::new(&rig, STREAM);
-            listener.hold(&rig, PAGE);
+            listener.fill(&rig, PAGE);
             rig.complete(&[words]);
             assert_eq!(
                 listener.sink.take().len(),
@@ -440,7 +440,7 @@ fn a_stream_is_flushed_even_when_its_ste_no_longer_decodes() {
 }
 
 #[test]
-fn configuration_of_a_disabled_smmu_concerns_nobody() {
+fn configuration_commands_of_a_disabled_smmu_notify_no_stream() {
     let rig = Rig::enabled(SmmuConfig::default());
     let [(_, first), _] = two_streams(&rig);
     rig.smmu.write(reg::CR0, cr0::CMDQEN);
@@ -464,7 +464,7 @@ fn a_changed_cd_is_seen_after_its_invalidation() {
 }
 
 #[test]
-fn more_tags_than_are_remembered_are_never_missed() {
+fn streams_with_more_tags_than_are_recorded_miss_no_invalidation() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.root(Granule::K4, 39);
     rig.map(&root, PAGE, RAM, 3, RW);
@@ -489,7 +489,7 @@ fn more_tags_than_are_remembered_are_never_missed() {
 }
 
 #[test]
-fn no_access_outlives_the_sync_after_its_unmap() {
+fn no_access_continues_after_the_sync_of_its_unmap() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
     let (space, _) = rig.listen(STREAM, &[NotifierEvents::UNMAP]);
@@ -585,10 +585,10 @@ fn tlb_step() -> impl Strategy<Value = TlbStep> {
 }
 
 proptest! {
-    /// Against one slot for each address and ASID. An entry falls as a whole,
-    /// so the TLB may forget more than the map, never less.
+    /// Compares with one slot for each address and ASID. An entry is removed
+    /// as a whole, so the TLB may drop more than the map, never less.
     #[test]
-    fn the_tlb_never_remembers_what_a_map_forgot(
+    fn the_tlb_has_no_translation_that_the_naive_map_lacks(
         steps in proptest::collection::vec(tlb_step(), 1..60),
     ) {
         let mut tlb = Tlb::default();

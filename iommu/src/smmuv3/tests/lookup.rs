@@ -1,4 +1,4 @@
-//! What a lookup and a listing may change, and what they show.
+//! Lookups and listings: their results, and that they change nothing.
 
 use super::super::descriptor::Granule;
 use super::super::spec::{command as cmd, gbpa, reg};
@@ -6,9 +6,9 @@ use super::super::*;
 use super::rig::*;
 use crate::{Access, Iova, Perm};
 
-/// Where a mapping is behind tables without any.
+/// Address of a mapping above tables without mappings.
 const HIDDEN: u64 = 3 << 30;
-/// Calls that a listing of the tests may take.
+/// Upper bound on calls for a whole listing.
 const MAX_CALLS: usize = 64;
 
 fn lookup(rig: &Rig, iova: u64) -> Option<u64> {
@@ -29,7 +29,7 @@ fn lookup_fills_no_tlb_and_counts_nothing() {
     // Without a TLB entry the next walk sees the new descriptor.
     rig.map(&root, 0x1000, RAM + 0x5000, 3, RW);
     assert_eq!(rig.gpa(STREAM, 0x1000), Some(RAM + 0x5000));
-    // A lookup that the TLB answers is no hit either.
+    // A lookup that hits the TLB is not counted either.
     let before = rig.smmu.stats();
     assert_eq!(lookup(&rig, 0x1000), Some(RAM + 0x5000));
     assert_eq!(rig.smmu.stats(), before);
@@ -51,7 +51,7 @@ fn lookup_caches_no_configuration() {
 }
 
 #[test]
-fn invalidation_of_what_a_lookup_answered_reaches_the_stream() {
+fn invalidation_of_a_looked_up_translation_reaches_the_stream() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
     let (_space, sink) = rig.listen(STREAM, &[NotifierEvents::UNMAP]);
@@ -64,10 +64,10 @@ fn invalidation_of_what_a_lookup_answered_reaches_the_stream() {
 }
 
 #[test]
-fn listing_goes_on_behind_tables_without_mappings() {
+fn listing_continues_after_tables_without_mappings() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
-    // Every entry of the tables in front of it points to one that is empty.
+    // Every lower entry of the tables points to an empty table.
     let place = rig.descriptor(&root, 0, 2) & !0xfff;
     let empty = rig.alloc(1 << Granule::K4.bits());
     for entry in 0..512 {
@@ -95,7 +95,7 @@ fn listing_goes_on_behind_tables_without_mappings() {
 fn listing_leaves_out_gaps_of_every_kind() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = rig.stage1(STREAM, 1);
-    // First and last of a table, behind and in front of gaps at each level.
+    // First and last page of a table, next to gaps at each level.
     let pages = [
         0x1000,
         0x5000,
@@ -113,7 +113,7 @@ fn listing_leaves_out_gaps_of_every_kind() {
             RW,
         );
     }
-    // Readable is not required, and neither is permitted.
+    // A page without read permission is listed.
     rig.map(&root, 0x9000, RAM, 3, RW & !(1 << 6));
     let (mappings, next) = rig.smmu.mappings(STREAM, Iova(0), 100);
     let found: Vec<_> = mappings.iter().map(|m| m.iova.first().0).collect();
@@ -124,7 +124,7 @@ fn listing_leaves_out_gaps_of_every_kind() {
 }
 
 #[test]
-fn listing_of_a_bypassing_stream_goes_on_at_the_next_block() {
+fn listing_of_a_bypassing_stream_continues_at_the_next_block() {
     let blocks = [
         (vm_memory::GuestAddress(RAM), 0x1000),
         (vm_memory::GuestAddress(RAM << 1), 0x1000),

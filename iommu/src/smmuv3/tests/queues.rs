@@ -17,7 +17,7 @@ fn prod(rig: &Rig) -> u32 {
     rig.smmu.read(reg::PAGE_1 + reg::EVENTQ_PROD)
 }
 
-/// A stream without anything mapped.
+/// A stream with an empty table.
 fn faulting(rig: &Rig) -> Root {
     rig.stage1(STREAM, 1)
 }
@@ -55,7 +55,7 @@ fn a_full_event_queue_overflows_until_it_is_acknowledged() {
 }
 
 #[test]
-fn records_go_nowhere_while_the_queue_is_disabled() {
+fn records_are_dropped_while_the_queue_is_disabled() {
     let rig = Rig::enabled(SmmuConfig::default());
     faulting(&rig);
     rig.smmu.write(reg::CR0, cr0::SMMUEN);
@@ -112,8 +112,8 @@ fn the_event_queues_interrupt_is_a_wire_or_a_message() {
         [(Gpa(0x808_0040), 0x77)]
     );
     assert_eq!(rig.wires.pulses.lock().unwrap().len(), 1);
-    // Nobody answers: both messages are lost, and that is all.
-    rig.wires.deaf.store(true, Ordering::Relaxed);
+    // Without a doorbell both messages are lost, and nothing else changes.
+    rig.wires.without_doorbells.store(true, Ordering::Relaxed);
     let _ = rig.read(STREAM, 0);
     let lost = gerror::MSI_EVENTQ_ABT | gerror::MSI_GERROR_ABT;
     assert_eq!(rig.smmu.read(reg::GERROR), lost);
@@ -152,7 +152,7 @@ fn a_stalled_transaction_waits_for_its_resume() {
     assert_eq!(events.len(), 1);
     assert_eq!(events[0].get(event::STALL), 1);
     let stag = events[0].get(event::STAG);
-    // Others' commands do not touch it.
+    // Commands for another stream or STAG have no effect.
     rig.complete(&[resume(OTHER, stag, 1), resume(STREAM, stag ^ 0x80, 1)]);
     assert!(rig.wires.resumed.lock().unwrap().is_empty());
     rig.map(&root, 0x1000, RAM, 3, RW);
@@ -163,7 +163,7 @@ fn a_stalled_transaction_waits_for_its_resume() {
 }
 
 #[test]
-fn stall_term_and_disabling_end_all_that_wait() {
+fn stall_term_and_disabling_end_all_stalled_transactions() {
     let rig = Rig::enabled(SmmuConfig::default());
     stalling(&rig);
     for page in 1..=3 {
@@ -188,7 +188,7 @@ fn stalls_are_bounded_and_their_records_never_lost() {
     for page in 1..=most + 5 {
         assert!(rig.read(STREAM, page << 12).is_err());
     }
-    // The queue holds 8; the rest comes as the driver makes room.
+    // The queue has 8 entries; the rest follows as the driver consumes them.
     let mut stags = Vec::new();
     loop {
         let events = rig.events();
@@ -277,7 +277,7 @@ fn page_requests_reach_the_driver_and_its_answer_the_function() {
 }
 
 #[test]
-fn an_overflowing_pri_queue_answers_by_itself() {
+fn an_overflowing_pri_queue_responds_automatically() {
     let rig = with_pri();
     for group in 0..1 << PRIQ_LOG2 {
         assert_eq!(rig.smmu.page_request(&page_request(true, group)), None);
@@ -287,20 +287,20 @@ fn an_overflowing_pri_queue_answers_by_itself() {
     assert_eq!(rig.smmu.page_request(&page_request(false, 9)), None);
     let prod = rig.smmu.read(reg::PAGE_1 + reg::PRIQ_PROD);
     assert_ne!(prod & queue::OVERFLOW, 0);
-    // Room without an acknowledgement is not enough (§8.1).
+    // Space without an acknowledgement is not sufficient (§8.1).
     rig.smmu.write(reg::PAGE_1 + reg::PRIQ_CONS, 2);
     assert_eq!(rig.smmu.page_request(&page_request(true, 9)), success);
     rig.smmu
         .write(reg::PAGE_1 + reg::PRIQ_CONS, 2 | queue::OVERFLOW);
     assert_eq!(rig.smmu.page_request(&page_request(true, 9)), None);
-    // Switched off: the function shall not ask again.
+    // Disabled: the response is a failure, after which a function stops.
     rig.smmu.write(reg::CR0, cr0::PRIQEN);
     let failure = Some(PageResponse::Failure);
     assert_eq!(rig.smmu.page_request(&page_request(true, 9)), failure);
 }
 
 #[test]
-fn a_snapshot_brings_back_registers_and_stalls() {
+fn a_snapshot_restores_registers_and_stalls() {
     let rig = Rig::enabled(SmmuConfig::default());
     let root = stalling(&rig);
     rig.map(&root, 0x8000, RAM, 3, RW);
@@ -312,7 +312,7 @@ fn a_snapshot_brings_back_registers_and_stalls() {
     assert_eq!(copy.save(), saved);
     let request = Request::untranslated(STREAM, Iova(0x8000), Access::Read);
     assert_eq!(copy.translate(&request).unwrap().gpa, Gpa(RAM));
-    // The stalled page is known to wait.
+    // A second access to the stalled page writes no record.
     let request = Request::untranslated(STREAM, Iova(0x1000), Access::Read);
     assert!(copy.translate(&request).is_err());
     assert_eq!(copy.read(reg::PAGE_1 + reg::EVENTQ_PROD), 1);

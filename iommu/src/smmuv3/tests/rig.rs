@@ -1,4 +1,5 @@
-//! A guest with an SMMU: memory, queues, tables, and what came out of it.
+//! Test fixture: an SMMU with the memory, queues and tables of a driver, and
+//! its recorded signals.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,8 +40,8 @@ pub struct Wires {
     pub messages: Mutex<Vec<(Gpa, u32)>>,
     pub responses: Mutex<Vec<Answer>>,
     pub resumed: Mutex<Vec<(StreamId, Iova, Resume)>>,
-    pub deaf: AtomicBool,
-    /// Commands that are carried out until the queue is interrupted.
+    pub without_doorbells: AtomicBool,
+    /// Number of commands until the queue is interrupted.
     pub interrupted_after: Mutex<Option<u32>>,
 }
 
@@ -51,7 +52,7 @@ impl SmmuWires for Wires {
 
     fn message(&self, address: Gpa, data: u32) -> bool {
         self.messages.lock().unwrap().push((address, data));
-        !self.deaf.load(Ordering::Relaxed)
+        !self.without_doorbells.load(Ordering::Relaxed)
     }
 
     fn page_response(
@@ -78,7 +79,7 @@ impl SmmuWires for Wires {
     }
 }
 
-/// Notes what it is told.
+/// Records its notifications.
 #[derive(Default)]
 pub struct Sink {
     pub unmapped: Mutex<Vec<IovaRange>>,
@@ -113,7 +114,7 @@ pub struct Rig {
     events: Cell<u32>,
 }
 
-/// A command's words.
+/// Encodes a command.
 pub fn command(opcode: u64, fields: &[(Field<RawCommand>, u64)]) -> RawCommand {
     let mut words = RawCommand::ZERO;
     cmd::OPCODE.put(&mut words, opcode);
@@ -127,7 +128,7 @@ pub fn sync() -> RawCommand {
     command(cmd::op::SYNC, &[])
 }
 
-/// An event record with the fields by name.
+/// An event record, with fields by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen(pub RawEvent);
 
@@ -141,7 +142,7 @@ impl Seen {
     }
 }
 
-/// What a stage 1 context says, before tests bend it.
+/// A valid CD of stage 1.
 pub fn cd_words(granule: Granule, tsz: u64, ttb0: u64, asid: u64) -> RawCd {
     let mut words = RawCd::ZERO;
     for (field, value) in [
@@ -202,7 +203,7 @@ fn sl0(granule: Granule, level: u32) -> u64 {
     }
 }
 
-/// A table under construction.
+/// A translation table of the test.
 #[derive(Clone, Copy, Debug)]
 pub struct Root {
     pub granule: Granule,
@@ -241,7 +242,7 @@ impl Rig {
         })
     }
 
-    /// Queues and stream table set up, everything enabled.
+    /// An SMMU with queues and stream table, enabled.
     pub fn enabled(config: SmmuConfig) -> Self {
         let rig = Self::new(config);
         rig.enable();
@@ -287,7 +288,7 @@ impl Rig {
         super::super::queue::read_raw(&self.ram, Gpa(address)).unwrap()
     }
 
-    /// Fresh, zeroed memory, aligned to its size.
+    /// Allocates zeroed memory, aligned to its size.
     pub fn alloc(&self, bytes: u64) -> u64 {
         let start = self.page.get().next_multiple_of(bytes.next_power_of_two());
         self.page.set(start + bytes);
@@ -301,7 +302,8 @@ impl Rig {
         self.root_at(granule, input_bits, level)
     }
 
-    /// A table whose walk starts at `level`, concatenated if need be.
+    /// A table whose walk starts at `level`, concatenated if `input_bits` needs
+    /// it.
     pub fn root_at(&self, granule: Granule, input_bits: u32, level: u32) -> Root {
         let entries = 1 << (input_bits - granule.shift(level));
         Root {
@@ -312,7 +314,7 @@ impl Rig {
         }
     }
 
-    /// Address of the descriptor for `input` at `level`, tables above it made.
+    /// Address of the descriptor for `input` at `level`. Adds missing tables.
     pub fn descriptor(&self, root: &Root, input: u64, level: u32) -> u64 {
         let granule = root.granule;
         let mut base = root.base;
@@ -353,7 +355,7 @@ impl Rig {
         self.put_words(STRTAB + 64 * u64::from(stream.0), words);
     }
 
-    /// A stream that is translated by a fresh 4 KiB stage 1 table of 39 bits.
+    /// Configures a stream with a new stage 1 table: 4 KiB granule, 39 bits.
     pub fn stage1(&self, stream: StreamId, asid: u64) -> Root {
         let root = self.root(Granule::K4, 39);
         let context = self.alloc(64);
@@ -362,7 +364,7 @@ impl Rig {
         root
     }
 
-    /// Puts commands into the queue and lets them be carried out.
+    /// Writes commands to the queue and advances CMDQ_PROD.
     pub fn issue(&self, commands: &[RawCommand]) {
         let mask = (2 << CMDQ_LOG2) - 1;
         let mut prod = self.smmu.read(reg::CMDQ_PROD);
@@ -374,7 +376,7 @@ impl Rig {
         self.smmu.write(reg::CMDQ_PROD, prod);
     }
 
-    /// Where a command of the queue lies.
+    /// Address of the command at `index`.
     pub fn command_address(&self, index: u32) -> u64 {
         CMDQ + 16 * u64::from(index)
     }
@@ -392,7 +394,7 @@ impl Rig {
         self.complete(&[command(cmd::op::CFGI_STE, &[sid])]);
     }
 
-    /// The events since the last call, acknowledged.
+    /// Consumes the events since the last call and acknowledges an overflow.
     pub fn events(&self) -> Vec<Seen> {
         let mask = (2 << EVENTQ_LOG2) - 1;
         let prod = self.smmu.read(reg::PAGE_1 + reg::EVENTQ_PROD);
@@ -409,7 +411,7 @@ impl Rig {
         seen
     }
 
-    /// The numbers of the events since the last call.
+    /// Consumes the events since the last call; returns their numbers.
     pub fn event_numbers(&self) -> Vec<u64> {
         self.events().iter().map(Seen::number).collect()
     }
@@ -427,13 +429,13 @@ impl Rig {
         self.smmu.translate(&request)
     }
 
-    /// Where `iova` of a stream lies.
+    /// Translates a read of `iova`; `None` for a fault.
     pub fn gpa(&self, stream: StreamId, iova: u64) -> Option<u64> {
         let mapping = self.read(stream, iova).ok()?;
         Some(mapping.gpa_of(Iova(iova)).unwrap().0)
     }
 
-    /// Connects a stream and listens to it.
+    /// Connects a stream and registers a notifier.
     pub fn listen(&self, stream: StreamId, wanted: &[NotifierEvents]) -> (AddressSpace, Arc<Sink>) {
         let region = IommuRegion::new(self.smmu.clone(), stream);
         let sink = Arc::new(Sink::default());

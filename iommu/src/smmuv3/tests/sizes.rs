@@ -36,8 +36,8 @@ fn offered(rig: &Rig, shift: u32) -> u32 {
     rig.smmu.read(reg::IDR1) >> shift & 0x1f
 }
 
-/// An SMMU whose queues are set to sizes of 2^`beyond` times the offered ones,
-/// with a base address that is not aligned to the offered size.
+/// An SMMU whose queue registers have 2^`beyond` times the offered sizes, and
+/// base addresses that are not aligned to the offered size.
 fn oversized(beyond: u32) -> Rig {
     let rig = rig_with(true);
     rig.enable();
@@ -119,8 +119,8 @@ fn pri_queue_is_full_at_the_offered_size() {
     }
 }
 
-/// A stream table of 2^`log2size` entries by its registers, whose base is not
-/// aligned to that.
+/// An SMMU with a stream table of 2^`log2size` entries in the registers, whose
+/// base is not aligned to that size.
 fn with_table(log2size: u32, format: u32) -> Rig {
     let rig = Rig::enabled(SmmuConfig::default());
     rig.smmu.write(reg::CR0, 0);

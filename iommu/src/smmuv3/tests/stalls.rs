@@ -8,7 +8,7 @@ use super::rig::*;
 use crate::{Access, Iova};
 
 const EVENTQ_ENTRIES: u64 = 1 << EVENTQ_LOG2;
-/// Its access stalls and finds the queue full.
+/// Address of the access that stalls while the queue is full.
 const LAST: u64 = 0x9_0000;
 const F_TRANSLATION: u64 = 0x10;
 const F_PERMISSION: u64 = 0x13;
@@ -49,10 +49,10 @@ fn tlbi() -> RawCommand {
 }
 
 #[test]
-fn record_that_waits_is_no_overflow() {
+fn unwritten_record_of_a_stall_is_no_overflow() {
     let (rig, _) = full();
     assert_eq!(prod(&rig) & queue::OVERFLOW, 0);
-    // A write of CONS that makes no room looks again, and loses nothing.
+    // A write of CONS that frees no entry retries, and loses nothing.
     rig.smmu.write(reg::PAGE_1 + reg::EVENTQ_CONS, 0);
     rig.complete(&[tlbi()]);
     assert_eq!(prod(&rig) & queue::OVERFLOW, 0);
@@ -78,7 +78,7 @@ fn stall_without_record_is_retried_when_there_is_room() {
 }
 
 #[test]
-fn record_says_what_the_retry_found() {
+fn record_has_the_result_of_the_retry() {
     let (rig, root) = full();
     rig.map(&root, LAST, RAM, 3, RO);
     rig.complete(&[tlbi()]);
@@ -88,7 +88,7 @@ fn record_says_what_the_retry_found() {
     assert_eq!(late[0].number(), F_PERMISSION);
     assert_eq!(late[0].get(event::STALL), 1);
     assert_eq!(resumed(&rig), []);
-    // Its tag is valid: the driver can end it.
+    // The STAG of the record is valid: the driver can terminate it.
     let resume = command(
         cmd::op::RESUME,
         &[

@@ -1,5 +1,5 @@
-//! Walks against a plain list of what is mapped, and against a second walker
-//! that knows nothing of runs.
+//! Compares walks with a list of mappings, and with a second walker that
+//! returns single pages and blocks.
 
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -12,10 +12,10 @@ use super::rig::*;
 use crate::{Access, Iova, Perm};
 
 const GRANULES: [Granule; 3] = [Granule::K4, Granule::K16, Granule::K64];
-/// Where data lies: beyond RAM, which holds tables only.
+/// Output addresses: beyond RAM, which has tables only.
 const DATA: u64 = 0x10_0000_0000;
 
-/// Something mapped: `size` bytes from `input` on.
+/// A mapping of `size` bytes that starts at `input`.
 #[derive(Clone, Copy, Debug)]
 struct Mapped {
     input: u64,
@@ -24,13 +24,13 @@ struct Mapped {
     perm: Perm,
 }
 
-/// One entry of a table: which, where it leads, and whether it is read-only.
+/// An entry of a table: index, output, and whether it is read-only.
 type Choice = (u64, Option<u64>, bool);
 
 /// Entries of a level 2 table: blocks, and pages below entry 1.
 fn choices() -> impl Strategy<Value = (Vec<Choice>, Vec<Choice>)> {
     let entry = |most: u64| {
-        // Most of them continue their neighbours.
+        // Most entries continue their neighbours.
         let output = prop_oneof![3 => Just(None), 1 => (0_u64..8).prop_map(Some)];
         (0..most, output, any::<bool>())
     };
@@ -40,8 +40,8 @@ fn choices() -> impl Strategy<Value = (Vec<Choice>, Vec<Choice>)> {
     )
 }
 
-/// Maps the choices at `start`, which is aligned to four level 2 entries, and
-/// lists what came of it.
+/// Maps the choices at `start`, which is aligned to four level 2 entries.
+/// Returns the mappings.
 fn build(
     rig: &Rig,
     root: &Root,
@@ -53,7 +53,7 @@ fn build(
     for (level, choices) in [(2, blocks), (3, pages)] {
         let size = 1_u64 << root.granule.shift(level);
         for (slot, elsewhere, read_only) in choices {
-            // Level 2 entry 1 leads to the pages.
+            // Level 2 entry 1 points to the table of pages.
             let slot = if level == 2 && *slot == 1 { 0 } else { *slot };
             let offset = if level == 2 {
                 slot * size
@@ -86,7 +86,7 @@ fn expected(list: &[Mapped], input: u64) -> Option<(u64, Perm)> {
         .map(|mapped| (mapped.output + (input - mapped.input), mapped.perm))
 }
 
-/// Addresses that tell something: the ends of what is mapped, and between.
+/// Addresses to check: the ends and the middle of each mapping.
 fn probes(list: &[Mapped]) -> Vec<u64> {
     list.iter()
         .flat_map(|mapped| {
@@ -96,7 +96,7 @@ fn probes(list: &[Mapped]) -> Vec<u64> {
         .collect()
 }
 
-/// Checks an answer at `iova`, and that all of its run is what the list says.
+/// Checks the translation at `iova`, and that all of its run is in the list.
 fn check(
     rig: &Rig,
     iova: u64,
@@ -216,9 +216,9 @@ proptest! {
         let level = if two == Granule::K4 { 0 } else { 1 };
         let bits = if two == Granule::K4 { 42 } else { 44 };
         let outer = rig.root_at(two, bits, level);
-        // Around where stage 1 leads.
+        // Around the output of stage 1.
         let outputs = build(&rig, &outer, DATA, &second, stage2_leaf);
-        // The tables themselves, at their own addresses.
+        // The tables of stage 1, one to one.
         for page in (RAM..RAM + RAM_SIZE as u64).step_by(1 << two.bits()) {
             rig.map(&outer, page, page, 3, S2_RW);
         }
@@ -289,7 +289,7 @@ proptest! {
     }
 }
 
-/// One access, one descriptor at a time, straight from DDI 0487 §D8.
+/// Translates one access, one descriptor at a time, as DDI 0487 §D8 describes.
 fn simple_walk(rig: &Rig, table: &Table, input: u64, write: bool) -> Result<u64, walk::Cause> {
     use walk::Cause::{AccessFlag as Accessed, AddressSize, External, Permission, Translation};
     let grain = table.granule.bits();
@@ -356,7 +356,7 @@ fn runs_join_neighbours_and_stop_where_they_differ() {
     rig.map(&root, 100 << 12, DATA + (100 << 12), 3, RO);
     rig.map(&root, 200 << 12, DATA, 3, RW);
     rig.unmap(&root, 300 << 12, 3);
-    // An entry that was not accessed, another software bit, a contiguous hint.
+    // A clear access flag, another software bit, a contiguous hint.
     rig.map(&root, 400 << 12, DATA + (400 << 12), 3, RW & !(1 << 10));
     rig.map(
         &root,
@@ -375,7 +375,7 @@ fn runs_join_neighbours_and_stop_where_they_differ() {
     assert_eq!(run(500 << 12), (401, 511));
 }
 
-/// A stream whose stage 1 updates flags as `fields` say.
+/// A stream whose CD sets `fields`. Returns its table and the CD's address.
 fn with_flags(rig: &Rig, fields: &[spec::Field<spec::cd::RawCd>]) -> (Root, u64) {
     let root = rig.stage1(STREAM, 1);
     let context = rig.get(STRTAB + 64 * 8) & !0x3f;
@@ -401,7 +401,7 @@ fn access_flag_and_dirty_state_are_updated() {
         rig.descriptor(&root, 0x1000, 3),
         rig.descriptor(&root, 0x3000, 3),
     );
-    // Reading sets the access flag, and is not an answer for writing.
+    // A read sets the access flag, and its result does not permit writes.
     let mapping = rig.read(STREAM, 0x1000).unwrap();
     assert_eq!(mapping.perm, Perm::READ);
     assert_eq!(
@@ -412,14 +412,14 @@ fn access_flag_and_dirty_state_are_updated() {
     let mapping = rig.access(STREAM, 0x1000, Access::Write).unwrap();
     assert_eq!(mapping.perm, Perm::READ_WRITE);
     assert_eq!(rig.get(place) & (ACCESSED | READ_ONLY), ACCESSED);
-    // Without the modifier it is read-only for good, and not even accessed.
+    // Without the modifier it stays read-only, with the access flag clear.
     assert!(rig.access(STREAM, 0x3000, Access::Write).is_err());
     assert_eq!(rig.get(fixed) & ACCESSED, 0);
     assert_eq!(rig.event_numbers(), [0x13]);
 }
 
 #[test]
-fn without_hd_the_modifier_means_nothing() {
+fn without_hd_the_modifier_has_no_effect() {
     let rig = Rig::enabled(SmmuConfig::default());
     let (root, _) = with_flags(&rig, &[cd::HA]);
     rig.map(&root, 0x1000, RAM, 3, RO | DBM);
@@ -428,7 +428,7 @@ fn without_hd_the_modifier_means_nothing() {
 }
 
 #[test]
-fn affd_makes_a_clear_access_flag_harmless() {
+fn affd_ignores_a_clear_access_flag() {
     let rig = Rig::enabled(SmmuConfig::default());
     let (root, _) = with_flags(&rig, &[cd::AFFD]);
     rig.map(&root, 0x1000, RAM, 3, RW & !ACCESSED);
@@ -496,7 +496,7 @@ fn fifty_two_bits_come_with_64_kib_pages() {
         rig.gpa(STREAM, iova + 0x5678),
         Some(0xb << 48 | output | 0x5678)
     );
-    // A block of 4 TiB, which only this size has.
+    // A block of 4 TiB, which only 52-bit addresses have.
     rig.map(&root, 1 << 42, 0x5 << 12, 1, RW);
     assert_eq!(rig.gpa(STREAM, (1 << 42) + 77), Some((5 << 48) + 77));
     // IPS of 48 bits: the same is out of range.

@@ -17,7 +17,7 @@ fn mapping(first: u64, last: u64) -> Mapping {
     }
 }
 
-/// Removes and frees.
+/// Removes mappings and frees their chunks.
 fn remove<const CHUNK: usize>(
     mappings: &mut Mappings<CHUNK>,
     range: IovaRange,
@@ -75,7 +75,7 @@ fn last_byte_of_the_address_space_can_be_mapped() {
     assert_eq!(remove(&mut mappings, IovaRange::ALL), Ok(1));
 }
 
-/// What must hold between operations, whatever they are.
+/// Checks the invariants after an operation.
 fn check<const CHUNK: usize>(mappings: &Mappings<CHUNK>) {
     let chunks: Vec<_> = mappings.chunks.iter().collect();
     let ends = chunks.iter().skip(1).map(|(key, _)| key.0 - 1);
@@ -101,7 +101,7 @@ fn check<const CHUNK: usize>(mappings: &Mappings<CHUNK>) {
 enum Op {
     Map(u64, u64),
     Unmap(u64, u64),
-    /// One address at a time, upwards or downwards.
+    /// Maps one address at a time, upwards or downwards.
     MapEach(u64, u64, bool),
 }
 
@@ -118,7 +118,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// The naive model: for each address, the mapping it belongs to.
+/// The naive model: the mapping of each address.
 type Table = Vec<Option<(u64, u64)>>;
 
 fn map<const CHUNK: usize>(mappings: &mut Mappings<CHUNK>, table: &mut Table, ends: (u64, u64)) {

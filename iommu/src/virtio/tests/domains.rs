@@ -1,5 +1,5 @@
-//! The model against the naive one: every status, every translation, and what
-//! listeners hold.
+//! Compares the model with the naive one: every status, every translation, and
+//! the shadows of notifiers.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,14 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::sample::select;
 use proptest::test_runner::TestRunner;
 
-use super::naive::{self, Held, Mapped, Naive, Seen};
+use super::naive::{self, Mapped, Naive, Seen, ShadowMappings};
 use super::*;
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// The bytes, and the length of the device-writable part.
+    /// Bytes of a request, and the length of its device-writable part.
     Request(Vec<u8>, usize),
-    /// The driver looks at its answers: what was unmapped is out of use.
+    /// Completes the requests: removed mappings are no longer used.
     Flush,
     Bypass(u8),
     Reset(u64),
@@ -28,7 +28,7 @@ fn endpoint() -> impl Strategy<Value = StreamId> {
     prop_oneof![6 => Just(NIC), 4 => Just(DISK), 1 => Just(StreamId(0x99))]
 }
 
-/// First and last address: a few pages in three places, some of them wrong.
+/// First and last address: a few pages in three places, some of them invalid.
 fn span() -> impl Strategy<Value = (u64, u64)> {
     let bases = prop_oneof![
         12 => Just(0x1_0000_u64),
@@ -92,9 +92,9 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A listener that keeps what it is told.
+/// A notifier that keeps a shadow of the mappings.
 #[derive(Default)]
-struct Shadow(Mutex<Held>);
+struct Shadow(Mutex<ShadowMappings>);
 
 fn mapped(mapping: &Mapping) -> Mapped {
     let may = |access, bit| if mapping.perm.allows(access) { bit } else { 0 };
@@ -154,9 +154,9 @@ fn seen(region: &IommuRegion, iova: u64, access: Access) -> Seen {
     }
 }
 
-/// Checks every answer that the model gives between requests.
-fn agrees(world: &World, naive: &Naive) {
-    for region in [&world.nic, &world.disk] {
+/// Checks every translation and shadow between requests.
+fn agrees(setup: &Setup, naive: &Naive) {
+    for region in [&setup.nic, &setup.disk] {
         let stream = region.stream();
         for at in naive.edges() {
             for (access, perm) in [(Access::Read, naive::READ), (Access::Write, naive::WRITE)] {
@@ -164,7 +164,7 @@ fn agrees(world: &World, naive: &Naive) {
                 assert_eq!(seen(region, at, access), expected, "{at:#x}");
             }
         }
-        let state = world.iommu.endpoint(stream).unwrap();
+        let state = setup.iommu.endpoint(stream).unwrap();
         let mapped = naive
             .domain(stream.0)
             .map_or(0, |domain| domain.mapped.len());
@@ -173,7 +173,7 @@ fn agrees(world: &World, naive: &Naive) {
         assert_eq!(state.mappings, mapped);
     }
     let all = naive.domains.values().map(|domain| domain.mapped.len());
-    assert_eq!(world.iommu.mapped(), all.sum::<usize>());
+    assert_eq!(setup.iommu.mapped(), all.sum::<usize>());
 }
 
 #[test]
@@ -181,15 +181,15 @@ fn domains_agree_with_the_naive_model() {
     let statuses = RefCell::new(BTreeSet::new());
     let steps = prop::collection::vec(step(), 1..120);
     let outcome = TestRunner::default().run(&steps, |steps| {
-        let world = world();
+        let setup = setup();
         let mut naive = naive();
-        let regions = [&world.nic, &world.disk];
+        let regions = [&setup.nic, &setup.disk];
         let shadows = regions.map(|region| shadow(region));
         for step in steps.into_iter().chain([Step::Flush]) {
             match step {
                 Step::Request(bytes, room) => {
                     let mut reply = [0xff; naive::PROBE_REPLY];
-                    let size = world.iommu.handle(&bytes, &mut reply[..room]);
+                    let size = setup.iommu.handle(&bytes, &mut reply[..room]);
                     assert_eq!(size, naive.written(&bytes, room), "{bytes:?}");
                     assert!(reply[size..].iter().all(|byte| *byte == 0xff));
                     let Some(tail) = size.checked_sub(4) else {
@@ -204,23 +204,23 @@ fn domains_agree_with_the_naive_model() {
                     statuses.borrow_mut().insert(status);
                 }
                 Step::Flush => {
-                    world.iommu.flush();
+                    setup.iommu.flush();
                     for (region, shadow) in regions.into_iter().zip(&shadows) {
                         let held = shadow.0.lock().unwrap().in_order();
                         assert_eq!(held, naive.shadow(region.stream().0));
                     }
                 }
                 Step::Bypass(value) => {
-                    world.iommu.set_bypass(value);
+                    setup.iommu.set_bypass(value);
                     naive.set_bypass(value);
                 }
                 Step::Reset(features) => {
-                    world.iommu.reset();
-                    world.iommu.negotiated(features);
+                    setup.iommu.reset();
+                    setup.iommu.negotiated(features);
                     naive.reset(features);
                 }
             }
-            agrees(&world, &naive);
+            agrees(&setup, &naive);
         }
         for region in regions {
             let late = shadow(region).0.lock().unwrap().in_order();

@@ -1,6 +1,6 @@
-//! The rules of requests (virtio 1.2 §5.13.6) in the plainest way: on bytes and
-//! lists. It has no code in common with the model, nor any import of it: the
-//! fuzz target of the device includes this file too.
+//! A naive model of requests (virtio 1.2 §5.13.6) on bytes and lists. It shares
+//! no code with the model and imports nothing of it: the fuzz target of the
+//! device includes this file too.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ pub const WRITE: u32 = 2;
 const MMIO: u32 = 4;
 const PAGE: u64 = 4096;
 
-/// Feature bits (§5.13.3) that change what requests may ask for.
+/// Feature bits (§5.13.3) that change the permitted requests.
 const F_MAP_UNMAP: u64 = 1 << 2;
 const F_PROBE: u64 = 1 << 4;
 const F_MMIO: u64 = 1 << 5;
@@ -25,7 +25,7 @@ const PROBE: u8 = 5;
 pub const PROBE_REPLY: usize = 516;
 const TAIL: usize = 4;
 
-/// Addresses that are mapped, and how.
+/// A mapping; both ends are inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mapped {
     pub first: u64,
@@ -44,7 +44,7 @@ impl Mapped {
     }
 }
 
-/// What an access of an endpoint comes to.
+/// Result of an access of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     Mapping(Mapped),
@@ -61,17 +61,17 @@ pub struct Domain {
 
 #[derive(Clone, Debug)]
 pub struct Naive {
-    /// Addresses that may be mapped, first and last.
+    /// First and last address that may be mapped, inclusive.
     pub input: (u64, u64),
-    /// Where message-signalled interrupts go.
+    /// First and last address of the MSI window, inclusive.
     pub msi: (u64, u64),
-    /// The last address of RAM, which begins at 0.
+    /// The last address of RAM, inclusive; RAM begins at 0.
     pub ram: u64,
-    /// The features that were negotiated.
+    /// Negotiated feature bits.
     pub features: u64,
-    /// Whether those without a domain are in bypass.
+    /// Whether endpoints without a domain are in bypass.
     pub bypass: bool,
-    /// Who there is, and attached to what.
+    /// Endpoints, each with the domain it is attached to.
     pub endpoints: BTreeMap<u32, Option<u32>>,
     pub domains: BTreeMap<u32, Domain>,
 }
@@ -84,8 +84,8 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// Whether a request, of a type that is available, is whole and has zeros where
-/// a driver is not allowed to write anything else.
+/// Whether a request of an available type is complete and has zeros in the
+/// reserved fields that must be zero.
 fn is_well_formed(bytes: &[u8]) -> bool {
     let (size, reserved) = match bytes[0] {
         1 => (20, 16..20),
@@ -102,8 +102,8 @@ impl Naive {
         self.features & feature != 0
     }
 
-    /// How many bytes the device writes of `room`, the length of the
-    /// device-writable part. 0: it returns the request unwritten.
+    /// Number of bytes that the device writes to a device-writable part of
+    /// `room` bytes. 0: it returns the request unwritten.
     pub fn written(&self, bytes: &[u8], room: usize) -> usize {
         let available = match bytes.first() {
             Some(1 | 2) => true,
@@ -118,8 +118,8 @@ impl Naive {
         }
     }
 
-    /// What a request may be answered if it is answered at all: `OK` when it
-    /// breaks no rule, otherwise the status of any rule that it breaks.
+    /// The permitted statuses of a request that is not returned unwritten: `OK`
+    /// when it breaks no rule, otherwise that of each rule that it breaks.
     pub fn verdict(&self, bytes: &[u8], room: usize) -> Vec<u8> {
         if !is_well_formed(bytes) || (bytes[0] == PROBE && room < PROBE_REPLY) {
             return vec![INVAL];
@@ -203,7 +203,7 @@ impl Naive {
         broken
     }
 
-    /// Does what a request that was answered with `OK` asks for.
+    /// Executes a request that had the status `OK`.
     pub fn carry_out(&mut self, bytes: &[u8]) {
         let id = word(bytes, 4);
         match bytes[0] {
@@ -234,14 +234,14 @@ impl Naive {
         self.domains.retain(|id, _| used.contains(&id));
     }
 
-    /// The driver wrote `bypass` of the configuration.
+    /// Changes `bypass` of the configuration for the driver.
     pub fn set_bypass(&mut self, value: u8) {
         if self.has(F_BYPASS_CONFIG) && value < 2 {
             self.bypass = value == 1;
         }
     }
 
-    /// The device was reset, and these features negotiated.
+    /// Resets the device and negotiates these features.
     pub fn reset(&mut self, features: u64) {
         self.domains.clear();
         self.endpoints
@@ -250,7 +250,7 @@ impl Naive {
         self.features = features;
     }
 
-    /// The domain of an endpoint.
+    /// The domain of an endpoint, if it is attached.
     pub fn domain(&self, endpoint: u32) -> Option<&Domain> {
         self.domains.get(&self.endpoints[&endpoint]?)
     }
@@ -260,7 +260,7 @@ impl Naive {
             .map_or(self.bypass, |domain| domain.bypass)
     }
 
-    /// What an exact shadow of the endpoint holds, in order.
+    /// The mappings of an exact shadow of the endpoint, in ascending order.
     pub fn shadow(&self, endpoint: u32) -> Vec<Mapped> {
         if self.in_bypass(endpoint) {
             return vec![self.around(0)];
@@ -272,7 +272,7 @@ impl Naive {
         all
     }
 
-    /// What an access of an endpoint comes to.
+    /// Result of an access of an endpoint.
     pub fn access(&self, endpoint: u32, iova: u64, perm: u32) -> Seen {
         if self.in_bypass(endpoint) {
             return Seen::Mapping(self.around(iova));
@@ -294,7 +294,8 @@ impl Naive {
         }
     }
 
-    /// What bypass answers with: all of RAM, or a page that is none.
+    /// The mapping of bypass around `iova`: all of RAM, or a page outside of
+    /// it.
     fn around(&self, iova: u64) -> Mapped {
         let page = iova - iova % PAGE;
         let (first, last) = if iova <= self.ram {
@@ -310,7 +311,7 @@ impl Naive {
         }
     }
 
-    /// Addresses at which a wrong answer would show: both sides of every edge.
+    /// Addresses to check: both sides of every edge of a mapping.
     pub fn edges(&self) -> Vec<u64> {
         let domains = self.domains.values();
         let mapped = domains.flat_map(|domain| domain.mapped.iter().map(|m| (m.first, m.last)));
@@ -320,11 +321,11 @@ impl Naive {
     }
 }
 
-/// What a listener holds after what it was told.
+/// Mappings of a notifier's shadow.
 #[derive(Clone, Debug, Default)]
-pub struct Held(Vec<Mapped>);
+pub struct ShadowMappings(Vec<Mapped>);
 
-impl Held {
+impl ShadowMappings {
     pub fn map(&mut self, new: Mapped) {
         let taken = self
             .0
