@@ -1,10 +1,10 @@
 //! An address space of device registers: port I/O, or memory-mapped I/O.
 //!
 //! A [`Bus`] maps ranges of addresses to devices. vCPU threads call
-//! [`Bus::read`] and [`Bus::write`]; a lookup takes a read lock for the time it
-//! takes to clone an `Arc`, and no bus lock is held while a device runs. A
-//! device may therefore move its own ranges (a BAR written through its own
-//! configuration space) and may access the same bus again.
+//! [`Bus::read`] and [`Bus::write`]; a lookup holds a read lock while it clones
+//! an `Arc`, and no bus lock is held during the device's access. A device may
+//! therefore move its own ranges (a BAR written through its own configuration
+//! space) and may access the same bus again.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -19,9 +19,9 @@ use thiserror::Error;
 /// `offset` counts bytes from the start of the range the device was inserted
 /// with, and `offset + data.len()` never exceeds that range's length.
 ///
-/// Accesses come from the guest. A device answers every one of them: an access
-/// it does not understand reads as all ones (or zero, where its specification
-/// says so) and writes nothing.
+/// Accesses come from the guest. An access that the device does not implement
+/// reads as all ones (or zero, where its specification says so) and writes
+/// nothing.
 pub trait BusDevice: Send + Sync {
     /// Fills `data` with the `data.len()` bytes at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -29,12 +29,12 @@ pub trait BusDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Bytes of a register that [`read_words`] and [`write_words`] know.
+/// Bytes of a register in [`read_words`] and [`write_words`].
 const WORD: u64 = 4;
 
 /// Reads `data.len()` bytes at `offset` of registers that are little-endian
 /// 32-bit words. `read` is called once for each word that the access touches,
-/// in rising order, with the word's offset in bytes: an aligned access of a
+/// in ascending order, with the word's offset in bytes: an aligned access of a
 /// register's width is one read of the model, so it never mixes two values.
 pub fn read_words(offset: u64, data: &mut [u8], mut read: impl FnMut(u64) -> u32) {
     for_lanes(offset, data.len(), |word, lanes, bytes| {
@@ -46,9 +46,9 @@ pub fn read_words(offset: u64, data: &mut [u8], mut read: impl FnMut(u64) -> u32
 }
 
 /// Writes `data` at `offset` of registers that are little-endian 32-bit words.
-/// `write` is called once for each word that the access touches, in rising
-/// order, with the word's offset in bytes, the bytes in their place, and a mask
-/// of the bits that the access covers.
+/// `write` is called once for each word that the access touches, in ascending
+/// order, with the word's offset in bytes, the bytes at their position in the
+/// word, and a mask of the bits that the access covers.
 pub fn write_words(offset: u64, data: &[u8], mut write: impl FnMut(u64, u32, u32)) {
     for_lanes(offset, data.len(), |word, lanes, bytes| {
         let (mut value, mut mask) = ([0; 4], [0; 4]);
@@ -65,8 +65,8 @@ pub fn write_words(offset: u64, data: &[u8], mut write: impl FnMut(u64, u32, u32
 }
 
 /// Splits an access at the boundaries of words: calls `visit` with a word's
-/// offset, the byte lanes of it that the access covers, and where these bytes
-/// are in the access.
+/// offset, the byte lanes of it that the access covers, and the range of these
+/// bytes in the access.
 fn for_lanes(offset: u64, len: usize, mut visit: impl FnMut(u64, Range<usize>, Range<usize>)) {
     let mut done = 0;
     let mut at = offset;
@@ -76,12 +76,12 @@ fn for_lanes(offset: u64, len: usize, mut visit: impl FnMut(u64, Range<usize>, R
         let count = lanes.len();
         visit(at - at % WORD, lanes, done..done + count);
         done += count;
-        // A range of a bus ends at the last address at most.
+        // A range of a bus may end at the last address, where this wraps to 0.
         at = at.wrapping_add(count as u64);
     }
 }
 
-/// Why a range could not be placed.
+/// Error of a change of the bus's ranges.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BusError {
     /// The length is zero, or the range goes beyond the last 64-bit address.
@@ -95,14 +95,14 @@ pub enum BusError {
     /// Another device has addresses in the range.
     #[error("bus range {base:#x} + {len:#x} overlaps the range at {other:#x}")]
     Overlap {
-        /// First address asked for.
+        /// First requested address.
         base: u64,
-        /// Length asked for, in bytes.
+        /// Requested length in bytes.
         len: u64,
-        /// First address of the range that is in the way.
+        /// First address of the range that overlaps.
         other: u64,
     },
-    /// No range starts there.
+    /// No range starts at this address.
     #[error("no bus range starts at {0:#x}")]
     Unknown(u64),
 }
@@ -129,7 +129,7 @@ impl Bus {
         Self::default()
     }
 
-    /// Gives the `len` bytes from `base` to `device`.
+    /// Maps `len` bytes that start at `base` to `device`.
     ///
     /// # Errors
     /// The range is invalid or overlaps another.
@@ -137,22 +137,21 @@ impl Bus {
         Self::place(&mut self.lock_mut(), base, len, device)
     }
 
-    /// Takes away the range that starts at `base`. An access already running
-    /// in the device may still be running when this returns.
+    /// Removes the range that starts at `base`. An access that began earlier
+    /// may still run in the device when this returns.
     ///
     /// # Errors
-    /// No range starts there.
+    /// No range starts at `base`.
     pub fn remove(&self, base: u64) -> Result<(), BusError> {
         let removed = self.lock_mut().remove(&base);
         removed.map(drop).ok_or(BusError::Unknown(base))
     }
 
-    /// Moves the range that starts at `base` to `new_base`, at once for every
-    /// vCPU: none sees the range at neither or at both places. The range stays
-    /// where it was when it does not fit at `new_base`.
+    /// Moves the range that starts at `base` to `new_base`, atomically for
+    /// every vCPU. After an error the range is still at `base`.
     ///
     /// # Errors
-    /// No range starts at `base`, or the new place is invalid or taken.
+    /// No range starts at `base`, or the new range is invalid or overlaps.
     pub fn relocate(&self, base: u64, new_base: u64) -> Result<(), BusError> {
         let mut ranges = self.lock_mut();
         let entry = ranges.remove(&base).ok_or(BusError::Unknown(base))?;
@@ -166,9 +165,9 @@ impl Bus {
         moved
     }
 
-    /// Reads `data.len()` bytes at `address`. Addresses of no device, and
-    /// accesses that leave the range they start in, read as all ones. Returns
-    /// whether a device answered.
+    /// Reads `data.len()` bytes at `address`. Unmapped addresses, and accesses
+    /// that exceed the range they start in, read as all ones. Returns whether a
+    /// device was read.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {
@@ -182,8 +181,8 @@ impl Bus {
         }
     }
 
-    /// Writes `data` at `address`; nothing happens where no device has all of
-    /// them. Returns whether a device took it.
+    /// Writes `data` at `address`. Ignored unless one range has all of the
+    /// bytes. Returns whether a device was written.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {
@@ -222,8 +221,8 @@ impl Bus {
         Ok(())
     }
 
-    // A poisoned lock means a panic while the map was borrowed; the map itself
-    // is whole, because no operation on it leaves it half changed.
+    // A panic under the lock leaves the map consistent: every change is a
+    // single operation.
     fn lock(&self) -> RwLockReadGuard<'_, Ranges> {
         self.ranges.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -239,7 +238,7 @@ mod tests {
 
     use super::*;
 
-    /// Reads back its tag plus the offset; remembers writes.
+    /// Reads as its tag plus the offset; records writes.
     #[derive(Default)]
     struct Probe {
         tag: u8,
@@ -373,7 +372,7 @@ mod tests {
         bus.insert(0x3000, 0x100, Probe::tagged(0x30)).unwrap();
         assert!(bus.relocate(0x1000, 0x2f80).is_err());
         assert_eq!(byte_at(&bus, 0x1001), 0x11);
-        // A move onto a part of itself is a move.
+        // The new range may overlap the old one.
         bus.relocate(0x1000, 0x1080).unwrap();
         assert_eq!(byte_at(&bus, 0x1001), 0xff);
         assert_eq!(byte_at(&bus, 0x1081), 0x11);

@@ -1,8 +1,8 @@
 //! Errors as text.
 //!
-//! The text of an error says what failed; the error it came from is its
+//! The text of an error says what failed; its cause is its
 //! [`source`](Error::source) and is not part of the text. [`Chain`] joins both
-//! where a text leaves the program: on the command line, in an API response, in
+//! where the program emits a text: on the command line, in an API response, in
 //! the log.
 
 use std::error::Error;
@@ -10,13 +10,13 @@ use std::fmt;
 
 /// Displays an error, then each of its sources, on one line: `what: why: why`.
 ///
-/// A source whose text is in what precedes it is left out, for some libraries
-/// repeat theirs. Where the limit of open files is the reason the fix follows:
-/// any step may be the one that reaches it.
+/// A source whose text is part of the preceding text is omitted, because some
+/// libraries repeat it. For `EMFILE` the fix follows, because any operation may
+/// reach the limit of open files.
 #[derive(Clone, Copy)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'a));
 
-/// The fix where no more files can be opened.
+/// Fix for `EMFILE`.
 const MORE_FILES: &str = "raise the limit of open files (ulimit -n)";
 
 impl fmt::Display for Chain<'_> {

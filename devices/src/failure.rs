@@ -1,43 +1,44 @@
-//! Failures of a device that its driver is shown (virtio 1.2 §2.1.1).
+//! Failures of a device that set DEVICE_NEEDS_RESET (virtio 1.2 §2.1.1).
 
 use std::io;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Why a device stops working until its driver resets it. The transport logs it
-/// once and sets DEVICE_NEEDS_RESET.
+/// Error after which a device does not work until a reset. The transport logs
+/// it once and sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// The driver set up something that cannot be used.
+    /// The driver set up an invalid queue, or broke the rules of a ring.
     #[error("the driver's set-up of queue {queue} cannot be used: {reason}")]
     BadQueue {
-        /// Its number on the device.
+        /// Index of the queue on the device.
         queue: u16,
-        /// What is wrong with it.
+        /// The rule that was broken.
         reason: &'static str,
     },
     /// The back end failed.
     #[error("{what}")]
     Backend {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// The system's error.
+        /// Error of the system call.
         #[source]
         source: io::Error,
     },
 }
 
 impl DeviceError {
-    /// Wraps an `io::Error` of the back end; `what` was tried.
+    /// Wraps an `io::Error` of the back end; `what` is the operation that
+    /// failed.
     pub fn backend(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Backend { what, source }
     }
 }
 
-/// Makes the transport look at its device. Called without any lock.
+/// Makes the transport check its device. Called without any lock.
 pub type FailureCallback = Box<dyn Fn() + Send + Sync>;
 
-/// Keeps the first failure that happens away from the vCPUs until the transport
-/// takes it.
+/// Keeps the first failure on a worker thread or in a back end until the
+/// transport takes it.
 #[derive(Default)]
 pub struct FailureLatch {
     state: Mutex<State>,
@@ -65,12 +66,12 @@ impl FailureLatch {
         }
     }
 
-    /// Takes the failure, if there is one.
+    /// Removes and returns the recorded failure.
     pub fn take(&self) -> Option<DeviceError> {
         self.state().pending.take()
     }
 
-    /// The device is reset: the next failure counts again.
+    /// Clears the failure on a reset: the next one is recorded again.
     pub fn clear(&self) {
         *self.state() = State::default();
     }
@@ -87,8 +88,8 @@ impl FailureLatch {
         }
     }
 
-    /// Calls the callback: the device has something for the transport. The
-    /// caller holds no lock.
+    /// Calls the callback without a failure, for a change of the device
+    /// configuration. The caller holds no lock.
     pub fn request_check(&self) {
         if let Some(callback) = self.callback.get() {
             callback();

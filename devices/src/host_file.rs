@@ -1,9 +1,8 @@
 //! Opens the files that the user names.
 //!
-//! No call here waits for another process: everything is opened with
-//! `O_NONBLOCK | O_NOCTTY | O_CLOEXEC`, and what was opened is examined before
-//! it is used. A FIFO without a peer, a terminal or a tape drive in the place of
-//! a disk image is an error and no delay.
+//! No call here waits for another process: files are opened with `O_NONBLOCK |
+//! O_NOCTTY | O_CLOEXEC` and examined before they are used. A FIFO without a
+//! peer, a terminal or a tape drive as a disk image is an error at once.
 
 mod sys;
 
@@ -18,31 +17,30 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use self::sys::block_device_is_read_only;
 
-/// Mode of the files that are made: the log and the console of a guest are its
-/// owner's.
+/// Mode of created files: only their owner reads a guest's log and console.
 const OUTPUT_MODE: u32 = 0o600;
 /// `/dev/null` (Linux' devices.txt: 1, 3).
 const NULL_DEVICE: u64 = libc::makedev(1, 3);
-/// How long the writer of a FIFO may be silent.
-const FIFO_PATIENCE: Duration = Duration::from_secs(10);
+/// Time without data after which reading a FIFO fails.
+const FIFO_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a file cannot be used. One line for the user, to go after its name.
+/// Error of a file. The text is one line for the user, without the file's name.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// The system refuses to open it.
+    /// It cannot be opened.
     #[error("cannot be opened {how}")]
     Open {
-        /// For reading, to append and so on.
+        /// Requested access, such as "for reading".
         how: &'static str,
-        /// The system's error.
+        /// Error of open(2).
         source: io::Error,
     },
-    /// It is another kind of file than is needed.
+    /// It is of the wrong kind.
     #[error("is not {needed}: it is {is}")]
     Kind {
-        /// What it is, with an article.
+        /// Kind of the file, with an article.
         is: &'static str,
-        /// What is needed, with an article.
+        /// Needed kinds, with an article.
         needed: &'static str,
     },
     /// It cannot be examined.
@@ -51,12 +49,12 @@ pub enum FileError {
     /// It cannot be read to its end.
     #[error("cannot be read")]
     Read(#[source] io::Error),
-    /// It is longer than what is read.
+    /// It is longer than this limit in bytes.
     #[error("is longer than {0} bytes")]
     TooLong(usize),
 }
 
-/// Kinds of files, as far as uses differ by them.
+/// Kinds of files that the uses distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Regular,
@@ -64,8 +62,8 @@ enum Kind {
     Fifo,
     /// `/dev/null`, or a terminal that is one of the process's standard streams.
     Sink,
-    /// A file of procfs, sysfs or their like: reading or writing it acts on the
-    /// kernel.
+    /// A file of procfs, sysfs or another interface of the kernel: reading or
+    /// writing it has effects.
     Kernel,
     CharacterDevice,
     Directory,
@@ -108,7 +106,7 @@ impl Kind {
     }
 }
 
-/// A use of a file.
+/// Access and permitted kinds of a use.
 struct Use {
     how: &'static str,
     kinds: &'static [Kind],
@@ -151,10 +149,9 @@ impl Use {
         })
     }
 
-    /// Opens `path` and examines what was opened. `expected` is what the path
-    /// led to a moment ago, if to anything: opening a device node may act on its
-    /// device (`/dev/ptmx` makes a terminal), so what does not suit stays
-    /// closed.
+    /// Opens `path` and examines the open file. `expected` is the kind of the
+    /// file at the path, if it exists. A file of the wrong kind is not opened,
+    /// because that may have effects (`/dev/ptmx` creates a terminal).
     fn open(
         &self,
         path: &Path,
@@ -208,10 +205,9 @@ pub fn open_image(path: &Path, read_only: bool) -> Result<File, FileError> {
     image.open_existing(path, OpenOptions::new().read(true).write(!read_only))
 }
 
-/// Opens a log, a metrics file or a console file to append to: a regular file,
-/// which is made (mode 0600) where there is none, or a FIFO, whether or not it
-/// has a reader. `/dev/null` will do too, and so will the terminal of a standard
-/// stream (`/dev/stderr`).
+/// Opens a log, a metrics file or a console file for appending: a regular file,
+/// which is created with mode 0600 if it does not exist, a FIFO with or without
+/// a reader, `/dev/null`, or the terminal of a standard stream (`/dev/stderr`).
 ///
 /// # Errors
 /// See [`FileError`].
@@ -224,19 +220,18 @@ pub fn open_output(path: &Path) -> Result<File, FileError> {
     let mut options = OpenOptions::new();
     options.append(true);
     if expected == Some(Kind::Fifo) {
-        // For reading too: a FIFO without a reader cannot be opened to write
-        // only, and would end the process's output when its reader goes.
+        // For reading too: a FIFO without a reader cannot be opened for
+        // writing only, and writes would fail after its reader closes it.
         options.read(true);
     }
     OUTPUT.open(path, expected, options.create(true).mode(OUTPUT_MODE))
 }
 
-/// Reads a regular file, or a FIFO until its writers have closed it. A FIFO
-/// without a writer, or with one that is silent, is given up on after 10
-/// seconds.
+/// Reads a regular file, or a FIFO until its writers have closed it.
 ///
 /// # Errors
-/// See [`FileError`]; also when it is no UTF-8 or longer than `limit` bytes.
+/// See [`FileError`]; also when it is not UTF-8 or longer than `limit` bytes,
+/// or when a FIFO has no data for 10 seconds.
 pub fn read_text(path: &Path, limit: usize) -> Result<String, FileError> {
     let file = TEXT.open_existing(path, OpenOptions::new().read(true))?;
     let mut bytes = Vec::new();
@@ -256,14 +251,14 @@ pub fn read_text(path: &Path, limit: usize) -> Result<String, FileError> {
     })
 }
 
-/// Reads some bytes of a file, waiting for them where it is a FIFO.
+/// Reads some bytes of a file. Waits for data from a FIFO.
 fn wait_and_read(mut file: &File, bytes: &mut [u8]) -> io::Result<usize> {
     let epoll = Epoll::new()?;
     let readable = EpollEvent::new(EventSet::IN, 0);
     let watched = epoll.ctl(ControlOperation::Add, file.as_raw_fd(), readable);
-    let give_up = Instant::now() + FIFO_PATIENCE;
+    let give_up = Instant::now() + FIFO_TIMEOUT;
     loop {
-        // A regular file cannot be watched and is always readable.
+        // epoll refuses a regular file, which is always readable.
         if watched.is_ok() {
             let left = give_up.saturating_duration_since(Instant::now());
             let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
@@ -278,7 +273,7 @@ fn wait_and_read(mut file: &File, bytes: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// Whether a standard stream of the process is this very terminal.
+/// Whether a standard stream of the process is the terminal `rdev`.
 fn is_own_terminal(rdev: u64) -> bool {
     fn is(stream: &(impl AsFd + IsTerminal), rdev: u64) -> bool {
         let copy = stream.as_fd().try_clone_to_owned().map(File::from);

@@ -1,8 +1,8 @@
-//! Devices of the machine and the buses they sit on.
+//! Devices of the machine and their buses.
 //!
-//! They reach guest memory only through the [`iommu::AddressSpace`] of their
-//! requester, and never see KVM: interrupts and doorbells come as the traits
-//! of [`interrupt`].
+//! They access guest memory only through the [`iommu::AddressSpace`] of their
+//! requester, and use no KVM: interrupts and doorbells are traits of
+//! [`interrupt`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 #![cfg_attr(
     not(test),

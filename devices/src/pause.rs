@@ -1,26 +1,26 @@
 //! Interruption of a device's work when the machine is paused or stopped.
 //!
 //! A driver chooses how much work one register write starts: a ring of
-//! requests, a queue of commands. Between two of them the device asks its
-//! [`Deferral`] whether a pause or a stop is requested. If so, it leaves the
-//! rest, and a vCPU thread goes on with it when the machine resumes, ahead of
-//! the guest ([`PauseRequest::resume_deferred`]).
+//! requests, a queue of commands. Between two of them the device checks by its
+//! [`Deferral`] whether a pause or a stop is requested. If so, it defers the
+//! rest, and a vCPU thread continues it when the machine resumes, before it
+//! enters the guest ([`PauseRequest::resume_deferred`]).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-/// A device that goes on with deferred work.
+/// A device that may have deferred work.
 pub trait Resumable: Send + Sync {
-    /// Goes on with the work. Called on a vCPU thread with no lock held; may
+    /// Continues the deferred work. Called on a vCPU thread without a lock; may
     /// defer the rest again.
     fn resume(&self);
 }
 
-/// What the vCPU threads of a machine and its devices share about a pause.
+/// State of a pause that vCPU threads and devices share.
 #[derive(Default)]
 pub struct PauseRequest {
     requested: AtomicBool,
-    /// Some device has deferred work. Set after the device's own flag.
+    /// Whether a device has deferred work. Set after the device's own flag.
     deferred: AtomicBool,
     devices: Mutex<Vec<Arc<Entry>>>,
 }
@@ -32,19 +32,19 @@ struct Entry {
 }
 
 impl PauseRequest {
-    /// Makes devices leave their work between two requests, until
+    /// Makes devices defer their work between two requests, until
     /// [`clear`](Self::clear).
     pub fn set(&self) {
         self.requested.store(true, Ordering::SeqCst);
     }
 
-    /// Lets devices work again. The caller wakes the vCPU threads afterwards,
-    /// and each calls [`resume_deferred`](Self::resume_deferred).
+    /// Ends the request. The caller wakes the vCPU threads afterwards, and each
+    /// calls [`resume_deferred`](Self::resume_deferred).
     pub fn clear(&self) {
         self.requested.store(false, Ordering::SeqCst);
     }
 
-    /// A handle for one device.
+    /// Creates the handle of one device.
     pub fn deferral(self: &Arc<Self>) -> Deferral {
         let entry = Arc::<Entry>::default();
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,9 +55,9 @@ impl PauseRequest {
         }
     }
 
-    /// Goes on with the work that devices deferred, unless a pause is
-    /// requested. Each vCPU thread calls it after every exit and after it was
-    /// parked, so the work that one thread deferred is never lost.
+    /// Continues the deferred work of devices, unless a pause is requested.
+    /// Each vCPU thread calls it after every exit and after it was parked, so
+    /// work that one thread deferred is never lost.
     pub fn resume_deferred(&self) {
         if !self.deferred.load(Ordering::SeqCst) || self.requested.load(Ordering::SeqCst) {
             return;
@@ -76,7 +76,7 @@ impl PauseRequest {
     }
 }
 
-/// How one device learns of a pause. The default is never interrupted.
+/// One device's handle of a [`PauseRequest`]. The default never interrupts.
 #[derive(Clone, Default)]
 pub struct Deferral {
     request: Arc<PauseRequest>,
@@ -89,7 +89,7 @@ impl Deferral {
         let _ = self.entry.device.set(device);
     }
 
-    /// Whether to leave the rest of the work. If so, the device is resumed
+    /// Whether to defer the rest of the work. If so, the device is resumed
     /// later. Called on a vCPU thread.
     #[must_use]
     pub fn interrupts(&self) -> bool {
@@ -108,7 +108,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts down its work, one unit a step.
+    /// Counts down its work, one unit per step.
     struct Worker {
         left: AtomicU32,
         deferral: Deferral,
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn work_left_at_a_pause_is_done_after_it_and_once() {
+    fn work_deferred_at_a_pause_is_done_after_it_and_once() {
         let pause = Arc::<PauseRequest>::default();
         let (worker, other) = (Worker::new(&pause, 3), Worker::new(&pause, 5));
         pause.set();

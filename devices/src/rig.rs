@@ -1,4 +1,4 @@
-//! What the tests of this crate have in the place of KVM and of a driver.
+//! Test fixtures: an interrupt controller, doorbells, and a driver's queue.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,7 +16,7 @@ use crate::interrupt::{Doorbells, MsiAllocator, MsiMessage, MsiVector};
 
 /// Bytes of the tests' RAM, which starts at 0.
 pub const RAM: u64 = 0x10_0000;
-/// The requester of the tests.
+/// Requester ID of the tests.
 pub const REQUESTER: StreamId = StreamId(0x18);
 
 pub fn ram() -> Arc<GuestRam> {
@@ -28,10 +28,10 @@ pub fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
 }
 
-/// A FIFO, which goes with this.
+/// Path of a FIFO, which is removed on drop.
 pub struct Fifo(pub PathBuf);
 
-/// Makes a FIFO.
+/// Creates a FIFO in the temporary directory.
 pub fn fifo() -> Fifo {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -48,7 +48,7 @@ impl Drop for Fifo {
     }
 }
 
-/// An interrupt source that remembers its routes.
+/// An interrupt source that records its routes.
 pub struct Vector {
     event: EventFd,
     routes: Mutex<Vec<Option<MsiMessage>>>,
@@ -64,7 +64,7 @@ impl Vector {
         self.routes.lock().unwrap().clone()
     }
 
-    /// How often it was signalled since the last time, sent or held back.
+    /// Number of signals since the last call, delivered or pending.
     pub fn signals(&self) -> u64 {
         self.event.read().unwrap_or(0)
     }
@@ -86,11 +86,11 @@ impl MsiVector for Vector {
     }
 }
 
-/// The interrupt controller and the doorbells of a machine.
+/// The interrupt sources and the doorbells of a machine.
 #[derive(Default)]
 pub struct Board {
     vectors: Mutex<Vec<Arc<Vector>>>,
-    bells: Mutex<BTreeSet<u64>>,
+    doorbells: Mutex<BTreeSet<u64>>,
 }
 
 impl Board {
@@ -99,8 +99,8 @@ impl Board {
     }
 
     /// The addresses that have a doorbell.
-    pub fn bells(&self) -> Vec<u64> {
-        self.bells.lock().unwrap().iter().copied().collect()
+    pub fn doorbells(&self) -> Vec<u64> {
+        self.doorbells.lock().unwrap().iter().copied().collect()
     }
 }
 
@@ -117,12 +117,12 @@ impl MsiAllocator for Board {
 
 impl Doorbells for Board {
     fn attach(&self, address: Gpa, _kick: &EventFd) -> io::Result<()> {
-        assert!(self.bells.lock().unwrap().insert(address.0));
+        assert!(self.doorbells.lock().unwrap().insert(address.0));
         Ok(())
     }
 
     fn detach(&self, address: Gpa, _kick: &EventFd) -> io::Result<()> {
-        assert!(self.bells.lock().unwrap().remove(&address.0));
+        assert!(self.doorbells.lock().unwrap().remove(&address.0));
         Ok(())
     }
 }
@@ -132,8 +132,8 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
-/// The driver's end of a split queue: the table at `base`, the available ring
-/// 0x1000 behind it and the used ring 0x2000.
+/// The driver side of a split queue: the table at `base`, the available ring at
+/// `base + 0x1000` and the used ring at `base + 0x2000`.
 #[derive(Clone)]
 pub struct Ring {
     pub ram: Arc<GuestRam>,
@@ -201,7 +201,7 @@ impl Ring {
         (head, len)
     }
 
-    /// The device's end.
+    /// The device side of the queue.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::new(self.size).unwrap();
         let low = |address: u64| Some(u32::try_from(address).unwrap());

@@ -1,9 +1,8 @@
 //! The SMMUv3's registers and interrupts (IHI 0070 §6, §3.18) around the model
 //! of [`iommu::smmuv3`].
 //!
-//! A write of the command queue's producer index runs the commands, on the
-//! vCPU that wrote it: the first look of a driver at the consumer index finds
-//! them done.
+//! A write of CMDQ_PROD executes the commands on the vCPU thread of the write,
+//! so a driver finds CMDQ_CONS advanced at its first read.
 
 use std::sync::Arc;
 
@@ -14,17 +13,17 @@ use crate::bus::{BusDevice, read_words, write_words};
 use crate::interrupt::IrqLine;
 use crate::pause::{Deferral, Resumable};
 
-/// The wired interrupts. Each is an edge.
+/// The wired interrupts (§3.18). Each is edge-triggered.
 pub struct SmmuLines {
-    /// The event queue is not empty.
+    /// Event queue not empty.
     pub eventq: Box<dyn IrqLine>,
-    /// The PRI queue is not empty.
+    /// PRI queue not empty.
     pub priq: Box<dyn IrqLine>,
     /// A CMD_SYNC completed.
     pub cmdq_sync: Box<dyn IrqLine>,
     /// A global error.
     pub gerror: Box<dyn IrqLine>,
-    /// Interrupts the command queue.
+    /// Interrupts the command queue for a pause.
     pub deferral: Deferral,
 }
 
@@ -40,8 +39,9 @@ impl SmmuWires for SmmuLines {
         line.set(false);
     }
 
-    /// The SMMU has no DeviceID at the ITS: its messages reach RAM only, where
-    /// Linux waits for CMD_SYNC. Its interrupts are wired.
+    /// Refuses the message: the SMMU has no DeviceID at the ITS. Its messages
+    /// reach only RAM, where Linux polls for CMD_SYNC, and its interrupts are
+    /// wired.
     fn message(&self, _address: Gpa, _data: u32) -> bool {
         false
     }
@@ -51,7 +51,7 @@ impl SmmuWires for SmmuLines {
     }
 }
 
-/// The register pages, for the memory bus.
+/// Register pages 0 and 1 as a device on the memory bus.
 pub struct SmmuRegisters(pub Arc<Smmu>);
 
 impl Resumable for SmmuRegisters {
@@ -62,7 +62,7 @@ impl Resumable for SmmuRegisters {
 
 impl BusDevice for SmmuRegisters {
     /// An aligned access of one or two words is one access to the model (§6.2).
-    /// Others are illegal: they return the bytes of the words that they touch.
+    /// Other accesses are illegal: they read the bytes of the touched words.
     fn read(&self, offset: u64, data: &mut [u8]) {
         match <&mut [u8; 8]>::try_from(&mut *data) {
             Ok(both) if offset.is_multiple_of(8) => *both = self.0.read64(offset).to_le_bytes(),
@@ -70,7 +70,7 @@ impl BusDevice for SmmuRegisters {
         }
     }
 
-    /// As for reads, but others than whole words write nothing.
+    /// As for reads, but accesses other than whole words write nothing.
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(both), true) = (<[u8; 8]>::try_from(data), offset.is_multiple_of(8)) {
             self.0.write64(offset, u64::from_le_bytes(both));
@@ -112,7 +112,7 @@ mod tests {
             deferral: Deferral::default(),
         };
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap();
-        // Commands that are CMD_SYNC with no signal, everywhere.
+        // All of RAM has CMD_SYNC commands without a signal.
         for entry in (0..RAM_SIZE as u64).step_by(16) {
             ram.write_obj(0x46_u64.to_le(), GuestAddress(entry))
                 .unwrap();
@@ -140,8 +140,7 @@ mod tests {
         registers.write(offset, &value.to_le_bytes());
     }
 
-    /// Reads CMDQ_CONS until `done`; the number of times that it was less than
-    /// before.
+    /// Reads CMDQ_CONS until `done`. Returns how often it decreased.
     fn steps_back(registers: &SmmuRegisters, done: &AtomicBool) -> usize {
         let (mut last, mut back) = (0, 0);
         while !done.load(Ordering::Acquire) {

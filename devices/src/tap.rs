@@ -1,4 +1,4 @@
-//! A tap device of the host: the other end of a network device's cable.
+//! A tap device of the host: the back end of a network device.
 #![allow(unsafe_code)] // The ioctls below; each says why it is sound.
 
 mod links;
@@ -21,106 +21,106 @@ use self::links::{check, request, short};
 /// Bytes of `struct virtio_net_hdr` in a modern device (virtio 1.2 §5.1.6).
 const HEADER_SIZE: c_int = 12;
 
-/// What a tap's receiver can be given unfinished: bits of `TUNSETOFFLOAD`.
+/// Offloads that the tap's receiver accepts (`TUNSETOFFLOAD`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads(c_uint);
 
 impl Offloads {
-    /// Everything is finished before it is given.
+    /// Packets are complete: checksummed and not larger than the MTU.
     pub const NONE: Self = Self(0);
     /// Packets without a checksum; needed for the others.
     pub const CSUM: Self = Self(TUN_F_CSUM);
-    /// TCP over IPv4 in large pieces.
+    /// TCP segments over IPv4 that exceed the MTU.
     pub const TSO4: Self = Self(TUN_F_TSO4);
-    /// TCP over IPv6 in large pieces.
+    /// TCP segments over IPv6 that exceed the MTU.
     pub const TSO6: Self = Self(TUN_F_TSO6);
-    /// Large pieces with congestion bits.
+    /// TCP segments that exceed the MTU, with ECN bits.
     pub const ECN: Self = Self(TUN_F_TSO_ECN);
-    /// UDP in fragments.
+    /// UDP datagrams that the receiver fragments.
     pub const UFO: Self = Self(TUN_F_UFO);
-    /// UDP over IPv4 in large pieces.
+    /// UDP over IPv4 that the receiver segments.
     pub const USO4: Self = Self(TUN_F_USO4);
-    /// UDP over IPv6 in large pieces.
+    /// UDP over IPv6 that the receiver segments.
     pub const USO6: Self = Self(TUN_F_USO6);
 
-    /// Both.
+    /// The union of both sets.
     #[must_use]
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Whether all of `other` is in it.
+    /// Whether every offload of `other` is in the set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
-/// Why a tap cannot be used. One line for the user.
+/// Error of a tap. The text is one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// The host has no tap devices.
+    /// The host has no `/dev/net/tun`.
     #[error("/dev/net/tun is missing: load it with `modprobe tun`")]
     NoTun,
-    /// The user may not open them.
+    /// The user may not open `/dev/net/tun`.
     #[error("no permission to open /dev/net/tun: `chmod a+rw /dev/net/tun`")]
     TunDenied,
-    /// It cannot be opened for another reason.
+    /// `/dev/net/tun` cannot be opened for another reason.
     #[error("cannot open /dev/net/tun")]
     Tun(#[source] io::Error),
-    /// The name cannot be one.
+    /// The name is invalid.
     #[error(
         "{0:?} is no name of a network device: it has 1 to 15 bytes and no '/', ':' or white space"
     )]
     BadName(String),
-    /// The kernel would choose a name.
+    /// The name is a template, for which the kernel would choose a name.
     #[error("{0:?} is a template and no name: give the name of one tap device, without '%'")]
     Template(String),
     /// Another kind of network device has the name.
     #[error("{0} is a network device and no tap: name a tap, or one that is to be made")]
     NotATap(String),
-    /// There is none, and the user may not make one.
+    /// The tap does not exist, and the user may not create it.
     #[error(
         "there is no tap {name} and no permission to make it: `ip tuntap add {name} mode tap user $USER{flags}`"
     )]
     Missing {
         /// Its name.
         name: String,
-        /// What `ip tuntap` needs more.
+        /// Additional arguments of `ip tuntap`.
         flags: &'static str,
     },
-    /// It belongs to another user.
+    /// The tap belongs to another user.
     #[error("no permission to use tap {0}: `ip tuntap add` it with `user $USER`")]
     Denied(String),
-    /// Another process has it.
+    /// Another process uses the tap.
     #[error("tap {0} is in use by another process")]
     Busy(String),
-    /// It has one queue only.
+    /// The tap has only one queue.
     #[error(
         "tap {name} has one queue and {wanted} are wanted: make it with `ip tuntap add {name} mode tap multi_queue`"
     )]
     OneQueue {
         /// Its name.
         name: String,
-        /// How many queue pairs are wanted.
+        /// Requested number of queue pairs.
         wanted: usize,
     },
-    /// Anything else.
+    /// Another operation failed.
     #[error("{what} tap {name} failed")]
     Other {
         /// Its name.
         name: String,
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What the system said.
+        /// Error of the system call.
         source: io::Error,
     },
 }
 
-/// What the guest's end of the cable is to show (virtio 1.2 §5.1.4).
+/// Link of a tap, for the status of the guest's device (virtio 1.2 §5.1.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
-    /// Packets pass.
+    /// The interface is up and has a carrier.
     Up,
     /// The interface is up and has no carrier.
     NoCarrier,
@@ -134,15 +134,15 @@ pub enum Link {
 #[derive(Debug)]
 struct Queue {
     file: File,
-    /// Whether it takes part in the distribution of packets.
+    /// Whether the kernel distributes packets to it (`IFF_ATTACH_QUEUE`).
     attached: bool,
 }
 
-/// A tap with a file for each queue pair. It existed before and stays, or it
-/// is made and goes with this.
+/// A tap with a file for each queue pair. An existing tap outlives this; a new
+/// one is removed with it.
 ///
-/// It may be deleted at any time. Offloads and queues that are set then are
-/// set when there is a tap of its name again.
+/// The interface may be deleted at any time. Changes of offloads and queues are
+/// then applied at [`reattach`](Self::reattach).
 #[derive(Debug)]
 pub struct Tap {
     name: String,
@@ -151,13 +151,13 @@ pub struct Tap {
     multi_queue: bool,
     supported: Offloads,
     offloads: Offloads,
-    /// The size of the header before us.
+    /// Header size of the interface before `open`, in bytes; restored on drop.
     header: c_int,
 }
 
 impl Tap {
-    /// Opens the tap of this name with `pairs` queues, or makes it, with `mtu`
-    /// if there is one. All queues but the first are detached.
+    /// Opens the tap of this name with `pairs` queues. Creates it with `mtu` if
+    /// it does not exist. All queues but the first are detached.
     ///
     /// # Errors
     /// [`TapError`]
@@ -194,20 +194,20 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Its name.
+    /// Name of the interface when it was opened.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Readable when an interface of the host has changed.
+    /// The netlink socket; readable when an interface of the host changed.
     #[must_use]
     pub fn links(&self) -> &Links {
         &self.links
     }
 
-    /// What the link is now. An interface that was moved to another network
-    /// namespace cannot be seen and counts as up.
+    /// The present link. An interface in another network namespace cannot be
+    /// examined and counts as up.
     #[must_use]
     pub fn link(&self) -> Link {
         let Ok(name) = self.current_name() else {
@@ -215,8 +215,8 @@ impl Tap {
         };
         match self.links.flags(&name) {
             Ok(flags) if flags.up && flags.running => Link::Up,
-            // The kernel takes an interface down in the course of deleting it,
-            // and answers for the file when it is through.
+            // The kernel sets an interface down while deleting it; the file
+            // reports the deletion when it is complete.
             _ if self.is_gone() => Link::Gone,
             Ok(flags) if flags.up => Link::NoCarrier,
             Ok(_) => Link::Down,
@@ -230,14 +230,14 @@ impl Tap {
         self.current_name().is_err()
     }
 
-    /// Connects to the new tap of the name, with offloads and queues as they
-    /// were set last. Returns whether there is one. The interface was deleted.
+    /// Connects to a new tap of the name after a deletion, with the offloads
+    /// and queues that were set last. Returns whether such a tap exists.
     ///
-    /// The process that makes the tap has it for a moment: one that is in use
-    /// and down is not there yet.
+    /// A tap that is busy and down counts as absent: the process that creates
+    /// it still has it open.
     ///
     /// # Errors
-    /// [`TapError`]; it stays disconnected.
+    /// [`TapError`]; the tap stays disconnected.
     pub fn reattach(&mut self) -> Result<bool, TapError> {
         let exists = self.links.exists(&self.name);
         if !exists.map_err(self.failed("looking for the link"))? {
@@ -255,12 +255,11 @@ impl Tap {
         self.links.flags(&self.name).is_ok_and(|flags| flags.up)
     }
 
-    /// Attaches every file to the interface, the first one last: while it is
-    /// not attached the tap is gone.
+    /// Attaches every file to the interface, the first one last: until it is
+    /// attached [`is_gone`](Self::is_gone) is true.
     fn attach_all(&mut self, exists: bool) -> Result<(), TapError> {
         let pairs = self.queues.len();
-        // An interface that exists has one queue or several, and takes files
-        // that say the same.
+        // The flag for several queues must match that of an existing interface.
         let kinds: &[bool] = match (exists, pairs > 1) {
             (false, several) => &[several],
             (true, false) => &[false, true],
@@ -283,7 +282,7 @@ impl Tap {
                 });
             }
             match done {
-                // An attempt before got as far as this file.
+                // An earlier attempt attached this file.
                 Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
                 done => done.map_err(|error| refusal(&self.name, exists, pairs, error))?,
             }
@@ -291,7 +290,7 @@ impl Tap {
         Ok(())
     }
 
-    /// What the host can leave unfinished for the guest.
+    /// Offloads that the kernel supports for this tap.
     #[must_use]
     pub fn supported(&self) -> Offloads {
         self.supported
@@ -303,10 +302,10 @@ impl Tap {
         self.queues.get(pair).map(|queue| queue.file.as_fd())
     }
 
-    /// Says what the guest takes unfinished.
+    /// Sets the offloads that the guest accepts.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
         self.offloads = offloads;
         self.unless_gone(self.apply_offloads(offloads))
@@ -319,11 +318,11 @@ impl Tap {
         check(unsafe { libc::ioctl(fd, TUNSETOFFLOAD, offloads) })
     }
 
-    /// Takes a queue pair into the distribution of packets, or out of it. A
-    /// tap of one queue has it in always.
+    /// Attaches a queue pair for the distribution of packets, or detaches it.
+    /// The queue of a tap with only one is always attached.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn set_attached(&mut self, pair: usize, attached: bool) -> io::Result<()> {
         let queue = self.queues.get_mut(pair).ok_or(io::ErrorKind::NotFound)?;
         queue.attached = attached;
@@ -346,13 +345,13 @@ impl Tap {
         check(unsafe { libc::ioctl(queue.file.as_raw_fd(), TUNSETQUEUE, &raw const request) })
     }
 
-    /// What fails because the interface was deleted is done when there is one
-    /// again.
+    /// Ignores an error if the interface was deleted: `reattach` applies the
+    /// change.
     fn unless_gone(&self, result: io::Result<()>) -> io::Result<()> {
         result.or_else(|error| if self.is_gone() { Ok(()) } else { Err(error) })
     }
 
-    /// The name that the interface has now.
+    /// The present name of the interface.
     fn current_name(&self) -> io::Result<String> {
         let queue = self.queues.first().ok_or(io::ErrorKind::NotFound)?;
         let mut request = request("")?;
@@ -366,20 +365,20 @@ impl Tap {
         String::from_utf8(name).map_err(io::Error::other)
     }
 
-    /// Tries what the kernel knows to leave unfinished.
+    /// Finds the offloads that the kernel supports, by setting them.
     fn find_supported(&mut self) {
         let tcp = Offloads::CSUM
             .with(Offloads::TSO4)
             .with(Offloads::TSO6)
             .with(Offloads::ECN);
         let uso = tcp.with(Offloads::USO4).with(Offloads::USO6);
-        // Kernels differ in what they know of UDP.
+        // Support for UDP depends on the kernel's version.
         let known = [uso.with(Offloads::UFO), uso, tcp.with(Offloads::UFO), tcp];
         let known = known.into_iter().find(|o| self.apply_offloads(*o).is_ok());
         self.supported = known.unwrap_or_default();
     }
 
-    /// Sets up an interface that the files have just been attached to.
+    /// Sets header size and offloads of a newly attached interface.
     fn configure(&mut self) -> Result<(), TapError> {
         let first = self.queues.first().map(|queue| queue.file.as_raw_fd());
         let fd = first.ok_or(TapError::NoTun)?;
@@ -428,8 +427,8 @@ impl Drop for Tap {
     }
 }
 
-/// Whether a name can be that of one interface (`dev_valid_name`), and means no
-/// other.
+/// Checks that a name is valid for an interface (`dev_valid_name`) and is no
+/// template.
 fn check_name(name: &str) -> Result<(), TapError> {
     let separator = |byte: char| matches!(byte, '/' | ':' | '\0') || byte.is_ascii_whitespace();
     if name.is_empty()
@@ -489,7 +488,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_are_none_are_refused_before_anything_is_opened() {
+    fn invalid_names_are_refused_before_anything_is_opened() {
         for name in ["", "a/b", "..", "sixteen-bytes-xx", "a:b", "a b"] {
             assert!(matches!(
                 Tap::open(name, 1, None),

@@ -1,5 +1,5 @@
-//! Taps of the host's kernel, without a guest: found in the network namespace
-//! of the process, and followed while they come and go.
+//! Taps of the host's kernel, without a guest: in the network namespace of the
+//! process, and while they are deleted and created again.
 //!
 //! Needs root and `/dev/net/tun`, and fails without them.
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use devices::tap::{Link, Offloads, Tap, TapError};
 
-/// Says to the test program that it is in the namespace of the test.
+/// Variable that is set when the test program runs in the test's namespace.
 const INSIDE: &str = "PORTCULLIS_TEST_INSIDE";
 
 fn run(command: &str) {
@@ -19,9 +19,9 @@ fn run(command: &str) {
     assert!(status.unwrap().success(), "{command}");
 }
 
-/// Waits until the link of a tap is as expected, which its socket tells of.
+/// Waits for notifications of the tap's socket until the link is as expected.
 #[track_caller]
-fn becomes(tap: &Tap, link: Link) {
+fn wait_for_link(tap: &Tap, link: Link) {
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut told = true;
     while !(told && tap.link() == link) {
@@ -37,7 +37,7 @@ fn tap_of_a_namespace_is_found_whatever_sys_shows() {
     if std::env::var_os(INSIDE).is_some() {
         assert!(!std::fs::exists(format!("/sys/class/net/{TAP}")).unwrap());
         let tap = Tap::open(TAP, 1, None).unwrap();
-        becomes(&tap, Link::Up);
+        wait_for_link(&tap, Link::Up);
         return;
     }
     let namespace = "pctest";
@@ -72,23 +72,23 @@ fn link_is_followed_down_and_up() {
     assert_eq!(tap.link(), Link::Down);
     for _ in 0..3 {
         run("ip link set pctlink up");
-        becomes(&tap, Link::Up);
+        wait_for_link(&tap, Link::Up);
         run("ip link set pctlink down");
-        becomes(&tap, Link::Down);
+        wait_for_link(&tap, Link::Down);
     }
     run("ip link del pctlink");
 }
 
-/// Deletes the tap of that name and makes it again, as `kind`.
-fn comes_back(name: &str, pairs: usize, kinds: [&str; 2]) {
+/// Deletes the tap of that name and creates it again, as each of `kinds`.
+fn recreate(name: &str, pairs: usize, kinds: [&str; 2]) {
     run(&format!("ip tuntap add {name} mode tap{}", kinds[0]));
     run(&format!("ip link set {name} up"));
     let mut tap = Tap::open(name, pairs, None).unwrap();
-    becomes(&tap, Link::Up);
+    wait_for_link(&tap, Link::Up);
     run(&format!("ip link del {name}"));
-    becomes(&tap, Link::Gone);
+    wait_for_link(&tap, Link::Gone);
     assert!(!tap.reattach().unwrap(), "there is none");
-    // A driver that comes and goes in between sees no error.
+    // A driver that starts in between gets no error.
     tap.set_offloads(Offloads::CSUM).unwrap();
     for pair in 0..pairs {
         tap.set_attached(pair, pair < 2).unwrap();
@@ -97,19 +97,19 @@ fn comes_back(name: &str, pairs: usize, kinds: [&str; 2]) {
     assert!(tap.reattach().unwrap());
     assert_eq!(tap.link(), Link::Down);
     run(&format!("ip link set {name} up"));
-    becomes(&tap, Link::Up);
+    wait_for_link(&tap, Link::Up);
     run(&format!("ip link del {name}"));
 }
 
 #[test]
 fn tap_that_is_deleted_and_made_again_is_used_again() {
-    comes_back("pctone", 1, ["", ""]);
-    comes_back("pctkind", 1, ["", " multi_queue"]);
-    comes_back("pctmany", 4, [" multi_queue", " multi_queue"]);
+    recreate("pctone", 1, ["", ""]);
+    recreate("pctkind", 1, ["", " multi_queue"]);
+    recreate("pctmany", 4, [" multi_queue", " multi_queue"]);
 }
 
 #[test]
-fn tap_that_comes_back_with_one_queue_is_refused_until_it_has_several() {
+fn recreated_tap_with_one_queue_is_refused_until_it_has_several() {
     run("ip tuntap add pctless mode tap multi_queue");
     let mut tap = Tap::open("pctless", 2, None).unwrap();
     run("ip link del pctless");
@@ -140,7 +140,7 @@ fn new_tap_that_another_process_has_is_refused_once_it_is_up() {
 }
 
 #[test]
-fn kinds_of_taps_are_told_apart() {
+fn kinds_of_taps_are_distinguished() {
     run("ip tuntap add pctsingle mode tap");
     run("ip tuntap add pcttun mode tun");
     let error = Tap::open("pctsingle", 2, None).unwrap_err();
@@ -157,9 +157,9 @@ fn kinds_of_taps_are_told_apart() {
 }
 
 #[test]
-fn tap_that_is_made_is_up_and_goes_away() {
+fn created_tap_is_up_and_is_removed() {
     let tap = Tap::open("pctmade", 2, Some(9000)).unwrap();
-    becomes(&tap, Link::Up);
+    wait_for_link(&tap, Link::Up);
     let mtu = std::fs::read_to_string("/sys/class/net/pctmade/mtu").unwrap();
     assert_eq!(mtu.trim(), "9000");
     drop(tap);

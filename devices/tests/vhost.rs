@@ -1,5 +1,5 @@
-//! The host kernel's vhost-net behind a toy IOMMU, with a driver in this
-//! process: what the kernel does with our messages, without a guest.
+//! The host kernel's vhost-net behind a test IOMMU, with a driver in this
+//! process: the kernel's handling of messages, without a guest.
 //!
 //! Needs root, `/dev/vhost-net` and `/dev/net/tun`, and fails without them:
 //! `cargo xtask lab` has all three.
@@ -36,7 +36,7 @@ const RAM: usize = 64 << 20;
 const SIZE: u16 = 256;
 const HEADER: usize = 12;
 const WRITE: u16 = 2;
-/// Where I/O virtual addresses begin: far from guest-physical ones.
+/// First I/O virtual address, far from guest-physical ones.
 const OFFSET: u64 = 0x7_0000_0000;
 const RX: u64 = 0x1_0000;
 const TX: u64 = 0x2_0000;
@@ -60,7 +60,7 @@ impl MsiVector for Vector {
     }
 }
 
-/// The driver's side of a queue.
+/// The driver side of a queue.
 struct Ring {
     at: u64,
     posted: u16,
@@ -82,10 +82,10 @@ impl Ring {
 }
 
 /// A machine of one network device and one driver.
-struct World {
+struct Setup {
     ram: Arc<GuestRam>,
     space: AddressSpace,
-    /// What is added to guest-physical addresses to make the device's.
+    /// I/O virtual address minus guest-physical address.
     offset: u64,
     pages: Option<Arc<Pages>>,
     net: Net,
@@ -97,7 +97,7 @@ struct World {
     host_mac: [u8; 6],
 }
 
-/// Gives each test a network of its own.
+/// Number of the next test's network.
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
 fn ip(arguments: &str) {
@@ -105,10 +105,10 @@ fn ip(arguments: &str) {
     assert!(status.unwrap().success(), "ip {arguments}");
 }
 
-/// Makes a tap that is up.
+/// Creates a tap and sets it up.
 fn make_tap(tap: &str) {
-    // Without IPv6 before it is up, for the host reports its groups on it
-    // at once: a packet ahead of the first that a test sends.
+    // IPv6 is disabled before it is up: the host would report its multicast
+    // groups, a packet before the first one that a test sends.
     ip(&format!("tuntap add {tap} mode tap"));
     let v6 = format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
     if std::fs::exists(&v6).unwrap() {
@@ -117,7 +117,7 @@ fn make_tap(tap: &str) {
     ip(&format!("link set {tap} up"));
 }
 
-/// Gives a tap the host's address of a test's network.
+/// Sets the host's address of a test's network on a tap.
 fn address(tap: &str, number: u32) {
     ip(&format!("addr add 10.77.{number}.1/24 dev {tap}"));
     ip(&format!(
@@ -141,7 +141,7 @@ fn monitor(net: &Net) -> IotlbMonitor {
     }
 }
 
-impl World {
+impl Setup {
     fn identity() -> Self {
         Self::new(None, true)
     }
@@ -217,7 +217,7 @@ impl World {
         self.monitor.stats()
     }
 
-    /// Maps the rings (and nothing else), negotiates and starts both queues.
+    /// Maps only the rings, negotiates and starts both queues.
     fn start(&mut self) {
         let mut features = 1 << VIRTIO_F_VERSION_1;
         if let Some(pages) = &self.pages {
@@ -279,7 +279,7 @@ impl World {
         assert_eq!((stats.entries, stats.stalled), (0, 0));
     }
 
-    /// Stops both queues, whatever is posted on them, and forgets the rings.
+    /// Stops both queues with their available buffers, and clears the rings.
     fn stop_without_a_tap(&mut self) {
         for index in [0, 1] {
             self.net.stop_queue(index).unwrap();
@@ -313,7 +313,7 @@ impl World {
         put(&ring.posted.to_le_bytes(), at + PAGE + 2);
     }
 
-    /// Waits for the device to have used one more buffer.
+    /// Waits until the device has used one more buffer.
     fn used(&mut self, transmit: bool) -> bool {
         let ring = if transmit { &mut self.tx } else { &mut self.rx };
         let index = GuestAddress(ring.at + 2 * PAGE + 2);
@@ -326,7 +326,7 @@ impl World {
         done
     }
 
-    /// Sends a packet from the driver; its buffer lies in page `gpa`.
+    /// Sends a packet of the driver from a buffer in page `gpa`.
     fn transmit(&mut self, gpa: u64, payload: &[u8]) {
         let frame = self.frame(payload);
         self.ram.write_slice(&frame, GuestAddress(gpa)).unwrap();
@@ -360,7 +360,7 @@ impl World {
         frame
     }
 
-    /// What the host's socket gets, if it gets something.
+    /// The next packet of the host's socket; `None` after a timeout.
     fn host_gets(&self) -> Option<Vec<u8>> {
         let mut bytes = [0; 2048];
         let mut len = None;
@@ -395,8 +395,8 @@ impl World {
         bytes
     }
 
-    /// Waits until a queue waits for a mapping, at one place, and gives the
-    /// device time to do what it must not.
+    /// Waits until a queue waits for a mapping at one address, and leaves the
+    /// device time for a forbidden access.
     fn stalls(&self) {
         let stalled = eventually(|| self.stats().stalled == 1);
         assert!(stalled, "{:?}", self.stats());
@@ -404,9 +404,9 @@ impl World {
         assert_eq!(self.stats().stalled, 1);
     }
 
-    /// Checks that nothing but the buffer at `gpa` faulted, `least` times or
-    /// more: the kernel misses it again whenever it runs the queue, and that
-    /// is not only when we kick it.
+    /// Checks that only the buffer at `gpa` faulted, at least `least` times:
+    /// the kernel misses it again whenever it runs the queue, not only after a
+    /// kick.
     fn faulted_only_at(&self, gpa: u64, access: Access, least: u64) {
         let at = (Iova(gpa + self.offset), access);
         let faults = self.pages().state().faults.clone();
@@ -421,7 +421,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for Setup {
     fn drop(&mut self) {
         let _ = Command::new("ip")
             .args(["link", "delete", &self.tap])
@@ -450,95 +450,95 @@ fn buffer(n: u64) -> u64 {
 
 #[test]
 fn packets_go_both_ways_without_an_iommu() {
-    let mut world = World::identity();
-    world.start();
-    world.offer(buffer(1));
-    world.transmit(buffer(0), b"out");
-    assert_eq!(world.host_gets().as_deref(), Some(&b"out"[..]));
-    assert!(world.used(true));
-    world.host_sends(b"and in");
-    assert!(world.arrives(buffer(1), b"and in"));
-    assert_eq!(world.stats().updates, 0);
-    assert!(world.net.take_failure().is_none());
-    world.stop();
+    let mut setup = Setup::identity();
+    setup.start();
+    setup.offer(buffer(1));
+    setup.transmit(buffer(0), b"out");
+    assert_eq!(setup.host_gets().as_deref(), Some(&b"out"[..]));
+    assert!(setup.used(true));
+    setup.host_sends(b"and in");
+    assert!(setup.arrives(buffer(1), b"and in"));
+    assert_eq!(setup.stats().updates, 0);
+    assert!(setup.net.take_failure().is_none());
+    setup.stop();
 }
 
 #[test]
 fn misses_are_answered_and_packets_go_both_ways() {
-    let mut world = World::translated(UNMAP);
-    world.start();
-    assert_eq!(world.stats().registration, UNMAP);
+    let mut setup = Setup::translated(UNMAP);
+    setup.start();
+    assert_eq!(setup.stats().registration, UNMAP);
     for n in 0..64 {
-        world.map(buffer(2 * n), Perm::READ);
-        world.map(buffer(2 * n + 1), Perm::WRITE);
-        world.offer(buffer(2 * n + 1));
+        setup.map(buffer(2 * n), Perm::READ);
+        setup.map(buffer(2 * n + 1), Perm::WRITE);
+        setup.offer(buffer(2 * n + 1));
         let text = format!("packet {n}");
-        world.transmit(buffer(2 * n), text.as_bytes());
-        assert_eq!(world.host_gets().as_deref(), Some(text.as_bytes()));
-        assert!(world.used(true));
-        world.host_sends(text.as_bytes());
-        assert!(world.arrives(buffer(2 * n + 1), text.as_bytes()), "{n}");
-        world.unmap(buffer(2 * n));
-        world.unmap(buffer(2 * n + 1));
+        setup.transmit(buffer(2 * n), text.as_bytes());
+        assert_eq!(setup.host_gets().as_deref(), Some(text.as_bytes()));
+        assert!(setup.used(true));
+        setup.host_sends(text.as_bytes());
+        assert!(setup.arrives(buffer(2 * n + 1), text.as_bytes()), "{n}");
+        setup.unmap(buffer(2 * n));
+        setup.unmap(buffer(2 * n + 1));
     }
-    let stats = world.stats();
-    // Every buffer is missed, for nothing else brings it. How often, the kernel
-    // does not promise: whenever a queue is run (by a kick, by a packet) while
-    // its miss is unanswered, it reports it again. A round has two kicks and
-    // a packet; twice leaves room for what else wakes it.
+    let stats = setup.stats();
+    // Every buffer is missed, because nothing is prefetched. The kernel does
+    // not guarantee how often: whenever a queue is run (by a kick or a packet)
+    // before its miss is answered, it reports the miss again. A round has two
+    // kicks and a packet; twice allows for other wakeups.
     assert!((128..=256).contains(&stats.misses), "{stats:?}");
     assert_eq!(stats.invalidations_sent, 128, "{stats:?}");
     assert_eq!((stats.faults, stats.stalled), (0, 0));
     assert_eq!(stats.entries, 6, "the rings");
     println!("unmap: {stats:?}");
-    world.stop();
+    setup.stop();
 }
 
 #[test]
 fn prefilled_packets_cost_no_miss() {
-    let mut world = World::translated(map_unmap());
-    world.start();
+    let mut setup = Setup::translated(map_unmap());
+    setup.start();
     for n in 0..64 {
-        world.map(buffer(2 * n), Perm::READ);
-        world.map(buffer(2 * n + 1), Perm::WRITE);
-        world.offer(buffer(2 * n + 1));
-        world.transmit(buffer(2 * n), b"prefilled");
-        assert!(world.host_gets().is_some() && world.used(true));
-        world.host_sends(b"prefilled");
-        assert!(world.arrives(buffer(2 * n + 1), b"prefilled"), "{n}");
-        world.unmap(buffer(2 * n));
-        world.unmap(buffer(2 * n + 1));
+        setup.map(buffer(2 * n), Perm::READ);
+        setup.map(buffer(2 * n + 1), Perm::WRITE);
+        setup.offer(buffer(2 * n + 1));
+        setup.transmit(buffer(2 * n), b"prefilled");
+        assert!(setup.host_gets().is_some() && setup.used(true));
+        setup.host_sends(b"prefilled");
+        assert!(setup.arrives(buffer(2 * n + 1), b"prefilled"), "{n}");
+        setup.unmap(buffer(2 * n));
+        setup.unmap(buffer(2 * n + 1));
     }
-    let stats = world.stats();
+    let stats = setup.stats();
     assert_eq!((stats.misses, stats.faults), (0, 0), "{stats:?}");
     println!("map+unmap: {stats:?}");
-    world.stop();
+    setup.stop();
 }
 
-/// 200 receive buffers, cold.
+/// Receives 200 packets into buffers that are not in the kernel's IOTLB.
 fn receive_cold(prefetch: bool) -> IotlbStats {
-    let mut world = World::with_prefetch(UNMAP, prefetch);
-    world.start();
+    let mut setup = Setup::with_prefetch(UNMAP, prefetch);
+    setup.start();
     for n in 0..200 {
-        world.map(buffer(n), Perm::WRITE);
-        world.post(false, buffer(n), 2048);
+        setup.map(buffer(n), Perm::WRITE);
+        setup.post(false, buffer(n), 2048);
     }
-    world.rx.kick.write(1).unwrap();
+    setup.rx.kick.write(1).unwrap();
     for n in 0..200 {
         let text = format!("{n} of many");
-        world.host_sends(text.as_bytes());
-        assert!(world.arrives(buffer(n), text.as_bytes()), "{n}");
+        setup.host_sends(text.as_bytes());
+        assert!(setup.arrives(buffer(n), text.as_bytes()), "{n}");
     }
-    let stats = world.stats();
-    world.stop();
+    let stats = setup.stats();
+    setup.stop();
     stats
 }
 
 #[test]
-fn one_miss_brings_all_posted_buffers() {
+fn one_miss_prefetches_all_available_buffers() {
     let (with, without) = (receive_cold(true), receive_cold(false));
     println!("prefetch: {with:?}\nno prefetch: {without:?}");
-    // One, and again for every time that the queue is run before its answer.
+    // One miss, and another whenever the queue is run before its answer.
     assert!((1..20).contains(&with.misses), "{with:?}");
     assert!(with.prefetched >= 199, "{with:?}");
     assert!(without.misses >= 200, "{without:?}");
@@ -546,176 +546,176 @@ fn one_miss_brings_all_posted_buffers() {
 
 #[test]
 fn buffer_that_was_unmapped_is_not_touched() {
-    let mut world = World::translated(map_unmap());
-    world.start();
-    world.map(buffer(0), Perm::WRITE);
-    world.offer(buffer(0));
-    world.host_sends(b"first");
-    assert!(world.arrives(buffer(0), b"first"));
-    let before = world.read(buffer(0), 0, 4096);
-    world.offer(buffer(0));
-    world.unmap(buffer(0));
-    world.host_sends(b"second");
-    world.stalls();
-    assert_eq!(world.read(buffer(0), 0, 4096), before);
-    world.faulted_only_at(buffer(0), Access::Write, 1);
-    world.map(buffer(0), Perm::WRITE);
-    assert!(world.arrives(buffer(0), b"second"), "the queue goes on");
-    assert_eq!(world.stats().stalled, 0);
-    world.stop();
+    let mut setup = Setup::translated(map_unmap());
+    setup.start();
+    setup.map(buffer(0), Perm::WRITE);
+    setup.offer(buffer(0));
+    setup.host_sends(b"first");
+    assert!(setup.arrives(buffer(0), b"first"));
+    let before = setup.read(buffer(0), 0, 4096);
+    setup.offer(buffer(0));
+    setup.unmap(buffer(0));
+    setup.host_sends(b"second");
+    setup.stalls();
+    assert_eq!(setup.read(buffer(0), 0, 4096), before);
+    setup.faulted_only_at(buffer(0), Access::Write, 1);
+    setup.map(buffer(0), Perm::WRITE);
+    assert!(setup.arrives(buffer(0), b"second"), "the queue goes on");
+    assert_eq!(setup.stats().stalled, 0);
+    setup.stop();
 }
 
 #[test]
 fn packet_in_unmapped_memory_is_not_sent_until_it_is_mapped() {
-    let mut world = World::translated(UNMAP);
-    world.start();
-    world.transmit(buffer(0), b"late");
-    world.stalls();
-    assert!(world.host.recv(&mut [0; 64]).is_err());
-    world.faulted_only_at(buffer(0), Access::Read, 1);
-    world.map(buffer(0), Perm::READ);
-    world.tx.kick.write(1).unwrap();
-    assert_eq!(world.host_gets().as_deref(), Some(&b"late"[..]));
-    assert_eq!(world.stats().stalled, 0);
-    world.stop();
+    let mut setup = Setup::translated(UNMAP);
+    setup.start();
+    setup.transmit(buffer(0), b"late");
+    setup.stalls();
+    assert!(setup.host.recv(&mut [0; 64]).is_err());
+    setup.faulted_only_at(buffer(0), Access::Read, 1);
+    setup.map(buffer(0), Perm::READ);
+    setup.tx.kick.write(1).unwrap();
+    assert_eq!(setup.host_gets().as_deref(), Some(&b"late"[..]));
+    assert_eq!(setup.stats().stalled, 0);
+    setup.stop();
 }
 
 #[test]
 fn read_only_memory_is_not_written() {
-    let mut world = World::translated(map_unmap());
-    world.start();
-    world.map(buffer(0), Perm::READ);
-    let before = world.read(buffer(0), 0, 4096);
-    world.offer(buffer(0));
-    world.host_sends(b"forbidden");
-    world.stalls();
-    assert_eq!(world.read(buffer(0), 0, 4096), before);
-    assert!(world.net.take_failure().is_none());
-    world.faulted_only_at(buffer(0), Access::Write, 1);
-    world.unmap(buffer(0));
-    world.map(buffer(0), Perm::WRITE);
+    let mut setup = Setup::translated(map_unmap());
+    setup.start();
+    setup.map(buffer(0), Perm::READ);
+    let before = setup.read(buffer(0), 0, 4096);
+    setup.offer(buffer(0));
+    setup.host_sends(b"forbidden");
+    setup.stalls();
+    assert_eq!(setup.read(buffer(0), 0, 4096), before);
+    assert!(setup.net.take_failure().is_none());
+    setup.faulted_only_at(buffer(0), Access::Write, 1);
+    setup.unmap(buffer(0));
+    setup.map(buffer(0), Perm::WRITE);
     assert!(
-        world.arrives(buffer(0), b"forbidden"),
+        setup.arrives(buffer(0), b"forbidden"),
         "{:?}",
-        world.stats()
+        setup.stats()
     );
-    world.stop();
+    setup.stop();
 }
 
 #[test]
 fn flush_of_everything_loses_no_packet() {
-    let mut world = World::translated(UNMAP);
-    world.start();
+    let mut setup = Setup::translated(UNMAP);
+    setup.start();
     for n in 0..100 {
         let gpa = buffer(n % 8);
-        world.map(gpa, Perm::READ_WRITE);
-        world.offer(gpa);
-        world.pages().region().invalidate_all();
+        setup.map(gpa, Perm::READ_WRITE);
+        setup.offer(gpa);
+        setup.pages().region().invalidate_all();
         let text = format!("after flush {n}");
-        world.host_sends(text.as_bytes());
+        setup.host_sends(text.as_bytes());
         assert!(
-            world.arrives(gpa, text.as_bytes()),
+            setup.arrives(gpa, text.as_bytes()),
             "{n}: {:?}",
-            world.stats()
+            setup.stats()
         );
     }
-    println!("flushes: {:?}", world.stats());
-    assert_eq!(world.stats().faults, 0);
-    world.stop();
+    println!("flushes: {:?}", setup.stats());
+    assert_eq!(setup.stats().faults, 0);
+    setup.stop();
 }
 
 #[test]
 fn more_mappings_than_entries_still_let_packets_through() {
-    let mut world = World::translated(map_unmap());
-    world.start();
+    let mut setup = Setup::translated(map_unmap());
+    setup.start();
     for n in 0..4000 {
-        world.map(buffer(n), Perm::READ_WRITE);
+        setup.map(buffer(n), Perm::READ_WRITE);
     }
     for n in 0..4000 {
         let gpa = buffer((n * 1237) % 4000);
         let text = format!("pressure {n}");
-        world.offer(gpa);
-        world.host_sends(text.as_bytes());
+        setup.offer(gpa);
+        setup.host_sends(text.as_bytes());
         assert!(
-            world.arrives(gpa, text.as_bytes()),
+            setup.arrives(gpa, text.as_bytes()),
             "{n}: {:?}",
-            world.stats()
+            setup.stats()
         );
     }
-    let stats = world.stats();
+    let stats = setup.stats();
     println!("pressure: {stats:?}");
     assert_eq!((stats.faults, stats.entries), (0, 2048));
-    world.stop();
+    setup.stop();
 }
 
 #[test]
-fn driver_comes_and_goes() {
-    let mut world = World::translated(map_unmap());
+fn queues_restart_after_a_reset() {
+    let mut setup = Setup::translated(map_unmap());
     for n in 0..20 {
-        world.start();
-        world.map(buffer(0), Perm::READ);
-        world.map(buffer(1), Perm::WRITE);
-        world.offer(buffer(1));
-        world.transmit(buffer(0), b"again");
-        assert!(world.host_gets().is_some(), "{n}");
-        world.host_sends(b"again");
-        assert!(world.arrives(buffer(1), b"again"), "{n}");
-        // One queue is left waiting for what is never mapped.
-        world.transmit(buffer(9), b"never");
-        world.stalls();
+        setup.start();
+        setup.map(buffer(0), Perm::READ);
+        setup.map(buffer(1), Perm::WRITE);
+        setup.offer(buffer(1));
+        setup.transmit(buffer(0), b"again");
+        assert!(setup.host_gets().is_some(), "{n}");
+        setup.host_sends(b"again");
+        assert!(setup.arrives(buffer(1), b"again"), "{n}");
+        // One queue still waits for a buffer that is never mapped.
+        setup.transmit(buffer(9), b"never");
+        setup.stalls();
         for queue in [0, 1] {
-            world.net.stop_queue(queue).unwrap();
+            setup.net.stop_queue(queue).unwrap();
         }
-        world.net.reset();
-        assert_eq!((world.stats().entries, world.stats().stalled), (0, 0));
-        world.unmap(buffer(0));
-        world.unmap(buffer(1));
+        setup.net.reset();
+        assert_eq!((setup.stats().entries, setup.stats().stalled), (0, 0));
+        setup.unmap(buffer(0));
+        setup.unmap(buffer(1));
         for page in 0..3 {
-            world.unmap(RX + page * PAGE);
-            world.unmap(TX + page * PAGE);
+            setup.unmap(RX + page * PAGE);
+            setup.unmap(TX + page * PAGE);
         }
     }
-    world.faulted_only_at(buffer(9), Access::Read, 20);
+    setup.faulted_only_at(buffer(9), Access::Read, 20);
 }
 
 #[test]
-fn broken_ring_is_told_once_and_a_reset_mends_it() {
+fn broken_ring_is_one_failure_and_works_after_a_reset() {
     for translated in [false, true] {
-        let mut world = if translated {
-            World::translated(UNMAP)
+        let mut setup = if translated {
+            Setup::translated(UNMAP)
         } else {
-            World::identity()
+            Setup::identity()
         };
-        world.start();
+        setup.start();
         let bytes = 999_u16.to_le_bytes();
         let index = GuestAddress(TX + PAGE + 2);
-        world.ram.write_slice(&bytes, index).unwrap();
-        world.tx.kick.write(1).unwrap();
+        setup.ram.write_slice(&bytes, index).unwrap();
+        setup.tx.kick.write(1).unwrap();
         let mut failure = None;
         eventually(|| {
-            failure = world.net.take_failure();
+            failure = setup.net.take_failure();
             failure.is_some()
         });
         println!("{}", failure.expect("the device fails"));
-        world.tx.kick.write(1).unwrap();
+        setup.tx.kick.write(1).unwrap();
         sleep(Duration::from_millis(50));
-        assert!(world.net.take_failure().is_none(), "once");
+        assert!(setup.net.take_failure().is_none(), "once");
         for queue in [0, 1] {
-            world.net.stop_queue(queue).unwrap();
+            setup.net.stop_queue(queue).unwrap();
         }
-        world.net.reset();
-        world.start();
+        setup.net.reset();
+        setup.start();
         if translated {
-            world.map(buffer(0), Perm::READ);
+            setup.map(buffer(0), Perm::READ);
         }
-        world.transmit(buffer(0), b"mended");
-        assert_eq!(world.host_gets().as_deref(), Some(&b"mended"[..]));
-        world.stop();
+        setup.transmit(buffer(0), b"mended");
+        assert_eq!(setup.host_gets().as_deref(), Some(&b"mended"[..]));
+        setup.stop();
     }
 }
 
-impl World {
-    /// Waits until the device shows the driver a link, or none, and says so.
+impl Setup {
+    /// Waits until the device reports the link and a change of configuration.
     #[track_caller]
     fn link_is(&mut self, up: bool) {
         let net = &mut self.net;
@@ -728,7 +728,7 @@ impl World {
         assert!(eventually(|| net.take_config_change()), "it says so");
     }
 
-    /// A packet goes out, and one comes in.
+    /// Sends a packet and receives one.
     #[track_caller]
     fn exchanges(&mut self, payload: &[u8]) {
         self.offer(buffer(1));
@@ -742,59 +742,59 @@ impl World {
 
 #[test]
 fn link_follows_the_tap_down_and_up() {
-    let mut world = World::identity();
-    eventually(|| world.net.take_config_change());
-    world.start();
-    world.exchanges(b"first");
+    let mut setup = Setup::identity();
+    eventually(|| setup.net.take_config_change());
+    setup.start();
+    setup.exchanges(b"first");
     for _ in 0..3 {
-        ip(&format!("link set {} down", world.tap));
-        world.link_is(false);
-        ip(&format!("link set {} up", world.tap));
-        world.link_is(true);
+        ip(&format!("link set {} down", setup.tap));
+        setup.link_is(false);
+        ip(&format!("link set {} up", setup.tap));
+        setup.link_is(true);
     }
-    let number: u32 = world.tap.trim_start_matches("vtest").parse().unwrap();
+    let number: u32 = setup.tap.trim_start_matches("vtest").parse().unwrap();
     ip(&format!(
         "neigh replace 10.77.{number}.2 lladdr 06:00:00:00:00:77 dev {} nud permanent",
-        world.tap
+        setup.tap
     ));
-    world.exchanges(b"again");
-    assert!(world.net.take_failure().is_none());
-    world.stop();
+    setup.exchanges(b"again");
+    assert!(setup.net.take_failure().is_none());
+    setup.stop();
 }
 
 #[test]
-fn tap_that_is_deleted_takes_the_link_and_nothing_else() {
+fn deletion_of_the_tap_ends_the_link_and_nothing_else() {
     for translated in [false, true] {
-        let mut world = if translated {
-            World::translated(map_unmap())
+        let mut setup = if translated {
+            Setup::translated(map_unmap())
         } else {
-            World::identity()
+            Setup::identity()
         };
         if translated {
-            world.map(buffer(0), Perm::READ);
-            world.map(buffer(1), Perm::WRITE);
+            setup.map(buffer(0), Perm::READ);
+            setup.map(buffer(1), Perm::WRITE);
         }
-        eventually(|| world.net.take_config_change());
-        world.start();
-        world.exchanges(b"first");
-        ip(&format!("link delete {}", world.tap));
-        world.link_is(false);
-        world.transmit(buffer(0), b"nowhere");
-        // A driver that lets go of the device, and takes it again.
-        world.stop_without_a_tap();
-        world.start();
-        world.offer(buffer(1));
-        assert!(world.net.take_failure().is_none());
-        make_tap(&world.tap);
-        let number = world.tap.trim_start_matches("vtest").parse().unwrap();
-        address(&world.tap, number);
-        world.host_mac = mac_of(&world.tap);
-        world.link_is(true);
-        world.transmit(buffer(0), b"there again");
-        assert_eq!(world.host_gets().as_deref(), Some(&b"there again"[..]));
-        world.host_sends(b"answer");
-        assert!(world.arrives(buffer(1), b"answer"));
-        assert!(world.net.take_failure().is_none());
-        world.stop();
+        eventually(|| setup.net.take_config_change());
+        setup.start();
+        setup.exchanges(b"first");
+        ip(&format!("link delete {}", setup.tap));
+        setup.link_is(false);
+        setup.transmit(buffer(0), b"nowhere");
+        // A driver that is unbound from the device and bound again.
+        setup.stop_without_a_tap();
+        setup.start();
+        setup.offer(buffer(1));
+        assert!(setup.net.take_failure().is_none());
+        make_tap(&setup.tap);
+        let number = setup.tap.trim_start_matches("vtest").parse().unwrap();
+        address(&setup.tap, number);
+        setup.host_mac = mac_of(&setup.tap);
+        setup.link_is(true);
+        setup.transmit(buffer(0), b"there again");
+        assert_eq!(setup.host_gets().as_deref(), Some(&b"there again"[..]));
+        setup.host_sends(b"answer");
+        assert!(setup.arrives(buffer(1), b"answer"));
+        assert!(setup.net.take_failure().is_none());
+        setup.stop();
     }
 }

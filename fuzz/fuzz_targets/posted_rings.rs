@@ -1,7 +1,6 @@
-//! What a driver posts on the rings of a vhost file, read from the outside
-//! through the IOMMU while another processor goes on writing: a miss is
-//! answered or counted, the work for it is bounded, and the kernel holds what
-//! is mapped and nothing else.
+//! Available buffers on the rings of a vhost file, read through the IOMMU while
+//! another processor writes them: a miss is answered or counted, its work is
+//! bounded, and the kernel has only translations that are mapped.
 #![no_main]
 
 #[path = "../../devices/src/vhost/iotlb/tests/pages.rs"]
@@ -13,11 +12,11 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
+use devices::failure::FailureLatch;
+use devices::queue::posted::Layout;
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
-use devices::queue::posted::Layout;
 use devices::vhost::shadow::Entry;
-use devices::failure::FailureLatch;
 use iommu::{
     AddressSpace, Fault, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
     Perm, Refused, Request, StreamId, StreamSink,
@@ -33,13 +32,14 @@ const LIMIT: usize = 64;
 /// Pages of RAM, and of I/O virtual addresses that may be mapped.
 const RAM_PAGES: u64 = 64;
 const IOVA_PAGES: u8 = 96;
-/// Operations of an input, and those that the other processor repeats.
+/// Upper bounds on operations of an input, and on those that the other processor
+/// repeats.
 const MAX_OPS: usize = 100;
 const MAX_RACING: usize = 50;
-/// Questions to the IOMMU that one operation may cost: a step each, and those
-/// for misses, rings and places that wait.
+/// Upper bound on translations per operation: one per step, and those for misses,
+/// rings and stalled queues.
 const MAX_QUESTIONS: usize = (16 << 10) + 4096;
-/// Offsets of the available and the used ring from the table's.
+/// Offsets of the available and the used ring from the table, in bytes.
 const AVAIL: u64 = 8 * PAGE;
 const USED: u64 = 10 * PAGE;
 
@@ -91,13 +91,13 @@ enum Op {
     Stop {
         ring: bool,
     },
-    Revive,
+    Retry,
     Failed {
         ring: bool,
     },
 }
 
-/// Counts the questions that it passes on.
+/// Counts the translations that it forwards.
 struct Counting {
     pages: Arc<Pages>,
     questions: AtomicUsize,
@@ -137,7 +137,7 @@ impl Iommu for Counting {
     }
 }
 
-/// The kernel's end: its list, and the misses to be read.
+/// A model of the kernel: its list, and the misses to be read.
 #[derive(Default)]
 struct Kernel {
     list: Mutex<Vec<Entry>>,
@@ -171,14 +171,14 @@ impl Channel for Kernel {
     }
 }
 
-/// The table of a ring: 8 pages, in front of 2 of available and 4 of used
-/// entries.
+/// Address of a ring's table: 8 pages, followed by 2 pages of available and 4 of
+/// used entries.
 fn base(ring: bool) -> u64 {
     if ring { 0x10 * PAGE } else { 0 }
 }
 
 fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
-    // What runs beyond the end of RAM is not written.
+    // Bytes beyond the end of RAM are not written.
     let _ = ram.write(bytes, GuestAddress(at % (RAM_PAGES * PAGE)));
 }
 
@@ -190,7 +190,7 @@ fn descriptor(ram: &GuestRam, at: u64, (address, len, flags, next): (u64, u32, u
     put(ram, at, &bytes);
 }
 
-/// The driver's part of an operation.
+/// Performs the driver's writes of an operation.
 fn write(ram: &GuestRam, op: Op) {
     match op {
         Op::Desc {
@@ -232,7 +232,7 @@ fn write(ram: &GuestRam, op: Op) {
     }
 }
 
-struct World {
+struct Setup {
     pages: Arc<Pages>,
     counting: Arc<Counting>,
     region: Arc<IommuRegion>,
@@ -241,7 +241,7 @@ struct World {
     iotlb: Arc<VhostIotlb>,
 }
 
-impl World {
+impl Setup {
     fn new() -> Self {
         let pages = Pages::new(NotifierEvents::MAP | NotifierEvents::UNMAP);
         let counting = Arc::new(Counting {
@@ -318,13 +318,14 @@ impl World {
                 let _ = self.iotlb.start_ring(ring, started);
             }
             Op::Stop { ring } => self.iotlb.stop_ring(u16::from(ring)),
-            Op::Revive => self.iotlb.revive(),
+            Op::Retry => self.iotlb.retry(),
             Op::Failed { ring } => self.iotlb.ring_failed(u16::from(ring)),
             other => write(&self.ram, other),
         }
     }
 
-    /// The kernel holds what is mapped, as it is mapped, and we know it.
+    /// Checks that the kernel's entries match the mappings, and the shadow the
+    /// kernel's entries.
     fn check(&self) {
         let held = self.kernel.list.lock().unwrap().clone();
         assert_eq!(held.len(), self.iotlb.stats().entries);
@@ -337,27 +338,27 @@ impl World {
 
 fuzz_target!(|input: (Vec<Op>, Vec<Op>)| {
     let (ops, racing) = input;
-    let world = World::new();
+    let setup = Setup::new();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         if !racing.is_empty() {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     for op in racing.iter().take(MAX_RACING) {
-                        write(&world.ram, *op);
+                        write(&setup.ram, *op);
                     }
                 }
             });
         }
         for op in ops.iter().take(MAX_OPS) {
-            world.counting.questions.store(0, Ordering::Relaxed);
-            world.perform(*op);
-            let questions = world.counting.questions.load(Ordering::Relaxed);
+            setup.counting.questions.store(0, Ordering::Relaxed);
+            setup.perform(*op);
+            let questions = setup.counting.questions.load(Ordering::Relaxed);
             assert!(questions <= MAX_QUESTIONS, "{op:?} cost {questions}");
-            world.check();
+            setup.check();
         }
         stop.store(true, Ordering::Relaxed);
     });
-    world.iotlb.detach();
-    assert!(world.kernel.list.lock().unwrap().is_empty());
+    setup.iotlb.detach();
+    assert!(setup.kernel.list.lock().unwrap().is_empty());
 });

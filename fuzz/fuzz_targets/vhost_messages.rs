@@ -1,6 +1,5 @@
-//! What comes out of a vhost file, between mappings that come and go: whatever
-//! the kernel says, it is told of nothing that is not mapped, it forgets what
-//! is unmapped, and we know what it holds.
+//! Messages of a vhost file, between changes of mappings: after any message, the
+//! kernel has only translations that are mapped, and the shadow equals its list.
 #![no_main]
 
 #[path = "../../devices/src/vhost/iotlb/tests/pages.rs"]
@@ -10,13 +9,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use devices::failure::FailureLatch;
+use devices::queue::posted::Layout;
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
-use devices::queue::posted::Layout;
 use devices::vhost::shadow::Entry;
-use devices::failure::FailureLatch;
 use iommu::{
-    AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId, StreamSink,
+    AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId,
+    StreamSink,
 };
 use libfuzzer_sys::fuzz_target;
 use pages::{PAGE, Pages, page};
@@ -96,7 +96,7 @@ fuzz_target!(|data: &[u8]| {
                 let gone = IovaRange::new(Iova(at), Iova(last + PAGE - 1)).unwrap();
                 region.invalidate(&[gone]);
             }
-            3 => iotlb.revive(),
+            3 => iotlb.retry(),
             4 => iotlb.ring_failed(0),
             5 => {
                 let ring = Ring {

@@ -1,6 +1,6 @@
-//! What a driver can do to a virtio function: configuration space, the BAR, and
-//! the memory behind its queue. Whatever it did, a reset makes the function
-//! work again.
+//! Operations of a driver on a virtio function: accesses of configuration space, the
+//! BAR, and the memory of its queue. After them a reset makes the function work
+//! again.
 #![no_main]
 
 mod driver;
@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice as _};
 use devices::interrupt::{Doorbells, MsiAllocator};
-use devices::pci::{PciRoot, Requester, MsiRetranslator};
-use devices::virtio::pci::{BAR_SIZE, VirtioPciResources, VirtioPci};
+use devices::pci::{MsiRetranslator, PciRoot, Requester};
+use devices::virtio::pci::{BAR_SIZE, VirtioPci, VirtioPciResources};
 use devices::virtio::rng::Rng;
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
 use iommu::{Gpa, GuestRam};
@@ -23,7 +23,7 @@ const NOTIFY: u64 = 0x3000;
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    /// A register of the common configuration, and a small value.
+    /// Writes a small value to a register of the common configuration.
     Common {
         register: u8,
         value: u16,
@@ -96,7 +96,7 @@ impl Function {
         status[0]
     }
 
-    /// Brings the function up and has it answer one request.
+    /// Initializes the function and checks that it answers one request.
     fn run(&self) {
         self.config(0x10, &BAR.to_le_bytes());
         self.config(0x04, &6_u16.to_le_bytes());
@@ -117,7 +117,7 @@ impl Function {
         assert_eq!(driver::read::<u16>(&self.ram, USED + 2), 1);
         assert_eq!(driver::read::<u32>(&self.ram, USED + 8), 64);
         // An inline device has no doorbells.
-        assert!(self.board.bells.lock().unwrap().is_empty());
+        assert!(self.board.doorbells.lock().unwrap().is_empty());
     }
 }
 

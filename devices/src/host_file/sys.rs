@@ -1,4 +1,4 @@
-//! What of a file only the system tells.
+//! System calls about the kind of a file.
 #![allow(unsafe_code)] // fstatfs and an ioctl; each says why it is sound.
 
 use std::fs::File;
@@ -9,9 +9,9 @@ use std::os::fd::AsRawFd as _;
 /// `_IO(0x12, 94)` of `linux/fs.h`: whether a block device is read-only.
 const BLKROGET: libc::Ioctl = 0x125e;
 
-/// Magic numbers (`linux/magic.h`) of file systems whose files are interfaces
-/// of the kernel, though regular by their type: procfs, sysfs, debugfs, tracefs,
-/// securityfs, the control groups and the EFI variables.
+/// Magic numbers (`linux/magic.h`) of file systems whose regular files are
+/// interfaces of the kernel: procfs, sysfs, debugfs, tracefs, securityfs, the
+/// control groups and the EFI variables.
 const KERNEL_FILE_SYSTEMS: [u32; 8] = [
     0x9fa0,
     0x6265_6572,
@@ -26,7 +26,7 @@ const KERNEL_FILE_SYSTEMS: [u32; 8] = [
 /// Whether the file is an interface of the kernel, such as `/proc/self/mem`.
 ///
 /// # Errors
-/// Of fstatfs(2).
+/// Error of fstatfs(2).
 pub(super) fn is_of_the_kernel(file: &File) -> io::Result<bool> {
     let mut stat = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: the descriptor is open, and the structure is the kernel's to write.
@@ -39,11 +39,11 @@ pub(super) fn is_of_the_kernel(file: &File) -> io::Result<bool> {
     Ok(magic.is_some_and(|magic| KERNEL_FILE_SYSTEMS.contains(&magic)))
 }
 
-/// Whether a block device refuses writes (`BLKROGET`). It may have been opened
-/// for writing all the same: the kernel then fails each write.
+/// Whether a block device refuses writes (`BLKROGET`). It may be open for
+/// writing anyway: the kernel then fails each write.
 ///
 /// # Errors
-/// Of the ioctl: the file is no block device.
+/// Error of the ioctl: the file is not a block device.
 pub fn block_device_is_read_only(file: &File) -> io::Result<bool> {
     let mut read_only: libc::c_int = 0;
     // SAFETY: the kernel writes an int to where the pointer points.

@@ -10,8 +10,8 @@ use super::*;
 use crate::error::Chain;
 use crate::rig;
 
-/// A path with nothing there, in a directory that goes with the guard.
-fn nothing() -> (PathBuf, TempFile) {
+/// A path without a file, in a directory that is removed with the guard.
+fn absent_path() -> (PathBuf, TempFile) {
     let guard = TempFile::new().unwrap();
     let mut path = guard.as_path().to_owned();
     path.as_mut_os_string().push("-made");
@@ -23,8 +23,8 @@ fn refusal(result: Result<File, FileError>) -> String {
 }
 
 #[test]
-fn nothing_that_would_wait_or_act_is_opened_as_an_output() {
-    let socket = nothing().0;
+fn files_that_would_block_or_act_are_not_opened_as_an_output() {
+    let socket = absent_path().0;
     let _listener = UnixListener::bind(&socket).unwrap();
     for (path, is) in [
         (Path::new("/dev/zero"), "a character device"),
@@ -46,8 +46,8 @@ fn nothing_that_would_wait_or_act_is_opened_as_an_output() {
 }
 
 #[test]
-fn output_that_is_made_is_its_owner_s_and_is_appended_to() {
-    let (path, _guard) = nothing();
+fn created_output_has_mode_0600_and_is_appended_to() {
+    let (path, _guard) = absent_path();
     for text in ["one", "two"] {
         open_output(&path)
             .unwrap()
@@ -61,10 +61,10 @@ fn output_that_is_made_is_its_owner_s_and_is_appended_to() {
 }
 
 #[test]
-fn fifo_without_a_peer_holds_nothing_up() {
+fn fifo_without_a_peer_does_not_block() {
     let fifo = rig::fifo();
     let mut output = open_output(&fifo.0).unwrap();
-    // More than a FIFO holds: what does not fit is an error and no wait.
+    // More than the capacity of a FIFO: an error, not a wait.
     let written = output.write_all(&vec![0; 1 << 21]);
     assert_eq!(written.unwrap_err().kind(), io::ErrorKind::WouldBlock);
     for result in [open_boot_file(&fifo.0), open_image(&fifo.0, true)] {

@@ -1,9 +1,9 @@
 //! MC146818 real-time clock and CMOS memory, for x86_64 guests.
 //!
-//! Linux probes this clock however the platform is described, and without one
-//! spends tens of thousands of exits waiting for the update-in-progress bit of
-//! an all-ones register A to clear. Here is as much as gives the time of day:
-//! no alarm, no interrupts, and the time cannot be set.
+//! Linux probes this clock on every platform. Without one it spends tens of
+//! thousands of exits waiting for the update-in-progress bit of an all-ones
+//! register A to clear. This clock reports the time of day only: it has no
+//! alarm and no interrupts, and the time cannot be set.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,7 +16,7 @@ pub const CMOS_LEN: u64 = 2;
 const INDEX: u64 = 0;
 const DATA: u64 = 1;
 
-/// Bit 7 of the index port masks the NMI; it is no part of the index.
+/// Mask of the index: bit 7 of the index port masks the NMI.
 const INDEX_MASK: u8 = 0x7f;
 
 /// Register A: 32.768 kHz time base, periodic rate 1,024 Hz, no update in
@@ -27,14 +27,14 @@ const REGISTER_B: u8 = 0x02;
 /// Register D: the time is valid.
 const REGISTER_D: u8 = 0x80;
 
-/// The clock, as the pair of ports at 0x70 and 0x71.
+/// The clock, with an index and a data port (0x70 and 0x71).
 #[derive(Default)]
 pub struct Cmos {
     index: Mutex<u8>,
 }
 
 impl Cmos {
-    /// A clock that gives the host's time of day, in UTC.
+    /// A clock with the host's time of day, in UTC.
     pub fn new() -> Self {
         Self::default()
     }
@@ -58,7 +58,7 @@ impl BusDevice for Cmos {
     }
 }
 
-/// What register `index` holds at `now`, in seconds since 1970.
+/// Value of register `index` at `now`, in seconds since 1970.
 fn register(index: u8, now: u64) -> u8 {
     let days = now / 86_400;
     let (year, month, day) = civil_date(days);
@@ -103,7 +103,7 @@ fn civil_date(days: u64) -> (u64, u64, u64) {
     }
 }
 
-/// Two decimal digits, one a nibble.
+/// Encodes two decimal digits, one per nibble.
 fn bcd(value: u64) -> u8 {
     let digits = value % 100;
     u8::try_from(digits / 10 * 16 + digits % 10).unwrap_or(0)

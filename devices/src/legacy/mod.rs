@@ -1,4 +1,4 @@
-//! The few devices that are not on PCI: serial port, clock, power control.
+//! Devices that are not on PCI: serial port, clocks, power control.
 
 mod cmos;
 mod power;

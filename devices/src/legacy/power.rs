@@ -1,13 +1,13 @@
 //! ACPI sleep and reset registers of a hardware-reduced platform (x86_64; an
-//! aarch64 guest asks PSCI instead).
+//! aarch64 guest calls PSCI instead).
 //!
 //! ACPI 6.5 §4.8.3.7: sleep control register, sleep status register; §4.8.3.6:
-//! reset register. The FADT tells the guest their addresses and the reset
-//! value; the DSDT's `\_S5` object tells it the sleep type.
+//! reset register. The FADT has their addresses and the reset value; the DSDT's
+//! `\_S5` object has the sleep type.
 
 use crate::bus::BusDevice;
 
-/// Bytes of I/O space the registers take.
+/// Bytes of I/O space of the registers.
 pub const POWER_LEN: u64 = 3;
 /// Offset of the sleep control register, one byte.
 pub const SLEEP_CONTROL_OFFSET: u64 = 0;
@@ -15,9 +15,9 @@ pub const SLEEP_CONTROL_OFFSET: u64 = 0;
 pub const SLEEP_STATUS_OFFSET: u64 = 1;
 /// Offset of the reset register, one byte.
 pub const RESET_OFFSET: u64 = 2;
-/// What the guest writes to the reset register.
+/// Value of the reset register that resets the machine.
 pub const RESET_VALUE: u8 = 1;
-/// The `SLP_TYP` value of state S5, soft off: the only sleeping state there is.
+/// The `SLP_TYP` value of S5, soft off, the only supported sleeping state.
 pub const POWER_OFF_SLEEP_TYPE: u8 = 5;
 
 /// `SLP_TYPx` is bits 2 to 4 of the sleep control register, `SLP_EN` bit 5.
@@ -25,12 +25,12 @@ const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 0b111;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
-/// What the guest asks of the platform.
+/// Request of the guest to the platform.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerRequest {
-    /// Soft off.
+    /// Power the machine off (S5).
     Off,
-    /// Reset.
+    /// Reset the machine.
     Reset,
 }
 
@@ -41,7 +41,7 @@ pub struct Power<F> {
 }
 
 impl<F: Fn(PowerRequest) + Send + Sync> Power<F> {
-    /// Registers that report to `on_request`.
+    /// Registers that call `on_request`.
     pub fn new(on_request: F) -> Self {
         Self { on_request }
     }
@@ -70,17 +70,17 @@ impl<F: Fn(PowerRequest) + Send + Sync> BusDevice for Power<F> {
 
 /// Bytes of I/O space of a [`KeyboardReset`].
 pub const KEYBOARD_RESET_LEN: u64 = 1;
-/// The keyboard controller's command to pulse the processor's reset line.
+/// Command of the keyboard controller that pulses the processor's reset line.
 const PULSE_RESET: u8 = 0xfe;
 
 /// The command port of a keyboard controller (0x64) without a keyboard: for a
-/// guest told to reboot through it (`reboot=k`), as Firecracker's are.
+/// guest that reboots through it (`reboot=k`), as Firecracker's do.
 pub struct KeyboardReset<F> {
     on_request: F,
 }
 
 impl<F: Fn(PowerRequest) + Send + Sync> KeyboardReset<F> {
-    /// A port that reports to `on_request`, as [`Power`] does.
+    /// A port that calls `on_request`, as [`Power`] does.
     pub fn new(on_request: F) -> Self {
         Self { on_request }
     }

@@ -6,18 +6,18 @@ use vm_superio::Rtc;
 
 use crate::bus::BusDevice;
 
-/// Bytes of MMIO space the clock takes.
+/// Bytes of MMIO space of the clock.
 pub const RTC_LEN: u64 = 0x1000;
 
-/// The clock. It gives the host's time of day plus what the guest set; its
-/// alarm never fires.
+/// The clock. It reports the host's time of day plus the offset that the guest
+/// set; its alarm never fires.
 #[derive(Default)]
 pub struct Pl031 {
     rtc: Mutex<Rtc<vm_superio::rtc_pl031::NoEvents>>,
 }
 
 impl Pl031 {
-    /// A clock that agrees with the host.
+    /// A clock with the host's time of day.
     pub fn new() -> Self {
         Self::default()
     }

@@ -1,17 +1,17 @@
 //! 16550A serial port: vm-superio's registers, with flow control on both sides.
 //!
-//! A UART loses what arrives while nobody listens, and what is sent while the
-//! line is blocked. Neither is acceptable for a console:
+//! A UART loses input while the driver does not read, and output while the line
+//! is blocked. Neither is acceptable for a console:
 //!
 //! - **Input** waits in a queue until the guest's driver has enabled the receive
 //!   interrupt, and enters the 64-byte FIFO as the guest empties it. A driver
 //!   that opens the port reads the receive buffer to clear it; while the receive
-//!   interrupt is off such a read takes nothing away. So a line typed before the
-//!   guest is up, or a large paste, arrives whole. A guest that only polls the
-//!   port receives nothing.
+//!   interrupt is off such a read removes nothing. So a line typed before the
+//!   guest has booted, or a large paste, arrives whole. A guest that only polls
+//!   the port receives nothing.
 //! - **Output** goes to a [`SerialSink`]. While the sink has no room the line
-//!   status shows a busy transmitter, which makes the guest wait as it would for
-//!   hardware; what it sends regardless is lost and counted.
+//!   status shows a busy transmitter, so the guest waits as it would for
+//!   hardware; a byte that it transmits anyway is lost and counted.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -28,10 +28,10 @@ use iommu::lock::RankedMutex;
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
 
-/// Bytes of register space the port takes.
+/// Bytes of register space of the port.
 pub const SERIAL_LEN: u64 = 8;
 
-/// Bytes of input that may wait for the guest.
+/// Upper bound on bytes of input that wait for the guest.
 const INPUT_LIMIT: usize = 64 * 1024;
 
 const DATA: u8 = 0;
@@ -48,25 +48,25 @@ const MCR_LOOP: u8 = 1 << 4;
 const LSR_DATA_READY: u8 = 1 << 0;
 const LSR_TRANSMITTER_EMPTY: u8 = 1 << 5 | 1 << 6;
 
-/// Where the bytes go that the guest transmits. Called on the vCPU thread with
+/// Receives the bytes that the guest transmits. Called on the vCPU thread with
 /// the port's lock held: it must neither block nor call the port.
 pub trait SerialSink: Send + Sync {
-    /// Takes one byte. `false` when there was no room and the byte is lost.
+    /// Writes one byte. `false` when there is no room and the byte is lost.
     fn put(&self, byte: u8) -> bool;
-    /// Whether a transmit FIFO's worth of bytes (at least 64) would be taken.
-    /// A sink that answered `false` calls [`SerialPort::transmitter_ready`]
-    /// when that changes.
+    /// Whether there is room for a transmit FIFO (at least 64 bytes). A sink
+    /// that returned `false` calls [`SerialPort::transmitter_ready`] when that
+    /// changes.
     fn ready(&self) -> bool;
 }
 
-/// Counters of a port.
+/// Counters of a port since it was created.
 #[derive(Debug, Default)]
 pub struct SerialCounters {
     /// Bytes the guest received.
     pub received: AtomicU64,
     /// Bytes the guest transmitted.
     pub transmitted: AtomicU64,
-    /// Bytes the guest transmitted while its line status said not to.
+    /// Bytes the guest transmitted while the transmitter was busy.
     pub lost: AtomicU64,
 }
 
@@ -81,7 +81,7 @@ struct Port {
     sink: Arc<dyn SerialSink>,
     /// Input that has not entered the FIFO yet.
     waiting: VecDeque<u8>,
-    /// Signalled when input was refused for lack of room and there is room.
+    /// Signalled when there is room after input was refused.
     input_drained: EventFd,
     input_refused: bool,
     /// The guest has seen a busy transmitter and waits for its interrupt.
@@ -90,8 +90,8 @@ struct Port {
 
 impl SerialPort {
     /// A port that interrupts through `line` and transmits to `sink`.
-    /// `input_drained` is signalled when [`SerialPort::input`] left bytes behind
-    /// and would take more now.
+    /// `input_drained` is signalled when there is room again after
+    /// [`SerialPort::input`] refused bytes.
     pub fn new(
         line: Arc<dyn IrqLine>,
         sink: Arc<dyn SerialSink>,
@@ -116,8 +116,8 @@ impl SerialPort {
         }
     }
 
-    /// Queues bytes for the guest, in order. Returns how many were taken: all
-    /// of them unless 64 KiB already wait.
+    /// Queues bytes for the guest, in order. Returns the number of queued
+    /// bytes: all of them unless 64 KiB wait.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut port = self.port.lock();
         let taken = bytes.len().min(INPUT_LIMIT - port.waiting.len());
@@ -127,7 +127,7 @@ impl SerialPort {
         taken
     }
 
-    /// Tells the guest, if it waits for that, that it may transmit again.
+    /// Interrupts the guest, if it waits for the transmitter.
     pub fn transmitter_ready(&self) {
         let mut port = self.port.lock();
         if std::mem::take(&mut port.transmitter_busy) {
@@ -180,10 +180,11 @@ impl Port {
         }
     }
 
-    /// What interrupts. vm-superio forgets received data once some of it was
-    /// read; a UART says so until all of it was. A driver that reads a limited
-    /// amount each time (Linux: 256 bytes) asks here whether to go on, and as
-    /// the line is a pulse nothing else would tell it.
+    /// Value of IIR. vm-superio clears the received-data interrupt after the
+    /// first read; a UART reports it until the FIFO is empty. A driver that
+    /// reads a limited amount each time (Linux: 256 bytes) reads IIR to decide
+    /// whether to continue, and the line is a pulse, so it gets no other
+    /// notification.
     fn identify(&mut self) -> u8 {
         let cause = self.uart.read(IIR);
         if cause & IIR_NONE != 0 && self.receiving() && self.data_ready() {
@@ -193,15 +194,15 @@ impl Port {
     }
 
     fn write(&mut self, offset: u8, value: u8) {
-        // The error cases are gone: the transmitter and the line never fail.
+        // No error is possible: the transmitter and the line never fail.
         let _ = self.uart.write(offset, value);
         if matches!(offset, IER | LCR | MCR) {
             self.feed();
         }
     }
 
-    /// Fills an empty FIFO, when the guest is ready to be interrupted for it.
-    /// Only an empty one: so there is an interrupt a FIFO, not one a byte.
+    /// Fills an empty FIFO while the receive interrupt is enabled. Only an
+    /// empty one, for one interrupt per FIFO instead of one per byte.
     fn feed(&mut self) {
         if self.looped() || !self.receiving() {
             return;
@@ -215,13 +216,13 @@ impl Port {
         }
         if self.input_refused && self.waiting.len() <= INPUT_LIMIT / 2 {
             self.input_refused = false;
-            // A full counter has already woken whoever waits.
+            // A full counter means that it is signalled already.
             let _ = self.input_drained.write(1);
         }
     }
 
-    /// The UART raises this interrupt when IER is written with its bit set, as
-    /// its transmitter is always empty.
+    /// Rewrites IER: vm-superio raises this interrupt when IER is written with
+    /// its bit set, because its transmitter is always empty.
     fn raise_transmitter_interrupt(&mut self) {
         let line_control = self.uart.read(LCR);
         let _ = self.uart.write(LCR, line_control & !LCR_DIVISOR_ACCESS);
@@ -234,7 +235,7 @@ impl Port {
         self.uart.read(LCR) & LCR_DIVISOR_ACCESS != 0
     }
 
-    /// Whether there is something in the FIFO.
+    /// Whether the FIFO has data.
     fn data_ready(&mut self) -> bool {
         self.uart.read(LSR) & LSR_DATA_READY != 0
     }
@@ -243,14 +244,14 @@ impl Port {
         self.uart.read(MCR) & MCR_LOOP != 0
     }
 
-    /// Whether the receive interrupt is enabled. It counts as off while the
-    /// guest sets the divisor, which is where IER cannot be read.
+    /// Whether the receive interrupt is enabled. `false` while the guest
+    /// accesses the divisor latch, which replaces IER.
     fn receiving(&mut self) -> bool {
         !self.divisor_access() && self.uart.read(IER) & IER_RECEIVE != 0
     }
 }
 
-/// The interrupt is edge-triggered, on both architectures: a pulse is one.
+/// An edge-triggered line on both architectures: a pulse is one interrupt.
 struct Line(Arc<dyn IrqLine>);
 
 impl Trigger for Line {
@@ -363,7 +364,7 @@ mod tests {
             self.line.0.swap(0, Ordering::Relaxed)
         }
 
-        /// Reads as a driver does in its interrupt handler.
+        /// Reads until the FIFO is empty, as a driver's interrupt handler does.
         fn receive_all(&self) -> Vec<u8> {
             let mut bytes = Vec::new();
             while self.read(LSR) & LSR_DATA_READY != 0 {
@@ -374,10 +375,10 @@ mod tests {
     }
 
     #[test]
-    fn input_before_the_driver_listens_arrives_whole() {
+    fn input_before_the_receive_interrupt_is_enabled_arrives_whole() {
         let rig = Rig::new();
         assert_eq!(rig.port.input(b"typed early\n"), 12);
-        // What Linux does on opening the port: clear by reading, twice.
+        // Linux reads the receive buffer twice when it opens the port.
         assert_eq!((rig.read(DATA), rig.read(DATA)), (0, 0));
         rig.write(IER, RECEIVE_AND_TRANSMIT);
         assert_ne!(rig.interrupts(), 0);
@@ -404,15 +405,15 @@ mod tests {
         assert_eq!(rig.interrupts(), 1);
         assert_eq!(rig.receive_all(), paste);
         assert_eq!(rig.port.counters.received.load(Ordering::Relaxed), 10_000);
-        // One interrupt for each filling of the FIFO.
+        // One interrupt per filled FIFO.
         assert_eq!(rig.interrupts(), 10_000 / 64);
     }
 
     #[test]
-    fn a_driver_that_reads_a_limited_amount_is_told_of_the_rest() {
+    fn a_driver_that_reads_a_limited_amount_is_notified_of_the_rest() {
         let rig = Rig::new();
         rig.write(IER, IER_RECEIVE);
-        // Ten bytes put what follows out of step with the driver's limit.
+        // Ten bytes, so that the rest is not a multiple of the driver's limit.
         rig.port.input(&[b'x'; 10]);
         rig.port.input(&[b'y'; 1000]);
         let mut received = 0;
@@ -482,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn loopback_returns_what_is_sent_and_not_what_is_typed() {
+    fn loopback_returns_transmitted_bytes_and_no_input() {
         let rig = Rig::new();
         rig.write(MCR, MCR_LOOP);
         rig.port.input(b"typed");

@@ -9,7 +9,7 @@ use crate::bus::{read_words, write_words};
 /// Bytes of a function's configuration space.
 const SIZE: usize = 4096;
 const WORDS: usize = SIZE / 4;
-/// Where extended capabilities start (§7.6).
+/// Offset of the first extended capability (§7.6).
 const EXTENDED: u16 = 0x100;
 /// Registers of the type 0 header (§7.5.1).
 const COMMAND: u16 = 0x04;
@@ -25,29 +25,29 @@ const CAPABILITY_LIST: u32 = 1 << 20;
 /// A BAR for 64-bit, prefetchable memory (§7.5.1.2.1).
 const BAR_MEMORY64_PREFETCHABLE: u32 = 0b1100;
 
-/// What identifies a function.
+/// Identification registers of a function (§7.5.1).
 #[derive(Clone, Copy, Debug)]
 pub struct Ids {
-    /// Who made it.
+    /// Vendor ID.
     pub vendor: u16,
-    /// What it is.
+    /// Device ID.
     pub device: u16,
     /// Class, subclass and programming interface in bits 23:0.
     pub class: u32,
-    /// Revision.
+    /// Revision ID.
     pub revision: u8,
-    /// Subsystem vendor.
+    /// Subsystem vendor ID.
     pub subsystem_vendor: u16,
-    /// Subsystem.
+    /// Subsystem ID.
     pub subsystem: u16,
 }
 
 /// A memory region of a function: BAR 0 and 1 as one 64-bit BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bar {
-    /// Where it is at first; a multiple of its size.
+    /// Guest-physical address; a multiple of `size`.
     pub base: Gpa,
-    /// Bytes; a power of two of at least 16.
+    /// Size in bytes; a power of two of at least 16.
     pub size: u64,
 }
 
@@ -56,7 +56,7 @@ pub struct Bar {
 pub struct ConfigSpace {
     values: Box<[u32; WORDS]>,
     writable: Box<[u32; WORDS]>,
-    /// The values after a reset.
+    /// Values after a reset.
     initial: Box<[u32; WORDS]>,
     bar: Option<Bar>,
     next_capability: u16,
@@ -66,7 +66,7 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// A type 0 header with nothing behind it.
+    /// A type 0 header without capabilities.
     #[must_use]
     pub fn new(ids: &Ids, bar: Option<Bar>) -> Self {
         let mut space = Self {
@@ -83,10 +83,10 @@ impl ConfigSpace {
         space.set(0x00, word(ids.vendor, ids.device), 0);
         space.set(COMMAND, 0, MEMORY_SPACE | BUS_MASTER | INTX_DISABLE);
         space.set(0x08, u32::from(ids.revision) | ids.class << 8, 0);
-        // The cache line size is for software alone (§7.5.1.1.7).
+        // The cache line size has no effect on the function (§7.5.1.1.7).
         space.set(0x0c, 0, 0xff);
         space.set(0x2c, word(ids.subsystem_vendor, ids.subsystem), 0);
-        // The interrupt line is for software alone (§7.5.1.1.12).
+        // The interrupt line has no effect on the function (§7.5.1.1.12).
         space.set(0x3c, 0, 0xff);
         if let Some(bar) = bar {
             let (low, high) = halves(bar.base.0);
@@ -97,11 +97,11 @@ impl ConfigSpace {
         space
     }
 
-    /// Adds a capability (§7.5.3): its bytes from behind the two-byte header on,
-    /// and which of their bits software can write. Returns where its header is.
+    /// Adds a capability (§7.5.3): its bytes after the two-byte header, and the
+    /// mask of bits that software can write. Returns the offset of its header.
     ///
     /// # Panics
-    /// When it does not fit: the parts of a function are known when it is made.
+    /// When it does not fit: the capabilities of a function are fixed.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u16 {
         let at = self.next_capability;
         let len = u16::try_from(body.len() + 2).expect("a capability is short");
@@ -121,8 +121,9 @@ impl ConfigSpace {
         at
     }
 
-    /// Adds an extended capability (§7.6.3): its double words from behind the
-    /// header on, each with the bits that software can write.
+    /// Adds an extended capability (§7.6.3): its double words after the header,
+    /// each with the mask of bits that software can write. Returns the offset
+    /// of its header.
     ///
     /// # Panics
     /// When it does not fit.
@@ -142,12 +143,12 @@ impl ConfigSpace {
         at
     }
 
-    /// Back to the values that the space was made with.
+    /// Restores the values after a reset.
     pub fn reset(&mut self) {
         self.values.copy_from_slice(&*self.initial);
     }
 
-    /// Reads at `offset`; what lies beyond the space reads as ones.
+    /// Reads at `offset` bytes; bytes beyond the space read as ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         read_words(offset.into(), data, |at| {
             let value = index(at).and_then(|at| self.values.get(at));
@@ -155,7 +156,8 @@ impl ConfigSpace {
         });
     }
 
-    /// Writes the bits that can be written.
+    /// Writes at `offset` bytes; read-only bits and bytes beyond the space are
+    /// ignored.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         write_words(offset.into(), data, |at, new, covered| {
             let word = index(at);
@@ -176,7 +178,7 @@ impl ConfigSpace {
         word.copied().unwrap_or(u32::MAX)
     }
 
-    /// Where the BAR is now, or `None` while the function does not decode it.
+    /// The BAR at its present address; `None` while it is not decoded.
     #[must_use]
     pub fn bar(&self) -> Option<Bar> {
         let bar = self.bar?;
@@ -190,7 +192,8 @@ impl ConfigSpace {
         })
     }
 
-    /// Whether the function may write to memory, and so interrupt.
+    /// Whether the function may access memory and send MSIs (bus master
+    /// enable).
     #[must_use]
     pub fn bus_master(&self) -> bool {
         self.word(COMMAND) & BUS_MASTER != 0
@@ -227,7 +230,7 @@ fn index(offset: u64) -> Option<usize> {
     usize::try_from(offset / 4).ok()
 }
 
-/// The low and the high double word.
+/// Splits a value into its low and high double word.
 pub(crate) fn halves(value: u64) -> (u32, u32) {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
     (
@@ -267,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn bar_tells_its_size_and_moves() {
+    fn bar_is_sized_and_moved() {
         let mut space = space();
         assert_eq!(space.bar(), None, "memory space is off at first");
         space.write(BAR0, &[0xff; 8]);

@@ -1,7 +1,7 @@
-//! PCI Express: one root complex with one bus, and what a function is made of.
+//! PCI Express: one root complex with one bus, and the parts of a function.
 //!
-//! Stream IDs, ATS and the translation of MSIs only make sense here, so every
-//! device that reaches memory is a PCI function.
+//! Stream IDs, ATS and the translation of MSIs need PCI, so every device that
+//! accesses guest memory is a PCI function.
 
 mod config;
 mod msi;

@@ -1,10 +1,10 @@
 //! Message-signalled interrupts of one requester.
 //!
 //! An MSI is a memory write of the device, so the IOMMU translates its address
-//! like any other. The translation is made when the message is set, again when
-//! its mapping changes, and again when the interrupt is signalled while its
-//! address has no mapping. Until there is one the interrupt stays pending: it
-//! is never sent to the address that the doorbell had.
+//! like any other. It is translated when the message is set, again when its
+//! mapping changes, and again when the interrupt is signalled while its address
+//! has no mapping. Until there is one the interrupt is pending: it is never
+//! sent to an earlier address of the doorbell.
 
 mod retranslate;
 
@@ -22,19 +22,19 @@ use crate::interrupt::{MsiMessage, MsiVector};
 use retranslate::Retranslate;
 pub use retranslate::{MsiRetranslator, MsiThread};
 
-/// What a PCI function is to the rest of the machine: its memory view and its
-/// MSI target, made together from one requester ID (invariant 2).
+/// A PCI function as a requester: its memory view and its MSI target, created
+/// together from one requester ID (invariant 2).
 #[derive(Clone)]
 pub struct Requester {
-    /// The memory view.
+    /// Address space of its accesses.
     pub space: AddressSpace,
-    /// Where its interrupts go.
+    /// Routes its interrupts.
     pub msi: Arc<MsiTarget>,
 }
 
 impl Requester {
-    /// The requester whose view of memory `space` is. `retranslator` watches
-    /// its interrupts while their doorbells are not mapped.
+    /// The requester with the address space `space`. `retranslator` watches its
+    /// interrupts while their doorbells are not mapped.
     #[must_use]
     pub fn new(space: AddressSpace, retranslator: &Arc<MsiRetranslator>) -> Self {
         let msi = Arc::new_cyclic(|target: &Weak<MsiTarget>| MsiTarget {
@@ -64,12 +64,12 @@ struct Route {
     /// Address and data; `None` while the source is masked.
     wanted: Option<(Iova, u32)>,
     current: Option<MsiMessage>,
-    /// The hypervisor refused the message: there is none to try until the
-    /// guest writes another.
+    /// The hypervisor refused the message: the source has no route until the
+    /// guest writes another message.
     refused: bool,
     /// The retranslator watches the eventfd.
     watched: bool,
-    /// The model has recorded the fault of the message that is pending.
+    /// The model has recorded the fault of the present message.
     recorded: bool,
 }
 
@@ -80,24 +80,24 @@ impl Route {
     }
 }
 
-/// A source and the doorbell address that its message is to be translated for.
+/// Index of a source, and the untranslated doorbell address of its message.
 type Doorbell = (usize, Iova);
 
 /// The routes of a requester. Their lock is taken inside the stream's gate, and
-/// nothing is translated under it. What a message is to be changes only while
-/// the gate is held.
+/// nothing is translated under it. `Route::wanted` changes only while the gate
+/// is held.
 struct RequesterVectors {
     requester: StreamId,
-    /// Empty without an IOMMU. Weak: the region holds its sinks.
+    /// Empty without an IOMMU. Weak, because the region owns its sinks.
     region: Weak<IommuRegion>,
     routes: RankedMutex<Vec<Route>, 8>,
-    /// The number of the target at the retranslator.
+    /// Number of the target in the retranslator.
     number: u32,
     retranslator: Arc<MsiRetranslator>,
 }
 
 impl RequesterVectors {
-    /// The doorbells of the sources that `choose` picks.
+    /// The doorbells of the sources that `choose` selects.
     fn doorbells(&self, choose: impl Fn(usize, &Route) -> bool) -> Vec<Doorbell> {
         let routes = self.routes.lock();
         let chosen = routes.iter().enumerate().filter_map(|(at, route)| {
@@ -107,9 +107,8 @@ impl RequesterVectors {
         chosen.collect()
     }
 
-    /// Sends sources to where their doorbells are mapped now. A message that
-    /// stays as it is costs nothing. The gate is held, and has been since the
-    /// doorbells were translated.
+    /// Routes sources to their translated doorbells. An unchanged message costs
+    /// no call of the hypervisor. The gate has been held since the translation.
     fn apply(&self, translated: &[(Doorbell, Option<Gpa>)]) {
         let mut routes = self.routes.lock();
         for &((at, iova), gpa) in translated {
@@ -142,15 +141,14 @@ impl RequesterVectors {
         self.watch(at, route);
     }
 
-    /// Whether the fault of a source has not been recorded; it counts as
-    /// recorded from now on.
+    /// Marks the fault of a source as recorded. Returns whether it was not.
     fn first_fault_of(&self, at: usize) -> bool {
         let mut routes = self.routes.lock();
         let route = routes.get_mut(at);
         route.is_some_and(|route| !std::mem::replace(&mut route.recorded, true))
     }
 
-    /// Has the retranslator watch a source exactly while its doorbell is not
+    /// Makes the retranslator watch a source exactly while its doorbell is not
     /// mapped.
     fn watch(&self, at: usize, route: &mut Route) {
         let unmapped = route.unmapped();
@@ -183,10 +181,10 @@ impl NotifierSink for RequesterVectors {
         self.apply(&translated.collect::<Vec<_>>());
     }
 
-    /// Most invalidations (a lazy guest's flush of everything) change nothing
-    /// about a doorbell. The tables say what is true now, so an unchanged
-    /// message stays with the hypervisor, and a changed one is replaced before
-    /// the invalidation is complete.
+    /// Routes the doorbells in the ranges again. Most invalidations (a guest
+    /// that flushes everything) change no doorbell: the message with the
+    /// hypervisor then stays. A changed one is replaced before the invalidation
+    /// is complete.
     fn unmap(&self, ranges: &[IovaRange]) {
         let gone = |iova| ranges.iter().any(|range| range.contains(iova));
         let doorbells = self.doorbells(|_, route| route.wanted.is_some_and(|(iova, _)| gone(iova)));
@@ -201,7 +199,7 @@ impl NotifierSink for RequesterVectors {
     fn registered(&self, _outcome: &Registration) {}
 }
 
-/// Translates each address once, where neighbours have the same.
+/// Translates each doorbell; consecutive equal addresses only once.
 fn translate_all(
     doorbells: Vec<Doorbell>,
     translate: impl Fn(Iova) -> Option<Gpa>,
@@ -221,13 +219,13 @@ fn translate_all(
 pub struct MsiTarget {
     space: AddressSpace,
     sink: Arc<RequesterVectors>,
-    /// The pages of the doorbells in use, and who listens to each. Taken
+    /// The pages of the doorbells in use, each with its notifier. Locked
     /// outside of the gate.
     pages: RankedMutex<Vec<(Iova, NotifierId)>, 5>,
 }
 
 impl MsiTarget {
-    /// Adds a source, sent nowhere. Returns its number, from 0 on.
+    /// Adds a source without a message. Returns its number, from 0 on.
     pub fn add(&self, vector: Arc<dyn MsiVector>) -> usize {
         let mut routes = self.sink.routes.lock();
         routes.push(Route {
@@ -241,10 +239,11 @@ impl MsiTarget {
         routes.len() - 1
     }
 
-    /// Sends source `number` to the message that the guest wrote, or nowhere.
+    /// Routes source `number` to the untranslated message that the guest wrote;
+    /// `None` removes its route.
     pub fn set(&self, number: usize, wanted: Option<(Iova, u32)>) {
         if let Some((doorbell, _)) = wanted {
-            self.listen(doorbell);
+            self.register_page(doorbell);
         }
         {
             let inside = self.space.region().map(|region| region.enter());
@@ -257,11 +256,11 @@ impl MsiTarget {
             }
             self.route(inside.as_ref(), |at, _| at == number, None);
         }
-        self.stop_listening();
+        self.unregister_unused();
     }
 
-    /// Drops what source `number` has signalled and nobody is told of yet.
-    pub fn forget(&self, number: usize) {
+    /// Drops a pending signal of source `number`.
+    pub fn clear_pending(&self, number: usize) {
         if let Some(route) = self.sink.routes.lock().get(number)
             && route.current.is_none()
         {
@@ -269,13 +268,12 @@ impl MsiTarget {
         }
     }
 
-    /// Source `signalled` is pending because its doorbell was not mapped:
-    /// translates again what waits for a mapping. If there still is none, the
-    /// write of the MSI is a fault, which the model records once for each
-    /// message that the guest set up.
+    /// Translates the unmapped doorbells again, because source `signalled` was
+    /// signalled. If its doorbell is still not mapped, the write of the MSI is
+    /// a fault, which the model records once per message that the guest set up.
     fn retry(&self, signalled: usize) {
         let unmapped = |_, route: &Route| route.unmapped();
-        // Others may hold the gate for long: it is entered only with a reason.
+        // The gate may be held for long: it is entered only if needed.
         if self.sink.doorbells(unmapped).is_empty() {
             return;
         }
@@ -283,7 +281,7 @@ impl MsiTarget {
         self.route(inside.as_ref(), unmapped, Some(signalled));
     }
 
-    /// Whether source `number` has signalled something that is held back.
+    /// Whether source `number` has a pending signal.
     #[must_use]
     pub fn pending(&self, number: usize) -> bool {
         let routes = self.sink.routes.lock();
@@ -292,8 +290,8 @@ impl MsiTarget {
             .is_some_and(|route| route.vector.pending())
     }
 
-    /// Routes anew the sources that `choose` picks. The fault of `signalled`
-    /// is recorded if it has not been.
+    /// Translates and routes the sources that `choose` selects. A fault of
+    /// `signalled` is recorded, once per message.
     fn route(
         &self,
         inside: Option<&Translating<'_>>,
@@ -316,8 +314,8 @@ impl MsiTarget {
         self.sink.apply(&translated);
     }
 
-    /// Registers for changes of the doorbell's page, if nobody did.
-    fn listen(&self, doorbell: Iova) {
+    /// Registers a notifier for the doorbell's page, if it has none.
+    fn register_page(&self, doorbell: Iova) {
         let Some(region) = self.space.region() else {
             return;
         };
@@ -336,9 +334,9 @@ impl MsiTarget {
         }
     }
 
-    /// Gives up the pages that no source is sent to any more: there are never
-    /// more listeners than sources.
-    fn stop_listening(&self) {
+    /// Unregisters the notifiers of pages without a source, so that there are
+    /// never more notifiers than sources.
+    fn unregister_unused(&self) {
         let Some(region) = self.space.region() else {
             return;
         };

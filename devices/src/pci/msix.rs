@@ -19,8 +19,8 @@ pub const MSIX_ENTRY_SIZE: u64 = 16;
 /// Bit 0 of an entry's vector control.
 const ENTRY_MASK: u32 = 1;
 
-/// The capability without its PCI header (PCIe 6.0 §7.7.2). Offsets have the number
-/// of their BAR, 0, in bits 2:0.
+/// The capability after its PCI header (PCIe 6.0 §7.7.2). Bits 2:0 of the
+/// offsets are the number of their BAR, 0.
 #[derive(IntoBytes, FromZeros, Immutable)]
 #[repr(C)]
 struct MsixCap {
@@ -34,15 +34,15 @@ type Entry = [u32; 4];
 
 /// The MSI-X capability and table of one function.
 ///
-/// The sources of interrupts (queues, configuration changes) each point at an
-/// entry; several may share one. A source is routed while its entry, the
-/// function and the bus mastering of the function let it; otherwise its eventfd
-/// keeps what is signalled, which is the pending bit.
+/// Each source of interrupts (a queue, configuration changes) is bound to an
+/// entry; several may share one. A source is routed while neither its entry nor
+/// the function is masked and the function is bus master; otherwise its eventfd
+/// keeps a signal, which is the pending bit.
 pub struct Msix {
     target: Arc<MsiTarget>,
     capability: u16,
     entries: Vec<Entry>,
-    /// The entry of each source, by its number at the target.
+    /// Entry of each source, by the source's number in the target.
     sources: Vec<Option<u16>>,
     control: u16,
     bus_master: bool,
@@ -50,8 +50,8 @@ pub struct Msix {
 
 impl Msix {
     /// Adds the capability to `config`: a table of `entries` entries at `table`
-    /// and the pending bits at `pending`, both offsets into BAR 0. There is one
-    /// source for each of the target's.
+    /// and the pending bits at `pending`, both offsets into BAR 0. The sources
+    /// are those of the target.
     #[must_use]
     pub fn new(
         config: &mut ConfigSpace,
@@ -79,25 +79,25 @@ impl Msix {
         }
     }
 
-    /// How many entries there are.
+    /// Number of table entries.
     #[must_use]
     pub fn entries(&self) -> usize {
         self.entries.len()
     }
 
-    /// Points source `source` at an entry, or at none. What it signalled while
-    /// it had none is lost (virtio 1.2 §4.1.5.1.2.1), and not pending.
+    /// Binds source `source` to an entry, or to none. A signal while it has
+    /// none is lost (virtio 1.2 §4.1.5.1.2.1).
     pub fn bind(&mut self, source: usize, entry: Option<u16>) {
         if let Some(bound) = self.sources.get_mut(source) {
             if bound.is_none() {
-                self.target.forget(source);
+                self.target.clear_pending(source);
             }
             *bound = entry;
             self.route(|at, _| at == source);
         }
     }
 
-    /// Follows a write to configuration space.
+    /// Updates the routes after a write to configuration space.
     pub fn config_written(&mut self, config: &ConfigSpace) {
         let [_, _, low, high] = config.word(self.capability).to_le_bytes();
         let control = u16::from_le_bytes([low, high]) & (ENABLE | FUNCTION_MASK);
@@ -108,7 +108,7 @@ impl Msix {
         }
     }
 
-    /// Reads the table at `offset` bytes; what lies beyond it reads as zeros.
+    /// Reads the table at `offset` bytes; bytes beyond it read as zeros.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         read_words(offset, data, |at| {
             let word = word_at(at).and_then(|(entry, word)| self.entries.get(entry)?.get(word));
@@ -116,8 +116,8 @@ impl Msix {
         });
     }
 
-    /// Writes the table at `offset` bytes. The routes follow once, when all of
-    /// the access is written.
+    /// Writes the table at `offset` bytes. Updates the routes once, after the
+    /// whole access.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
         let mut touched = Vec::new();
         write_words(offset, data, |at, new, covered| {
@@ -148,14 +148,14 @@ impl Msix {
         }
     }
 
-    /// Points every source at no entry.
+    /// Binds every source to no entry.
     pub fn unbind_all(&mut self) {
         self.sources.fill(None);
         self.route(|_, _| true);
     }
 
-    /// The table as it is after a reset of the function. The capability is a
-    /// part of its configuration space.
+    /// Resets the table with the function. The capability is reset as part of
+    /// configuration space.
     pub fn reset(&mut self) {
         self.entries.fill([0, 0, 0, ENTRY_MASK]);
         self.unbind_all();
@@ -177,7 +177,7 @@ impl Msix {
     }
 }
 
-/// The entry and the index of its word at `at`, a multiple of 4.
+/// Index of the entry and of its word at `at`, a multiple of 4.
 fn word_at(at: u64) -> Option<(usize, usize)> {
     let entry = usize::try_from(at / MSIX_ENTRY_SIZE).ok()?;
     let word = usize::try_from(at % MSIX_ENTRY_SIZE / 4).ok()?;

@@ -1,5 +1,5 @@
-//! The root complex: configuration space by ECAM (PCIe 6.0 §7.2.2), functions
-//! as root complex integrated endpoints on bus 0.
+//! The root complex: configuration space through ECAM (PCIe 6.0 §7.2.2),
+//! functions as root complex integrated endpoints on bus 0.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -10,12 +10,12 @@ use log::debug;
 use super::config::{Bar, ConfigSpace, Ids};
 use crate::bus::{Bus, BusDevice};
 
-/// Device numbers on the bus.
+/// Number of device numbers on the bus.
 pub const SLOTS: u8 = 32;
 /// Bytes of configuration space of one function, as a shift.
 const FUNCTION_SHIFT: u32 = 12;
-/// The host bridge of the PCI ID database's "Red Hat, QEMU PCIe host bridge":
-/// what Linux knows to have no quirks.
+/// IDs of the "QEMU PCIe Host bridge" of Red Hat, for which Linux has no
+/// quirks.
 const BRIDGE: Ids = Ids {
     vendor: 0x1b36,
     device: 0x0008,
@@ -25,24 +25,24 @@ const BRIDGE: Ids = Ids {
     subsystem: 0,
 };
 
-/// A BAR that a write to configuration space moved.
+/// Change of a BAR's address by a write to configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarMove {
-    /// Where it is decoded from now on.
+    /// The BAR at its new address; `None` when it is not decoded.
     pub to: Option<Bar>,
 }
 
-/// A PCI function with one BAR. The methods are called on the vCPU that makes
+/// A PCI function with one BAR. The methods are called on the vCPU thread of
 /// the access; each takes the function's own lock.
 pub trait PciFunction: Send + Sync {
     /// Reads configuration space at `offset` bytes.
     fn read_config(&self, offset: u16, data: &mut [u8]);
 
-    /// Writes configuration space at `offset` bytes. What that does to the
-    /// BAR is returned, not done.
+    /// Writes configuration space at `offset` bytes. Returns a change of the
+    /// BAR's address; the caller moves the BAR on the bus.
     fn write_config(&self, offset: u16, data: &[u8]) -> Option<BarMove>;
 
-    /// The BAR is decoded at this address now, or nowhere.
+    /// Called when the BAR was moved on the bus; `None` when it is not decoded.
     fn placed(&self, at: Option<Gpa>);
 
     /// Reads the BAR at `offset` bytes.
@@ -52,12 +52,12 @@ pub trait PciFunction: Send + Sync {
     fn write_bar(&self, offset: u64, data: &[u8]);
 }
 
-/// No slot is left on the bus.
+/// Error for a slot that is taken or does not exist.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("slot {0} of the PCI bus is taken or does not exist")]
 pub struct PlaceError(pub u8);
 
-/// A function's BAR on the memory bus.
+/// A function's BAR as a device on the memory bus.
 struct BarDevice(Arc<dyn PciFunction>);
 
 impl BusDevice for BarDevice {
@@ -70,13 +70,13 @@ impl BusDevice for BarDevice {
     }
 }
 
-/// The root complex as the device behind the ECAM window.
+/// The root complex as the device of the ECAM window.
 pub struct PciRoot {
     bridge: Mutex<ConfigSpace>,
     functions: RwLock<BTreeMap<u8, Arc<dyn PciFunction>>>,
-    /// Weak: the bus holds the root.
+    /// Weak, because the bus owns the root complex.
     memory: Weak<Bus>,
-    /// Where the BAR of each slot is on the bus. Held while one moves, so that
+    /// Address of each slot's BAR on the bus. Locked while one moves, so that
     /// the bus and the functions agree.
     placed: Mutex<BTreeMap<u8, u64>>,
 }
@@ -93,7 +93,7 @@ impl PciRoot {
         }
     }
 
-    /// Puts a function into a slot; slot 0 is the host bridge.
+    /// Adds a function at a device number; slot 0 is the host bridge.
     ///
     /// # Errors
     /// The slot is taken or does not exist.
@@ -140,15 +140,15 @@ impl PciRoot {
                 placed.insert(slot, to.base.0);
                 function.placed(Some(to.base));
             }
-            // The guest put it over something else: it is decoded nowhere. It
-            // may do so as often as it likes, so this is no warning.
+            // The BAR overlaps another range, so it is not decoded. The guest
+            // may repeat this without end, so this is no warning.
             Err(error) => debug!("PCI device {slot}: {error}"),
         }
     }
 }
 
-/// Which device (function 0 only) on bus 0 and which register an ECAM offset
-/// means.
+/// Decodes an ECAM offset to a device number on bus 0 and a register offset.
+/// `None` for other buses and functions other than 0.
 fn decode(offset: u64) -> Option<(u8, u16)> {
     let register = u16::try_from(offset & ((1 << FUNCTION_SHIFT) - 1)).ok()?;
     let function = u32::try_from(offset >> FUNCTION_SHIFT).ok()?;
@@ -199,7 +199,7 @@ impl BusDevice for PciRoot {
 mod tests {
     use super::*;
 
-    /// A function whose registers read as its number.
+    /// A function whose registers read as its device number.
     struct Numbered(u8);
 
     impl PciFunction for Numbered {
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_reads_as_ones_and_takes_no_writes() {
+    fn absent_functions_read_as_ones_and_ignore_writes() {
         let (memory, root) = root();
         root.add(4, Arc::new(Numbered(4))).unwrap();
         let absent = [
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn bar_that_finds_no_room_is_decoded_nowhere() {
+    fn overlapping_bar_is_not_decoded() {
         let (memory, root) = root();
         for slot in [1, 2] {
             root.add(slot, Arc::new(Numbered(slot))).unwrap();
@@ -297,7 +297,7 @@ mod tests {
         assert_eq!(at(0x5000), Some(1));
         root.write(2 << 15, &[6]);
         assert_eq!((at(0x5000), at(0x6000)), (Some(1), Some(2)));
-        // The first one leaves, and only then there is room for the second.
+        // The second BAR is decoded only after the first one has moved.
         root.write(1 << 15, &[0]);
         assert_eq!(at(0x5000), None);
         root.write(2 << 15, &[5]);

@@ -1,8 +1,9 @@
-//! Chains of descriptors, checked (virtio 1.2 §2.7).
+//! Checked chains of descriptors (virtio 1.2 §2.7).
 //!
-//! `virtio_queue` ends a chain early, without an error, when it loops, leaves its
-//! table, nests indirect tables or leaves memory. A device must not take such a
-//! chain for a request: the driver is broken and the device needs a reset.
+//! `virtio_queue` ends a chain early, without an error, at a loop, an index
+//! beyond the table, a nested indirect table, or a descriptor outside of
+//! memory. Such a chain is no request: the driver is broken and the device
+//! needs a reset.
 
 use iommu::DmaView;
 use virtio_queue::{Error, Queue, QueueOwnedT as _};
@@ -13,11 +14,12 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 pub struct Buffer {
     /// Address of the first byte.
     pub at: GuestAddress,
-    /// Bytes, possibly none. Only an access shows whether they are in memory.
+    /// Length in bytes, possibly 0. Only an access checks that they are in
+    /// memory.
     pub len: u32,
 }
 
-/// A whole chain of descriptors.
+/// A complete chain of descriptors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
     /// Index of its first descriptor, which identifies it in the used ring.
@@ -29,16 +31,16 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Takes the next available chain from `queue`, if there is one. It has at
-    /// most `longest` descriptors, those of an indirect table included, and the
-    /// sum of their lengths is below 2^32.
+    /// Takes the next available chain from `queue`; `None` when the ring is
+    /// empty. The chain has at most `longest` descriptors, those of an indirect
+    /// table included, and the sum of their lengths is below 2^32.
     ///
     /// A chain must not be longer than the queue (§2.7.5.3.1), so the largest
     /// queue that a device offers is a sufficient bound for a device without a
     /// narrower one. No more than `longest` + 1 descriptors are read.
     ///
     /// # Errors
-    /// The rule of the ring that the driver broke.
+    /// The rule of the ring that the driver broke, as text.
     pub fn take(
         queue: &mut Queue,
         view: &DmaView<'_>,
@@ -88,7 +90,7 @@ impl Chain {
     }
 }
 
-/// Bytes of the buffers together.
+/// Sum of the buffers' lengths in bytes.
 #[must_use]
 pub fn total(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
@@ -114,8 +116,8 @@ pub fn gather(
     Ok(len - rest.len())
 }
 
-/// Writes `bytes` over the buffers in order, as far as they go. Returns the number
-/// of bytes written.
+/// Writes `bytes` to the buffers in order, until either ends. Returns the
+/// number of bytes written.
 ///
 /// # Errors
 /// A buffer is not in memory.
@@ -133,7 +135,7 @@ pub fn scatter(
     Ok(bytes.len() - rest.len())
 }
 
-/// The rings themselves cannot be reached.
+/// Error text for rings that are not in memory.
 pub const RINGS_OUTSIDE: &str = "its rings are not in memory";
 
 #[cfg(test)]

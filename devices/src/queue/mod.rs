@@ -1,5 +1,5 @@
-//! Split virtqueues (virtio 1.2 §2.7) from the device's end: what the virtio
-//! devices and the vhost back end both need of them.
+//! The device side of split virtqueues (virtio 1.2 §2.7), for the virtio
+//! devices and the vhost back end.
 
 pub mod chain;
 pub mod posted;

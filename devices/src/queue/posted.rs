@@ -1,5 +1,6 @@
-//! The available buffers of a queue that the kernel serves: for translating them
-//! before the kernel misses them, and for finding out why it stopped.
+//! Reads the available buffers of a queue that the kernel serves: for
+//! translating them before the kernel misses them, and for finding the cause of
+//! an error.
 
 use std::cell::Cell;
 
@@ -14,32 +15,32 @@ const MAX_STEPS: usize = 1024;
 /// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
 
-/// A bound on work of which the guest chooses the amount: descriptors that are
-/// read, entries that are looked up.
+/// Budget for work whose amount the guest chooses: descriptors that are read,
+/// entries that are looked up.
 pub struct Steps(Cell<usize>);
 
 impl Steps {
-    /// A bound of `count` steps.
+    /// A budget of `count` steps.
     #[must_use]
     pub fn new(count: usize) -> Self {
         Self(Cell::new(count))
     }
 
-    /// Takes a step. `false` when none is left.
+    /// Spends a step. `false` when none is left.
     pub fn spend(&self) -> bool {
         let left = self.0.get().checked_sub(1);
         self.0.set(left.unwrap_or(0));
         left.is_some()
     }
 
-    /// Whether none is left.
+    /// Whether no step is left.
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.0.get() == 0
     }
 }
 
-/// Addresses of a queue's rings.
+/// Size and I/O virtual addresses of a queue's rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Entries of each ring.
@@ -53,9 +54,9 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The three rings and how the device accesses them, or `None` when one
-    /// runs beyond the address space. The used ring comes first: the kernel
-    /// wants it earliest.
+    /// The three rings with the device's accesses, or `None` when one exceeds
+    /// the address space. The used ring is first, because the kernel accesses
+    /// it first.
     #[must_use]
     pub fn parts(&self) -> Option<[Buffer; 3]> {
         let size = u64::from(self.size);
@@ -71,25 +72,25 @@ impl Layout {
     }
 }
 
-/// Memory that the device is to access.
+/// Memory that the device accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Its addresses, inclusive.
+    /// I/O virtual addresses, both ends inclusive.
     pub iova: IovaRange,
-    /// The device's access.
+    /// Direction of the device's access.
     pub access: Access,
 }
 
-/// Why a queue cannot be read.
+/// Error of reading a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingReadError {
-    /// Its rings are not mapped.
+    /// A ring is not mapped to RAM.
     Fault(Fault),
-    /// The driver broke the rules of the ring.
+    /// The driver broke a rule of the ring, named by the text.
     Malformed(&'static str),
 }
 
-/// The memory of a stream, read while its gate is held and without recording
+/// Reads the memory of a stream while its gate is held, without recording
 /// events.
 pub struct Memory<'a> {
     inside: &'a Translating<'a>,
@@ -98,7 +99,7 @@ pub struct Memory<'a> {
 }
 
 impl<'a> Memory<'a> {
-    /// The memory that `inside` translates to.
+    /// The memory of the stream whose gate `inside` holds.
     #[must_use]
     pub fn new(inside: &'a Translating<'a>, ram: &'a GuestRam) -> Self {
         Self {
@@ -141,7 +142,7 @@ impl<'a> Memory<'a> {
         Ok(u16::from_le_bytes(bytes))
     }
 
-    /// How many buffers the device has given back, modulo 2^16.
+    /// Index of the used ring: the number of used buffers modulo 2^16.
     ///
     /// # Errors
     /// [`RingReadError`], if the used ring cannot be read.
@@ -170,8 +171,8 @@ fn offset_from(base: Iova, offset: u64) -> Result<Iova, RingReadError> {
     base.checked_add(offset).ok_or_else(|| outside(base))
 }
 
-/// The bytes that a descriptor describes; `None` when it has none. A buffer that
-/// runs beyond the address space ends there.
+/// The buffer of a descriptor; `None` when its length is 0. A buffer that
+/// exceeds the address space is cut at its end.
 fn buffer(descriptor: &Descriptor) -> Option<Buffer> {
     let extent = u64::from(descriptor.len()).checked_sub(1)?;
     let first = Iova(descriptor.addr().0);
@@ -186,12 +187,12 @@ fn buffer(descriptor: &Descriptor) -> Option<Buffer> {
     })
 }
 
-/// The buffers that the driver made available and has not got back, in the
-/// order in which an in-order device takes them; a bounded number of them, and
-/// one step for each descriptor.
+/// The available buffers that are not used yet, in the order in which an
+/// in-order device uses them. Bounded by `MAX_STEPS` descriptors and one step
+/// for each.
 ///
 /// # Errors
-/// [`RingReadError`]; what was found before is lost.
+/// [`RingReadError`]; no buffers are returned then.
 pub fn posted(
     memory: &Memory<'_>,
     layout: &Layout,
@@ -234,12 +235,11 @@ struct Table {
     indirect: bool,
 }
 
-/// A walk over chains, as long as the driver makes it, up to [`MAX_STEPS`] and the
-/// steps left.
+/// A walk over chains, of at most [`MAX_STEPS`] descriptors and the steps left.
 struct Walk<'m> {
     memory: &'m Memory<'m>,
     steps: &'m Steps,
-    /// Descriptors of this walk.
+    /// Number of descriptors that were read.
     walked: usize,
     buffers: Vec<Buffer>,
 }
@@ -280,7 +280,7 @@ impl Walk<'_> {
         ))
     }
 
-    /// Follows a descriptor to the table that it refers to (§2.7.5.3).
+    /// Walks the indirect table that a descriptor refers to (§2.7.5.3).
     fn refer(&mut self, from: &Table, to: &Descriptor) -> Result<(), RingReadError> {
         let len = u64::from(to.len());
         if from.indirect {
@@ -302,7 +302,7 @@ impl Walk<'_> {
             indirect: true,
         };
         match self.chain(&table, 0) {
-            // Translating the table itself reports the fault.
+            // The fault is reported when the kernel misses the table.
             Err(RingReadError::Fault(_)) => Ok(()),
             done => done,
         }

@@ -1,4 +1,4 @@
-//! A queue that the driver enabled, and how the device interrupts for it.
+//! A queue that the driver enabled, and its interrupt.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -13,19 +13,19 @@ use crate::interrupt::MsiVector;
 /// The flag of the available ring by which a driver asks for no interrupts.
 const NO_INTERRUPT: u16 = 1;
 
-/// How a device interrupts its driver for one queue, or for a change of
-/// configuration.
+/// Interrupts the driver for one queue, or for a change of configuration.
 #[derive(Clone)]
 pub struct Interrupt(Arc<dyn MsiVector>);
 
 impl Interrupt {
-    /// The interrupt behind a source that the transport routes.
+    /// The interrupt of a source that the transport routes.
     #[must_use]
     pub fn new(vector: Arc<dyn MsiVector>) -> Self {
         Self(vector)
     }
 
-    /// Interrupts. A full counter means that it is signalled already.
+    /// Interrupts the driver. A full counter means that it is signalled
+    /// already.
     pub fn signal(&self) {
         let _ = self.0.eventfd().write(1);
     }
@@ -33,7 +33,7 @@ impl Interrupt {
     /// Interrupts for used entries of `queue`, unless the driver asked for none
     /// (virtio 1.2 §2.7.7). For devices without `EVENT_IDX`.
     pub fn signal_for(&self, queue: &Queue, view: &DmaView<'_>) {
-        // The used index must be visible before the flags are looked at.
+        // The used index must be visible before the flags are read.
         fence(Ordering::SeqCst);
         let flags = view.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::SeqCst);
         if flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0) {
@@ -41,7 +41,7 @@ impl Interrupt {
         }
     }
 
-    /// The call eventfd of a kernel back end. It stays the same for the life of
+    /// The call eventfd of a kernel back end. It is the same for the life of
     /// the device.
     #[must_use]
     pub fn eventfd(&self) -> &EventFd {
@@ -49,15 +49,15 @@ impl Interrupt {
     }
 }
 
-/// A queue that the driver enabled, handed to its device.
+/// A queue that the driver enabled, with its resources for the device.
 pub struct RunningQueue {
-    /// The rings: size and addresses (which are I/O virtual), the position to
-    /// go on from, and whether event indices were negotiated.
+    /// The rings: size, I/O virtual addresses, position to continue from, and
+    /// whether event indices were negotiated.
     pub queue: Queue,
     /// The device's view of guest memory, with a cache for this queue alone.
     pub dma: DmaSpace,
-    /// Signalled by the driver's kicks, unless the device is inline. The same
-    /// for the life of the device.
+    /// Signalled by the driver's kicks, unless the device is inline. It is the
+    /// same for the life of the device.
     pub kick: Arc<EventFd>,
     /// Interrupts the driver for this queue.
     pub interrupt: Interrupt,
@@ -70,7 +70,7 @@ impl RunningQueue {
         self.dma.space()
     }
 
-    /// The position to start the queue from again.
+    /// The position to continue the queue from.
     #[must_use]
     pub fn position(&self) -> QueuePosition {
         QueuePosition {

@@ -1,5 +1,5 @@
-//! The host's network interfaces, as the network namespace of this process has
-//! them: by a socket, and never by `/sys`, which may show another namespace.
+//! The network interfaces in the network namespace of this process. They are
+//! read through a socket, because `/sys` may show another namespace.
 #![allow(unsafe_code)] // The system calls below; each says why it is sound.
 
 use std::fs::File;
@@ -8,10 +8,10 @@ use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 
 use libc::{IFF_RUNNING, IFF_UP, c_int, ifreq};
 
-/// Bytes of an `RTM_NEWLINK` message and more. What does not fit is cut: no
-/// message is looked into.
+/// Bytes of the receive buffer, more than an `RTM_NEWLINK` message. A longer
+/// message is truncated, which is harmless: contents are not parsed.
 const MESSAGE: usize = 8 << 10;
-/// Messages that are read in one go.
+/// Upper bound on messages per call of [`Links::take_changes`].
 const MAX_MESSAGES: usize = 64;
 /// `SIOCETHTOOL`'s request for a [`DriverInfo`].
 const ETHTOOL_GDRVINFO: u32 = 3;
@@ -29,25 +29,25 @@ struct DriverInfo {
     counts: [u32; 5],
 }
 
-/// What is set of an interface's flags, of those that decide about its link.
+/// Flags of an interface that decide its link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkFlags {
-    /// `IFF_UP`: the administrator has it up.
+    /// `IFF_UP`: the administrator set it up.
     pub up: bool,
-    /// `IFF_RUNNING`: it has a carrier too.
+    /// `IFF_RUNNING`: it is up and has a carrier.
     pub running: bool,
 }
 
-/// A netlink socket in the group of interface changes. Readable when an
-/// interface has changed, whichever.
+/// A netlink socket in the group of interface changes. Readable when any
+/// interface changed.
 #[derive(Debug)]
 pub struct Links(File);
 
 impl Links {
-    /// Listens from now on.
+    /// Opens the socket and joins the group of interface changes.
     ///
     /// # Errors
-    /// The host gives no such socket.
+    /// Error of socket(2) or bind(2).
     pub fn open() -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: a plain system call; the result is checked below.
@@ -66,8 +66,9 @@ impl Links {
         Ok(Self(File::from(socket)))
     }
 
-    /// Takes the notifications that are there, up to a bound: it stays readable
-    /// when there are more. Returns whether there was one, or some were lost.
+    /// Reads the pending notifications, up to a bound: the socket stays
+    /// readable when there are more. Returns whether there was one, or some
+    /// were lost.
     pub fn take_changes(&self) -> bool {
         let mut message = [0; MESSAGE];
         let mut any = false;
@@ -82,10 +83,10 @@ impl Links {
         any
     }
 
-    /// Whether there is an interface of this name.
+    /// Whether an interface of this name exists.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn exists(&self, name: &str) -> io::Result<bool> {
         let mut request = request(name)?;
         match self.ask(libc::SIOCGIFINDEX, &mut request) {
@@ -95,10 +96,10 @@ impl Links {
         }
     }
 
-    /// Whether the interface is a tap, of any kind.
+    /// Whether the interface is a tap, with one queue or several.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn is_tap(&self, name: &str) -> io::Result<bool> {
         let mut info = DriverInfo {
             cmd: ETHTOOL_GDRVINFO,
@@ -123,7 +124,7 @@ impl Links {
     /// The flags of an interface.
     ///
     /// # Errors
-    /// Of the ioctl; `ENODEV` when there is none of this name.
+    /// Error of the ioctl; `ENODEV` when no interface has this name.
     pub fn flags(&self, name: &str) -> io::Result<LinkFlags> {
         let mut request = request(name)?;
         self.ask(libc::SIOCGIFFLAGS, &mut request)?;
@@ -135,10 +136,10 @@ impl Links {
         })
     }
 
-    /// Sets an interface up, with this MTU if there is one.
+    /// Sets the MTU of an interface, if given in bytes, and sets it up.
     ///
     /// # Errors
-    /// Of the ioctls.
+    /// Error of an ioctl.
     pub fn bring_up(&self, name: &str, mtu: Option<u16>) -> io::Result<()> {
         let mut link = request(name)?;
         if let Some(mtu) = mtu {
@@ -166,7 +167,7 @@ impl AsRawFd for Links {
     }
 }
 
-/// An interface request with a name and nothing else.
+/// An interface request with only a name.
 pub(super) fn request(name: &str) -> io::Result<ifreq> {
     // SAFETY: all zeros is a value of the structure and of its union.
     let mut request: ifreq = unsafe { std::mem::zeroed() };
@@ -179,7 +180,7 @@ pub(super) fn request(name: &str) -> io::Result<ifreq> {
     Ok(request)
 }
 
-/// Flags of a request are 16 bits, whatever type the constants have.
+/// Truncates flags to the 16 bits of a request.
 pub(super) fn short(flags: c_int) -> libc::c_short {
     let [low, high, ..] = flags.to_le_bytes();
     libc::c_short::from_le_bytes([low, high])
@@ -197,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_is_no_tap_and_what_is_not_there_is_known() {
+    fn loopback_is_no_tap_and_an_absent_interface_is_recognized() {
         let links = Links::open().unwrap();
         assert!(links.exists("lo").unwrap());
         assert!(!links.is_tap("lo").unwrap());

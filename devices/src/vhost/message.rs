@@ -1,12 +1,12 @@
-//! The messages that go over a vhost file (`struct vhost_msg_v2`,
-//! `include/uapi/linux/vhost_types.h`), as bytes.
+//! Encoding of the messages of a vhost file (`struct vhost_msg_v2`,
+//! `include/uapi/linux/vhost_types.h`).
 
 use iommu::{Access, Iova, IovaRange, Perm};
 use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
 use super::shadow::Entry;
 
-/// Bytes of a message, either way and of either version.
+/// Bytes of a message, in either direction and of either version.
 pub const SIZE: usize = 72;
 
 const VERSION_1: u32 = 1;
@@ -17,7 +17,7 @@ const INVALIDATE: u8 = 3;
 const READ: u8 = 1;
 const WRITE: u8 = 2;
 
-/// `struct vhost_msg_v2`; the fields lie in the same places in version 1.
+/// `struct vhost_msg_v2`; version 1 has the same offsets.
 #[derive(FromBytes, IntoBytes)]
 #[repr(C)]
 struct RawMessage {
@@ -34,29 +34,29 @@ struct RawMessage {
 /// A message to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Adds a translation.
+    /// `VHOST_IOTLB_UPDATE`: adds a translation.
     Update(Entry),
-    /// Drops every translation that overlaps the range. All of the address
-    /// space has no length that fits and takes two messages.
+    /// `VHOST_IOTLB_INVALIDATE`: drops every translation that overlaps the
+    /// range. A range of 2^64 bytes takes two messages.
     Invalidate(IovaRange),
 }
 
-/// A message of the kernel: the first byte that it could not translate.
+/// `VHOST_IOTLB_MISS` of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Miss {
-    /// Its address.
+    /// First byte that the kernel could not translate.
     pub iova: Iova,
-    /// The queue's access.
+    /// Direction of the queue's access.
     pub access: Access,
 }
 
-/// The kernel sent what no version of its interface sends.
+/// Error for a message of the kernel that is no miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the host's vhost sent a message of an unknown kind")]
 pub struct UnknownMessage;
 
 impl Message {
-    /// The message of version 2, or `None` for a range of 2^64 bytes.
+    /// Encodes the message in version 2; `None` for a range of 2^64 bytes.
     #[must_use]
     pub fn to_bytes(&self) -> Option<[u8; SIZE]> {
         let (range, hva, perm, kind) = match self {
@@ -81,16 +81,17 @@ fn perm_bits(perm: Perm) -> u8 {
 }
 
 impl Miss {
-    /// Reads a message of the kernel, of version 1 or 2.
+    /// Decodes a miss of version 1 or 2.
     ///
     /// # Errors
-    /// [`UnknownMessage`] when it is short or no miss.
+    /// [`UnknownMessage`] when it is too short or no miss.
     pub fn parse(bytes: &[u8]) -> Result<Self, UnknownMessage> {
         let raw = RawMessage::read_from_bytes(bytes).map_err(|_| UnknownMessage)?;
         let access = match raw.perm {
             READ => Access::Read,
-            // The kernel asks for one of the two. Both together need write
-            // permission, and an answer has all that the mapping permits.
+            // The kernel requests one of the two. A request for both needs
+            // write permission, and an answer has the full permission of the
+            // mapping.
             WRITE | 3 => Access::Write,
             _ => return Err(UnknownMessage),
         };
@@ -104,7 +105,7 @@ impl Miss {
     }
 }
 
-/// Reads back what [`Message::to_bytes`] wrote: the kernel's end, for tests.
+/// Decodes the bytes of [`Message::to_bytes`], for tests.
 #[cfg(test)]
 pub fn parse_message(bytes: &[u8; SIZE]) -> Option<Message> {
     use iommu::Hva;
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn misses_of_both_versions_are_understood_and_nothing_else() {
+    fn only_misses_of_both_versions_are_decoded() {
         for version in [1, 2] {
             let miss = Miss::parse(&miss_bytes(version, 0x5008, WRITE, MISS)).unwrap();
             assert_eq!((miss.iova, miss.access), (Iova(0x5008), Access::Write));
@@ -182,7 +183,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_parse_to_what_they_say_or_not_at_all(
+        fn any_bytes_decode_to_their_fields_or_an_error(
             bytes in prop::collection::vec(any::<u8>(), 0..2 * SIZE),
         ) {
             if let Ok(miss) = Miss::parse(&bytes) {

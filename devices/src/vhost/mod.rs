@@ -1,8 +1,9 @@
 //! The host kernel's vhost devices behind the guest's IOMMU.
 //!
-//! [`sys`] talks to the kernel, [`shadow`] knows what its IOTLB holds,
-//! [`iotlb`] keeps that in step with the IOMMU, [`worker`] answers its misses,
-//! and [`Vhost`] starts and stops rings in the order that the kernel wants.
+//! [`sys`] has the ioctls, [`shadow`] the entries of the kernel's IOTLB,
+//! [`iotlb`] synchronizes them with the IOMMU, [`worker`] is the thread that
+//! answers misses, and [`Vhost`] starts and stops rings in the order that the
+//! kernel needs.
 
 pub mod iotlb;
 pub mod message;
@@ -29,27 +30,27 @@ use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::posted::Layout;
 use crate::queue::{QueuePosition, RunningQueue};
 
-/// Rings of a vhost file: both kinds have a pair.
+/// Number of rings of a vhost file, of either kind.
 pub const RINGS: usize = 2;
 
-// Sources of a file, as its thread numbers them.
+// Indices of a file's sources in [`EpollClient::ready`].
 const MISSES: u32 = 0;
 const WAKE: u32 = 1;
 const ERRORS: u32 = 2;
 
-/// Features that vhost gives another meaning, or that are for migration.
+/// Features that vhost uses with another meaning, or for migration.
 const NEVER: u64 = 1 << VHOST_F_LOG_ALL | 1 << VHOST_NET_F_VIRTIO_NET_HDR;
 
-/// What is given to every vhost file of a machine.
+/// Resources that all vhost files of a machine share.
 #[derive(Clone)]
 pub struct VhostContext {
     /// The guest's RAM.
     pub ram: Arc<GuestRam>,
-    /// Answers misses.
+    /// The thread that answers misses.
     pub worker: Arc<VhostWorker>,
-    /// Send new mappings when they are made, if the IOMMU tells of them.
+    /// Send new mappings at once, if the IOMMU delivers `MAP` events.
     pub prefill: bool,
-    /// Translate every posted buffer of a queue that misses one.
+    /// Send the translations of all available buffers of a queue with a miss.
     pub prefetch: bool,
 }
 
@@ -71,7 +72,7 @@ impl Channel for VhostKernel {
     }
 }
 
-/// What the thread sees of a file.
+/// The part of a file that the worker thread serves.
 struct File {
     kernel: Arc<VhostKernel>,
     iotlb: Arc<VhostIotlb>,
@@ -85,7 +86,7 @@ impl EpollClient for File {
         let good = match source {
             MISSES => self.iotlb.service(),
             WAKE => {
-                self.iotlb.revive();
+                self.iotlb.retry();
                 true
             }
             _ => {
@@ -121,17 +122,16 @@ impl File {
 /// One open vhost file: a pair of rings.
 ///
 /// Rings start in this order: features, version of the messages, memory table,
-/// ring addresses, translations of the rings, eventfds, and then the back end,
-/// which is the caller's. They stop in the other: the caller takes the back
-/// end away, then [`ring_stopped`](Self::ring_stopped).
+/// ring addresses, translations of the rings, eventfds. Then the caller sets
+/// the back end. To stop a ring, the caller removes the back end and calls
+/// [`ring_stopped`](Self::ring_stopped).
 pub struct Vhost {
     file: Arc<File>,
     _worker: Arc<VhostWorker>,
 }
 
 impl Vhost {
-    /// Opens a file; `name` is for the log, and `failure` gets what goes wrong
-    /// later.
+    /// Opens a file; `name` is for the log, and `failure` records later errors.
     ///
     /// # Errors
     /// [`OpenError`]
@@ -169,31 +169,30 @@ impl Vhost {
         })
     }
 
-    /// The kernel's end.
+    /// The kernel's device, for its other ioctls.
     #[must_use]
     pub fn kernel(&self) -> &VhostKernel {
         &self.file.kernel
     }
 
-    /// Shows how the IOTLB stands, also after this is gone into a transport.
+    /// A handle for the IOTLB's statistics, which outlives this.
     #[must_use]
     pub fn monitor(&self) -> IotlbMonitor {
         IotlbMonitor(Arc::clone(&self.file.iotlb))
     }
 
-    /// The features that the kernel serves, of those that a driver can see.
+    /// The kernel's features that may be offered to a driver.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn features(&self) -> io::Result<u64> {
         Ok(self.file.kernel.features()? & !NEVER)
     }
 
-    /// The driver negotiated `features`: sets up what the kernel knows of
-    /// them. No ring runs.
+    /// Sets up the kernel's device for the negotiated `features`. No ring runs.
     ///
     /// # Errors
-    /// The kernel refused.
+    /// The kernel refused an ioctl.
     pub fn negotiated(&self, features: u64) -> Result<(), DeviceError> {
         let translated = features >> VIRTIO_F_ACCESS_PLATFORM & 1 == 1;
         let kernel = &self.file.kernel;
@@ -208,11 +207,11 @@ impl Vhost {
         Ok(())
     }
 
-    /// Sets up ring `index` of this file for a queue, which is number `number`
-    /// of the device, up to its back end.
+    /// Sets up ring `index` of this file for queue `number` of the device,
+    /// except for its back end.
     ///
     /// # Errors
-    /// Its rings are not in memory, or the kernel refused.
+    /// The rings are not in memory, or the kernel refused an ioctl.
     pub fn set_up_ring(
         &self,
         index: usize,
@@ -266,7 +265,7 @@ impl Vhost {
             ))
     }
 
-    /// A ring's back end has been taken away: where it is.
+    /// Ends a ring whose back end was removed. Returns its position.
     pub fn ring_stopped(&self, index: usize) -> QueuePosition {
         let file = &self.file;
         file.iotlb.stop_ring(ring_number(index));
@@ -274,15 +273,15 @@ impl Vhost {
             log::error!("reading the position of a queue from the host's vhost: {error}");
             0
         });
-        // vhost uses buffers in order, and has finished all that it took.
+        // vhost uses buffers in order, and has used all that it took.
         QueuePosition {
             next_avail: next,
             next_used: next,
         }
     }
 
-    /// Back to before negotiation: no ring runs, and the kernel holds no
-    /// translation.
+    /// Returns to the state before negotiation: the kernel has no translation.
+    /// No ring runs.
     pub fn reset(&self) {
         self.file.iotlb.detach();
     }
@@ -291,17 +290,17 @@ impl Vhost {
 impl Drop for Vhost {
     fn drop(&mut self) {
         self.file.kernel.halt();
-        // The region knows the IOTLB, which knows the region.
+        // The region and the IOTLB refer to each other.
         self.file.iotlb.detach();
     }
 }
 
-/// Shows how a kernel IOTLB stands.
+/// Handle for the statistics of a kernel IOTLB.
 #[derive(Clone)]
 pub struct IotlbMonitor(Arc<VhostIotlb>);
 
 impl IotlbMonitor {
-    /// How it stands now.
+    /// Statistics since the file was opened.
     #[must_use]
     pub fn stats(&self) -> IotlbStats {
         self.0.stats()
@@ -312,8 +311,8 @@ fn ring_number(index: usize) -> u16 {
     u16::try_from(index).unwrap_or(u16::MAX)
 }
 
-/// The rings in this process's memory, for a device that no IOMMU stands
-/// before.
+/// Addresses of the rings in this process, for a device that is behind no
+/// IOMMU.
 fn identity_addresses(
     space: &AddressSpace,
     layout: &Layout,

@@ -1,38 +1,39 @@
-//! What the kernel's IOTLB of one vhost file holds, known without asking.
+//! A copy of the kernel's IOTLB of one vhost file.
 //!
-//! `drivers/vhost/iotlb.c` keeps a list in the order of adding. A full list
-//! drops its oldest entry for a new one, used or not; an invalidation deletes
-//! every entry that it overlaps, a large one whole; an update looks at nothing
-//! that is there. This is the same list, exact to the entry, as long as every
-//! message goes through it. It holds no lock and sends nothing.
+//! `drivers/vhost/iotlb.c` has a list in the order of insertion. A full list
+//! drops its oldest entry for a new one; an invalidation deletes every entry
+//! that it overlaps as a whole; an update does not check existing entries. The
+//! shadow equals this list as long as every message is applied to it. It has no
+//! lock and sends no message.
 
 use std::collections::BTreeMap;
 
 use iommu::{Hva, Iova, IovaRange, Perm};
 
-/// Entries of a kernel IOTLB, where the module parameter says nothing else.
+/// Entries of a kernel IOTLB: the default of the module parameter.
 pub const DEFAULT_LIMIT: usize = 2048;
 
-/// One translation as the kernel keeps it.
+/// One translation of the kernel's IOTLB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The addresses that it translates; never all of the address space.
+    /// I/O virtual addresses, both ends inclusive; never all 2^64.
     pub iova: IovaRange,
-    /// Where the first of them lies in this process.
+    /// Virtual address in this process of the first address.
     pub hva: Hva,
-    /// What the device may do there.
+    /// Accesses that the device may make.
     pub perm: Perm,
 }
 
 impl Entry {
-    /// Whether the two translate alike, whatever their extents.
+    /// Whether the two have the same offset and permission; their ranges may
+    /// differ.
     #[must_use]
     pub fn agrees_with(&self, other: &Self) -> bool {
         let offset = |entry: &Self| entry.hva.0.wrapping_sub(entry.iova.first().0);
         offset(self) == offset(other) && self.perm == other.perm
     }
 
-    /// The part of the entry that lies in `range`.
+    /// The part of the entry in `range`, or `None` when they do not overlap.
     #[must_use]
     pub fn clipped(&self, range: IovaRange) -> Option<Self> {
         let iova = self.iova.intersection(range)?;
@@ -40,14 +41,14 @@ impl Entry {
         Some(Self { iova, hva, ..*self })
     }
 
-    /// What remains of the entry without `gone`, which are sorted and do not
-    /// touch: see [`merged`].
+    /// The parts of the entry outside of `gone`, which must be sorted and not
+    /// adjacent: see [`merged`].
     pub fn without<'a>(&self, gone: &'a [IovaRange]) -> impl Iterator<Item = Self> + use<'a> {
         let entry = *self;
         let start = gone.partition_point(|range| range.last() < entry.iova.first());
         let gone = gone.get(start..).unwrap_or_default().iter();
         let gone = gone.take_while(move |range| range.first() <= entry.iova.last());
-        // The parts before each range, and the one after the last.
+        // The parts below each range, and the one above the last.
         let mut from = Some(entry.iova.first());
         let before = gone.map(Some).chain([None]).map(move |range| {
             let first = from?;
@@ -64,7 +65,7 @@ impl Entry {
     }
 }
 
-/// The ranges in order, those that overlap or touch as one.
+/// The ranges in ascending order, with overlapping and adjacent ones joined.
 #[must_use]
 pub fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
     let mut sorted = ranges.to_vec();
@@ -72,7 +73,7 @@ pub fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
     let mut merged: Vec<IovaRange> = Vec::new();
     for range in sorted {
         match merged.last_mut() {
-            // Nothing lies above a range that ends with the address space.
+            // No range is above one that ends with the address space.
             Some(last)
                 if last
                     .last()
@@ -88,23 +89,23 @@ pub fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
     merged
 }
 
-/// An entry, and the turns at which it was added. Most have one: a second copy
-/// only wakes a queue.
+/// An entry and its insertion numbers. Most entries have one: a second copy is
+/// sent only to wake a queue.
 #[derive(Debug)]
 struct Held {
     entry: Entry,
     turns: Vec<u64>,
 }
 
-/// The list. Entries are the same as one another or do not overlap: whoever
-/// sends an update that would overlap another sends an invalidation first.
+/// The list. Two entries are equal or do not overlap: the sender invalidates an
+/// overlapping entry before an update.
 #[derive(Debug)]
 pub struct Shadow {
     limit: usize,
     turn: u64,
     order: BTreeMap<u64, Iova>,
     held: BTreeMap<Iova, Held>,
-    /// Entries that were looked at, for the tests of bounds.
+    /// Number of entries that were read, for the tests of bounds.
     #[cfg(test)]
     pub looks: std::cell::Cell<usize>,
 }
@@ -129,19 +130,20 @@ impl Shadow {
         self.looks.set(self.looks.get() + 1);
     }
 
-    /// How many entries the kernel holds, copies counted.
+    /// Number of entries in the kernel, copies included.
     #[must_use]
     pub fn len(&self) -> usize {
         self.order.len()
     }
 
-    /// Whether the kernel holds nothing.
+    /// Whether the kernel has no entry.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.order.is_empty()
     }
 
-    /// The entry that the next [`add`](Self::add) loses, if it loses one.
+    /// The entry that the next [`add`](Self::add) drops; `None` when there is
+    /// room or a copy of it remains.
     #[must_use]
     pub fn next_victim(&self) -> Option<Entry> {
         if self.limit == 0 || self.order.len() < self.limit {
@@ -160,7 +162,7 @@ impl Shadow {
         held.entry.iova.contains(iova).then_some(held.entry)
     }
 
-    /// The entries that overlap `range`, the lowest first.
+    /// The entries that overlap `range`, in ascending order.
     pub fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = Entry> + '_ {
         let first = self.holder(range.first());
         let first = first.map_or(range.first(), |entry| entry.iova.first());
@@ -177,7 +179,7 @@ impl Shadow {
         self.overlapping(range).next().is_some()
     }
 
-    /// An update was sent.
+    /// Applies an update that was sent.
     pub fn add(&mut self, entry: Entry) {
         debug_assert!(self.overlapping(entry.iova).all(|held| held == entry));
         if self.limit != 0 && self.order.len() >= self.limit {
@@ -192,8 +194,8 @@ impl Shadow {
         self.turn += 1;
     }
 
-    /// An invalidation of `range` was sent. Returns the entries that are gone,
-    /// which may reach beyond the range.
+    /// Applies an invalidation of `range` that was sent. Returns the removed
+    /// entries, which may exceed the range.
     pub fn remove(&mut self, range: IovaRange) -> Vec<Entry> {
         let gone: Vec<_> = self.overlapping(range).collect();
         for entry in &gone {
@@ -206,16 +208,15 @@ impl Shadow {
         gone
     }
 
-    /// The kernel has a new, empty IOTLB.
+    /// Removes every entry: the kernel has a new IOTLB.
     pub fn clear(&mut self) {
         self.order.clear();
         self.held.clear();
     }
 
-    /// The fewest invalidations that take away what is held of `ranges` and
-    /// touch no other entry: nothing for what is not held, one for neighbours
-    /// and for ranges with nothing held between them. None is all of the
-    /// address space.
+    /// The fewest invalidations that remove the entries in `ranges` and no
+    /// others: none for a range without entries, one for adjacent ranges and
+    /// for ranges without entries between them. None of them has 2^64 bytes.
     #[must_use]
     pub fn invalidations(&self, ranges: &[IovaRange]) -> Vec<IovaRange> {
         let mut ranges = ranges.to_vec();
@@ -236,8 +237,8 @@ impl Shadow {
         messages
     }
 
-    /// `low` and `high` (which does not begin below `low`) as one range, if
-    /// nothing is held between them.
+    /// `low` and `high` (which does not begin below `low`) as one range, if no
+    /// other entry is between them.
     fn merged_over_nothing(&self, low: IovaRange, high: IovaRange) -> Option<IovaRange> {
         let last = low.last().max(high.last());
         let merged = IovaRange::new(low.first(), last).ok()?;
@@ -247,7 +248,7 @@ impl Shadow {
             IovaRange::new(first, last).ok()
         });
         let mut in_between = between.into_iter().flat_map(|gap| self.overlapping(gap));
-        // An entry that reaches into the gap and is going anyway is no loss.
+        // An entry that overlaps `low` or `high` is removed anyway.
         in_between
             .all(|entry| entry.iova.overlaps(low) || entry.iova.overlaps(high))
             .then_some(merged)
@@ -273,7 +274,7 @@ impl Shadow {
     }
 }
 
-/// A range as ranges whose length fits 64 bits.
+/// Splits a range into ranges whose length fits 64 bits.
 fn halves(range: IovaRange) -> impl Iterator<Item = IovaRange> {
     const MIDDLE: u64 = 1 << 63;
     let (low, high) = if range.size().is_some() {

@@ -1,5 +1,5 @@
-//! The kernel's vhost devices behind safe calls: what the crate `vhost` lacks
-//! of them, and the rest through that crate.
+//! Safe calls of the kernel's vhost devices: through the crate `vhost`, and
+//! ioctls that it does not have.
 #![allow(unsafe_code)] // The ioctls below; each says why it is sound.
 
 use std::fs::{File, OpenOptions};
@@ -28,7 +28,7 @@ use super::shadow::DEFAULT_LIMIT;
 /// The module parameter that limits the entries of every kernel IOTLB.
 const LIMIT_PARAMETER: &str = "/sys/module/vhost/parameters/max_iotlb_entries";
 
-/// Which of the kernel's vhost devices.
+/// Kind of a vhost device of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `/dev/vhost-net`: one pair of network queues.
@@ -53,27 +53,27 @@ impl Kind {
     }
 }
 
-/// Why a vhost device cannot be had. One line for the user.
+/// Error of opening a vhost device. The text is one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The module is not loaded, or not there.
+    /// The device node is missing: the module is not loaded or does not exist.
     #[error("{path} is missing: load it with `modprobe {module}`", path = .0.path(), module = .0.module())]
     Missing(Kind),
-    /// The user may not open it.
+    /// The user may not open the device.
     #[error("no permission to open {path}: join its group, or `chmod a+rw {path}`", path = .0.path())]
     Denied(Kind),
-    /// Anything else.
+    /// Another error.
     #[error("{path} cannot be used", path = .kind.path())]
     Other {
-        /// Which device.
+        /// Kind of the device.
         kind: Kind,
-        /// What the system said.
+        /// Error of open(2) or of the ioctls.
         source: io::Error,
     },
 }
 
-/// The three rings of a queue, at addresses as the kernel wants them: I/O
-/// virtual behind an IOMMU, else of this process.
+/// Addresses of the three rings of a queue: I/O virtual behind an IOMMU,
+/// otherwise virtual in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
     /// The descriptor table.
@@ -89,8 +89,8 @@ pub struct VhostKernel {
     kind: Kind,
     file: File,
     ram: Arc<GuestRam>,
-    /// The rings that may have a back end, a bit each. The kernel refuses to
-    /// take it from one that was never set up.
+    /// Rings that may have a back end, one bit each. The kernel refuses to
+    /// remove the back end of a ring that was never set up.
     backends: AtomicU32,
 }
 
@@ -121,11 +121,11 @@ impl VhostKernel {
         Ok(kernel)
     }
 
-    /// The features of the kernel's device, `ACCESS_PLATFORM` among them if it
+    /// The features of the kernel's device, including `ACCESS_PLATFORM` if it
     /// has an IOTLB.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn features(&self) -> io::Result<u64> {
         self.get_features().map_err(from_crate)
     }
@@ -134,7 +134,7 @@ impl VhostKernel {
     /// empty IOTLB. No ring has a back end.
     ///
     /// # Errors
-    /// Of the ioctls.
+    /// Error of an ioctl.
     pub fn set_up(&self, features: u64) -> io::Result<()> {
         self.set_features(features).map_err(from_crate)?;
         if features >> VIRTIO_F_ACCESS_PLATFORM & 1 == 1 {
@@ -171,11 +171,11 @@ impl VhostKernel {
         check(unsafe { ioctl_with_ref(self, VHOST_SET_BACKEND_FEATURES(), &bit) })
     }
 
-    /// Says where a ring is, how large, and from which available entry to go
-    /// on. It has no back end.
+    /// Sets size and addresses of a ring, and the available entry to continue
+    /// from. The ring has no back end.
     ///
     /// # Errors
-    /// Of the ioctls.
+    /// Error of an ioctl.
     pub fn set_ring(
         &self,
         index: usize,
@@ -198,10 +198,10 @@ impl VhostKernel {
         self.set_vring_base(index, next_avail).map_err(from_crate)
     }
 
-    /// Connects a ring's eventfds: kicks in, interrupts and errors out.
+    /// Sets a ring's eventfds for kicks, interrupts and errors.
     ///
     /// # Errors
-    /// Of the ioctls.
+    /// Error of an ioctl.
     pub fn set_eventfds(
         &self,
         index: usize,
@@ -214,20 +214,20 @@ impl VhostKernel {
         self.set_vring_kick(index, kick).map_err(from_crate)
     }
 
-    /// The next available entry of a ring that has stopped.
+    /// The next available entry of a stopped ring.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn ring_base(&self, index: usize) -> io::Result<u16> {
         let base = self.get_vring_base(index).map_err(from_crate)?;
         Ok(u16::try_from(base & 0xffff).unwrap_or(0))
     }
 
-    /// Gives a network ring its tap, or takes it away: then the kernel touches
-    /// none of the queue's memory any more when this returns.
+    /// Sets or removes the tap of a network ring. When a removal returns, the
+    /// kernel accesses none of the queue's memory.
     ///
     /// # Errors
-    /// Of the ioctl; `EFAULT` when the used ring is not to be had.
+    /// Error of the ioctl; `EFAULT` when the used ring is not available.
     pub fn set_tap(&self, index: usize, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let backend = vhost_vring_file {
             index: ring_number(index),
@@ -241,11 +241,11 @@ impl VhostKernel {
         })
     }
 
-    /// Takes a ring's back end away, if it has one, and with it that of the
-    /// other ring of a socket device.
+    /// Removes a ring's back end, if it has one. On a socket device this
+    /// removes the back end of the other ring too.
     ///
     /// # Errors
-    /// Of the ioctl.
+    /// Error of the ioctl.
     pub fn detach(&self, index: usize) -> io::Result<()> {
         if self.backends.load(Ordering::Acquire) & ring_bit(index) == 0 {
             return Ok(());
@@ -256,8 +256,8 @@ impl VhostKernel {
         }
     }
 
-    /// Follows a change of back ends: a bit is set before the kernel may have
-    /// the back end, and cleared after it has not.
+    /// Changes back ends: a bit is set before the kernel may have the back end,
+    /// and cleared after the kernel has removed it.
     fn changed(
         &self,
         rings: u32,
@@ -274,20 +274,20 @@ impl VhostKernel {
         Ok(())
     }
 
-    /// Gives a socket device its context identifier.
+    /// Sets the context identifier of a socket device.
     ///
     /// # Errors
-    /// Of the ioctl; `EADDRINUSE` when another device has it.
+    /// Error of the ioctl; `EADDRINUSE` when another device has it.
     pub fn set_cid(&self, cid: u64) -> io::Result<()> {
         // SAFETY: the kernel reads the u64 that the reference is to.
         check(unsafe { ioctl_with_ref(self, VHOST_VSOCK_SET_GUEST_CID(), &cid) })
     }
 
-    /// Starts or stops both rings of a socket device: stopped, the kernel
-    /// touches none of their memory any more when this returns.
+    /// Starts or stops both rings of a socket device. When a stop returns, the
+    /// kernel accesses none of their memory.
     ///
     /// # Errors
-    /// Of the ioctl; `EFAULT` when a used ring is not to be had.
+    /// Error of the ioctl; `EFAULT` when a used ring is not available.
     pub fn set_running(&self, running: bool) -> io::Result<()> {
         let value = libc::c_int::from(running);
         self.changed(u32::MAX, running, || {
@@ -297,10 +297,10 @@ impl VhostKernel {
     }
 
     /// Sends a message to the IOTLB. When an invalidation has returned, the
-    /// kernel uses nothing of the range any more.
+    /// kernel uses no entry that overlaps the range.
     ///
     /// # Errors
-    /// The kernel has no IOTLB or no memory, or the message has no form.
+    /// The kernel has no IOTLB or no memory, or the message cannot be encoded.
     pub fn send(&self, message: &Message) -> io::Result<()> {
         let bytes = message
             .to_bytes()
@@ -311,10 +311,10 @@ impl VhostKernel {
         }
     }
 
-    /// Takes the next miss, or `None` when there is none now.
+    /// Reads the next miss; `None` when there is none.
     ///
     /// # Errors
-    /// The kernel sent something else.
+    /// The kernel sent an unknown message.
     pub fn receive(&self) -> io::Result<Option<Miss>> {
         let mut bytes = [0; SIZE];
         match (&self.file).read(&mut bytes) {
@@ -348,7 +348,7 @@ impl VhostKernBackend for VhostKernel {
     }
 }
 
-/// How many entries a kernel IOTLB holds on this host; 0 is no limit.
+/// Upper bound on entries of a kernel IOTLB on this host; 0 is no limit.
 #[must_use]
 pub fn iotlb_limit() -> usize {
     let parameter = std::fs::read_to_string(LIMIT_PARAMETER).ok();
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_the_crate_keep_what_the_system_said() {
+    fn errors_of_the_crate_keep_the_system_s_error() {
         let inner = io::Error::from_raw_os_error(libc::EFAULT);
         let error = from_crate(vhost::Error::IoctlError(inner));
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));

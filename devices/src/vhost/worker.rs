@@ -1,4 +1,4 @@
-//! The thread that answers every vhost file of the machine: also while the
+//! The thread that serves every vhost file of the machine, also while the
 //! control plane is busy or the guest is paused.
 
 use std::collections::BTreeMap;
@@ -10,15 +10,15 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// The token of the eventfd that ends the thread.
+/// Token of the eventfd that ends the thread.
 const EXIT: u64 = u64::MAX;
-/// A token is a client's number in the high half and its source in the low.
+/// Shift of the client's number in a token; the source is in the low half.
 const CLIENT_SHIFT: u32 = 32;
 
-/// Who is served.
+/// A client whose sources the thread watches.
 pub trait EpollClient: Send + Sync {
-    /// Its source of that number is readable. `false` when the source is broken
-    /// and not to be watched any more.
+    /// Handles a readable source. `false` when the source is broken and must
+    /// not be watched any longer.
     fn ready(&self, source: u32) -> bool;
 }
 
@@ -39,14 +39,14 @@ struct Shared {
     clients: Mutex<Clients>,
 }
 
-/// The thread. It ends when this is dropped.
+/// Owner of the thread, which ends when this is dropped.
 pub struct VhostWorker {
     shared: Arc<Shared>,
     handle: Option<JoinHandle<()>>,
 }
 
 impl VhostWorker {
-    /// Starts it, with nothing to do.
+    /// Starts the thread, without clients.
     ///
     /// # Errors
     /// No file descriptor or thread is left.
@@ -70,9 +70,9 @@ impl VhostWorker {
         })
     }
 
-    /// Serves `client` from now on: whenever one of `sources` is readable, it
-    /// is told the source's index. It is forgotten when it is dropped, which
-    /// also closes its files.
+    /// Serves `client` from now on: calls [`EpollClient::ready`] with the index
+    /// of each readable source. A dropped client is removed; dropping it closes
+    /// its files.
     ///
     /// # Errors
     /// A source cannot be watched.
@@ -101,8 +101,8 @@ impl Drop for VhostWorker {
     fn drop(&mut self) {
         let _ = self.shared.exit.write(1);
         if let Some(handle) = self.handle.take() {
-            // The last user may have been served, and gone, on the thread
-            // itself.
+            // The last client may drop this on the thread itself, which
+            // cannot join itself.
             if handle.thread().id() != std::thread::current().id() {
                 let _ = handle.join();
             }
@@ -164,46 +164,46 @@ mod tests {
 
     use super::*;
 
-    struct Bell {
+    struct TestClient {
         fd: EventFd,
-        rung: Mutex<Sender<u32>>,
+        calls: Mutex<Sender<u32>>,
         broken: bool,
     }
 
-    impl EpollClient for Bell {
+    impl EpollClient for TestClient {
         fn ready(&self, source: u32) -> bool {
             if !self.broken {
                 self.fd.read().unwrap();
             }
-            self.rung.lock().unwrap().send(source).unwrap();
+            self.calls.lock().unwrap().send(source).unwrap();
             !self.broken
         }
     }
 
-    fn bell(broken: bool) -> (Arc<Bell>, std::sync::mpsc::Receiver<u32>) {
-        let (rung, heard) = channel();
+    fn client(broken: bool) -> (Arc<TestClient>, std::sync::mpsc::Receiver<u32>) {
+        let (calls, received) = channel();
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
-        let rung = Mutex::new(rung);
-        (Arc::new(Bell { fd, rung, broken }), heard)
+        let calls = Mutex::new(calls);
+        (Arc::new(TestClient { fd, calls, broken }), received)
     }
 
     #[test]
-    fn client_is_told_of_its_sources_until_one_is_broken() {
+    fn client_is_called_for_its_sources_until_one_is_broken() {
         let thread = VhostWorker::start().unwrap();
-        let (good, good_heard) = bell(false);
-        let (broken, broken_heard) = bell(true);
-        for client in [&good, &broken] {
-            let (other, _) = bell(false);
-            let served: Weak<Bell> = Arc::downgrade(client);
-            let sources: [&dyn AsRawFd; 2] = [&other.fd, &client.fd];
-            thread.serve(served, &sources).unwrap();
-            client.fd.write(1).unwrap();
+        let (good, good_calls) = client(false);
+        let (broken, broken_calls) = client(true);
+        for served in [&good, &broken] {
+            let (other, _) = client(false);
+            let client: Weak<TestClient> = Arc::downgrade(served);
+            let sources: [&dyn AsRawFd; 2] = [&other.fd, &served.fd];
+            thread.serve(client, &sources).unwrap();
+            served.fd.write(1).unwrap();
         }
-        assert_eq!(broken_heard.recv(), Ok(1));
-        assert_eq!(good_heard.recv(), Ok(1));
+        assert_eq!(broken_calls.recv(), Ok(1));
+        assert_eq!(good_calls.recv(), Ok(1));
         good.fd.write(1).unwrap();
-        assert_eq!(good_heard.recv(), Ok(1));
-        assert!(broken_heard.try_recv().is_err(), "it is still watched");
+        assert_eq!(good_calls.recv(), Ok(1));
+        assert!(broken_calls.try_recv().is_err(), "it is still watched");
         drop(thread);
     }
 }

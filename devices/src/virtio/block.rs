@@ -1,8 +1,7 @@
 //! The block device (virtio 1.2 §5.2) over a raw image.
 //!
-//! One thread a disk does the work: a read from a slow disk sleeps in the
-//! kernel with the stream's gate held, so it must not be the thread that
-//! answers the control plane.
+//! Each disk has a thread: a read from a slow disk sleeps in the kernel with
+//! the stream's gate held, so it must not be the thread of the control plane.
 
 mod image;
 mod request;
@@ -35,20 +34,21 @@ use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::chain::RINGS_OUTSIDE;
 use crate::queue::{QueuePosition, RunningQueue};
 
-/// Token of the eventfd that ends the worker; queues have their index.
+/// Token of the eventfd that ends the worker; the token of a queue is its
+/// index.
 const STOP: u64 = u64::MAX;
 
 struct Running {
     queue: RunningQueue,
-    /// Not served until the driver resets the device.
+    /// The queue is not served until the driver resets the device.
     failed: bool,
 }
 
-/// What the worker shares with the device.
+/// State that the worker shares with the device.
 struct Shared {
     queues: Vec<Mutex<Option<Running>>>,
-    /// Set to make the worker leave a queue: between two requests, or between
-    /// two MiB of one.
+    /// By queue: set to make the worker leave it, between two requests or
+    /// between two MiB of one.
     leave: Vec<AtomicBool>,
     epoll: Epoll,
     stop: EventFd,
@@ -62,19 +62,19 @@ impl Shared {
     }
 }
 
-/// What the user says of a disk.
+/// User's configuration of a disk.
 #[derive(Clone, Debug)]
 pub struct BlockConfig {
-    /// Its name, for the log and the guest.
+    /// Name of the disk, for the log and the guest.
     pub id: String,
-    /// Request queues, at least one.
+    /// Number of request queues, at least one.
     pub queues: u16,
-    /// Whether the guest can flush. If not, writes that it saw complete may be
-    /// lost when the host crashes.
+    /// Whether flushing is offered. If not, completed writes may be lost when
+    /// the host crashes.
     pub flush: bool,
 }
 
-/// The device.
+/// The device, with its worker thread.
 pub struct Block {
     shared: Arc<Shared>,
     counters: Arc<BlockCounters>,
@@ -86,7 +86,7 @@ pub struct Block {
 }
 
 impl Block {
-    /// The device over `image`, and its thread.
+    /// Creates the device over `image` and starts its thread.
     ///
     /// # Errors
     /// No file descriptor or thread is left.
@@ -218,7 +218,7 @@ impl VirtioDevice for Block {
             .epoll
             .ctl(ControlOperation::Add, new.as_raw_fd(), event);
         watched.map_err(DeviceError::backend("watching a queue"))?;
-        // A driver may have posted requests before it was ready.
+        // A driver may add requests before DRIVER_OK.
         let _ = new.write(1);
         *kick = Some(new);
         Ok(())
@@ -263,8 +263,8 @@ impl Drop for Block {
             leave.store(true, Ordering::Release);
         }
         let _ = self.shared.stop.write(1);
-        // The worker itself may be the last to hold the function: it has a
-        // failure to show, and ends after that.
+        // The worker itself may drop the function last, after its callback for
+        // a failure: it cannot join itself.
         let worker = self.worker.take();
         if let Some(worker) = worker.filter(|it| it.thread().id() != thread::current().id()) {
             let _ = worker.join();
@@ -272,7 +272,7 @@ impl Drop for Block {
     }
 }
 
-/// The worker: serves the queue that was kicked, until it is stopped.
+/// Body of the worker thread: serves kicked queues until it is stopped.
 fn work(shared: &Shared, mut disk: Disk) {
     let mut events = [EpollEvent::default(); 8];
     loop {
@@ -299,12 +299,12 @@ fn work(shared: &Shared, mut disk: Disk) {
     }
 }
 
-/// Serves a queue for as long as it is ours.
+/// Serves a kicked queue while it is started.
 fn kicked(shared: &Shared, index: usize, disk: &mut Disk) {
     let (Some(mut queue), Some(leave)) = (shared.queue(index), shared.leave.get(index)) else {
         return;
     };
-    // The queue may have been stopped since: its kick is not ours then.
+    // The queue may have been stopped since the kick.
     let Some(running) = queue.as_mut() else {
         return;
     };
@@ -321,8 +321,8 @@ fn kicked(shared: &Shared, index: usize, disk: &mut Disk) {
     }
 }
 
-/// Serves the available requests, up to a ring of them, so that the disk's other
-/// queues have their turn.
+/// Serves the available requests, at most one ring of them, so that the disk's
+/// other queues have their turn.
 fn serve(
     running: &mut RunningQueue,
     disk: &mut Disk,

@@ -5,19 +5,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::vhost::IotlbMonitor;
 
-/// Counters of a device, shared with it.
+/// Counters of a device, by its kind; shared with the device.
 #[derive(Clone, Default)]
 pub enum DeviceCounters {
-    /// The device has none.
+    /// The device has no counters.
     #[default]
     None,
-    /// A disk's requests.
+    /// Counters of a disk.
     Block(Arc<BlockCounters>),
-    /// Those of a device whose back end is the kernel's vhost.
+    /// Counters of a device whose back end is the kernel's vhost.
     Vhost {
         /// The IOTLB of each vhost file.
         iotlbs: Vec<IotlbMonitor>,
-        /// `None` for a socket device.
+        /// Counters of a network device; `None` for a socket device.
         net: Option<Arc<NetCounters>>,
     },
 }
@@ -40,14 +40,14 @@ pub struct BlockCounters {
 pub struct NetCounters {
     /// Commands of the control queue.
     pub control_commands: AtomicU64,
-    /// Of those, answered with `VIRTIO_NET_ERR`.
+    /// Commands that were answered with `VIRTIO_NET_ERR`.
     pub control_errors: AtomicU64,
     /// `VIRTIO_NET_S_LINK_UP` (virtio 1.2 §5.1.4).
     pub link_up: AtomicBool,
 }
 
 impl NetCounters {
-    /// Counts a command of the control queue; `done` without an error.
+    /// Counts a command of the control queue; `done` is `false` for an error.
     pub(super) fn count_command(&self, done: bool) {
         self.control_commands.fetch_add(1, Ordering::Relaxed);
         let errors = u64::from(!done);

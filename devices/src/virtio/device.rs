@@ -5,8 +5,7 @@ use crate::failure::{DeviceError, FailureCallback};
 use crate::pause::Deferral;
 use crate::queue::{QueuePosition, RunningQueue};
 
-/// Reads a part of registers that are laid out as `image`: what lies beyond them
-/// reads as zeros.
+/// Reads bytes of `image` at `offset`; bytes beyond it read as zeros.
 pub(super) fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
     let start = usize::try_from(offset).unwrap_or(usize::MAX);
     let bytes = image.get(start..).unwrap_or_default().iter();
@@ -16,60 +15,60 @@ pub(super) fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
         .for_each(|(to, &from)| *to = from);
 }
 
-/// A virtio device behind a transport. The transport negotiates features,
-/// keeps the rings' addresses, and calls these with its own lock held, on the
-/// vCPU that wrote the register.
+/// A virtio device of a transport. The transport negotiates features, stores
+/// the rings' addresses, and calls these methods with its own lock held, on the
+/// vCPU thread that wrote the register.
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.2 §5).
     fn device_type(&self) -> u32;
 
-    /// The largest size of each queue; their number is the number of queues.
+    /// The largest size of each queue, in entries; one element per queue.
     fn queue_sizes(&self) -> &[u16];
 
-    /// The features it offers: its own and the ring's (`EVENT_IDX`,
+    /// Offered features of the device and of its rings (`EVENT_IDX`,
     /// `INDIRECT_DESC`). The transport adds `VERSION_1`, `RING_RESET`, and
     /// `ACCESS_PLATFORM` when an IOMMU is in front of the function.
     fn features(&self) -> u64;
 
-    /// Reads the device configuration at `offset`. What lies beyond it reads
+    /// Reads the device configuration at `offset` bytes; bytes beyond it read
     /// as zeros.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes the device configuration at `offset`. What cannot be written is
+    /// Writes the device configuration at `offset` bytes; read-only fields are
     /// ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
     }
 
-    /// Whether kicks are to be handled at once, by [`kicked`](Self::kicked) on
-    /// the vCPU that kicks, rather than by the kick eventfd. Such a device
-    /// offers no `EVENT_IDX`: every batch that the driver posts has its kick,
-    /// so a bounded amount of work a kick misses nothing.
+    /// Whether kicks are handled by [`kicked`](Self::kicked) on the vCPU thread
+    /// that kicks, instead of by the kick eventfd. Such a device offers no
+    /// `EVENT_IDX`: the driver kicks for every batch, so a bounded amount of
+    /// work per kick misses no request.
     fn inline(&self) -> bool {
         false
     }
 
-    /// Gives an [inline](Self::inline) device what interrupts its work on a
-    /// queue. After an interruption [`kicked`](Self::kicked) is called for
-    /// every queue again.
+    /// Sets the handle that interrupts the work of an [inline](Self::inline)
+    /// device on a queue. After an interruption [`kicked`](Self::kicked) is
+    /// called again for every queue.
     fn set_deferral(&mut self, deferral: Deferral) {
         let _ = deferral;
     }
 
-    /// The driver wrote FEATURES_OK and keeps `features`.
+    /// The driver accepted `features` and wrote FEATURES_OK.
     ///
     /// # Errors
-    /// The set cannot be served: FEATURES_OK will read as clear.
+    /// The set is not supported: FEATURES_OK reads as clear.
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError>;
 
-    /// A queue runs from now on. `DRIVER_OK` has been written.
+    /// Starts a queue, after `DRIVER_OK`.
     ///
     /// # Errors
     /// The device needs a reset.
     fn start_queue(&mut self, index: u16, queue: RunningQueue) -> Result<(), DeviceError>;
 
-    /// Stops a queue and tells where it is. When this returns the device
-    /// touches none of its memory any more. `None` when it was not running.
+    /// Stops a queue and returns its position; `None` when it was not running.
+    /// When this returns the device accesses none of the queue's memory.
     fn stop_queue(&mut self, index: u16) -> Option<QueuePosition>;
 
     /// The driver kicked a queue of an [inline](Self::inline) device.
@@ -81,22 +80,22 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// Back to the state before negotiation; every queue has been stopped.
+    /// Returns to the state before negotiation. Every queue has been stopped.
     fn reset(&mut self);
 
     /// Sets the callback for a failure or a change of the device configuration
-    /// that happens away from the vCPUs. The transport calls this once.
+    /// on another thread than a vCPU's. The transport calls this once.
     fn set_failure_callback(&mut self, callback: FailureCallback) {
         let _ = callback;
     }
 
-    /// Counters of the device and its back end.
+    /// Counters of the device, shared with the caller.
     fn counters(&self) -> DeviceCounters {
         DeviceCounters::None
     }
 
-    /// Takes a failure that happened away from the vCPUs (a worker, a kernel
-    /// back end), for the transport to show.
+    /// Removes and returns a failure of a worker thread or a kernel back end,
+    /// for which the transport sets DEVICE_NEEDS_RESET.
     fn take_failure(&mut self) -> Option<DeviceError> {
         None
     }

@@ -1,9 +1,9 @@
 //! The virtio-iommu's queues and registers (virtio 1.2 §5.13) around the model
 //! of [`iommu::virtio`].
 //!
-//! Requests are handled on the vCPU that kicks: Linux sends most of them with
-//! interrupts off and polls the used ring, so every hop to another thread would
-//! be time that it spins.
+//! Requests are executed on the vCPU thread that kicks: Linux sends most of
+//! them with interrupts off and polls the used ring, so it would spin during a
+//! switch to another thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,13 +26,12 @@ const EVENT_QUEUE: u16 = 1;
 const REQUEST_SIZE: u16 = 256;
 const EVENT_SIZE: u16 = 64;
 const QUEUE_SIZES: [u16; 2] = [REQUEST_SIZE, EVENT_SIZE];
-/// The longest request that a driver writes, and the longest answer.
+/// Upper bounds on bytes of a request and of its reply that are copied.
 const MAX_REQUEST: usize = 128;
 const MAX_REPLY: usize = spec::PROBE_SIZE as usize + spec::request::TAIL_SIZE;
 
-/// The event queue. It has a lock of its own, because faults are reported from
-/// threads that must not wait for the transport: one of its requests may be
-/// waiting for them.
+/// The event queue. It has its own lock, because threads that report faults
+/// must not wait for the transport: a request may wait for those threads.
 #[derive(Default)]
 pub struct EventQueue {
     running: Mutex<Option<RunningQueue>>,
@@ -41,7 +40,8 @@ pub struct EventQueue {
 }
 
 impl EventQueue {
-    /// Reports that found a buffer, and reports that found none.
+    /// Number of written reports, and of reports that were dropped without a
+    /// buffer.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
         let reported = self.reported.load(Ordering::Relaxed);
@@ -68,8 +68,8 @@ impl FaultSink for EventQueue {
     }
 }
 
-/// Puts a report into the next buffer (§5.13.6.9); `false` when there is none
-/// that holds it.
+/// Writes a report to the next buffer (§5.13.6.9); `false` when there is none
+/// of sufficient size.
 fn push_report(running: &mut RunningQueue, report: &FaultReport) -> bool {
     let view = running.dma.view();
     let Ok(Some(chain)) = Chain::take(&mut running.queue, &view, EVENT_SIZE) else {
@@ -87,7 +87,7 @@ fn push_report(running: &mut RunningQueue, report: &FaultReport) -> bool {
     written
 }
 
-/// The device.
+/// The virtio device of the model.
 pub struct VirtioIommuDevice {
     model: Arc<VirtioIommu>,
     events: Arc<EventQueue>,
@@ -96,7 +96,7 @@ pub struct VirtioIommuDevice {
 }
 
 impl VirtioIommuDevice {
-    /// The device around `model`, whose faults go to `events`.
+    /// The device around `model`, which reports faults to `events`.
     #[must_use]
     pub fn new(model: Arc<VirtioIommu>, events: Arc<EventQueue>) -> Self {
         Self {
@@ -150,7 +150,7 @@ impl VirtioDevice for VirtioIommuDevice {
             REQUEST_QUEUE => self.requests = running,
             _ => *self.events.lock() = running,
         }
-        // A driver may have posted requests before DRIVER_OK.
+        // A driver may add requests before DRIVER_OK.
         if index == REQUEST_QUEUE {
             self.kicked(index)?;
         }
@@ -178,10 +178,10 @@ impl VirtioDevice for VirtioIommuDevice {
     }
 }
 
-/// Handles what the driver has posted: up to a ring of requests, then one flush
-/// for what they unmapped, and only then shows that they are done. A driver
-/// that posts without end on another CPU does not keep this one here, and a
-/// pause waits for one request.
+/// Executes the available requests: at most one ring of them, then one flush
+/// for the mappings that they removed, and only then updates the used ring. So
+/// a driver that adds requests without end on another CPU does not occupy this
+/// vCPU, and a pause waits for one request.
 fn serve(
     model: &VirtioIommu,
     running: &mut RunningQueue,
@@ -230,9 +230,9 @@ fn not_in_memory(_: virtio_queue::Error) -> DeviceError {
     bad_request(RINGS_OUTSIDE)
 }
 
-/// Handles one request: a copy in, the written part of the reply out. Returns
-/// its used length, 0 for a request that is returned unwritten (§5.13.6.2);
-/// `None` when the request is not in memory.
+/// Executes one request: copies it in, and the written part of the reply out.
+/// Returns its used length, 0 for a request that is returned unwritten
+/// (§5.13.6.2); `None` when the request is not in memory.
 fn answer(model: &VirtioIommu, view: &DmaView<'_>, chain: &Chain) -> Option<u32> {
     let mut request = [0; MAX_REQUEST];
     let mut reply = [0; MAX_REPLY];

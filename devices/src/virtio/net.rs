@@ -1,5 +1,5 @@
-//! The network device (virtio 1.2 §5.1): packets go between the guest and a
-//! tap in the host's kernel, by vhost-net.
+//! The network device (virtio 1.2 §5.1): vhost-net transfers packets between
+//! the guest and a tap in the host's kernel.
 
 pub mod control;
 mod link;
@@ -37,16 +37,16 @@ use crate::vhost::{RINGS, Vhost, VhostContext};
 /// Entries of a data queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// What the user says of a network device.
+/// User's configuration of a network device.
 #[derive(Clone, Debug)]
 pub struct NetConfig {
-    /// Its name, for the log.
+    /// Name of the device, for the log.
     pub id: String,
-    /// The guest's Ethernet address.
+    /// Ethernet address of the guest.
     pub mac: [u8; 6],
-    /// The MTU to tell the guest of.
+    /// MTU in bytes that the guest is offered (`VIRTIO_NET_F_MTU`).
     pub mtu: Option<u16>,
-    /// Queue pairs, at least one.
+    /// Number of queue pairs, at least one.
     pub pairs: u16,
 }
 
@@ -61,7 +61,7 @@ struct Config {
     mtu: U16,
 }
 
-/// The device.
+/// The device, with its tap and its vhost files.
 pub struct Net {
     config: NetConfig,
     features: u64,
@@ -70,21 +70,21 @@ pub struct Net {
     context: VhostContext,
 }
 
-/// What the thread, which serves the control queue and the tap's link, also
-/// changes.
+/// State that the device shares with the worker thread, which serves the
+/// control queue and the tap's link.
 struct Shared {
     id: String,
     state: Mutex<State>,
     counters: Arc<NetCounters>,
-    /// The link changed and the driver has not been told.
+    /// The link changed and the driver was not notified.
     link_changed: AtomicBool,
     failure: Arc<FailureLatch>,
-    /// The kicks of the control queue, once it has run.
+    /// Kick eventfd of the control queue, after its first start.
     kick: OnceLock<Arc<EventFd>>,
 }
 
 impl Net {
-    /// The device on `tap`, which has as many queues as `config` says.
+    /// The device on `tap`, which must have as many queues as `config`.
     ///
     /// # Errors
     /// [`OpenError`] of the host's vhost-net.
@@ -146,7 +146,7 @@ impl Net {
     }
 }
 
-/// Every feature there is to offer: of the device, and of the kernel for it.
+/// Offered features: those of the device, and of the kernel's device and tap.
 fn offered(config: &NetConfig, served: u64, tap: Offloads) -> u64 {
     let kernel = 1 << VIRTIO_NET_F_MRG_RXBUF
         | 1 << VIRTIO_RING_F_EVENT_IDX
@@ -178,7 +178,8 @@ fn offered(config: &NetConfig, served: u64, tap: Offloads) -> u64 {
     features
 }
 
-/// What the guest takes unfinished, and the tap's word for it.
+/// Feature bits for offloads that the guest accepts, each with the tap's
+/// offload.
 const GUEST_OFFLOADS: [(u32, Offloads); 7] = [
     (VIRTIO_NET_F_GUEST_CSUM, Offloads::CSUM),
     (VIRTIO_NET_F_GUEST_TSO4, Offloads::TSO4),
@@ -189,8 +190,8 @@ const GUEST_OFFLOADS: [(u32, Offloads); 7] = [
     (VIRTIO_NET_F_GUEST_USO6, Offloads::USO6),
 ];
 
-/// What the driver's features let the tap leave unfinished. The kernel takes
-/// nothing without checksums, and UDP in large pieces of both kinds only.
+/// Offloads of the tap for the driver's features. The kernel refuses any
+/// offload without checksums, and UDP segmentation for only one version of IP.
 fn guest_offloads(features: u64) -> Offloads {
     let has = |bit: u32| features >> bit & 1 == 1;
     if !has(VIRTIO_NET_F_GUEST_CSUM) {
@@ -198,7 +199,7 @@ fn guest_offloads(features: u64) -> Offloads {
     }
     let both = has(VIRTIO_NET_F_GUEST_USO4) && has(VIRTIO_NET_F_GUEST_USO6);
     let uso = [VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
-    // Congestion bits are a property of large pieces of TCP.
+    // ECN is an attribute of TCP segmentation.
     let tcp = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
     GUEST_OFFLOADS
         .into_iter()
@@ -327,14 +328,14 @@ impl VirtioDevice for Net {
 }
 
 impl Net {
-    /// Has the control queue's kicks served by the thread from now on.
+    /// Makes the worker thread serve the control queue's kicks.
     fn watch(&self, kick: &Arc<EventFd>) -> Result<(), DeviceError> {
         if self.shared.kick.set(Arc::clone(kick)).is_ok() {
             let served = Arc::downgrade(&self.shared) as Weak<dyn EpollClient>;
             let watched = self.context.worker.serve(served, &[&**kick]);
             watched.map_err(DeviceError::backend("watching the control queue"))?;
         }
-        // What was posted before may have had its kick before.
+        // Commands may have been added, and kicked, before this.
         let _ = kick.write(1);
         Ok(())
     }
@@ -347,7 +348,7 @@ impl Shared {
 }
 
 impl EpollClient for Shared {
-    /// The control queue was kicked, or a link of the host changed.
+    /// Serves the control queue, or a change of a link of the host.
     fn ready(&self, _source: u32) -> bool {
         let kicked = self.kick.get().is_some_and(|kick| kick.read().is_ok());
         if kicked {
@@ -362,7 +363,7 @@ impl EpollClient for Shared {
 impl Shared {
     fn serve_control(&self) {
         let mut state = self.state();
-        // The queue is elsewhere while the state changes.
+        // The queue is taken out, because a command changes the state.
         let Some((number, mut started)) = state.control.take() else {
             return;
         };

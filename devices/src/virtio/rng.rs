@@ -1,4 +1,4 @@
-//! The entropy device (virtio 1.2 §5.4): bytes of the host's random pool.
+//! The entropy device (virtio 1.2 §5.4): bytes of getrandom(2).
 
 use std::io;
 
@@ -17,11 +17,11 @@ use crate::random;
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 const QUEUE_SIZE: u16 = 64;
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
-/// Most bytes given for one chain: a driver that asks for more comes again.
+/// Upper bound on bytes per chain; a driver adds further buffers for more.
 const MAX_BYTES: usize = 4096;
 
-/// The device. It answers on the vCPU that kicks: the pool never blocks, and
-/// what is given for one kick is bounded.
+/// The device. It fills buffers on the vCPU thread that kicks: getrandom(2)
+/// does not block, and the number of bytes per kick is bounded.
 pub struct Rng {
     running: Option<RunningQueue>,
     deferral: Deferral,
@@ -31,7 +31,7 @@ impl Rng {
     /// The device over [`random::fill`].
     ///
     /// # Errors
-    /// The host does not give random bytes (a system call filter, say).
+    /// getrandom(2) fails (because of a system call filter, for example).
     pub fn new() -> io::Result<Self> {
         random::fill(&mut [0])?;
         Ok(Self {
@@ -89,8 +89,8 @@ impl VirtioDevice for Rng {
     fn reset(&mut self) {}
 }
 
-/// Fills the available buffers, up to a ring of chains. Each chain has a view of
-/// its own, so that an unmap waits for one chain at most.
+/// Fills the available buffers, at most one ring of chains. Each chain has a
+/// view of its own, so that an unmap waits for at most one chain.
 fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), DeviceError> {
     let bad = |reason| DeviceError::BadQueue { queue: 0, reason };
     let queue = &mut running.queue;

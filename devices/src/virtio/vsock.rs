@@ -1,5 +1,5 @@
-//! The socket device (virtio 1.2 §5.10): streams between the guest and the
-//! host's `AF_VSOCK`, by vhost-vsock.
+//! The socket device (virtio 1.2 §5.10): vhost-vsock transfers streams between
+//! the guest and the host's `AF_VSOCK`.
 
 use std::io;
 use std::sync::Arc;
@@ -14,33 +14,33 @@ use crate::queue::{QueuePosition, RunningQueue};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::{RINGS, Vhost, VhostContext};
 
-/// `VIRTIO_VSOCK_F_SEQPACKET` (§5.10.3), a bit that the crate does not name.
+/// `VIRTIO_VSOCK_F_SEQPACKET` (§5.10.3), which `virtio-bindings` does not
+/// define.
 const F_SEQPACKET: u64 = 1 << 1;
-/// Receive, transmit, events.
+/// Largest sizes of the receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 
-/// Why there is no socket device. One line for the user.
+/// Error of creating the device. The text is one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum VsockError {
-    /// The host's vhost-vsock is not to be had.
+    /// The host's vhost-vsock is not available.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// Somebody else has the identifier.
+    /// Another device of the host has the context identifier.
     #[error("context identifier {0} is in use by another machine: choose another")]
     InUse(u32),
-    /// The kernel does not take the identifier.
+    /// The kernel refused the context identifier.
     #[error("context identifier {cid} cannot be used")]
     Refused {
-        /// The identifier.
+        /// Context identifier.
         cid: u32,
-        /// What the system said.
+        /// Error of the ioctl.
         source: io::Error,
     },
 }
 
-/// The device. The kernel starts and stops both of its data queues together;
-/// the event queue has nothing to tell while the machine runs, and stays with
-/// us.
+/// The device. The kernel starts and stops both of its data queues together.
+/// The event queue is in this process and has no events.
 pub struct Vsock {
     cid: u32,
     features: u64,
@@ -95,14 +95,14 @@ impl Vsock {
         }
         let started = self.vhost.kernel().set_running(true);
         started.map_err(DeviceError::backend("starting the host's vhost-vsock"))?;
-        // The kernel does not look at kicks from before it ran.
+        // The kernel ignores kicks from before it ran.
         for ring in self.rings.iter().flatten() {
             let _ = ring.kick.write(1);
         }
         Ok(())
     }
 
-    /// Stops both data queues, and notes where they are.
+    /// Stops both data queues and records their positions.
     fn halt(&mut self) {
         if !std::mem::take(&mut self.running) {
             return;

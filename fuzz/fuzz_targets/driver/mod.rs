@@ -1,18 +1,18 @@
-//! A driver's end of a queue, and what stands for the interrupt controller.
+//! The driver side of a queue, with interrupt sources and doorbells without KVM.
 #![allow(dead_code, reason = "not every target needs all of it")]
 
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use devices::interrupt::{Doorbells, MsiMessage, MsiAllocator, MsiVector};
+use devices::interrupt::{Doorbells, MsiAllocator, MsiMessage, MsiVector};
 use iommu::{AddressSpace, Gpa, GuestRam, StreamId};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub const RAM: u64 = 0x2_0000;
-/// The rings of a queue of `SIZE` entries.
+/// Addresses of the rings of a queue of `SIZE` entries.
 pub const TABLE: u64 = 0x1000;
 pub const AVAIL: u64 = 0x2000;
 pub const USED: u64 = 0x3000;
@@ -36,12 +36,12 @@ pub fn read<T: ByteValued>(ram: &GuestRam, at: u64) -> T {
     ram.read_obj(GuestAddress(at)).expect("it is inside")
 }
 
-/// Puts noise at an address, as far as it is inside.
+/// Writes bytes at an address, as far as they are in RAM.
 pub fn scribble(ram: &GuestRam, at: u64, bytes: &[u8]) {
     let _ = ram.write(bytes, GuestAddress(at % RAM));
 }
 
-/// Empties the rings and posts one chain of (address, length, written).
+/// Clears the rings and adds one chain of (address, length, device-writable).
 pub fn post(ram: &GuestRam, buffers: &[(u64, u32, bool)]) {
     write(ram, USED, [0_u32; 2]);
     for (slot, &(at, len, writable)) in (0_u16..).zip(buffers) {
@@ -96,7 +96,7 @@ impl MsiVector for Vector {
 /// Interrupts and doorbells. A doorbell is attached once and detached once.
 #[derive(Default)]
 pub struct Board {
-    pub bells: Mutex<BTreeSet<u64>>,
+    pub doorbells: Mutex<BTreeSet<u64>>,
 }
 
 impl MsiAllocator for Board {
@@ -110,12 +110,12 @@ impl MsiAllocator for Board {
 
 impl Doorbells for Board {
     fn attach(&self, address: Gpa, _: &EventFd) -> io::Result<()> {
-        assert!(self.bells.lock().unwrap().insert(address.0));
+        assert!(self.doorbells.lock().unwrap().insert(address.0));
         Ok(())
     }
 
     fn detach(&self, address: Gpa, _: &EventFd) -> io::Result<()> {
-        assert!(self.bells.lock().unwrap().remove(&address.0));
+        assert!(self.doorbells.lock().unwrap().remove(&address.0));
         Ok(())
     }
 }

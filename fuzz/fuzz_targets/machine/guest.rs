@@ -1,4 +1,4 @@
-//! What drivers do: accesses of registers, rings and tables in memory.
+//! Operations of drivers: accesses of registers, and of rings and tables in memory.
 
 use std::thread;
 
@@ -10,21 +10,22 @@ use super::{DISK, ECAM, Machine, RAM, RNG, SLOTS, SMMU, VIRTIO_IOMMU};
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 16;
-/// Where the rings of a queue are: its table, available and used ring, a page
-/// each.
+/// Address of the rings of the first queue: table, available and used ring, a
+/// page each.
 const RINGS: u64 = 0x1_0000;
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
-/// A request of the virtio-iommu and its answer; a header of the disk and its
-/// status.
+/// Addresses of a request of the virtio-iommu and its reply, and of a disk
+/// request's header and status.
 const REQUEST: u64 = 0x8000;
 const REPLY: u64 = 0x9000;
 const HEADER: u64 = 0xa000;
 const STATUS: u64 = 0xb000;
-/// Data of the requests at the end.
+/// Address of the data of requests that check the devices.
 const DATA: u64 = 0xc000;
-/// Structures of the SMMUv3, in a page each: stream table, context descriptor,
-/// three levels of stage 1, command and event queue, three levels of stage 2.
+/// Addresses of the SMMUv3's structures, in a page each: stream table, context
+/// descriptor, three levels of stage 1, command and event queue, three levels of
+/// stage 2.
 const STREAM_TABLE: u64 = 0x2_8000;
 const CONTEXT: u64 = 0x2_a000;
 const STAGE_1: u64 = 0x2_b000;
@@ -48,7 +49,7 @@ const GBPA: u64 = 0x44;
 const GBPA_UPDATE: u32 = 1 << 31;
 const CMDQ_PROD: u64 = 0x98;
 
-/// A request of the virtio-iommu, well-formed. Addresses are in pages.
+/// A well-formed request of the virtio-iommu. Addresses are in pages.
 #[derive(Clone, Copy, Debug)]
 pub struct IommuRequest {
     pub kind: u8,
@@ -93,7 +94,7 @@ impl IommuRequest {
 
 impl Machine {
     pub fn put(&self, at: u64, bytes: &[u8]) {
-        // What runs beyond the end of RAM is not written.
+        // Bytes beyond the end of RAM are not written.
         let _ = self.ram.write_slice(bytes, GuestAddress(at));
     }
 
@@ -139,7 +140,7 @@ impl Machine {
         self.write_bar(function, DEVICE_STATUS, &[0]);
     }
 
-    /// Function-level reset, where the PCI Express capability is.
+    /// Initiates a function-level reset through the PCI Express capability.
     pub fn function_level_reset(&self, function: usize) {
         let mut at = u64::from(self.config_word(function, 0x34) & 0xff);
         // A slot without a function reads as all ones.
@@ -160,7 +161,7 @@ impl Machine {
         self.config(function, 0x14, &bytes[4..]);
     }
 
-    /// Table, available and used ring of a queue.
+    /// Addresses of a queue's table, available and used ring.
     fn rings(function: usize, queue: u8) -> (u64, u64, u64) {
         let number = function as u64 * 2 + u64::from(queue % 2);
         let table = RINGS + number * 0x3000;
@@ -175,7 +176,7 @@ impl Machine {
         self.put_words(table + u64::from(index) * 16, &[address, rest]);
     }
 
-    /// Makes a head available and moves the index by `by`.
+    /// Makes a head available and advances the index by `by`.
     pub fn make_available(&self, function: usize, queue: u8, head: u16, by: u16) {
         let (_, avail, _) = Self::rings(function, queue);
         let index = self.half_at(avail + 2);
@@ -184,7 +185,7 @@ impl Machine {
         self.put(avail + 2, &index.wrapping_add(by).to_le_bytes());
     }
 
-    /// Posts one chain of (address, length, written) and kicks.
+    /// Adds one chain of (address, length, device-writable) and kicks.
     fn post(&self, function: usize, queue: u8, buffers: &[(u64, u32, bool)]) {
         for (index, &(at, len, written)) in (0..).zip(buffers) {
             let more = usize::from(index) + 1 < buffers.len();
@@ -195,7 +196,7 @@ impl Machine {
         self.kick(function, queue);
     }
 
-    /// Takes a driver's steps up to DRIVER_OK (virtio 1.2 §3.1.1).
+    /// Initializes a device up to DRIVER_OK (virtio 1.2 §3.1.1).
     pub fn bring_up(&self, function: usize, features: u64, queues: u8) {
         self.move_bar(function, self.bar(function));
         self.config(function, 4, &6_u16.to_le_bytes());
@@ -243,8 +244,8 @@ impl Machine {
         self.post(DISK, queue, &chain);
     }
 
-    /// Enables the SMMUv3 with tables that map all of RAM, and gives a stream a
-    /// context: both or one of the stages, or none.
+    /// Enables the SMMUv3 with tables that map all of RAM, and configures a
+    /// stream: both stages, one, or none.
     pub fn smmu_up(&self, stream: u64, config: u64, flags: u64) {
         // V and Config; EATS; VTCR for 39 bits from level 1 on, S2AA64, S2R.
         let ste = [
@@ -285,12 +286,13 @@ impl Machine {
         self.memory.write(SMMU + CMDQ_PROD, &next.to_le_bytes());
     }
 
-    /// Brings everything up anew and has each function answer a request.
+    /// Resets and initializes everything, and checks that each function answers a
+    /// request.
     pub fn works_again(&self) {
         self.pause.clear();
         self.pause.resume_deferred();
         for (function, _) in &self.functions {
-            // No BAR is decoded where another is to be.
+            // No BAR is decoded at the future address of another.
             self.config(*function, 4, &[0, 0]);
         }
         for (function, _) in &self.functions {
@@ -315,10 +317,10 @@ impl Machine {
             self.nothing_mapped_is_reached();
         }
         // Two queues of the disk have a doorbell; inline devices have none.
-        assert_eq!(self.board.bells.lock().unwrap().len(), 2);
+        assert_eq!(self.board.doorbells.lock().unwrap().len(), 2);
     }
 
-    /// The index of the used ring of queue 0, and the last length there.
+    /// The index of queue 0's used ring, and the length of its last entry.
     fn used(&self, function: usize) -> (u16, u32) {
         let (_, _, used) = Self::rings(function, 0);
         let index = self.half_at(used + 2);
@@ -382,7 +384,7 @@ impl Machine {
         assert_eq!(read, [0x5a; 512]);
     }
 
-    /// Detaches an endpoint: its device reaches no memory any more.
+    /// Detaches an endpoint, and checks that its device accesses no memory.
     fn nothing_mapped_is_reached(&self) {
         self.answered(&IommuRequest {
             kind: DETACH,

@@ -1,5 +1,5 @@
-//! A machine's two buses with everything on them that this process emulates,
-//! and without KVM: one IOMMU, and an entropy device and a disk behind it.
+//! A machine's two buses with all devices that this process emulates, without KVM:
+//! one IOMMU, with an entropy device and a disk behind it.
 
 pub mod guest;
 
@@ -20,7 +20,7 @@ use devices::smmuv3::{SmmuLines, SmmuRegisters};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockConfig, Image};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
-use devices::virtio::pci::{AtsHook, BAR_SIZE, VirtioPciResources, VirtioPci};
+use devices::virtio::pci::{AtsHook, BAR_SIZE, VirtioPci, VirtioPciResources};
 use devices::virtio::rng::Rng;
 use iommu::smmuv3::{Smmu, SmmuConfig, Stages};
 use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
@@ -46,7 +46,7 @@ pub const CMOS: u64 = 0x70;
 pub const POWER: u64 = 0x600;
 pub const KEYBOARD: u64 = 0x64;
 
-/// Functions: indices of `SLOTS`. The first is empty with an SMMUv3.
+/// Functions, as indices of `SLOTS`. With an SMMUv3 the first slot is empty.
 pub const VIRTIO_IOMMU: usize = 0;
 pub const RNG: usize = 1;
 pub const DISK: usize = 2;
@@ -69,7 +69,7 @@ impl SerialSink for Unconnected {
     }
 }
 
-/// The IOMMU, and how the guest reaches it.
+/// The IOMMU, with its device or registers.
 enum Model {
     Virtio(Arc<VirtioIommu>, Arc<EventQueue>),
     Smmuv3(Arc<Smmu>),
@@ -137,7 +137,7 @@ impl Model {
     }
 }
 
-/// The buses, and what a vCPU does not reach by them.
+/// The buses, and the parts of the machine that are not on them.
 pub struct Machine {
     pub memory: Arc<Bus>,
     pub ports: Bus,
@@ -148,13 +148,14 @@ pub struct Machine {
     pub has_smmu: bool,
     /// The functions, with their indices.
     pub functions: Vec<(usize, Arc<VirtioPci>)>,
-    /// Where the guest placed each BAR last.
+    /// Address that the guest last wrote to each BAR.
     bars: [AtomicU64; 3],
     _msis: MsiThread,
 }
 
 impl Machine {
-    /// The machine that `choice` says, in front of the disk image at `image`.
+    /// The machine with the IOMMU that `choice` encodes and the disk image at
+    /// `image`.
     pub fn new(choice: u8, image: &Path) -> Self {
         let size = usize::try_from(RAM).expect("it is small");
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), size)]).expect("memory");
@@ -210,23 +211,23 @@ impl Machine {
         }
     }
 
-    /// Where the guest placed the BAR of a function last.
+    /// Address that the guest last wrote to the BAR of a function.
     pub fn bar(&self, function: usize) -> u64 {
         self.bars[function].load(Ordering::Relaxed)
     }
 
-    /// Notes where the guest places a BAR.
+    /// Records the address that the guest writes to a BAR.
     pub fn set_bar(&self, function: usize, at: u64) {
         self.bars[function].store(at, Ordering::Relaxed);
     }
 }
 
-/// Where a BAR is at first.
+/// Initial address of a BAR.
 pub fn first_bar(function: usize) -> u64 {
     BARS + u64::from(SLOTS[function]) * BAR_SIZE
 }
 
-/// A disk with two queues over `image`, which it makes empty.
+/// A disk with two queues over `image`, whose data it removes.
 fn disk(image: &Path) -> Box<dyn VirtioDevice> {
     let file = File::create(image).expect("an image");
     file.set_len(IMAGE_LEN).expect("an image");

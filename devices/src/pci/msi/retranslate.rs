@@ -1,11 +1,10 @@
 //! The thread that translates MSIs again.
 //!
-//! An IOMMU that does not announce mappings (IHI 0070 needs no TLBI for a
-//! mapping where there was none) cannot say when a doorbell is mapped. While
-//! it is not, the eventfd of the interrupt is not with the hypervisor and
-//! nothing reads it: this thread waits on it, and on a signal the target looks
-//! at the tables again. It waits for gates, which a slow disk may hold: no
-//! vCPU and no event loop can wait for it.
+//! An IOMMU without `MAP` events (IHI 0070 needs no TLBI for a new mapping)
+//! cannot report that a doorbell was mapped. While it is not mapped, the
+//! eventfd of the interrupt has no route and no reader: this thread waits on
+//! it, and on a signal the target translates again. The thread waits for gates,
+//! which a slow disk may hold, so no vCPU and no event loop waits for it.
 
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -15,16 +14,16 @@ use std::{io, thread};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-/// The token of the eventfd that ends the thread. The others are the number of
-/// a target in the high half and that of its source in the low half.
+/// Token of the eventfd that ends the thread. Other tokens have the number of a
+/// target in the high half and that of its source in the low half.
 const EXIT: u64 = u64::MAX;
 const TARGET_SHIFT: u32 = 32;
-/// Signals that one wait returns at most.
+/// Upper bound on signals per wait.
 const EVENTS: usize = 32;
 
 /// A target with interrupts whose doorbells may not be mapped.
 pub(super) trait Retranslate: Send + Sync {
-    /// Source `source` is signalled: translates its doorbell again.
+    /// Translates the doorbell of a signalled source again.
     fn retranslate(&self, source: usize);
 }
 
@@ -36,7 +35,7 @@ pub struct MsiRetranslator {
 }
 
 impl MsiRetranslator {
-    /// Watches nothing yet.
+    /// A retranslator without a thread.
     ///
     /// # Errors
     /// No file descriptor is left.
@@ -73,11 +72,11 @@ impl MsiRetranslator {
         u32::try_from(targets.len() - 1).unwrap_or(u32::MAX)
     }
 
-    /// Watches the eventfd of source `source` of target `target`. A signal
-    /// that is there already counts.
+    /// Watches the eventfd of source `source` of target `target`. A pending
+    /// signal is an event too.
     ///
-    /// Edge-triggered: the counter is the pending bit and stays as it is, and
-    /// each signal is one event.
+    /// Edge-triggered: the counter is the pending bit and is not read, and each
+    /// signal is one event.
     pub(super) fn watch(&self, target: u32, source: usize, event: &EventFd) -> io::Result<()> {
         let source = u32::try_from(source).unwrap_or(u32::MAX);
         let token = u64::from(target) << TARGET_SHIFT | u64::from(source);
@@ -87,7 +86,7 @@ impl MsiRetranslator {
             .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
     }
 
-    /// Undoes [`watch`](Self::watch).
+    /// Ends [`watch`](Self::watch) of an eventfd.
     pub(super) fn unwatch(&self, event: &EventFd) -> io::Result<()> {
         let none = EpollEvent::default();
         self.epoll

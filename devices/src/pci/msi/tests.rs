@@ -13,13 +13,14 @@ const DOORBELL: u64 = 0x808_0040;
 const PAGE: u64 = 0x808_0000;
 const FRAME: u64 = 0x7700_0000;
 
-/// An IOMMU of one page, which tells of mappings or does not.
+/// An IOMMU of one page, with or without `MAP` events.
 #[derive(Default)]
 struct OnePage {
     frame: Mutex<Option<Gpa>>,
     announces: bool,
     registered: Mutex<usize>,
-    /// A signalled message may fault, and does so in the model's event queue.
+    /// Number of recorded faults; `None` when a signalled message may not
+    /// fault.
     faults: Option<AtomicUsize>,
     lookups: AtomicUsize,
 }
@@ -142,7 +143,7 @@ impl Machine {
         self.target.set(vector, Some((Iova(DOORBELL), 5)));
     }
 
-    /// Where the messages of a source go.
+    /// Address of the message that a source is routed to.
     fn address(&self, vector: usize) -> Option<u64> {
         self.vectors[vector].message().map(|message| {
             assert_eq!((message.data, message.requester), (5, REQUESTER));
@@ -152,7 +153,7 @@ impl Machine {
 }
 
 #[test]
-fn message_goes_where_its_address_is_mapped() {
+fn message_is_sent_to_its_translated_address() {
     for announces in [true, false] {
         let machine = machine(announces);
         machine.send(0);
@@ -160,7 +161,7 @@ fn message_goes_where_its_address_is_mapped() {
         machine.map(FRAME);
         machine.send(1);
         assert_eq!(machine.address(1), Some(FRAME + 0x40));
-        // Who is told of mappings needs no second word from the guest.
+        // With `MAP` events the guest need not write the message again.
         let first = announces.then_some(FRAME + 0x40);
         assert_eq!(machine.address(0), first);
         machine.send(0);
@@ -169,7 +170,7 @@ fn message_goes_where_its_address_is_mapped() {
 }
 
 #[test]
-fn unmapped_doorbell_gets_nothing_until_it_is_mapped_again() {
+fn unmapped_doorbell_receives_nothing_until_it_is_mapped_again() {
     for announces in [true, false] {
         let machine = machine(announces);
         machine.map(FRAME);
@@ -183,12 +184,12 @@ fn unmapped_doorbell_gets_nothing_until_it_is_mapped_again() {
 }
 
 #[test]
-fn thread_finds_what_an_invalidation_took_for_nothing() {
+fn thread_and_an_invalidation_without_changes_keep_the_route() {
     let machine = machine(false);
     let thread = machine.retranslator.start().unwrap();
     machine.map(FRAME);
     machine.send(0);
-    // Everything is invalidated, nothing has changed: the usual case.
+    // An invalidation of everything without a change: the usual case.
     machine.region.invalidate(&[IovaRange::ALL]);
     while machine.address(0).is_none() {
         thread::yield_now();
@@ -207,7 +208,7 @@ fn silent_machine() -> Machine {
 }
 
 impl Machine {
-    /// A device interrupts.
+    /// Signals the interrupt of a device.
     fn signal(&self, vector: usize) {
         self.vectors[vector].eventfd().write(1).unwrap();
     }
@@ -234,7 +235,7 @@ fn interrupt_arrives_when_its_doorbell_is_mapped_again_without_an_invalidation()
         machine.send(vector);
     }
     machine.unmap();
-    // Masked, like that of a vector which the driver does not use now.
+    // Masked, like a vector that the driver does not use.
     machine.target.set(2, None);
     machine.signal(2);
     machine.map(FRAME + 0x1000);
@@ -300,7 +301,7 @@ fn fault_of_a_message_is_recorded_once_until_it_is_set_or_mapped_again() {
     machine.unmap();
     retry_often(0);
     assert_eq!(machine.faults(), 4);
-    // What is masked writes nothing.
+    // A masked source sends no message.
     machine.target.set(0, None);
     retry_often(0);
     assert_eq!(machine.faults(), 4);
@@ -332,7 +333,7 @@ fn doorbell_that_moved_is_replaced_when_its_invalidation_returns() {
     let machine = machine(false);
     machine.map(FRAME);
     machine.send(0);
-    // The tables change first; until the invalidation either place is right.
+    // The tables change first; until the invalidation both targets are valid.
     machine.map(FRAME + 0x1000);
     assert_eq!(machine.address(0), Some(FRAME + 0x40));
     machine.region.invalidate(&[IovaRange::ALL]);
@@ -343,7 +344,7 @@ fn doorbell_that_moved_is_replaced_when_its_invalidation_returns() {
 }
 
 #[test]
-fn other_pages_are_none_of_its_business() {
+fn invalidation_of_other_pages_changes_no_route() {
     let machine = machine(false);
     machine.map(FRAME);
     machine.send(0);
@@ -366,7 +367,7 @@ fn masked_source_stays_unrouted_when_its_page_is_mapped() {
 }
 
 #[test]
-fn guest_that_goes_through_doorbells_leaves_no_listeners_behind() {
+fn notifiers_are_removed_when_the_guest_changes_doorbells() {
     let machine = machine(true);
     for page in 0..1000 {
         let doorbell = Iova(PAGE + page * 0x1000);
@@ -378,7 +379,7 @@ fn guest_that_goes_through_doorbells_leaves_no_listeners_behind() {
     machine.target.set(0, None);
     machine.target.set(1, None);
     assert!(machine.target.pages.lock().is_empty());
-    // The last doorbell is listened to like the first.
+    // The last doorbell has a notifier like the first.
     machine.map(FRAME);
     machine.send(2);
     assert_eq!(machine.address(2), Some(FRAME + 0x40));
@@ -406,7 +407,7 @@ impl FaultSink for NoFaults {
     }
 }
 
-/// The bytes of a virtio-iommu request: type, domain, and the rest.
+/// Encodes a virtio-iommu request: type, domain, and the rest.
 fn request(kind: u8, rest: &[&[u8]]) -> Vec<u8> {
     let mut bytes = vec![kind, 0, 0, 0];
     bytes.extend(1_u32.to_le_bytes());

@@ -11,8 +11,8 @@ use crate::rig::{INDIRECT, NEXT, RAM, REQUESTER, Ring, WRITE, ram};
 const BASE: u64 = 0x1000;
 const TABLE: u64 = 0x8000;
 const SIZE: u16 = 8;
-/// The device's bound: longer than every chain of the ring's own table and of
-/// the indirect tables of these tests.
+/// Upper bound on descriptors of a chain: more than the ring's table and the
+/// indirect tables of these tests have.
 const LONGEST: u16 = 16;
 
 fn ring() -> Ring {
@@ -132,7 +132,7 @@ fn indirect_table_outside_memory_is_refused() {
 }
 
 #[test]
-fn buffer_to_read_behind_one_to_write_is_refused() {
+fn readable_buffer_after_a_writable_one_is_refused() {
     let ring = ring();
     ring.post(&[(0x100, 16, true), (0x200, 16, false)]);
     assert!(refusal(&ring).contains("behind one to write"));
@@ -146,7 +146,7 @@ fn chain_of_4_gib_is_refused() {
 }
 
 #[test]
-fn chain_longer_than_the_device_offers_is_refused_before_it_is_read_to_its_end() {
+fn chain_longer_than_the_bound_is_refused_before_it_is_read_to_its_end() {
     let ring = ring();
     // The table is longer than a ring can be, and mostly outside memory.
     let entries = u32::from(u16::MAX) - 5;
@@ -197,7 +197,7 @@ fn rings_outside_memory_are_refused() {
     assert!(take_from(&mut last, &there.ram).is_err());
 }
 
-/// A descriptor of the model: only what matters for the shape of a chain.
+/// A descriptor of the model: the fields that decide the length of a chain.
 #[derive(Clone, Debug)]
 struct Shape {
     len: u32,
@@ -215,7 +215,7 @@ fn shape(slots: u16) -> impl Strategy<Value = Shape> {
     (len, 0..8_u16, 0..=slots).prop_map(|(len, flags, next)| Shape { len, flags, next })
 }
 
-/// What a walk has seen so far.
+/// State of the model's walk.
 #[derive(Clone, Copy, Default)]
 struct Walk {
     buffers: usize,
@@ -223,8 +223,9 @@ struct Walk {
     written: bool,
 }
 
-/// How many buffers the chain from `head` on has, when it is one. Direct
-/// descriptors may be followed by one that leads to the table `inner`.
+/// Number of buffers of the chain that starts at `head`; `None` when it is
+/// invalid. Direct descriptors may be followed by one that refers to the table
+/// `inner`.
 fn model(table: &[Shape], head: u16, mut walk: Walk, inner: Option<&[Shape]>) -> Option<usize> {
     let mut at = usize::from(head);
     for _ in 0..table.len() {
@@ -248,7 +249,7 @@ fn model(table: &[Shape], head: u16, mut walk: Walk, inner: Option<&[Shape]>) ->
     None
 }
 
-/// Entries of the indirect table: as many as the longest `Shape` says.
+/// Entries of the indirect table: the maximum in `Shape`.
 const INNER: u16 = 6;
 
 proptest! {

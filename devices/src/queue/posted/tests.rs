@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::rig::{INDIRECT, NEXT, WRITE};
 
-/// An IOMMU that translates everything to itself.
+/// An IOMMU that maps every address one to one.
 struct Identity;
 
 impl Iommu for Identity {
@@ -101,7 +101,7 @@ fn chains_are_followed_in_the_order_they_were_posted() {
 }
 
 #[test]
-fn indirect_table_and_what_it_refers_to_are_found() {
+fn indirect_table_and_its_buffers_are_found() {
     let ram = ram();
     descriptor(&ram, 0x1000, (0x8000, 32, INDIRECT, 0));
     descriptor(&ram, 0x8000, (0x5000, 64, NEXT, 1));
@@ -118,7 +118,7 @@ fn indirect_table_and_what_it_refers_to_are_found() {
 }
 
 #[test]
-fn broken_rules_are_told() {
+fn broken_rules_are_reported() {
     type Case = (&'static str, &'static [(u64, (u64, u32, u16, u16))]);
     let cases: [Case; 6] = [
         ("no end", &[(0x1000, (0, 1, NEXT, 0))]),
@@ -171,7 +171,7 @@ fn rings_outside_of_memory_are_a_fault() {
 }
 
 proptest! {
-    /// Rings of any bytes are walked in bounded time, to buffers or a reason.
+    /// A walk of random rings is bounded and returns buffers or an error.
     #[test]
     fn rings_of_any_bytes_have_a_bounded_walk(
         bytes in prop::collection::vec(any::<u8>(), 0x200),
@@ -184,7 +184,8 @@ proptest! {
         ram.write_obj(0_u16, GuestAddress(0x3002)).unwrap();
         ram.write_obj(8_u16, GuestAddress(0x2002)).unwrap();
         if huge {
-            // Zero bytes, which go on for ever in a table of the largest size.
+            // A table of the largest size, in which zero bytes form an endless
+            // chain.
             descriptor(&ram, 0x1000, (0x9000, 0xffff_fff0, INDIRECT, 0));
             descriptor(&ram, 0x9000, (0, 0, NEXT, 1));
             descriptor(&ram, 0x9010, (0, 0, NEXT, 0));

@@ -1,11 +1,11 @@
-//! Translations for a vhost device, asked of the IOMMU.
+//! Translations of the IOMMU as entries of the kernel's IOTLB.
 
 use iommu::{Access, GuestRam, Hva, Iova, IovaRange, Mapping, Translating};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
 
 use crate::vhost::shadow::Entry;
 
-/// Whether a fault may be recorded by the model.
+/// Whether the model records a fault.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recording {
     On,
@@ -39,8 +39,8 @@ impl StreamTranslator<'_> {
     }
 }
 
-/// A mapping as entries, each of which is one piece of this process's memory.
-/// What is not RAM is left out.
+/// Splits a mapping into entries that are contiguous in this process's memory.
+/// Parts outside of RAM are omitted.
 pub(super) fn pieces<'a>(
     ram: &'a GuestRam,
     mapping: &'a Mapping,

@@ -1,9 +1,9 @@
-//! The kernel's IOTLB of one vhost file, kept in step with the guest's IOMMU.
+//! The kernel's IOTLB of one vhost file, synchronized with the guest's IOMMU.
 //!
-//! Locks, from the outermost: the reader's (held while misses are answered), the
-//! stream's gate, the table's (shadow and rings). The table's lock is held while a
-//! message is sent, so that the shadow's order is the kernel's, and nothing is
-//! translated under it.
+//! Locks, from the outermost: the reader's (held while misses are answered),
+//! the stream's gate, the table's (shadow and rings). The table's lock is held
+//! while a message is sent, so that the shadow has the kernel's order, and
+//! nothing is translated under it.
 
 mod miss;
 mod prefetch;
@@ -30,16 +30,17 @@ use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::posted::{Buffer, Layout, Memory, RingReadError, Steps, posted};
 use crate::vhost::message::Miss;
 
-/// Misses that are answered in one round: while the gate is held, and until
-/// the thread serves the next file.
+/// Upper bound on misses per round: while the gate is held, and until the
+/// thread serves the next file.
 const MAX_BATCH: usize = 256;
-/// Descriptors and entries that are looked at while the gate is held, beyond
-/// one for each miss. The guest chooses how many there are.
+/// Upper bound on descriptors and entries that are read while the gate is held,
+/// beyond one for each miss. The guest chooses their number.
 const MAX_STEPS: usize = 16 << 10;
-/// Rounds in which a ring that stops gets its last answers.
+/// Upper bound on rounds that answer the misses of a ring that stops.
 const MAX_ROUNDS: usize = 16;
-/// Errors without a cause that we see and without progress, until we give up.
-const MAX_STRIKES: u32 = 16;
+/// Upper bound on errors of a ring without a known cause and without an answer
+/// in between, after which the device fails.
+const MAX_UNEXPLAINED_ERRORS: u32 = 16;
 
 struct Attached {
     space: AddressSpace,
@@ -47,14 +48,14 @@ struct Attached {
     id: NotifierId,
 }
 
-/// How a round of answers ended.
+/// Result of a round of answers.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Round {
     /// No miss is left.
     Over,
     /// There may be more.
     Full,
-    /// The kernel sent what no version of its interface sends.
+    /// The kernel sent an unknown message.
     Broken,
 }
 
@@ -65,10 +66,10 @@ pub struct VhostIotlb {
 }
 
 impl VhostIotlb {
-    /// The IOTLB behind `channel`; `name` is for the log.
+    /// The IOTLB of the vhost file `channel`; `name` is for the log.
     ///
     /// # Errors
-    /// No eventfd is left.
+    /// No file descriptor is left.
     pub fn new(
         name: &str,
         channel: Arc<dyn Channel>,
@@ -81,13 +82,13 @@ impl VhostIotlb {
         }))
     }
 
-    /// Signalled when [`revive`](Self::revive) has something to do.
+    /// Signalled when [`retry`](Self::retry) has to be called.
     #[must_use]
     pub fn wake(&self) -> &EventFd {
         &self.sender.wake
     }
 
-    /// Its statistics.
+    /// Statistics since the file was opened.
     #[must_use]
     pub fn stats(&self) -> IotlbStats {
         let table = self.sender.table();
@@ -96,12 +97,12 @@ impl VhostIotlb {
         counters.stats(stalled, entries, &table.outcome)
     }
 
-    /// Listens to the region of `space` from now on. The kernel's IOTLB is
-    /// new and empty. Does nothing if it listens already.
+    /// Registers with the region of `space`. The kernel's IOTLB must be new and
+    /// empty. Does nothing if it is registered already.
     ///
     /// # Errors
-    /// The IOMMU does not tell of invalidations: without them nothing may be
-    /// kept.
+    /// The IOMMU does not deliver invalidations, without which no translation
+    /// may be cached.
     pub fn attach(
         self: &Arc<Self>,
         space: &AddressSpace,
@@ -138,14 +139,14 @@ impl VhostIotlb {
         Ok(())
     }
 
-    /// Forgets the address space: no ring runs any more. Afterwards the kernel
-    /// holds nothing.
+    /// Unregisters from the region and empties the kernel's IOTLB. No ring
+    /// runs.
     pub fn detach(&self) {
         let mut reader = self.reader();
         if let Some(attached) = reader.take() {
             attached.region.unregister(attached.id);
         }
-        // Misses of rings that have stopped mean nothing any more.
+        // Misses of stopped rings are dropped.
         while let Ok(Some(_)) = self.sender.channel.receive() {}
         let mut table = self.sender.table();
         self.sender.clear_stalled(&mut table);
@@ -154,8 +155,8 @@ impl VhostIotlb {
         table.ram = None;
     }
 
-    /// A ring is about to run: sends the translation of its three parts, and
-    /// keeps them in from now on.
+    /// Prepares the start of a ring: sends the translations of its three parts,
+    /// and keeps them in the kernel's IOTLB until it stops.
     ///
     /// # Errors
     /// The IOMMU does not translate one of them.
@@ -193,10 +194,10 @@ impl VhostIotlb {
         Ok(())
     }
 
-    /// A ring has stopped. Answers what it missed until then, so that none of
-    /// it is looked at after the driver went on.
+    /// Removes a stopped ring. Answers its misses first, so that none is
+    /// translated after the driver continued.
     pub fn stop_ring(&self, index: u16) {
-        // The other ring of the file may go on missing.
+        // The other ring of the file may miss without end.
         for _ in 0..MAX_ROUNDS {
             if self.round() != Round::Full {
                 break;
@@ -209,19 +210,17 @@ impl VhostIotlb {
         }
     }
 
-    /// Answers the misses that are there, up to `MAX_BATCH`: more stay with
-    /// the kernel, whose file is still readable. `false` when the kernel sends
-    /// what we do not understand.
+    /// Answers the pending misses, up to `MAX_BATCH`: the file stays readable
+    /// when there are more. `false` when the kernel sends an unknown message.
     pub fn service(&self) -> bool {
         self.round() != Round::Broken
     }
 
     fn round(&self) -> Round {
         let reader = self.reader();
-        // A queue may report a miss several times, and all of them are
-        // there before its answer is out. The gate is held until they are
-        // read, or they would be faults when the driver, served by the
-        // first answer, unmaps the place.
+        // A queue may report a miss several times before its answer. The
+        // gate is held until all of them are read: otherwise they would be
+        // faults when the driver unmaps the page after the first answer.
         let inside = (reader.as_ref()).map(|attached| (attached, attached.region.enter()));
         let translator =
             (inside.as_ref()).map(|(attached, inside)| self.translator(attached, inside));
@@ -243,9 +242,9 @@ impl VhostIotlb {
         Round::Full
     }
 
-    /// Something changed: sends rings that were lost, and tries again what
-    /// could not be translated.
-    pub fn revive(&self) {
+    /// Sends the entries of rings that the kernel dropped, and translates the
+    /// addresses of stalled queues again, after a change of translations.
+    pub fn retry(&self) {
         let _ = self.sender.wake.read();
         let reader = self.reader();
         let Some(attached) = &*reader else {
@@ -256,7 +255,7 @@ impl VhostIotlb {
         let (rings, waiting) = {
             let table = self.sender.table();
             let rings: Vec<_> = table.layouts().copied().collect();
-            (rings, table.stalled.places().collect::<Vec<_>>())
+            (rings, table.stalled.waits().collect::<Vec<_>>())
         };
         let (mut found, steps) = (Vec::new(), Steps::new(MAX_STEPS));
         for part in rings.iter().filter_map(Layout::parts).flatten() {
@@ -279,9 +278,8 @@ impl VhostIotlb {
         }
     }
 
-    /// The kernel says that it met an error on a ring. It says so also when
-    /// it holds a translation that forbids the access, and for what resolves
-    /// itself.
+    /// Handles an error that the kernel reports on a ring. The cause may also
+    /// be an entry that forbids the access, or may have resolved itself.
     pub fn ring_failed(&self, index: u16) {
         let reader = self.reader();
         let Some(attached) = &*reader else {
@@ -297,7 +295,7 @@ impl VhostIotlb {
         let steps = Steps::new(MAX_STEPS);
         let buffers = match posted(&memory, &ring.layout, &steps) {
             Ok(buffers) => buffers,
-            // The rings are gone: the kernel will miss them.
+            // The rings are not mapped: the kernel will miss them.
             Err(RingReadError::Fault(_)) => Vec::new(),
             Err(RingReadError::Malformed(reason)) => {
                 let queue = ring.number;
@@ -319,12 +317,12 @@ impl VhostIotlb {
                     self.sender.park(iova, access, Some(ring.kick));
                 }
             },
-            None => self.strike(&ring),
+            None => self.count_unexplained_error(&ring),
         }
     }
 
-    /// The first byte of the buffers that the kernel holds and may not access,
-    /// as far as the steps go.
+    /// The first byte of the buffers whose entry in the kernel forbids the
+    /// access, within the steps left.
     fn forbidden(&self, buffers: &[Buffer], steps: &Steps) -> Option<(Iova, Access)> {
         let table = self.sender.table();
         buffers.iter().find_map(|buffer| {
@@ -336,10 +334,10 @@ impl VhostIotlb {
         })
     }
 
-    fn strike(&self, ring: &Ring) {
+    fn count_unexplained_error(&self, ring: &Ring) {
         let mut table = self.sender.table();
-        table.strikes += 1;
-        if table.strikes > MAX_STRIKES {
+        table.unexplained_errors += 1;
+        if table.unexplained_errors > MAX_UNEXPLAINED_ERRORS {
             self.sender.fail(DeviceError::Backend {
                 what: "the host's vhost cannot go on with a queue",
                 source: io::Error::from(io::ErrorKind::InvalidData),
@@ -351,8 +349,8 @@ impl VhostIotlb {
 
     fn answer(&self, translator: &StreamTranslator<'_>, miss: Miss, steps: &Steps) {
         count(&self.sender.counters.misses, 1);
-        // What the kernel holds is good until it is told otherwise, even if
-        // the tables have changed and somebody waits at the gate to tell.
+        // An entry of the kernel is valid until its invalidation, even if the
+        // tables have changed and the invalidation waits for the gate.
         let held = self.sender.table().shadow.holder(miss.iova);
         let held = held.filter(|held| held.perm.allows(miss.access));
         let Some(entry) = held.or_else(|| translator.resolve(miss.iova, miss.access)) else {
@@ -365,9 +363,9 @@ impl VhostIotlb {
         } else {
             Ok(())
         };
-        // The one that was missed goes last: it wakes the queue.
+        // The missed entry is sent last, because it wakes the queue.
         let mut table = self.sender.table();
-        table.strikes = 0;
+        table.unexplained_errors = 0;
         let sent = sent.and_then(|()| self.sender.push(&mut table, entry, Some(miss.iova)));
         if let Err(source) = sent {
             self.sender.fail(cannot_send(source));
@@ -400,8 +398,8 @@ fn no_invalidations() -> DeviceError {
 }
 
 impl NotifierSink for VhostIotlb {
-    // A queue that waits for a mapping is tried again without being shown it:
-    // `unmap` and `registered` wake the worker.
+    // A replay may omit the mapping that a stalled queue waits for: `unmap` and
+    // `registered` wake the worker, which translates it again.
     fn wants_more(&self) -> bool {
         self.sender.prefills(&self.sender.table())
     }
@@ -455,7 +453,7 @@ impl NotifierSink for VhostIotlb {
                 self.sender.name
             );
             let error = io::Error::from(io::ErrorKind::Unsupported);
-            self.sender.lose_control(&error);
+            self.sender.halt_device(&error);
         } else if table.outcome != *outcome {
             let name = &self.sender.name;
             info!("{name}: the IOMMU notifies of {}{because}", outcome.events);

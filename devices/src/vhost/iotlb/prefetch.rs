@@ -1,5 +1,5 @@
-//! Translations that the kernel is sent before it misses them: of the buffers that
-//! a queue accesses next.
+//! Prefetching: sends the translations of the buffers that a queue accesses
+//! next, before the kernel misses them.
 
 use std::io;
 
@@ -13,14 +13,14 @@ use crate::vhost::shadow::Entry;
 
 /// Upper bound on prefetched entries per miss, however large the IOTLB.
 pub(super) const MAX_PREFETCH: usize = 256;
-/// Prefetched entries per miss that are always allowed.
+/// Lower limit of the upper bound on prefetched entries per miss.
 const MIN_PREFETCH: usize = 16;
 
 impl Sender {
-    /// Sends the entries that the kernel lacks of the queue that missed `iova`: of
-    /// its rings and its available buffers. `entry` is known already. A driver
-    /// may add buffers at the same time, which the queue would miss next: this
-    /// repeats until none is new, or no step is left.
+    /// Sends the missing entries of the rings and available buffers of the
+    /// queue that missed `iova`. `entry` is the answer to the miss, which the
+    /// caller sends. A driver may add buffers at the same time, which the queue
+    /// would miss next: this repeats until none is new, or no step is left.
     pub(super) fn prefetch(
         &self,
         translator: &StreamTranslator<'_>,
@@ -31,7 +31,7 @@ impl Sender {
         let rings = self.table().rings.clone();
         let memory = Memory::new(translator.inside, translator.ram);
         let missed = rings.iter().find_map(|(index, Running { ring, .. })| {
-            let buffers = wanted(&memory, ring, steps)?;
+            let buffers = queue_buffers(&memory, ring, steps)?;
             let mut all = buffers.iter();
             all.any(|buffer| buffer.iova.contains(iova))
                 .then_some((*index, ring, buffers))
@@ -60,7 +60,7 @@ impl Sender {
                 count(&self.counters.prefetched, usize::from(new));
             }
             drop(table);
-            buffers = match wanted(&memory, ring, steps) {
+            buffers = match queue_buffers(&memory, ring, steps) {
                 Some(buffers) if left > 0 && !steps.is_over() => buffers,
                 _ => return Ok(()),
             };
@@ -68,8 +68,8 @@ impl Sender {
     }
 
     /// Upper bound on prefetched entries for a miss of the queue `index`: twice
-    /// the buffers that it used since its last miss. Where the guest flushes
-    /// everything now and then, the kernel would lose more than that unused.
+    /// the number of buffers that it used since its last miss. With a guest
+    /// that flushes everything periodically, more would be dropped unused.
     fn depth(&self, index: u16, memory: &Memory<'_>, ring: &Ring) -> usize {
         let Ok(used) = memory.used(&ring.layout) else {
             return self.prefetch_limit();
@@ -83,8 +83,8 @@ impl Sender {
     }
 
     /// Adds to `found` the translations of a buffer that neither it nor the
-    /// kernel has. Returns whether all of the buffer is translated, as far as
-    /// the steps go: one for each entry.
+    /// kernel has. Returns whether all of the buffer is translated. Each entry
+    /// takes a step.
     pub(super) fn missing_of(
         &self,
         translator: &StreamTranslator<'_>,
@@ -128,7 +128,7 @@ impl Sender {
 
 /// The rings of a queue and its available buffers. `None` when they cannot be
 /// read.
-fn wanted(memory: &Memory<'_>, ring: &Ring, steps: &Steps) -> Option<Vec<Buffer>> {
+fn queue_buffers(memory: &Memory<'_>, ring: &Ring, steps: &Steps) -> Option<Vec<Buffer>> {
     let parts = ring.layout.parts().into_iter().flatten();
     Some(
         parts

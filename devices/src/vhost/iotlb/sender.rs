@@ -1,4 +1,4 @@
-//! Messages to the kernel's IOTLB, and the table of what it holds.
+//! Messages to the kernel's IOTLB, and the table of its entries.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,46 +15,45 @@ use crate::queue::posted::Layout;
 use crate::vhost::message::{Message, Miss};
 use crate::vhost::shadow::{DEFAULT_LIMIT, Entry, Shadow, merged};
 
-/// Upper bound on parts of entries that are sent again after an invalidation took
-/// more than its ranges.
+/// Upper bound on parts of entries that are sent again after an invalidation
+/// removed more than its ranges.
 const MAX_RESTORED: usize = 16;
 
-/// A vhost file as the kernel's end of the messages.
+/// Messages of a vhost file.
 pub trait Channel: Send + Sync {
-    /// Sends a message. The kernel uses no entry that an invalidation overlaps
-    /// when this returns.
+    /// Sends a message. When an invalidation has returned, the kernel uses no
+    /// entry that overlaps it.
     ///
     /// # Errors
-    /// The kernel refused it.
+    /// The kernel refused the message.
     fn send(&self, message: &Message) -> io::Result<()>;
 
-    /// Takes the next miss, if there is one.
+    /// Reads the next miss; `None` when there is none.
     ///
     /// # Errors
-    /// The kernel sent something else.
+    /// The kernel sent an unknown message.
     fn receive(&self) -> io::Result<Option<Miss>>;
 
-    /// Takes the back end away from every ring: for when an invalidation
-    /// cannot be delivered.
+    /// Removes the back end of every ring, after an invalidation failed.
     fn halt(&self);
 }
 
 /// A ring that the kernel serves.
 #[derive(Clone)]
 pub struct Ring {
-    /// Its number on the device, for messages.
+    /// Index of the queue on the device, for error texts.
     pub number: u16,
-    /// Its addresses.
+    /// Size and addresses of the ring.
     pub layout: Layout,
-    /// Makes the kernel look at it again.
+    /// Makes the kernel read the ring again.
     pub kick: Arc<EventFd>,
 }
 
-/// A ring, and its progress at its last miss.
+/// A ring and its used index at the last miss.
 #[derive(Clone)]
 pub(super) struct Running {
     pub(super) ring: Ring,
-    /// Its used index when it last missed something.
+    /// Used index at the ring's last miss; `None` without a miss.
     pub(super) used_at_miss: Option<u16>,
 }
 
@@ -66,22 +65,22 @@ pub(super) struct Table {
     pub(super) outcome: Registration,
     /// RAM, while the file is attached to an address space.
     pub(super) ram: Option<Arc<GuestRam>>,
-    /// Errors without a known cause since the last answer.
-    pub(super) strikes: u32,
+    /// Number of errors without a known cause since the last answer.
+    pub(super) unexplained_errors: u32,
 }
 
 /// Options of a kernel IOTLB.
 #[derive(Clone, Copy, Debug)]
 pub struct IotlbOptions {
-    /// Entries that the kernel holds; 0 is no limit.
+    /// Upper bound on entries in the kernel; 0 is no limit.
     pub limit: usize,
-    /// Send new mappings when they are made, if the IOMMU notifies of them.
+    /// Send new mappings at once, if the IOMMU delivers `MAP` events.
     pub prefill: bool,
-    /// Translate every posted buffer of a queue that misses one.
+    /// Send the translations of all available buffers of a queue with a miss.
     pub prefetch: bool,
 }
 
-/// Keeps the kernel's list and the table the same: every message goes through it.
+/// Sends every message, and updates the table to match the kernel's list.
 pub(super) struct Sender {
     pub(super) name: String,
     pub(super) channel: Arc<dyn Channel>,
@@ -115,14 +114,14 @@ impl Sender {
                     refused: Vec::new(),
                 },
                 ram: None,
-                strikes: 0,
+                unexplained_errors: 0,
             }),
         })
     }
 
     /// Sends a translation unless the kernel has it. With `wake` it is the
-    /// answer to a miss of that byte and sent in any case: the kernel goes on
-    /// only then. Returns whether a message was sent.
+    /// answer to a miss of that byte and is always sent, because the kernel
+    /// continues only then. Returns whether a message was sent.
     pub(super) fn push(
         &self,
         table: &mut Table,
@@ -134,7 +133,7 @@ impl Sender {
             && held.agrees_with(&entry)
         {
             if wake.is_some() {
-                // A second copy; the first one goes when its turn comes.
+                // A second copy; the kernel drops the first one in its order.
                 self.update(table, held)?;
                 return Ok(true);
             }
@@ -149,8 +148,8 @@ impl Sender {
         Ok(true)
     }
 
-    /// Sends an update. Entries of rings that the kernel would drop next are sent
-    /// again first, so that they stay.
+    /// Sends an update. If the kernel would drop an entry of a ring for it,
+    /// that entry is sent again first.
     fn update(&self, table: &mut Table, entry: Entry) -> io::Result<()> {
         for _ in 0..8 * table.rings.len() {
             match table.shadow.next_victim() {
@@ -161,7 +160,7 @@ impl Sender {
             }
         }
         self.send_update(table, entry)?;
-        // The kernel wakes every queue that misses a byte of it.
+        // The kernel wakes every queue with a miss in the entry.
         table.stalled.wake(&entry);
         Ok(())
     }
@@ -173,9 +172,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Invalidates the ranges, and sends the parts of entries again that the
-    /// kernel drops besides. The caller holds the gate, so these are still
-    /// translated.
+    /// Invalidates the ranges, and sends parts of removed entries outside of
+    /// the ranges again. The caller holds the gate, so these are still mapped.
     pub(super) fn invalidate(&self, table: &mut Table, ranges: &[IovaRange]) -> io::Result<()> {
         let messages = table.shadow.invalidations(ranges);
         let saved = ranges.len().saturating_sub(messages.len());
@@ -183,7 +181,7 @@ impl Sender {
         let mut lost = Vec::new();
         for range in messages {
             if let Err(error) = self.channel.send(&Message::Invalidate(range)) {
-                self.lose_control(&error);
+                self.halt_device(&error);
                 return Err(error);
             }
             count(&self.counters.invalidations_sent, 1);
@@ -208,9 +206,8 @@ impl Sender {
         let _ = self.wake.write(1);
     }
 
-    /// Takes the device away from the kernel, which may go on using entries that
-    /// it must not.
-    pub(super) fn lose_control(&self, error: &io::Error) {
+    /// Halts the device, because the kernel may still use invalid entries.
+    pub(super) fn halt_device(&self, error: &io::Error) {
         self.channel.halt();
         self.fail(DeviceError::Backend {
             what: "the host's vhost does not take an invalidation",
@@ -218,7 +215,7 @@ impl Sender {
         });
     }
 
-    /// Parks a queue at a place that is not mapped.
+    /// Parks a queue at an address that is not mapped.
     pub(super) fn park(&self, iova: Iova, access: Access, kick: Option<Arc<EventFd>>) {
         let mut table = self.table();
         if let Some(pending) = table.stalled.park(iova, access, kick) {
@@ -232,9 +229,9 @@ impl Sender {
         }
     }
 
-    /// Makes the kernel drop the misses that it keeps for a place, by an entry
-    /// that permits nothing and is invalidated at once. A queue that still
-    /// accesses the place misses it again.
+    /// Makes the kernel drop the pending misses of an address, by an entry
+    /// without permissions that is invalidated at once. A queue that still
+    /// accesses the address misses it again.
     fn clear(&self, table: &mut Table, pending: &Pending) {
         let Some(ram) = table.ram.clone().filter(|_| pending.unanswered > 0) else {
             return;
@@ -258,13 +255,13 @@ impl Sender {
         }
     }
 
-    /// Whether a mapping is sent when it is made.
+    /// Whether a new mapping is sent at once.
     pub(super) fn prefills(&self, table: &Table) -> bool {
         self.options.prefill && table.shadow.len() < self.prefill_limit()
     }
 
-    /// Entries up to which mappings are sent when they are made; the rest is for
-    /// answers. Beyond it the kernel would drop the buffers that it uses next.
+    /// Upper bound on entries for prefilling; the rest is for answers. Beyond
+    /// it the kernel would drop the buffers that it uses next.
     fn prefill_limit(&self) -> usize {
         let limit = self.limit();
         limit - limit / 8

@@ -1,4 +1,4 @@
-//! Places at which queues wait for a mapping.
+//! Addresses at which queues wait for a mapping.
 
 use std::sync::Arc;
 
@@ -7,30 +7,30 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::vhost::shadow::Entry;
 
-/// Upper bound on places at which queues wait for a mapping.
+/// Upper bound on addresses at which queues wait for a mapping.
 pub(super) const MAX_PENDING: usize = 64;
-/// Upper bound on misses at one place before the kernel is made to forget them: it keeps
-/// each of them until it is answered.
+/// Upper bound on pending misses at one address, after which the kernel is made
+/// to drop them: it keeps each of them until an answer.
 pub(super) const MAX_UNANSWERED: u32 = 256;
 
 /// A miss without an answer.
 pub(super) struct Pending {
     pub(super) iova: Iova,
     pub(super) access: Access,
-    /// Misses that the kernel keeps for it; none for an access that it refused
-    /// by itself.
+    /// Number of misses that the kernel keeps for the address; 0 for an access
+    /// that an entry of the kernel forbids.
     pub(super) unanswered: u32,
-    /// Wakes the queue where the kernel does not do so itself.
+    /// Wakes the queue when no miss of it is pending in the kernel.
     kick: Option<Arc<EventFd>>,
 }
 
-/// The places of one vhost file.
+/// The addresses at which queues of one vhost file wait.
 #[derive(Default)]
 pub(super) struct Stalled(Vec<Pending>);
 
 impl Stalled {
-    /// Parks a queue at a place; `kick` wakes it where the kernel does not.
-    /// Returns a place that is over the bounds, which is no longer kept.
+    /// Parks a queue at an address; `kick` wakes it when the kernel does not.
+    /// Returns a removed address when a bound is exceeded.
     pub(super) fn park(
         &mut self,
         iova: Iova,
@@ -57,12 +57,12 @@ impl Stalled {
         worst.map(|index| self.0.remove(index))
     }
 
-    /// Takes every place.
+    /// Removes and returns every address.
     pub(super) fn take(&mut self) -> Vec<Pending> {
         std::mem::take(&mut self.0)
     }
 
-    /// Drops the places in an entry that was sent, and wakes their queues.
+    /// Removes the addresses in an entry that was sent, and wakes their queues.
     pub(super) fn wake(&mut self, entry: &Entry) {
         self.0.retain(|pending| {
             let over = entry.iova.contains(pending.iova);
@@ -73,23 +73,23 @@ impl Stalled {
         });
     }
 
-    /// Whether a queue waits in an entry: the kernel would wake it, whatever
-    /// access the entry permits.
+    /// Whether a queue waits at an address of an entry: the kernel would wake
+    /// it, regardless of the entry's permission.
     pub(super) fn waits_in(&self, entry: &Entry) -> bool {
         self.0
             .iter()
             .any(|pending| entry.iova.contains(pending.iova))
     }
 
-    /// The first place in an entry at which a queue waits for an access that the
-    /// entry permits.
+    /// The first address in an entry at which a queue waits for an access that
+    /// the entry permits.
     pub(super) fn first_in(&self, entry: &Entry) -> Option<Iova> {
         let waits = |p: &&Pending| entry.iova.contains(p.iova) && entry.perm.allows(p.access);
         self.0.iter().find(waits).map(|pending| pending.iova)
     }
 
-    /// Address and access of each place.
-    pub(super) fn places(&self) -> impl Iterator<Item = (Iova, Access)> + '_ {
+    /// Address and access of each wait.
+    pub(super) fn waits(&self) -> impl Iterator<Item = (Iova, Access)> + '_ {
         self.0.iter().map(|pending| (pending.iova, pending.access))
     }
 

@@ -22,32 +22,32 @@ pub(super) struct Counters {
 pub struct IotlbStats {
     /// Misses that the kernel reported.
     pub misses: u64,
-    /// Translations sent to it, the following two included.
+    /// Updates sent to the kernel, the following two counters included.
     pub updates: u64,
-    /// Translations sent when they were mapped, before a queue missed them.
+    /// Updates sent when the guest mapped them.
     pub prefills: u64,
-    /// Translations of posted buffers sent with the answer to another miss:
+    /// Updates for available buffers, sent with the answer to another miss:
     /// each saves a miss.
     pub prefetched: u64,
     /// Invalidations sent.
     pub invalidations_sent: u64,
-    /// Invalidated ranges that cost no message.
+    /// Invalidated ranges that needed no message of their own.
     pub invalidations_saved: u64,
     /// Misses that the IOMMU does not translate, and accesses that its
     /// permissions forbid.
     pub faults: u64,
-    /// Places at which queues wait for a mapping now.
+    /// Addresses at which queues wait for a mapping now.
     pub stalled: usize,
     /// Entries that the kernel holds now.
     pub entries: usize,
     /// Events that the notifier chain delivers.
     pub registration: NotifierEvents,
-    /// Events that it refused, and why.
+    /// Event sets that it refused, with the reasons.
     pub refused: Vec<String>,
 }
 
 impl Counters {
-    /// The counters with the present state of the IOTLB.
+    /// The counters and the present state of the IOTLB.
     pub(super) fn stats(
         &self,
         stalled: usize,

@@ -17,8 +17,8 @@ mod pages;
 
 const STREAM: StreamId = StreamId(8);
 
-/// The kernel's end, in the plainest way: a list, misses to be read, misses
-/// that were read and wait for an answer.
+/// A naive model of the kernel: a list of entries, misses to be read, and
+/// misses that were read and wait for an answer.
 #[derive(Default)]
 struct Kernel(Mutex<KernelState>);
 
@@ -39,8 +39,8 @@ impl Kernel {
         self.0.lock().unwrap()
     }
 
-    /// A queue wants to access a byte. Returns whether it can; it misses it
-    /// otherwise, or gets nothing but an error where it is forbidden.
+    /// Accesses a byte for a queue. Returns whether it can; otherwise the queue
+    /// reports a miss, or an error where an entry forbids the access.
     fn access(&self, iova: u64, access: Access) -> bool {
         let mut state = self.state();
         let iova = Iova(iova);
@@ -99,7 +99,7 @@ impl Channel for Kernel {
     }
 }
 
-struct World {
+struct Setup {
     pages: Arc<Pages>,
     kernel: Arc<Kernel>,
     iotlb: Arc<VhostIotlb>,
@@ -110,7 +110,7 @@ struct World {
 
 const RAM: u64 = 0x20_0000;
 
-fn world(delivers: NotifierEvents, limit: usize) -> World {
+fn setup(delivers: NotifierEvents, limit: usize) -> Setup {
     let pages = Pages::new(delivers);
     let region = IommuRegion::new(Arc::clone(&pages) as Arc<dyn Iommu>, STREAM);
     let half = usize::try_from(RAM / 2).unwrap();
@@ -127,7 +127,7 @@ fn world(delivers: NotifierEvents, limit: usize) -> World {
     let channel = Arc::clone(&kernel) as Arc<dyn Channel>;
     let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&failure)).unwrap();
     let space = AddressSpace::translated(region, Arc::clone(&ram));
-    World {
+    Setup {
         pages,
         kernel,
         iotlb,
@@ -137,11 +137,11 @@ fn world(delivers: NotifierEvents, limit: usize) -> World {
     }
 }
 
-impl World {
+impl Setup {
     fn attached(delivers: NotifierEvents, limit: usize) -> Self {
-        let world = world(delivers, limit);
-        world.attach().unwrap();
-        world
+        let setup = setup(delivers, limit);
+        setup.attach().unwrap();
+        setup
     }
 
     fn attach(&self) -> Result<(), DeviceError> {
@@ -158,7 +158,7 @@ impl World {
         self.iotlb.sender.table().shadow.in_order() == self.kernel.state().list
     }
 
-    /// A queue of `size` entries with its rings at one page each from `iova`
+    /// A queue of `size` entries. Its rings are at one page each from `iova`
     /// on, mapped to the guest-physical pages from `gpa` on.
     fn ring(&self, size: u16, iova: u64, gpa: u64) -> Ring {
         for (n, perm) in [(0, Perm::READ), (1, Perm::READ), (2, Perm::READ_WRITE)] {
@@ -201,107 +201,107 @@ fn map_unmap() -> NotifierEvents {
 
 #[test]
 fn miss_is_answered_with_the_mapping_and_its_permission() {
-    let world = World::attached(UNMAP, 16);
-    world.pages.map(0x10_0000, 0x3000, Perm::READ);
-    assert!(!world.kernel.access(0x10_0123, Access::Read));
-    assert!(world.iotlb.service());
-    let held = world.kernel.holds(0x10_0123).unwrap();
+    let setup = Setup::attached(UNMAP, 16);
+    setup.pages.map(0x10_0000, 0x3000, Perm::READ);
+    assert!(!setup.kernel.access(0x10_0123, Access::Read));
+    assert!(setup.iotlb.service());
+    let held = setup.kernel.holds(0x10_0123).unwrap();
     assert_eq!(held.iova, page(0x10_0000));
-    assert_eq!(held.hva, world.host(0x3000));
+    assert_eq!(held.hva, setup.host(0x3000));
     assert_eq!(held.perm, Perm::READ);
-    assert_eq!(world.kernel.state().woken, [Iova(0x10_0123)]);
-    assert!(!world.kernel.access(0x10_0123, Access::Write));
-    let stats = world.iotlb.stats();
+    assert_eq!(setup.kernel.state().woken, [Iova(0x10_0123)]);
+    assert!(!setup.kernel.access(0x10_0123, Access::Write));
+    let stats = setup.iotlb.stats();
     assert_eq!((stats.misses, stats.updates, stats.entries), (1, 1, 1));
 }
 
 #[test]
 fn bypass_is_answered_with_a_whole_region_of_ram() {
-    let world = World::attached(UNMAP, 16);
-    world.pages.state().bypass = true;
-    world.kernel.access(0x18_0000, Access::Write);
-    world.iotlb.service();
-    let held = world.kernel.holds(0x18_0000).unwrap();
+    let setup = Setup::attached(UNMAP, 16);
+    setup.pages.state().bypass = true;
+    setup.kernel.access(0x18_0000, Access::Write);
+    setup.iotlb.service();
+    let held = setup.kernel.holds(0x18_0000).unwrap();
     assert_eq!(held.iova.first(), Iova(RAM / 2));
     assert_eq!(held.iova.last(), Iova(RAM - 1));
-    assert_eq!(held.hva, world.host(RAM / 2));
+    assert_eq!(held.hva, setup.host(RAM / 2));
 }
 
 #[test]
 fn mapping_to_no_ram_is_a_fault() {
-    let world = World::attached(UNMAP, 16);
-    world.pages.map(0x4000, 0xfee0_0000, Perm::READ_WRITE);
-    world.kernel.access(0x4000, Access::Write);
-    world.iotlb.service();
-    assert!(world.kernel.holds(0x4000).is_none());
-    assert_eq!(world.iotlb.stats().faults, 1);
+    let setup = Setup::attached(UNMAP, 16);
+    setup.pages.map(0x4000, 0xfee0_0000, Perm::READ_WRITE);
+    setup.kernel.access(0x4000, Access::Write);
+    setup.iotlb.service();
+    assert!(setup.kernel.holds(0x4000).is_none());
+    assert_eq!(setup.iotlb.stats().faults, 1);
 }
 
 #[test]
-fn registration_falls_back_and_says_why() {
-    let refused = |world: &World| world.iotlb.stats().refused.len();
-    let world = World::attached(DEVIOTLB | map_unmap(), 16);
-    assert_eq!(world.iotlb.stats().registration, DEVIOTLB);
-    assert_eq!(refused(&world), 0);
-    let world = World::attached(map_unmap(), 16);
-    assert_eq!(world.iotlb.stats().registration, map_unmap());
-    assert_eq!(refused(&world), 1);
-    let world = World::attached(UNMAP, 16);
-    assert_eq!(world.iotlb.stats().registration, UNMAP);
-    assert_eq!(refused(&world), 2);
+fn registration_falls_back_and_reports_the_reason() {
+    let refused = |setup: &Setup| setup.iotlb.stats().refused.len();
+    let setup = Setup::attached(DEVIOTLB | map_unmap(), 16);
+    assert_eq!(setup.iotlb.stats().registration, DEVIOTLB);
+    assert_eq!(refused(&setup), 0);
+    let setup = Setup::attached(map_unmap(), 16);
+    assert_eq!(setup.iotlb.stats().registration, map_unmap());
+    assert_eq!(refused(&setup), 1);
+    let setup = Setup::attached(UNMAP, 16);
+    assert_eq!(setup.iotlb.stats().registration, UNMAP);
+    assert_eq!(refused(&setup), 2);
 }
 
 #[test]
 fn nothing_is_kept_without_invalidations() {
-    let world = world(NotifierEvents::NONE, 16);
-    assert!(world.attach().is_err());
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.kernel.access(0x4000, Access::Read);
-    world.iotlb.service();
-    assert!(world.kernel.state().list.is_empty());
+    let setup = setup(NotifierEvents::NONE, 16);
+    assert!(setup.attach().is_err());
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.kernel.access(0x4000, Access::Read);
+    setup.iotlb.service();
+    assert!(setup.kernel.state().list.is_empty());
 }
 
 #[test]
 fn mappings_are_sent_when_they_are_made_and_cost_no_miss() {
-    let world = world(map_unmap(), 16);
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.attach().unwrap();
-    world.pages.map(0x5000, 0x7000, Perm::WRITE);
-    assert!(world.kernel.access(0x4000, Access::Read));
-    assert!(world.kernel.access(0x5fff, Access::Write));
-    let stats = world.iotlb.stats();
+    let setup = setup(map_unmap(), 16);
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.attach().unwrap();
+    setup.pages.map(0x5000, 0x7000, Perm::WRITE);
+    assert!(setup.kernel.access(0x4000, Access::Read));
+    assert!(setup.kernel.access(0x5fff, Access::Write));
+    let stats = setup.iotlb.stats();
     assert_eq!((stats.prefills, stats.misses), (2, 0));
 }
 
 #[test]
-fn invalidation_of_what_is_not_held_costs_no_message() {
-    let world = World::attached(UNMAP, 16);
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.pages.unmap(&[0x9000, 0x4000]);
-    assert_eq!(world.kernel.state().invalidations, 0);
-    assert_eq!(world.iotlb.stats().invalidations_saved, 2);
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.kernel.access(0x4000, Access::Read);
-    world.iotlb.service();
-    world.pages.unmap(&[0x4000]);
-    assert_eq!(world.kernel.state().invalidations, 1);
-    assert!(world.kernel.holds(0x4000).is_none());
-    assert!(world.agrees());
+fn invalidation_without_entries_costs_no_message() {
+    let setup = Setup::attached(UNMAP, 16);
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.pages.unmap(&[0x9000, 0x4000]);
+    assert_eq!(setup.kernel.state().invalidations, 0);
+    assert_eq!(setup.iotlb.stats().invalidations_saved, 2);
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.kernel.access(0x4000, Access::Read);
+    setup.iotlb.service();
+    setup.pages.unmap(&[0x4000]);
+    assert_eq!(setup.kernel.state().invalidations, 1);
+    assert!(setup.kernel.holds(0x4000).is_none());
+    assert!(setup.agrees());
 }
 
 #[test]
-fn every_miss_is_answered_even_for_what_was_sent_already() {
-    let world = World::attached(UNMAP, 16);
-    world.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
+fn every_miss_is_answered_even_for_an_entry_that_was_sent() {
+    let setup = Setup::attached(UNMAP, 16);
+    setup.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
     for byte in [0x4000, 0x4010, 0x4000] {
-        world.kernel.access(byte, Access::Write);
+        setup.kernel.access(byte, Access::Write);
     }
-    world.iotlb.service();
-    assert!(world.kernel.state().unanswered.is_empty());
-    assert_eq!(world.kernel.state().woken.len(), 3);
-    assert!(world.agrees());
-    world.pages.unmap(&[0x4000]);
-    assert!(world.kernel.state().list.is_empty(), "a copy stayed");
+    setup.iotlb.service();
+    assert!(setup.kernel.state().unanswered.is_empty());
+    assert_eq!(setup.kernel.state().woken.len(), 3);
+    assert!(setup.agrees());
+    setup.pages.unmap(&[0x4000]);
+    assert!(setup.kernel.state().list.is_empty(), "a copy stayed");
 }
 
 /// A driver that unmaps a buffer as soon as an answer lets the device use it.
@@ -321,7 +321,7 @@ impl Channel for Hasty {
             while self.pages.state().pages.contains_key(&0x4000) {
                 std::thread::yield_now();
             }
-            // Time to get to the gate, where it waits in any case.
+            // Time for the driver's thread to reach the gate, where it waits.
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
         sent
@@ -337,287 +337,287 @@ impl Channel for Hasty {
 }
 
 #[test]
-fn miss_told_twice_is_no_fault_once_the_first_answer_served_it() {
-    let world = world(UNMAP, 16);
+fn miss_reported_twice_is_no_fault_after_its_first_answer() {
+    let setup = setup(UNMAP, 16);
     let hasty = Arc::new(Hasty {
-        kernel: Arc::clone(&world.kernel),
-        pages: Arc::clone(&world.pages),
+        kernel: Arc::clone(&setup.kernel),
+        pages: Arc::clone(&setup.pages),
         unmaps: Mutex::default(),
     });
-    let options = world.iotlb.sender.options;
+    let options = setup.iotlb.sender.options;
     let channel = Arc::clone(&hasty) as Arc<dyn Channel>;
-    let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&world.failure)).unwrap();
-    let region = world.space.region().unwrap();
-    iotlb.attach(&world.space, region).unwrap();
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.kernel.access(0x4000, Access::Read);
-    world.kernel.access(0x4000, Access::Read);
+    let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&setup.failure)).unwrap();
+    let region = setup.space.region().unwrap();
+    iotlb.attach(&setup.space, region).unwrap();
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.kernel.access(0x4000, Access::Read);
+    setup.kernel.access(0x4000, Access::Read);
     iotlb.service();
     let unmaps = hasty.unmaps.lock().unwrap().take();
     unmaps.expect("it was answered").join().unwrap();
     assert_eq!(iotlb.stats().faults, 0);
-    assert_eq!(world.pages.state().faults, []);
-    assert!(world.kernel.state().unanswered.is_empty());
-    assert!(world.kernel.state().list.is_empty(), "it is unmapped");
+    assert_eq!(setup.pages.state().faults, []);
+    assert!(setup.kernel.state().unanswered.is_empty());
+    assert!(setup.kernel.state().list.is_empty(), "it is unmapped");
 }
 
 #[test]
 fn miss_that_faults_is_answered_when_a_mapping_appears() {
-    let world = World::attached(map_unmap(), 16);
-    world.kernel.access(0x4008, Access::Write);
-    world.iotlb.service();
-    let stats = world.iotlb.stats();
+    let setup = Setup::attached(map_unmap(), 16);
+    setup.kernel.access(0x4008, Access::Write);
+    setup.iotlb.service();
+    let stats = setup.iotlb.stats();
     assert_eq!((stats.faults, stats.stalled), (1, 1));
-    assert_eq!(world.pages.state().faults, [(Iova(0x4008), Access::Write)]);
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    assert_eq!(world.iotlb.stats().stalled, 1, "it may not write there");
-    world.pages.unmap(&[0x4000]);
-    world.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
-    assert_eq!(world.kernel.state().woken, [Iova(0x4008)]);
-    assert_eq!(world.iotlb.stats().stalled, 0);
-    assert!(world.agrees());
+    assert_eq!(setup.pages.state().faults, [(Iova(0x4008), Access::Write)]);
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    assert_eq!(setup.iotlb.stats().stalled, 1, "it may not write there");
+    setup.pages.unmap(&[0x4000]);
+    setup.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
+    assert_eq!(setup.kernel.state().woken, [Iova(0x4008)]);
+    assert_eq!(setup.iotlb.stats().stalled, 0);
+    assert!(setup.agrees());
 }
 
 #[test]
 fn miss_that_faults_is_tried_again_after_an_invalidation() {
-    let world = World::attached(UNMAP, 16);
-    world.kernel.access(0x4008, Access::Write);
-    world.iotlb.service();
-    world.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
-    assert!(world.kernel.state().woken.is_empty(), "nobody told of it");
-    world.pages.unmap(&[0x9000]);
-    assert!(world.iotlb.wake().read().is_ok(), "the thread is woken");
-    world.iotlb.revive();
-    assert_eq!(world.kernel.state().woken, [Iova(0x4008)]);
-    assert_eq!(world.pages.state().faults.len(), 1, "once is enough");
+    let setup = Setup::attached(UNMAP, 16);
+    setup.kernel.access(0x4008, Access::Write);
+    setup.iotlb.service();
+    setup.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
+    assert!(setup.kernel.state().woken.is_empty(), "nobody told of it");
+    setup.pages.unmap(&[0x9000]);
+    assert!(setup.iotlb.wake().read().is_ok(), "the thread is woken");
+    setup.iotlb.retry();
+    assert_eq!(setup.kernel.state().woken, [Iova(0x4008)]);
+    assert_eq!(setup.pages.state().faults.len(), 1, "once is enough");
 }
 
 #[test]
 fn faulting_kicks_do_not_pile_up_in_the_kernel() {
-    let world = World::attached(UNMAP, 16);
+    let setup = Setup::attached(UNMAP, 16);
     for _ in 0..5000_u64 {
-        world.kernel.access(0x4000, Access::Read);
-        world.iotlb.service();
+        setup.kernel.access(0x4000, Access::Read);
+        setup.iotlb.service();
     }
     for place in 0..500 {
-        world.kernel.access(0x10_0000 + place * PAGE, Access::Read);
-        world.iotlb.service();
+        setup.kernel.access(0x10_0000 + place * PAGE, Access::Read);
+        setup.iotlb.service();
     }
     let most = MAX_PENDING + 1 + usize::try_from(MAX_UNANSWERED).unwrap();
-    assert!(world.kernel.state().unanswered.len() <= most);
-    assert!(world.iotlb.stats().stalled <= MAX_PENDING);
-    assert!(world.agrees());
-    assert!(world.kernel.state().list.is_empty());
+    assert!(setup.kernel.state().unanswered.len() <= most);
+    assert!(setup.iotlb.stats().stalled <= MAX_PENDING);
+    assert!(setup.agrees());
+    assert!(setup.kernel.state().list.is_empty());
 }
 
 #[test]
-fn rings_stay_in_however_many_entries_pass() {
-    let world = World::attached(UNMAP, 16);
-    let ring = world.ring(16, 0x10_0000, 0x1_0000);
-    world.iotlb.start_ring(0, ring).unwrap();
+fn ring_entries_stay_however_many_others_are_added() {
+    let setup = Setup::attached(UNMAP, 16);
+    let ring = setup.ring(16, 0x10_0000, 0x1_0000);
+    setup.iotlb.start_ring(0, ring).unwrap();
     for n in 0..100 {
         let iova = 0x40_0000 + n * PAGE;
-        world.pages.map(iova, 0x3000, Perm::READ_WRITE);
-        world.kernel.access(iova, Access::Read);
-        world.iotlb.service();
+        setup.pages.map(iova, 0x3000, Perm::READ_WRITE);
+        setup.kernel.access(iova, Access::Read);
+        setup.iotlb.service();
         for part in [0x10_0000, 0x10_1000, 0x10_2000] {
-            assert!(world.kernel.holds(part).is_some(), "after {n}: {part:#x}");
+            assert!(setup.kernel.holds(part).is_some(), "after {n}: {part:#x}");
         }
-        assert!(world.agrees());
+        assert!(setup.agrees());
     }
-    world.iotlb.stop_ring(0);
+    setup.iotlb.stop_ring(0);
     for n in 0..20 {
         let iova = 0x80_0000 + n * PAGE;
-        world.pages.map(iova, 0x3000, Perm::READ_WRITE);
-        world.kernel.access(iova, Access::Read);
+        setup.pages.map(iova, 0x3000, Perm::READ_WRITE);
+        setup.kernel.access(iova, Access::Read);
     }
-    world.iotlb.service();
-    assert!(world.kernel.holds(0x10_0000).is_none(), "it ages again");
+    setup.iotlb.service();
+    assert!(setup.kernel.holds(0x10_0000).is_none(), "it ages again");
 }
 
 #[test]
-fn prefill_leaves_room_and_a_miss_still_gets_in() {
-    let world = World::attached(map_unmap(), 16);
+fn prefill_leaves_room_for_misses() {
+    let setup = Setup::attached(map_unmap(), 16);
     for n in 0..40 {
-        world.pages.map(n * PAGE, 0x3000, Perm::READ);
+        setup.pages.map(n * PAGE, 0x3000, Perm::READ);
     }
-    assert_eq!(world.kernel.state().list.len(), 14);
-    assert!(world.kernel.access(0, Access::Read));
-    world.kernel.access(39 * PAGE, Access::Read);
-    world.iotlb.service();
-    assert!(world.kernel.access(39 * PAGE, Access::Read));
-    assert!(world.agrees());
+    assert_eq!(setup.kernel.state().list.len(), 14);
+    assert!(setup.kernel.access(0, Access::Read));
+    setup.kernel.access(39 * PAGE, Access::Read);
+    setup.iotlb.service();
+    assert!(setup.kernel.access(39 * PAGE, Access::Read));
+    assert!(setup.agrees());
 }
 
 #[test]
-fn new_view_of_memory_is_shown_as_far_as_it_is_sent() {
-    let world = World::attached(map_unmap(), 16);
+fn replay_of_a_new_view_ends_at_the_prefill_limit() {
+    let setup = Setup::attached(map_unmap(), 16);
     let last = 39 * PAGE;
-    world.kernel.access(last, Access::Read);
-    world.iotlb.service();
-    assert_eq!(world.iotlb.stats().stalled, 1);
+    setup.kernel.access(last, Access::Read);
+    setup.iotlb.service();
+    assert_eq!(setup.iotlb.stats().stalled, 1);
     for n in 0..40 {
         let to = (0x3000, Perm::READ);
-        world.pages.state().pages.insert(n * PAGE, to);
+        setup.pages.state().pages.insert(n * PAGE, to);
     }
-    let _ = world.iotlb.wake().read();
-    world.pages.region().reload();
-    assert_eq!(world.space.region().unwrap().stats().maps, 14);
-    assert_eq!(world.kernel.state().list.len(), 14);
-    assert_eq!(world.iotlb.wake().read().unwrap(), 1);
-    world.iotlb.revive();
+    let _ = setup.iotlb.wake().read();
+    setup.pages.region().reload();
+    assert_eq!(setup.space.region().unwrap().stats().maps, 14);
+    assert_eq!(setup.kernel.state().list.len(), 14);
+    assert_eq!(setup.iotlb.wake().read().unwrap(), 1);
+    setup.iotlb.retry();
     assert!(
-        world.kernel.access(last, Access::Read),
+        setup.kernel.access(last, Access::Read),
         "it waited for this"
     );
-    assert_eq!(world.iotlb.stats().stalled, 0);
-    assert!(world.agrees());
+    assert_eq!(setup.iotlb.stats().stalled, 0);
+    assert!(setup.agrees());
 }
 
 #[test]
-fn one_miss_brings_every_buffer_that_is_posted() {
-    let world = World::attached(UNMAP, 256);
-    let ring = world.ring(64, 0x10_0000, 0x1_0000);
-    world.iotlb.start_ring(0, ring).unwrap();
+fn one_miss_prefetches_every_available_buffer() {
+    let setup = Setup::attached(UNMAP, 256);
+    let ring = setup.ring(64, 0x10_0000, 0x1_0000);
+    setup.iotlb.start_ring(0, ring).unwrap();
     let buffers: Vec<_> = (0..40)
         .map(|n| (0x40_0000 + n * PAGE + 0xf00, 0x200, 2))
         .collect();
     for n in 0..=40 {
-        world
+        setup
             .pages
             .map(0x40_0000 + n * PAGE, 0x4_0000 + n * PAGE, Perm::WRITE);
     }
-    world.post(0x1_0000, &buffers);
-    world.kernel.access(buffers[0].0, Access::Write);
-    world.iotlb.service();
+    setup.post(0x1_0000, &buffers);
+    setup.kernel.access(buffers[0].0, Access::Write);
+    setup.iotlb.service();
     for &(iova, len, _) in &buffers {
-        assert!(world.kernel.access(iova, Access::Write));
+        assert!(setup.kernel.access(iova, Access::Write));
         assert!(
-            world
+            setup
                 .kernel
                 .access(iova + u64::from(len) - 1, Access::Write)
         );
     }
-    let stats = world.iotlb.stats();
+    let stats = setup.iotlb.stats();
     assert_eq!((stats.misses, stats.prefetched), (1, 40));
-    assert!(world.agrees());
-    assert!(world.pages.state().faults.is_empty());
+    assert!(setup.agrees());
+    assert!(setup.pages.state().faults.is_empty());
 }
 
 #[test]
-fn posted_buffers_that_are_not_mapped_leave_no_trace() {
-    let world = World::attached(UNMAP, 256);
-    let ring = world.ring(64, 0x10_0000, 0x1_0000);
-    world.iotlb.start_ring(0, ring).unwrap();
-    world.pages.map(0x40_0000, 0x4_0000, Perm::READ_WRITE);
-    world.post(0x1_0000, &[(0x40_0000, 64, 0), (0xdead_0000, 64, 0)]);
-    world.kernel.access(0x40_0000, Access::Read);
-    world.iotlb.service();
-    assert!(world.kernel.access(0x40_0000, Access::Read));
-    assert!(world.pages.state().faults.is_empty());
-    assert_eq!(world.iotlb.stats().faults, 0);
+fn prefetch_of_unmapped_buffers_records_no_fault() {
+    let setup = Setup::attached(UNMAP, 256);
+    let ring = setup.ring(64, 0x10_0000, 0x1_0000);
+    setup.iotlb.start_ring(0, ring).unwrap();
+    setup.pages.map(0x40_0000, 0x4_0000, Perm::READ_WRITE);
+    setup.post(0x1_0000, &[(0x40_0000, 64, 0), (0xdead_0000, 64, 0)]);
+    setup.kernel.access(0x40_0000, Access::Read);
+    setup.iotlb.service();
+    assert!(setup.kernel.access(0x40_0000, Access::Read));
+    assert!(setup.pages.state().faults.is_empty());
+    assert_eq!(setup.iotlb.stats().faults, 0);
 }
 
 #[test]
-fn rings_that_a_flush_took_are_sent_again() {
-    let world = World::attached(UNMAP, 64);
-    let ring = world.ring(16, 0x10_0000, 0x1_0000);
-    world.iotlb.start_ring(0, ring).unwrap();
-    world.pages.region().invalidate_all();
-    assert!(world.kernel.state().list.is_empty());
-    world.iotlb.revive();
+fn ring_entries_are_sent_again_after_a_flush() {
+    let setup = Setup::attached(UNMAP, 64);
+    let ring = setup.ring(16, 0x10_0000, 0x1_0000);
+    setup.iotlb.start_ring(0, ring).unwrap();
+    setup.pages.region().invalidate_all();
+    assert!(setup.kernel.state().list.is_empty());
+    setup.iotlb.retry();
     for part in [0x10_0000, 0x10_1000, 0x10_2000] {
-        assert!(world.kernel.holds(part).is_some());
+        assert!(setup.kernel.holds(part).is_some());
     }
 }
 
 #[test]
 fn ring_that_is_not_mapped_does_not_start() {
-    let world = World::attached(UNMAP, 64);
-    let ring = world.ring(16, 0x10_0000, 0x1_0000);
-    world.pages.unmap(&[0x10_1000]);
+    let setup = Setup::attached(UNMAP, 64);
+    let ring = setup.ring(16, 0x10_0000, 0x1_0000);
+    setup.pages.unmap(&[0x10_1000]);
     assert!(matches!(
-        world.iotlb.start_ring(0, ring),
+        setup.iotlb.start_ring(0, ring),
         Err(DeviceError::BadQueue { queue: 0, .. })
     ));
 }
 
 #[test]
-fn forbidden_access_is_a_fault_and_goes_on_when_it_is_permitted() {
-    let world = World::attached(map_unmap(), 64);
-    let ring = world.ring(16, 0x10_0000, 0x1_0000);
+fn forbidden_access_is_a_fault_and_continues_when_it_is_permitted() {
+    let setup = Setup::attached(map_unmap(), 64);
+    let ring = setup.ring(16, 0x10_0000, 0x1_0000);
     let kick = Arc::clone(&ring.kick);
-    world.iotlb.start_ring(0, ring).unwrap();
-    world.pages.map(0x40_0000, 0x4_0000, Perm::READ);
-    world.post(0x1_0000, &[(0x40_0010, 64, 2)]);
-    assert!(!world.kernel.access(0x40_0010, Access::Write));
+    setup.iotlb.start_ring(0, ring).unwrap();
+    setup.pages.map(0x40_0000, 0x4_0000, Perm::READ);
+    setup.post(0x1_0000, &[(0x40_0010, 64, 2)]);
+    assert!(!setup.kernel.access(0x40_0010, Access::Write));
     assert!(
-        world.kernel.state().to_read.is_empty(),
+        setup.kernel.state().to_read.is_empty(),
         "no miss tells of it"
     );
-    world.iotlb.ring_failed(0);
-    let stats = world.iotlb.stats();
+    setup.iotlb.ring_failed(0);
+    let stats = setup.iotlb.stats();
     assert_eq!((stats.faults, stats.stalled), (1, 1));
     assert_eq!(
-        world.pages.state().faults,
+        setup.pages.state().faults,
         [(Iova(0x40_0010), Access::Write)]
     );
-    assert!(world.failure.take().is_none(), "the device still works");
-    world.pages.unmap(&[0x40_0000]);
-    world.pages.map(0x40_0000, 0x4_0000, Perm::READ_WRITE);
+    assert!(setup.failure.take().is_none(), "the device still works");
+    setup.pages.unmap(&[0x40_0000]);
+    setup.pages.map(0x40_0000, 0x4_0000, Perm::READ_WRITE);
     assert!(kick.read().is_ok(), "the queue is set going");
-    assert!(world.kernel.access(0x40_0010, Access::Write));
-    assert_eq!(world.iotlb.stats().stalled, 0);
+    assert!(setup.kernel.access(0x40_0010, Access::Write));
+    assert_eq!(setup.iotlb.stats().stalled, 0);
 }
 
 #[test]
 fn broken_ring_fails_the_device() {
-    let world = World::attached(UNMAP, 64);
-    let ring = world.ring(16, 0x10_0000, 0x1_0000);
-    world.iotlb.start_ring(0, ring).unwrap();
-    world
+    let setup = Setup::attached(UNMAP, 64);
+    let ring = setup.ring(16, 0x10_0000, 0x1_0000);
+    setup.iotlb.start_ring(0, ring).unwrap();
+    setup
         .ram
         .write_slice(&100_u16.to_le_bytes(), GuestAddress(0x1_1002))
         .unwrap();
-    world.iotlb.ring_failed(0);
-    let failure = world.failure.take();
+    setup.iotlb.ring_failed(0);
+    let failure = setup.failure.take();
     assert!(matches!(failure, Some(DeviceError::BadQueue { .. })));
 }
 
 #[test]
-fn kernel_that_keeps_what_it_must_drop_is_stopped() {
-    let world = World::attached(UNMAP, 64);
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.kernel.access(0x4000, Access::Read);
-    world.iotlb.service();
-    world.kernel.state().refuses = true;
-    world.pages.unmap(&[0x4000]);
-    assert!(world.kernel.state().halted);
-    assert!(world.failure.take().is_some());
+fn failed_invalidation_halts_the_device() {
+    let setup = Setup::attached(UNMAP, 64);
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.kernel.access(0x4000, Access::Read);
+    setup.iotlb.service();
+    setup.kernel.state().refuses = true;
+    setup.pages.unmap(&[0x4000]);
+    assert!(setup.kernel.state().halted);
+    assert!(setup.failure.take().is_some());
 }
 
 #[test]
-fn detaching_leaves_nothing_behind() {
-    let world = World::attached(map_unmap(), 64);
-    let ring = world.ring(16, 0x10_0000, 0x1_0000);
-    world.iotlb.start_ring(0, ring).unwrap();
-    world.kernel.access(0x70_0000, Access::Read);
-    world.iotlb.service();
-    world.kernel.access(0x71_0000, Access::Read);
-    world.iotlb.stop_ring(0);
-    world.iotlb.detach();
-    let stats = world.iotlb.stats();
+fn detaching_clears_the_kernel_and_the_shadow() {
+    let setup = Setup::attached(map_unmap(), 64);
+    let ring = setup.ring(16, 0x10_0000, 0x1_0000);
+    setup.iotlb.start_ring(0, ring).unwrap();
+    setup.kernel.access(0x70_0000, Access::Read);
+    setup.iotlb.service();
+    setup.kernel.access(0x71_0000, Access::Read);
+    setup.iotlb.stop_ring(0);
+    setup.iotlb.detach();
+    let stats = setup.iotlb.stats();
     assert_eq!((stats.entries, stats.stalled), (0, 0));
-    assert!(world.kernel.state().list.is_empty());
-    assert!(world.kernel.state().unanswered.is_empty());
-    let faults = world.pages.state().faults.len();
-    world.pages.map(0x4000, 0x3000, Perm::READ);
-    world.kernel.access(0x4000, Access::Read);
-    world.iotlb.service();
-    assert!(world.kernel.state().list.is_empty());
-    assert_eq!(world.pages.state().faults.len(), faults);
+    assert!(setup.kernel.state().list.is_empty());
+    assert!(setup.kernel.state().unanswered.is_empty());
+    let faults = setup.pages.state().faults.len();
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
+    setup.kernel.access(0x4000, Access::Read);
+    setup.iotlb.service();
+    assert!(setup.kernel.state().list.is_empty());
+    assert_eq!(setup.pages.state().faults.len(), faults);
     assert_eq!(
-        Arc::strong_count(&world.iotlb),
+        Arc::strong_count(&setup.iotlb),
         1,
         "the region knows it still"
     );
@@ -630,7 +630,7 @@ enum Step {
     Access(u64, bool),
     Flush,
     Service,
-    Revive,
+    Retry,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -641,63 +641,63 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (at(), any::<bool>()).prop_map(|(a, b)| Step::Access(a, b)),
         1 => Just(Step::Flush),
         3 => Just(Step::Service),
-        1 => Just(Step::Revive),
+        1 => Just(Step::Retry),
     ]
 }
 
 proptest! {
-    /// Whatever happens, the shadow is the kernel's list, and the kernel never
-    /// translates what the IOMMU does not.
+    /// After every step the shadow equals the kernel's list, and the kernel has
+    /// no translation that the IOMMU has not.
     #[test]
-    fn kernel_holds_only_what_is_mapped_and_the_shadow_knows_it(
+    fn kernel_holds_only_what_is_mapped_and_the_shadow_agrees(
         prefill in any::<bool>(),
         limit in prop_oneof![Just(0_usize), 4_usize..12],
         steps in prop::collection::vec(step(), 0..80),
     ) {
-        let world = World::attached(if prefill { map_unmap() } else { UNMAP }, limit);
+        let setup = Setup::attached(if prefill { map_unmap() } else { UNMAP }, limit);
         for step in steps {
             match step {
                 Step::Map(iova, gpa, perm) => {
                     let iova = iova * PAGE;
-                    if !world.pages.state().pages.contains_key(&iova) {
+                    if !setup.pages.state().pages.contains_key(&iova) {
                         let perms = [Perm::READ, Perm::WRITE, Perm::READ_WRITE];
-                        world.pages.map(iova, gpa * PAGE, perms[usize::from(perm)]);
+                        setup.pages.map(iova, gpa * PAGE, perms[usize::from(perm)]);
                     }
                 }
                 Step::Unmap(pages) => {
                     let pages: Vec<_> = pages.iter().map(|page| page * PAGE).collect();
-                    world.pages.unmap(&pages);
+                    setup.pages.unmap(&pages);
                 }
                 Step::Access(at, write) => {
                     let access = if write { Access::Write } else { Access::Read };
-                    world.kernel.access(at * PAGE + 5, access);
+                    setup.kernel.access(at * PAGE + 5, access);
                 }
-                Step::Flush => world.pages.region().invalidate_all(),
+                Step::Flush => setup.pages.region().invalidate_all(),
                 Step::Service => {
-                    world.iotlb.service();
+                    setup.iotlb.service();
                 }
-                Step::Revive => world.iotlb.revive(),
+                Step::Retry => setup.iotlb.retry(),
             }
-            prop_assert!(world.agrees());
-            let pages = world.pages.state().pages.clone();
-            for entry in &world.kernel.state().list {
+            prop_assert!(setup.agrees());
+            let pages = setup.pages.state().pages.clone();
+            for entry in &setup.kernel.state().list {
                 let mapped = pages.get(&entry.iova.first().0).copied();
                 let (gpa, perm) = mapped.expect("it is mapped");
-                prop_assert_eq!(entry.hva, world.host(gpa));
+                prop_assert_eq!(entry.hva, setup.host(gpa));
                 prop_assert_eq!(entry.perm, perm);
             }
         }
-        world.iotlb.service();
-        world.iotlb.revive();
-        let pages = world.pages.state().pages.clone();
+        setup.iotlb.service();
+        setup.iotlb.retry();
+        let pages = setup.pages.state().pages.clone();
         let stalled: Vec<_> = {
-            let table = world.iotlb.sender.table();
-            table.stalled.places().map(|(iova, _)| iova).collect()
+            let table = setup.iotlb.sender.table();
+            table.stalled.waits().map(|(iova, _)| iova).collect()
         };
-        for iova in &world.kernel.state().unanswered {
+        for iova in &setup.kernel.state().unanswered {
             prop_assert!(stalled.contains(iova), "{iova} is neither answered nor known");
         }
-        for (iova, access) in world.iotlb.sender.table().stalled.places() {
+        for (iova, access) in setup.iotlb.sender.table().stalled.waits() {
             let page = pages.get(&(iova.0 & !(PAGE - 1)));
             prop_assert!(!page.is_some_and(|(_, perm)| perm.allows(access)));
         }

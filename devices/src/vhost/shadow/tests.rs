@@ -14,7 +14,7 @@ fn entry(first: u64, last: u64, hva: u64) -> Entry {
     }
 }
 
-/// What `drivers/vhost/iotlb.c` does, in the plainest way.
+/// A naive model of `drivers/vhost/iotlb.c`.
 #[derive(Default)]
 struct Kernel {
     limit: usize,
@@ -35,7 +35,7 @@ impl Kernel {
 }
 
 #[test]
-fn oldest_entry_goes_whether_used_or_not() {
+fn oldest_entry_is_dropped_whether_used_or_not() {
     let mut shadow = Shadow::new(2);
     shadow.add(entry(0, 9, 0x1000));
     shadow.add(entry(10, 19, 0x2000));
@@ -46,7 +46,7 @@ fn oldest_entry_goes_whether_used_or_not() {
 }
 
 #[test]
-fn copy_of_the_oldest_entry_keeps_it_in() {
+fn copy_of_the_oldest_entry_keeps_it() {
     let mut shadow = Shadow::new(2);
     shadow.add(entry(0, 9, 0x1000));
     shadow.add(entry(10, 19, 0x2000));
@@ -58,7 +58,7 @@ fn copy_of_the_oldest_entry_keeps_it_in() {
 }
 
 #[test]
-fn invalidation_of_a_byte_takes_the_whole_entry() {
+fn invalidation_of_a_byte_removes_the_whole_entry() {
     let mut shadow = Shadow::new(0);
     shadow.add(entry(0x1000, 0x8fff, 0x10_0000));
     let gone = shadow.remove(range(0x3000, 0x3000));
@@ -76,7 +76,7 @@ fn invalidation_of_a_byte_takes_the_whole_entry() {
 }
 
 #[test]
-fn ranges_with_nothing_held_between_them_take_one_message() {
+fn ranges_without_entries_between_them_take_one_message() {
     let mut shadow = Shadow::new(0);
     shadow.add(entry(0x1000, 0x1fff, 0x1000));
     shadow.add(entry(0x5000, 0x5fff, 0x1000));
@@ -121,9 +121,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    /// Every message goes to both; they hold the same, in the same order.
+    /// Applies every message to both, which then have the same entries in the
+    /// same order.
     #[test]
-    fn shadow_holds_what_the_kernel_holds(limit in 0_usize..12, steps in steps()) {
+    fn shadow_equals_the_list_of_the_kernel(limit in 0_usize..12, steps in steps()) {
         let mut kernel = Kernel { limit, ..Kernel::default() };
         let mut shadow = Shadow::new(limit);
         for step in steps {
@@ -171,7 +172,7 @@ proptest! {
     }
 
     #[test]
-    fn what_remains_of_an_entry_is_the_rest_of_it(
+    fn remainder_of_an_entry_excludes_the_removed_ranges(
         first in 0_u64..32, extent in 0_u64..32,
         gone in prop::collection::vec((0_u64..64, 0_u64..16), 0..4),
     ) {

@@ -13,25 +13,26 @@ use crate::host_file::{self, FileError};
 /// Bytes of a sector, the unit of addresses (virtio 1.2 §5.2.4).
 pub(super) const SECTOR: u64 = 512;
 
-/// Why an image cannot be used. One line for the user, without its name.
+/// Error of an image. The text is one line for the user, without the file's
+/// name.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// It cannot be opened for what is wanted of it.
+    /// It cannot be opened with the requested access.
     #[error(transparent)]
     File(FileError),
-    /// It may be read at most.
+    /// It cannot be opened for writing, but may be readable.
     #[error("cannot be opened for writing; add readonly=on (is_read_only) or allow it")]
     NotWritable(#[source] io::Error),
-    /// Somebody writes to it.
+    /// Another process has locked it.
     #[error("is in use: another machine or drive holds its lock")]
     InUse,
-    /// It is a block device that takes no writes.
+    /// It is a block device that refuses writes.
     #[error("is a read-only block device; add readonly=on (is_read_only)")]
     ReadOnly,
     /// It is neither a file nor a block device, or shorter than a sector.
     #[error("is no disk image: {0}")]
     NoImage(&'static str),
-    /// Its length or lock cannot be had.
+    /// Its length or lock is not available.
     #[error("cannot be examined")]
     Examine(#[source] io::Error),
 }
@@ -45,7 +46,8 @@ impl From<FileError> for ImageError {
     }
 }
 
-/// Why an image was not opened. Only where reading may be allowed, that is the fix.
+/// Converts an error of opening an image. Read-only access is the fix only
+/// where reading may be permitted.
 fn refusal(error: FileError, read_only: bool) -> ImageError {
     match error {
         FileError::Open { source, .. }
@@ -88,8 +90,8 @@ impl Image {
         }
     }
 
-    /// Whether [`open`](Self::open) would find an image here. Takes no lock: the
-    /// image may still be another machine's.
+    /// Checks that [`open`](Self::open) would succeed, except for the lock,
+    /// which another machine may hold.
     ///
     /// # Errors
     /// See [`ImageError`].
@@ -121,13 +123,14 @@ impl Image {
         })
     }
 
-    /// What the user may not have meant: for a warning each, without the
+    /// Texts of warnings about a probable mistake of the user, without the
     /// image's name. Empty when the image is whole sectors of raw data.
     #[must_use]
     pub fn doubts(&self) -> Vec<String> {
         let mut doubts = Vec::new();
         let mut start = [0; 32];
-        // A short image fills a part; one that cannot be read has no format.
+        // A short image fills a part; an error leaves zeros, which have no
+        // format.
         let _ = self.file.read_at(&mut start, 0);
         if let Some(format) = image_format(&start) {
             doubts.push(format!(
@@ -146,20 +149,20 @@ impl Image {
         doubts
     }
 
-    /// Its length in sectors; a last partial one does not count.
+    /// Length in sectors of 512 bytes, without a partial one.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// Whether it is never written.
+    /// Whether the image is open for reading only.
     #[must_use]
     pub fn read_only(&self) -> bool {
         self.read_only
     }
 
-    /// The byte offset of `sector` when `bytes` bytes from there on are whole
-    /// sectors of the image.
+    /// Byte offset of `sector`; `None` unless `bytes` bytes from there on are
+    /// whole sectors of the image.
     pub(super) fn offset(&self, sector: u64, bytes: u64) -> Option<u64> {
         let end = sector.checked_add(bytes / SECTOR)?;
         (bytes.is_multiple_of(SECTOR) && end <= self.sectors).then(|| sector * SECTOR)
@@ -169,12 +172,12 @@ impl Image {
         self.file.seek(SeekFrom::Start(offset)).map(drop)
     }
 
-    /// Reads on from where the last access ended.
+    /// Reads from the present position, and advances it.
     pub(super) fn read(&mut self, to: &mut VolatileSlice<'_>) -> io::Result<()> {
         self.file.read_exact_volatile(to).map_err(io::Error::other)
     }
 
-    /// Writes on from where the last access ended.
+    /// Writes at the present position, and advances it.
     pub(super) fn write(&mut self, from: &VolatileSlice<'_>) -> io::Result<()> {
         self.file.write_all_volatile(from).map_err(io::Error::other)
     }
@@ -183,8 +186,8 @@ impl Image {
         self.file.sync_data()
     }
 
-    /// Gives the range back to the host; then it reads as zeros. `false` when
-    /// the image is on something that takes nothing back.
+    /// Deallocates the range in the host's storage; it then reads as zeros.
+    /// `false` when the storage does not support that.
     pub(super) fn discard(&mut self, offset: u64, bytes: u64) -> io::Result<bool> {
         match self.file.punch_hole(offset, bytes) {
             Ok(()) => Ok(true),
@@ -199,8 +202,7 @@ impl Image {
     }
 }
 
-/// What the first bytes of a disk image say of its format, when it is one that
-/// is not raw.
+/// Format of a disk image by its first bytes; `None` for a raw image.
 fn image_format(start: &[u8]) -> Option<&'static str> {
     let headers: [(&[u8], &str); 7] = [
         (b"QFI\xfb", "qcow2"),

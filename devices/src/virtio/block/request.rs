@@ -1,4 +1,4 @@
-//! Requests and how a disk answers them (virtio 1.2 §5.2.6).
+//! Requests of a disk and their execution (virtio 1.2 §5.2.6).
 
 use std::io;
 use std::sync::Arc;
@@ -32,12 +32,12 @@ pub(super) const MAX_DESCRIPTORS: u16 = SEG_MAX + 2;
 pub(super) const SIZE_MAX: u32 = 1 << 20;
 /// Upper bound on bytes of a request: what `seg_max` and `size_max` allow together.
 pub(super) const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
-/// Upper bound on sectors of one discard or write-zeroes segment (128 MiB): a host that
-/// has to write the zeros is done with them in a moment.
+/// Upper bound on sectors of one discard or write-zeroes segment (128 MiB), for
+/// a host that has to write the zeros.
 pub(super) const MAX_CLEAR_SECTORS: u32 = 1 << 18;
-/// The only flag of a write-zeroes segment: it may be unmapped.
+/// The only flag of a write-zeroes segment: the device may unmap it.
 const UNMAP: u32 = 1;
-/// Bytes of a disk's name as the guest sees it.
+/// Bytes of a disk's name in the reply to `VIRTIO_BLK_T_GET_ID`.
 const ID: usize = 20;
 
 /// The header of `struct virtio_blk_req`.
@@ -65,13 +65,13 @@ struct Request {
     sector: u64,
     /// The device-readable buffers after the header.
     readable: Vec<Buffer>,
-    /// The device-writable buffers ahead of the status.
+    /// The device-writable buffers without the status byte at their end.
     writable: Vec<Buffer>,
     status: GuestAddress,
 }
 
 impl Request {
-    /// The buffers may be cut anywhere (§2.7.4.1).
+    /// Parses a chain. The driver may split its parts anywhere (§2.7.4.1).
     fn parse(view: &DmaView<'_>, chain: Chain) -> Result<Self, &'static str> {
         let Chain {
             head,
@@ -101,7 +101,7 @@ impl Request {
     }
 }
 
-/// Takes the byte that the device writes last.
+/// Removes the last device-writable byte, the status. Returns its address.
 fn take_last_byte(writable: &mut Vec<Buffer>) -> Option<GuestAddress> {
     while writable.last().is_some_and(|buffer| buffer.len == 0) {
         writable.pop();
@@ -112,8 +112,8 @@ fn take_last_byte(writable: &mut Vec<Buffer>) -> Option<GuestAddress> {
     Some(GuestAddress(at))
 }
 
-/// Takes as many bytes as `bytes` has from the front of the buffers. `false`
-/// when there are not so many, or not in memory.
+/// Removes bytes from the front of the buffers to fill `bytes`. `false` when
+/// there are fewer, or they are not in memory.
 fn take_front(view: &DmaView<'_>, readable: &mut [Buffer], bytes: &mut [u8]) -> bool {
     let mut rest = bytes;
     for buffer in readable {
@@ -122,7 +122,7 @@ fn take_front(view: &DmaView<'_>, readable: &mut [Buffer], bytes: &mut [u8]) -> 
         if view.read_slice(now, buffer.at).is_err() {
             return false;
         }
-        // An access that did not wrap around 2^64 ended at the last address.
+        // The access did not wrap, so this is 2^64 at most, which is 0.
         buffer.at.0 = buffer.at.0.wrapping_add(take as u64);
         buffer.len -= u32::try_from(take).unwrap_or(buffer.len);
         rest = later;
@@ -130,8 +130,8 @@ fn take_front(view: &DmaView<'_>, readable: &mut [Buffer], bytes: &mut [u8]) -> 
     rest.is_empty()
 }
 
-/// Takes up to `most` bytes from the front of a buffer. `None` when the buffer
-/// ends beyond 2^64.
+/// Removes up to `most` bytes from the front of a buffer. `None` when the
+/// buffer ends beyond 2^64.
 fn take_part(rest: &mut Buffer, most: u32) -> Option<Buffer> {
     rest.at
         .0
@@ -146,13 +146,13 @@ fn take_part(rest: &mut Buffer, most: u32) -> Option<Buffer> {
     Some(part)
 }
 
-/// Why a request is not served.
+/// Error of a request.
 enum Refusal {
     /// The queue is being stopped.
     Stopping,
-    /// There is no such request.
+    /// The request's type is unknown or not offered.
     Unsupported,
-    /// The driver's request breaks a rule.
+    /// The request breaks the rule that the text names.
     Invalid(&'static str),
     /// The host's storage failed.
     Host(io::Error),
@@ -161,12 +161,12 @@ enum Refusal {
 /// Result of serving a queue's next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// None is available, or the queue is being stopped and the request is left
-    /// in it.
+    /// No request is available, or the queue is being stopped and the request
+    /// stays in it.
     Nothing,
-    /// It is in the used ring.
+    /// The request is in the used ring.
     Done {
-        /// The driver wants an interrupt for it (§2.7.7).
+        /// The driver requires an interrupt for it (§2.7.7).
         interrupt: bool,
     },
 }
@@ -179,18 +179,18 @@ impl From<io::Error> for Refusal {
 
 const OUTSIDE: Refusal = Refusal::Invalid("its buffers are not in memory");
 
-/// An image and its name: answers one request after the other.
+/// Executes requests on an image, one after the other.
 pub struct Disk {
     image: Image,
     name: String,
     counters: Arc<BlockCounters>,
-    /// A failure of the host was logged as a warning.
+    /// An error of the host's storage was logged as a warning.
     logged: bool,
 }
 
 impl Disk {
     /// The disk over `image`. `name` is for the log and for the guest, which
-    /// sees 20 bytes of it.
+    /// reads its first 20 bytes.
     #[must_use]
     pub fn new(name: &str, image: Image) -> Self {
         Self {
@@ -201,25 +201,25 @@ impl Disk {
         }
     }
 
-    /// The image.
+    /// The image that requests access.
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.image
     }
 
-    /// What was done so far.
+    /// Counters of the executed requests.
     #[must_use]
     pub fn counters(&self) -> &Arc<BlockCounters> {
         &self.counters
     }
 
-    /// Carries out the next request of `queue`. Once `leave` is set, a request
-    /// whose data is still on its way is left in the queue: it is carried out
+    /// Executes the next request of `queue`. Once `leave` is set, a request
+    /// whose data is not yet transferred stays in the queue: it is executed
     /// from its beginning when the queue starts from that position again.
     ///
-    /// The stream's gate is held while at most `SIZE_MAX` bytes move, and not
-    /// while the host flushes or clears: an unmap of the guest waits for no more
-    /// than that.
+    /// The stream's gate is held for at most `SIZE_MAX` bytes of a transfer,
+    /// and not while the host flushes or clears. An unmap of the guest waits
+    /// for no more than that.
     ///
     /// # Errors
     /// The rule that the driver broke, when no status can report it.
@@ -244,7 +244,7 @@ impl Disk {
         let [status, ..] = status.to_le_bytes();
         view.write_obj(status, request.status)
             .map_err(|_| "a request's status byte is not in memory")?;
-        // All of a chain is shorter than 4 GiB.
+        // The length of a chain is below 4 GiB.
         let written = u32::try_from(written + 1).unwrap_or(u32::MAX);
         let used = queue.add_used(&view, request.head, written);
         used.map_err(|_| RINGS_OUTSIDE)?;
@@ -252,8 +252,9 @@ impl Disk {
         Ok(Served::Done { interrupt })
     }
 
-    /// The status of a request, and how many bytes it wrote to the guest; `None`
-    /// when it was broken off because the queue is being stopped.
+    /// Executes a request. Returns its status and the number of bytes written
+    /// to the guest; `None` when it was interrupted because the queue is
+    /// stopped.
     fn answer(
         &mut self,
         dma: &DmaSpace,
@@ -275,7 +276,7 @@ impl Disk {
             Refusal::Stopping => return None,
             Refusal::Unsupported => return Some((VIRTIO_BLK_S_UNSUPP, 0)),
             Refusal::Invalid(what) => debug!("{name}: a request is refused: {what}"),
-            // Once as a warning: a full disk fails every write.
+            // Only the first is a warning: a full disk fails every write.
             Refusal::Host(error) if !self.logged => {
                 warn!("{name}: a request failed on the host: {error}");
                 self.logged = true;
@@ -327,9 +328,9 @@ impl Disk {
         }
     }
 
-    /// Moves whole sectors between the image and the buffers, which may be
-    /// scattered over any number of mappings; `access` is what that is for the
-    /// guest's memory. Each [`SIZE_MAX`] bytes have a view of their own.
+    /// Transfers whole sectors between the image and the buffers, which may
+    /// have any number of mappings; `access` is the access to guest memory.
+    /// Each [`SIZE_MAX`] bytes have a view of their own.
     fn transfer(
         &mut self,
         dma: &DmaSpace,

@@ -22,13 +22,12 @@ const HEADER: u64 = 0x8000;
 const STATUS: u64 = 0x9000;
 const DATA: u64 = 0xa000;
 const SECTORS: u64 = 16;
-/// A request is done, and its driver wants an interrupt.
+/// A request is done, and its driver requires an interrupt.
 const DONE: Served = Served::Done { interrupt: true };
-/// What the status byte holds before the device writes it.
+/// Value of the status byte before the device writes it.
 const UNTOUCHED: u32 = 0x5a;
 
-/// A disk of 16 sectors, each filled with its number, and some bytes that make
-/// no sector.
+/// A disk of 16 sectors, each filled with its number, and a partial sector.
 fn image() -> TempFile {
     let file = TempFile::new().unwrap();
     for sector in 0..u8::try_from(SECTORS).unwrap() {
@@ -68,8 +67,7 @@ fn driver() -> Driver {
 }
 
 impl Driver {
-    /// Posts a request around `data`, which is (address, length, written by
-    /// the device).
+    /// Adds a request with `data`: address, length, device-writable.
     fn post(&self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) {
         self.ring.write(HEADER, u64::from(kind));
         self.ring.write(HEADER + 8, sector);
@@ -85,7 +83,7 @@ impl Driver {
         self.disk.serve(&mut self.queue, &self.dma, &go_on)
     }
 
-    /// The status of a request, and the length in the used ring.
+    /// Executes a request. Returns its status and the length in the used ring.
     fn ask(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u32, u32) {
         let before = self.ring.done();
         self.post(kind, sector, data);
@@ -99,7 +97,7 @@ impl Driver {
         self.ask(kind, sector, data).0
     }
 
-    /// A discard or write-zeroes request of one segment.
+    /// Executes a discard or write-zeroes request of one segment.
     fn clear(&mut self, kind: u32, first: u64, count: u32, flags: u32) -> u32 {
         self.ring.write(DATA, first);
         self.ring.write(DATA + 8, [count, flags]);
@@ -141,7 +139,7 @@ fn sectors_are_read_into_scattered_buffers() {
 }
 
 #[test]
-fn written_sectors_are_in_the_image_and_nothing_else_is() {
+fn written_sectors_are_the_only_change_of_the_image() {
     let mut driver = driver();
     let mut expected = driver.stored();
     driver
@@ -163,7 +161,8 @@ fn header_data_and_status_may_be_cut_anywhere() {
     let mut driver = driver();
     driver.post(VIRTIO_BLK_T_OUT, 1, &[]);
     driver.ring.write(DATA, [0xcd_u8; 32]);
-    // Header in two, the second part with data behind it; status behind none.
+    // The second part of the header has data after it; the status has its own
+    // descriptor.
     let data = 512 - 16;
     driver
         .ring
@@ -229,7 +228,7 @@ fn read_only_disk_is_not_written() {
 }
 
 #[test]
-fn name_is_told_with_zeros_behind() {
+fn name_is_padded_with_zeros() {
     let mut driver = driver();
     driver.ring.write(DATA, [0xff_u8; 32]);
     let room = [(DATA, 2, true), (DATA + 2, 18, true)];
@@ -292,7 +291,7 @@ fn data_outside_memory_is_an_error_of_the_request() {
     let status = driver.status(VIRTIO_BLK_T_OUT, 0, &[(u64::MAX, 512, false)]);
     assert_eq!(status, VIRTIO_BLK_S_IOERR);
     assert!(driver.stored() == before);
-    // The device goes on.
+    // The device continues.
     let status = driver.status(VIRTIO_BLK_T_IN, 0, &[(DATA, 512, true)]);
     assert_eq!(status, VIRTIO_BLK_S_OK);
 }
@@ -324,7 +323,7 @@ fn image_that_shrank_fails_requests_and_nothing_else() {
     assert_eq!(within, VIRTIO_BLK_S_OK);
 }
 
-/// Names the image to the process that has a file size limit.
+/// Variable with the image's path, for the process with a file size limit.
 const LIMITED: &str = "PORTCULLIS_TEST_LIMITED_IMAGE";
 
 #[test]
@@ -333,7 +332,7 @@ fn write_beyond_the_file_size_limit_is_an_error_of_the_request() {
         let file = image();
         let this =
             "virtio::block::tests::write_beyond_the_file_size_limit_is_an_error_of_the_request";
-        // 4 KiB, and no SIGXFSZ: as the monitor has it.
+        // 4 KiB, with SIGXFSZ ignored as in the monitor.
         let limited = std::process::Command::new("bash")
             .args(["-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "bash"])
             .arg(std::env::current_exe().unwrap())
@@ -376,7 +375,7 @@ fn image_has_one_writer_or_many_readers() {
 }
 
 #[test]
-fn what_is_no_image_is_refused() {
+fn files_that_are_no_image_are_refused() {
     let short = TempFile::new().unwrap();
     short.as_file().set_len(511).unwrap();
     for path in [short.as_path(), std::path::Path::new("/dev/null")] {
@@ -440,7 +439,7 @@ fn image_of_another_format_or_of_partial_sectors_is_doubted_once() {
 }
 
 #[test]
-fn flush_and_clearing_are_offered_as_the_user_says() {
+fn flush_and_clearing_are_offered_as_configured() {
     let file = image();
     let open = |read_only| Image::open(file.as_path(), read_only).unwrap();
     let config = |flush| BlockConfig {
@@ -507,7 +506,7 @@ impl Threaded {
         self.block.start_queue(0, started).unwrap();
     }
 
-    /// Kicks, and waits for as many used entries.
+    /// Kicks, and waits for `used` used entries.
     fn kick_until(&self, used: u16) {
         self.kick.write(1).unwrap();
         while self.driver.ring.done() != used {
@@ -517,7 +516,7 @@ impl Threaded {
 }
 
 #[test]
-fn thread_serves_kicks_and_tells_where_it_stopped() {
+fn thread_serves_kicks_and_reports_its_position() {
     let mut disk = threaded();
     for round in 1..=20 {
         let sector = u64::from(round) % SECTORS;
@@ -536,7 +535,7 @@ fn thread_serves_kicks_and_tells_where_it_stopped() {
     assert_eq!(stopped, expected);
     assert!(disk.interrupt.signals() > 0);
     assert_eq!(disk.block.stop_queue(0), None);
-    // What is posted while it is stopped waits, and needs no kick then.
+    // A request that is added while it is stopped needs no kick.
     disk.driver.post(VIRTIO_BLK_T_IN, 9, &[(DATA, 512, true)]);
     let mut queue = disk.driver.ring.queue();
     queue.set_next_avail(stopped.next_avail);
@@ -549,7 +548,7 @@ fn thread_serves_kicks_and_tells_where_it_stopped() {
 }
 
 #[test]
-fn broken_ring_raises_one_alarm_and_a_reset_makes_it_good() {
+fn broken_ring_is_one_failure_until_a_reset() {
     let mut disk = threaded();
     disk.driver.ring.describe(0x1000, 0, (HEADER, 16), NEXT, 0);
     disk.driver.ring.make_available(0);

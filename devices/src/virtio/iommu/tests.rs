@@ -21,7 +21,7 @@ const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const REQUEST: u64 = 0x4000;
 const REPLY: u64 = 0x5000;
-/// How far the event queue's memory lies behind the request queue's.
+/// Offset of the event queue's memory from the request queue's.
 const EVENTS: u64 = 0x8000;
 
 struct Vector(EventFd);
@@ -40,7 +40,7 @@ impl MsiVector for Vector {
     }
 }
 
-/// A device with both queues started, and the driver's end of them.
+/// A device with both queues started, and the driver side of them.
 struct Driver {
     ram: Arc<GuestRam>,
     device: VirtioIommuDevice,
@@ -106,7 +106,7 @@ impl Driver {
         self.ram.read_obj(GuestAddress(at)).unwrap()
     }
 
-    /// Posts a chain of buffers as the next entry of a ring.
+    /// Adds a chain of buffers as the next entry of the available ring.
     fn post(&self, offset: u64, buffers: &[(u64, u32, bool)]) {
         let index: u16 = self.read(offset + AVAIL + 2);
         for (slot, &(address, len, writable)) in (0_u16..).zip(buffers) {
@@ -125,7 +125,7 @@ impl Driver {
         self.read(offset + USED + 2)
     }
 
-    /// Sends an ATTACH of the NIC and kicks; the status as it stands in memory.
+    /// Sends an ATTACH of the NIC and kicks. Returns the status byte in memory.
     fn attach(&mut self, buffers: &[(u64, u32, bool)]) -> Result<u8, DeviceError> {
         let words = [1_u32, 1, NIC.0, 0, 0];
         for (slot, word) in (0_u64..).zip(words) {
@@ -157,7 +157,7 @@ fn request_cut_into_bytes_is_a_request() {
     assert_eq!(driver.attach(&buffers).unwrap(), 0);
 }
 
-/// The used length that the last used element has.
+/// The length of the last used element.
 fn used_len(driver: &Driver) -> u32 {
     let index = driver.used(0).wrapping_sub(1) % SIZE;
     driver.read(USED + 4 + u64::from(index) * 8 + 4)
@@ -269,7 +269,7 @@ fn bypass_is_a_byte_of_the_configuration() {
 }
 
 #[test]
-fn stopped_queue_tells_where_it_is() {
+fn stopped_queue_reports_its_position() {
     let mut driver = driver();
     driver
         .attach(&[(REQUEST, 20, false), (REPLY, 4, true)])

@@ -1,5 +1,5 @@
-//! The control queue of a network device (virtio 1.2 §5.1.6.5), as far as it
-//! goes here: how many queue pairs are in use.
+//! The control queue of a network device (virtio 1.2 §5.1.6.5). Its only
+//! command is the number of queue pairs.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
@@ -15,18 +15,18 @@ use crate::queue::chain::{Chain, RINGS_OUTSIDE, gather};
 
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 pub const CONTROL_SIZE: u16 = 64;
-/// Bytes of a command that are looked at: none that we know has more.
+/// Bytes of a command that are read; every known command is shorter.
 const MAX_COMMAND: usize = 16;
-/// Commands in one turn of the thread, which each may stop and start every ring
-/// of the device.
+/// Upper bound on commands per turn of the thread. Each may stop and start
+/// every ring of the device.
 const MAX_COMMANDS: usize = 1;
 
-/// What the driver asks for.
+/// A command of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// `VQ_PAIRS_SET`: so many pairs from now on (§5.1.6.5.6).
+    /// `VQ_PAIRS_SET`: the number of pairs to use (§5.1.6.5.6).
     Pairs(u16),
-    /// What we do not offer.
+    /// A command that the device does not implement.
     Unknown,
 }
 
@@ -46,17 +46,17 @@ impl Command {
     }
 }
 
-/// A command that waits for its answer.
-struct Asked {
+/// A command that is not answered yet.
+struct PendingCommand {
     head: u16,
     command: Command,
     answer: GuestAddress,
 }
 
-/// Carries out the next commands with `execute`, which is called while no view
-/// of memory is open and says whether it succeeded. If more than
-/// `MAX_COMMANDS` may be posted, the queue kicks itself: the thread serves
-/// others in between.
+/// Executes the next commands with `execute`, which is called without a view of
+/// memory and returns whether it succeeded. If more than `MAX_COMMANDS` may be
+/// available, the queue kicks itself: the thread serves other clients in
+/// between.
 ///
 /// # Errors
 /// The driver broke the rules of the queue.
@@ -72,34 +72,34 @@ pub fn serve(
     };
     let rings = |_| bad(RINGS_OUTSIDE);
     for _ in 0..MAX_COMMANDS {
-        let asked = {
+        let pending = {
             let view = dma.view();
             let chain = Chain::take(&mut started.queue, &view, CONTROL_SIZE).map_err(bad)?;
             let Some(chain) = chain else {
-                // With event indices the driver kicks only for what is beyond
-                // the index that we show it: look again after showing it.
+                // With event indices the driver kicks only for entries beyond
+                // the published index: check again after publishing it.
                 if started.queue.enable_notification(&view).map_err(rings)? {
                     let _ = started.kick.write(1);
                 }
                 return Ok(());
             };
-            let asked = parse(&view, &chain);
+            let command = parse(&view, &chain);
             if view.take_fault().is_some() {
                 return Err(bad("a command is not in memory"));
             }
-            asked.ok_or_else(|| bad("a command has no room for its answer"))?
+            command.ok_or_else(|| bad("a command has no room for its answer"))?
         };
-        let answer = if execute(asked.command) {
+        let answer = if execute(pending.command) {
             VIRTIO_NET_OK
         } else {
             VIRTIO_NET_ERR
         };
         let view = dma.view();
         let [answer, ..] = answer.to_le_bytes();
-        view.write_obj(answer, asked.answer)
+        view.write_obj(answer, pending.answer)
             .map_err(|_| bad("an answer is not in memory"))?;
         let queue = &mut started.queue;
-        queue.add_used(&view, asked.head, 1).map_err(rings)?;
+        queue.add_used(&view, pending.head, 1).map_err(rings)?;
         if queue.needs_notification(&view).map_err(rings)? {
             started.interrupt.signal();
         }
@@ -108,11 +108,11 @@ pub fn serve(
     Ok(())
 }
 
-fn parse(view: &DmaView<'_>, chain: &Chain) -> Option<Asked> {
+fn parse(view: &DmaView<'_>, chain: &Chain) -> Option<PendingCommand> {
     let mut bytes = [0; MAX_COMMAND];
     let len = gather(view, &chain.readable, &mut bytes).ok()?;
     let answer = chain.writable.iter().find(|buffer| buffer.len > 0)?.at;
-    Some(Asked {
+    Some(PendingCommand {
         head: chain.head,
         command: Command::parse(bytes.get(..len)?),
         answer,
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_are_set_and_nothing_else_is_known() {
+    fn commands_other_than_pairs_are_unknown() {
         assert_eq!(Command::parse(&[4, 0, 3, 1]), Command::Pairs(0x103));
         for bytes in [&[4, 0, 3][..], &[4, 1, 3, 0], &[0, 0, 1, 0], &[], &[4]] {
             assert_eq!(Command::parse(bytes), Command::Unknown);

@@ -1,4 +1,4 @@
-//! The link of a network device follows that of its tap.
+//! The link status of a network device: that of its tap.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -15,7 +15,7 @@ use crate::vhost::RINGS;
 use crate::vhost::worker::{EpollClient, VhostWorker};
 
 impl Shared {
-    /// Has the thread follow the tap's link from now on.
+    /// Makes the thread follow the tap's link.
     ///
     /// # Errors
     /// The link cannot be watched.
@@ -23,7 +23,7 @@ impl Shared {
         let client = Arc::downgrade(self) as Weak<dyn EpollClient>;
         let mut state = self.state();
         state.link = state.tap.link();
-        // The carrier comes a moment after the tap was opened.
+        // The carrier is reported some time after the tap was opened.
         if state.link == Link::Down {
             self.log(&state, Link::Up);
         }
@@ -32,8 +32,8 @@ impl Shared {
         thread.serve(client, &[state.tap.links()])
     }
 
-    /// Links of the host have changed: shows the driver if this one did. A tap
-    /// that was deleted is used again when there is one of its name.
+    /// Handles changes of links of the host: notifies the driver if this one
+    /// changed. A tap that was deleted and created again is used again.
     pub(super) fn follow_link(&self) {
         let mut state = self.state();
         if !state.tap.links().take_changes() {
@@ -45,7 +45,7 @@ impl Shared {
             if before != Link::Gone {
                 state.stop_rings();
             }
-            if let Err(error) = state.come_back(&self.id) {
+            if let Err(error) = state.reattach_tap(&self.id) {
                 self.failure.record(error);
             }
         }
@@ -61,7 +61,7 @@ impl Shared {
         }
     }
 
-    /// A warning for each loss of the link, and a note of the rest.
+    /// Logs a loss of the link as a warning, other changes as information.
     fn log(&self, state: &State, before: Link) {
         let (id, tap) = (&self.id, state.tap.name());
         match state.link {
@@ -81,7 +81,7 @@ impl Shared {
 }
 
 impl State {
-    /// Takes the back end away from every ring.
+    /// Removes the back end of every ring.
     fn stop_rings(&mut self) {
         for pair in 0..self.pairs.len() {
             for ring in 0..RINGS {
@@ -90,10 +90,10 @@ impl State {
         }
     }
 
-    /// Uses the new tap of the name, if there is one. What cannot be used is
-    /// none, with a warning the first time: the next change of a link tries
+    /// Uses the new tap of the name, if there is one. One that cannot be used
+    /// counts as absent, with one warning: the next change of a link tries
     /// again.
-    fn come_back(&mut self, id: &str) -> Result<(), DeviceError> {
+    fn reattach_tap(&mut self, id: &str) -> Result<(), DeviceError> {
         match self.tap.reattach() {
             Ok(true) => {}
             Ok(false) => {

@@ -1,4 +1,4 @@
-//! The queue pairs of a network device: which run, and with what back end.
+//! The queue pairs of a network device and their back ends.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use crate::queue::RunningQueue;
 use crate::tap::{Link, Tap};
 use crate::vhost::{RINGS, Vhost};
 
-/// Why another number of queue pairs is not in use.
+/// Error of a change of the number of queue pairs.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PairsError {
     /// The device has fewer pairs, or the tap refused.
@@ -20,15 +20,15 @@ pub(super) enum PairsError {
 
 pub(super) struct State {
     pub(super) tap: Tap,
-    /// What the tap's link was when it was last looked at.
+    /// The tap's link at the last check.
     pub(super) link: Link,
-    /// The new tap of the name could not be used, and the log says why.
+    /// The new tap of the name could not be used, and the warning was logged.
     pub(super) refused: bool,
     pub(super) pairs: Vec<Pair>,
-    /// Pairs that the driver wants to use; the rest has no back end.
+    /// Number of pairs that the driver uses; the others have no back end.
     pub(super) active: usize,
     pub(super) control: Option<(u16, RunningQueue)>,
-    /// The control queue's number among those of the device, as negotiated.
+    /// Index of the control queue with the negotiated features.
     pub(super) control_number: u16,
 }
 
@@ -44,8 +44,8 @@ pub(super) struct Ring {
 }
 
 impl State {
-    /// Starts a ring that the driver has enabled and whose pair is in use. A
-    /// tap that was deleted starts it when it is there again.
+    /// Starts a ring if the driver has enabled it and its pair is in use. If
+    /// the tap was deleted, the ring starts when the tap is used again.
     pub(super) fn start_ring(&mut self, pair: usize, index: usize) -> Result<(), DeviceError> {
         if self.link == Link::Gone {
             return Ok(());
@@ -71,12 +71,12 @@ impl State {
             let failed = DeviceError::backend("starting a queue of the host's vhost-net");
             return Err(failed(source));
         }
-        // The kernel does not look at kicks from before it had the tap.
+        // The kernel ignores kicks from before it had the tap.
         let _ = ring.started.kick.write(1);
         Ok(())
     }
 
-    /// Stops a ring, if it runs, and notes where it is.
+    /// Stops a ring, if it runs, and records its position.
     pub(super) fn stop_ring(&mut self, pair: usize, index: usize) {
         let Some(known) = self.pairs.get_mut(pair) else {
             return;
@@ -123,7 +123,7 @@ impl State {
     }
 }
 
-/// The pair of a data queue, and which of its rings it is.
+/// Index of a data queue's pair, and of its ring in the pair.
 pub(super) fn split(index: u16) -> (usize, usize) {
     (usize::from(index) / RINGS, usize::from(index) % RINGS)
 }

@@ -1,4 +1,4 @@
-//! The layout of the BAR, the identity of the function, and its capabilities
+//! Layout of the BAR, identification of the function, and its capabilities
 //! (virtio 1.2 §4.1.2, §4.1.4).
 
 use virtio_bindings::virtio_ids::{
@@ -43,8 +43,8 @@ const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
 const PCI_CFG: u8 = 5;
 
-/// `struct virtio_pci_cap` without its PCI header, and what follows it in some
-/// capabilities: the notification multiplier, or the data of an access.
+/// `struct virtio_pci_cap` without its PCI header, followed in some
+/// capabilities by the notification multiplier or the data of an access.
 #[derive(IntoBytes, FromZeros, Immutable)]
 #[repr(C)]
 struct VirtioPciCap {
@@ -73,7 +73,8 @@ struct PcieCap {
 pub(super) struct Capabilities {
     access: u16,
     express: u16,
-    /// The double word with the control register of ATS.
+    /// Offset of the double word with the control register of ATS; `None`
+    /// without ATS.
     ats: Option<u16>,
 }
 
@@ -138,18 +139,19 @@ impl Capabilities {
         }
     }
 
-    /// Whether the driver asks for a function-level reset.
+    /// Whether the driver initiates a function-level reset.
     pub(super) fn initiates_reset(&self, config: &ConfigSpace) -> bool {
         config.word(self.express + DEVICE_CONTROL) & INITIATE_RESET != 0
     }
 
-    /// Whether ATS is enabled; `None` where it is not offered.
+    /// The ATS enable bit; `None` when ATS is not offered.
     pub(super) fn ats_enabled(&self, config: &ConfigSpace) -> Option<bool> {
         Some(config.word(self.ats?) & ATS_ENABLE != 0)
     }
 
     /// The window of the configuration access capability (§4.1.4.9): an access
-    /// to its data is one to the BAR. Returns offset and length there.
+    /// to its data is an access to the BAR. Returns offset and length in the
+    /// BAR.
     pub(super) fn access_window(
         &self,
         config: &ConfigSpace,
@@ -169,7 +171,7 @@ impl Capabilities {
     }
 }
 
-/// The identity of a device's function.
+/// The identification registers of a device's function.
 pub(super) fn ids(device_type: u32) -> Ids {
     let class = match device_type {
         VIRTIO_ID_NET => 0x02_0000,

@@ -47,14 +47,15 @@ const QUEUE_SIZE: usize = offset_of!(CommonCfg, queue_size);
 const QUEUE_VECTOR: usize = offset_of!(CommonCfg, queue_msix_vector);
 const QUEUE_ENABLE: usize = offset_of!(CommonCfg, queue_enable);
 const QUEUE_RESET: usize = offset_of!(CommonCfg, queue_reset);
-/// The addresses of a queue's rings, as [`QueueSetup::rings`] has them.
+/// Offsets of the addresses of a queue's rings, ordered as
+/// [`QueueSetup::rings`].
 const RINGS: [usize; 3] = [
     offset_of!(CommonCfg, queue_desc),
     offset_of!(CommonCfg, queue_driver),
     offset_of!(CommonCfg, queue_device),
 ];
 
-/// The registers that are no queue's.
+/// The registers that do not belong to a queue.
 #[derive(Default)]
 pub(super) struct Registers {
     device_select: u32,
@@ -66,7 +67,7 @@ pub(super) struct Registers {
     pub(super) queue_select: u16,
 }
 
-/// A write that concerns more than [`Registers`]. Those of a queue mean the
+/// A write with effects beyond [`Registers`]. Writes of a queue are for the
 /// selected one.
 pub(super) enum Write {
     Status(u8),
@@ -75,7 +76,7 @@ pub(super) enum Write {
     QueueVector(u16),
     QueueEnable,
     QueueReset,
-    /// The bits in `mask` of the address of ring `ring`.
+    /// Writes the bits in `mask` of the address of ring `ring`.
     QueueRing {
         ring: usize,
         value: u64,
@@ -84,7 +85,7 @@ pub(super) enum Write {
 }
 
 impl Registers {
-    /// The registers after a reset. The generation only ever rises.
+    /// The registers after a reset, which keeps the generation.
     pub(super) fn new(generation: u8) -> Self {
         Self {
             config_vector: NO_VECTOR,
@@ -103,8 +104,8 @@ impl Registers {
         self.driver_features >> VIRTIO_F_RING_RESET & 1 == 1
     }
 
-    /// The structure as the driver reads it: all of it, so that a part of a field
-    /// reads as such.
+    /// The structure as the driver reads it. `read_image` reads parts of fields
+    /// from it.
     pub(super) fn read(&self, offered: u64, queues: &[QueueSetup]) -> CommonCfg {
         let word = |select: u32, features: u64| {
             let shifted = features.checked_shr(select.saturating_mul(32));
@@ -134,7 +135,7 @@ impl Registers {
         }
     }
 
-    /// Writes a field: a whole one, or half of one of 64 bits (§4.1.3.1). Others
+    /// Writes a whole field, or half of a 64-bit field (§4.1.3.1). Other writes
     /// are ignored.
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> Option<Write> {
         let offset = usize::try_from(offset).ok()?;

@@ -29,23 +29,23 @@ use crate::pause::{Deferral, Resumable};
 use crate::pci::{Bar, BarMove, ConfigSpace, Msix, PciFunction, Requester};
 use crate::queue::{Interrupt, RunningQueue};
 
-/// Entries of the MSI-X table that fit before the next structure.
+/// Entries of the MSI-X table that fit below the next structure.
 const MAX_ENTRIES: usize = 256;
-/// Lines that a driver's mistakes get in the log as warnings.
-const MAX_COMPLAINTS: u32 = 16;
+/// Upper bound on warnings in the log about a driver's errors.
+const MAX_DRIVER_WARNINGS: u32 = 16;
 
-/// Receives whether ATS is enabled, when the guest changes it.
+/// Receives the ATS enable bit when the guest changes it.
 pub type AtsHook = Box<dyn Fn(bool) + Send + Sync>;
 
-/// Resources of a function besides its device.
+/// Resources of a function other than its device.
 pub struct VirtioPciResources {
     /// Memory view and MSI target.
     pub requester: Requester,
     /// Allocates the interrupt sources.
     pub msi: Arc<dyn MsiAllocator>,
-    /// Attaches kicks.
+    /// Attaches the kick eventfds to the notification addresses.
     pub doorbells: Arc<dyn Doorbells>,
-    /// The initial address of BAR 0.
+    /// Initial guest-physical address of BAR 0.
     pub bar: Gpa,
     /// Receives changes of the ATS enable bit; `None` offers no ATS.
     pub ats: Option<AtsHook>,
@@ -53,7 +53,7 @@ pub struct VirtioPciResources {
 
 /// The ATS capability.
 struct Ats {
-    /// The state that `hook` received last.
+    /// The enable bit that `hook` received last.
     enabled: bool,
     hook: AtsHook,
 }
@@ -65,7 +65,7 @@ struct State {
     capabilities: Capabilities,
     common: Registers,
     bus_master: bool,
-    complaints: u32,
+    driver_warnings: u32,
     ats: Option<Ats>,
     bar: Option<Bar>,
     queues: Vec<QueueSetup>,
@@ -74,8 +74,9 @@ struct State {
 
 /// A virtio device as a PCI function.
 ///
-/// One lock guards all of it; it is the outermost one (see the crate `iommu`):
-/// it is taken on a vCPU and held while the device starts or stops queues.
+/// One lock protects all of its state. It is the outermost lock (see the crate
+/// `iommu`), is taken on a vCPU thread, and is held while the device starts or
+/// stops queues.
 pub struct VirtioPci {
     name: String,
     requester: Requester,
@@ -91,7 +92,7 @@ impl VirtioPci {
     /// The function around `device`; `name` is for the log.
     ///
     /// # Errors
-    /// No eventfd or interrupt source is left.
+    /// No file descriptor or interrupt source is left.
     pub fn new(
         name: &str,
         device: Box<dyn VirtioDevice>,
@@ -144,7 +145,7 @@ impl VirtioPci {
                 capabilities,
                 common: Registers::new(0),
                 bus_master: false,
-                complaints: 0,
+                driver_warnings: 0,
                 ats,
                 bar: None,
                 queues,
@@ -162,16 +163,16 @@ impl VirtioPci {
         Ok(function)
     }
 
-    /// Sets what interrupts the device's work on its queues and resumes it.
-    /// Called once, when the function is made.
+    /// Sets the handle that interrupts and resumes the device's work on its
+    /// queues. Called once, when the function is created.
     pub fn set_deferral(self: &Arc<Self>, deferral: Deferral) {
         let function: Weak<Self> = Arc::downgrade(self);
         deferral.resumes(function);
         self.lock().device.set_deferral(deferral);
     }
 
-    /// Shows the driver a failure, or a change of the device configuration, that
-    /// happened away from the vCPUs, if there was one.
+    /// Notifies the driver of a failure, or of a change of the device
+    /// configuration, on another thread than a vCPU's.
     pub fn check(&self) {
         let mut state = self.lock();
         if let Some(failure) = state.device.take_failure() {
@@ -187,20 +188,20 @@ impl VirtioPci {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Logs what a driver did wrong; a driver that goes on and on does not
-    /// fill the host's log.
-    fn complain(&self, state: &mut State, text: &str) {
-        match state.complaints {
-            0..MAX_COMPLAINTS => warn!("{}: {text}", self.name),
-            MAX_COMPLAINTS => warn!("{}: more of this is not logged", self.name),
+    /// Logs an error of a driver. The number of warnings is bounded, so that a
+    /// driver cannot fill the host's log.
+    fn log_driver_error(&self, state: &mut State, text: &str) {
+        match state.driver_warnings {
+            0..MAX_DRIVER_WARNINGS => warn!("{}: {text}", self.name),
+            MAX_DRIVER_WARNINGS => warn!("{}: more of this is not logged", self.name),
             _ => debug!("{}: {text}", self.name),
         }
-        state.complaints = state.complaints.saturating_add(1);
+        state.driver_warnings = state.driver_warnings.saturating_add(1);
     }
 
     fn fail(&self, state: &mut State, failure: &DeviceError) {
         if state.common.status & NEEDS_RESET == 0 {
-            self.complain(state, &Chain(failure).to_string());
+            self.log_driver_error(state, &Chain(failure).to_string());
             state.common.status |= NEEDS_RESET;
             state.common.next_generation();
             state.config_interrupt.signal();
@@ -226,13 +227,13 @@ impl VirtioPci {
         let must = self.offered & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM);
         if wanted & !self.offered != 0 || wanted & must != must {
             let problem = format!("the driver's features {wanted:#x} cannot be served");
-            self.complain(state, &problem);
+            self.log_driver_error(state, &problem);
             return false;
         }
         match state.device.negotiated(wanted) {
             Ok(()) => true,
             Err(failure) => {
-                self.complain(state, &Chain(&failure).to_string());
+                self.log_driver_error(state, &Chain(&failure).to_string());
                 false
             }
         }
@@ -255,8 +256,8 @@ impl VirtioPci {
         }
     }
 
-    /// Starts a queue if the driver has enabled it and is ready, and the
-    /// function may reach memory.
+    /// Starts a queue if the driver has enabled it and set DRIVER_OK, and the
+    /// function is bus master.
     fn start(&self, state: &mut State, index: usize) {
         const READY: u8 = FEATURES_OK | DRIVER_OK;
         let features = state.common.driver_features;
@@ -315,7 +316,7 @@ impl VirtioPci {
         }
     }
 
-    /// Follows a change of the configuration space.
+    /// Applies a change of the configuration space.
     fn config_written(&self, state: &mut State) {
         let State {
             config, msix, ats, ..
@@ -330,7 +331,7 @@ impl VirtioPci {
         let bus_master = config.bus_master();
         if bus_master != state.bus_master {
             state.bus_master = bus_master;
-            // Queues keep their position and go on from it.
+            // Queues keep their position and continue from it.
             if bus_master {
                 self.start_queues(state);
             } else {
@@ -364,7 +365,7 @@ impl VirtioPci {
                 queue.enabled = true;
                 self.start(state, select);
             }
-            // Size and addresses of a queue that is enabled do not change.
+            // Size and addresses of an enabled queue are read-only.
             (_, Some(queue)) if queue.enabled => {}
             (Write::QueueSize(size), Some(queue)) => queue.size = size,
             (Write::QueueRing { ring, value, mask }, Some(queue)) => {
@@ -373,8 +374,8 @@ impl VirtioPci {
         }
     }
 
-    /// Reads the structures in the BAR at `offset` bytes, all of the access
-    /// under one hold of the lock: no field is seen half changed.
+    /// Reads the structures in the BAR at `offset` bytes. The whole access
+    /// holds the lock, so it reads no partly changed field.
     fn read_structure(&self, state: &mut State, offset: u64, data: &mut [u8]) {
         let (structure, offset) = split(offset);
         match structure {
@@ -494,7 +495,7 @@ impl PciFunction for VirtioPci {
                 _ => Ok(()),
             };
             if let Err(error) = outcome {
-                // Kicks then take the way through this process.
+                // Kicks are then handled as writes to the BAR.
                 warn!("{}: doorbell of queue {index}: {error}", self.name);
             }
         }

@@ -1,4 +1,4 @@
-//! Queues as the driver sets them up (virtio 1.2 §4.1.5.1.3).
+//! Set-up of queues by the driver (virtio 1.2 §4.1.5.1.3).
 
 use std::sync::Arc;
 
@@ -10,18 +10,18 @@ use crate::failure::DeviceError;
 use crate::pci::halves;
 use crate::queue::{Interrupt, QueuePosition};
 
-/// "No vector" (§4.1.5.1.2).
+/// `VIRTIO_MSI_NO_VECTOR` (§4.1.5.1.2).
 pub(super) const NO_VECTOR: u16 = 0xffff;
 
-/// The registers of a queue, and its device's ends of kicks and interrupts.
+/// The registers of a queue, its kick eventfd and its interrupt.
 pub(super) struct QueueSetup {
-    /// The largest size that the device offers.
+    /// The largest size that the device offers, in entries.
     max: u16,
     pub(super) size: u16,
     pub(super) vector: u16,
     pub(super) enabled: bool,
     pub(super) running: bool,
-    /// The position to go on from; the device may not have run for a while.
+    /// The position to continue from when the queue starts.
     pub(super) position: QueuePosition,
     /// Addresses of the descriptor table, the driver area and the device area.
     pub(super) rings: [u64; 3],
@@ -59,7 +59,7 @@ impl QueueSetup {
         }
     }
 
-    /// The queue that the driver described.
+    /// Checks the registers and creates the queue.
     pub(super) fn build(&self, index: u16, features: u64) -> Result<Queue, DeviceError> {
         let bad = |reason| DeviceError::BadQueue {
             queue: index,

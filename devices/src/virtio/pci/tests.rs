@@ -30,12 +30,12 @@ const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
-/// Offsets of configuration space and its bits.
+/// Offset of the command register, and its bits.
 const COMMAND: u64 = 4;
 const MEMORY: u16 = 2;
 const MASTER: u16 = 4;
 
-/// A device of two queues that only notes what is done to it.
+/// Calls that a device of two queues received.
 #[derive(Default)]
 struct Log {
     running: [Option<Queue>; 2],
@@ -48,15 +48,15 @@ struct Log {
 }
 
 #[derive(Clone, Default)]
-struct Noting(Arc<Mutex<Log>>);
+struct RecordingDevice(Arc<Mutex<Log>>);
 
-impl Noting {
+impl RecordingDevice {
     fn log(&self) -> MutexGuard<'_, Log> {
         self.0.lock().unwrap()
     }
 }
 
-impl VirtioDevice for Noting {
+impl VirtioDevice for RecordingDevice {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
     }
@@ -102,7 +102,7 @@ impl VirtioDevice for Noting {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
         let queue = self.log().running[usize::from(index)].take()?;
-        // As if it had served three requests.
+        // The position after three requests.
         Some(QueuePosition {
             next_avail: queue.next_avail() + 3,
             next_used: queue.next_used() + 3,
@@ -128,7 +128,7 @@ impl FaultSink for NoFaults {
     fn report(&self, _: &FaultReport) {}
 }
 
-/// A bus with one function, and the driver's view of it.
+/// A bus with one function, accessed as a driver does.
 struct Driver {
     root: PciRoot,
     memory: Arc<Bus>,
@@ -172,9 +172,9 @@ fn driver_of(device: Box<dyn VirtioDevice>) -> Driver {
     driver_with(device, ram, space, None)
 }
 
-/// A driver that has enabled the function, of a device that notes.
-fn noting() -> (Driver, Noting) {
-    let device = Noting::default();
+/// A driver that has enabled the function of a recording device.
+fn recording() -> (Driver, RecordingDevice) {
+    let device = RecordingDevice::default();
     let driver = driver_of(Box::new(device.clone()));
     driver.set_config(COMMAND, MEMORY | MASTER);
     (driver, device)
@@ -244,7 +244,7 @@ impl Driver {
         low | u64::from(self.read32(4)) << 32
     }
 
-    /// Negotiates; returns whether FEATURES_OK was kept.
+    /// Negotiates features. Returns whether FEATURES_OK stays set.
     fn negotiate(&self, features: u64) -> bool {
         self.add_status(ACKNOWLEDGE);
         self.add_status(DRIVER);
@@ -257,7 +257,7 @@ impl Driver {
         self.status() & FEATURES_OK != 0
     }
 
-    /// Describes a queue and enables it.
+    /// Sets up a queue and enables it.
     fn enable(&self, index: u16, ring: &Ring) {
         self.write16(22, index);
         self.write16(24, ring.size);
@@ -271,7 +271,7 @@ impl Driver {
         Ring::new(&self.ram, 0x1000, 16)
     }
 
-    /// Negotiates, enables queue 0, and lets it run.
+    /// Negotiates, enables queue 0, and sets DRIVER_OK.
     fn run(&self, features: u64) -> Ring {
         assert!(self.negotiate(features));
         let ring = self.ring();
@@ -280,7 +280,7 @@ impl Driver {
         ring
     }
 
-    /// Walks the capabilities: (ID, offset).
+    /// Lists the capabilities as (ID, offset).
     fn capabilities(&self) -> Vec<(u8, u64)> {
         let mut found = Vec::new();
         let [mut at] = self.config(0x34);
@@ -298,7 +298,7 @@ impl Driver {
         all.iter().find(|(known, _)| *known == id).unwrap().1
     }
 
-    /// Enables MSI-X and sends entry `entry` to the doorbell with `data`.
+    /// Enables MSI-X and sets entry `entry` to the doorbell with `data`.
     fn open_entry(&self, entry: u64, data: u32) {
         let at = TABLE + entry * 16;
         self.write(at, &DOORBELL.to_le_bytes());
@@ -317,8 +317,8 @@ fn message(data: u32) -> Option<MsiMessage> {
 }
 
 #[test]
-fn function_shows_what_it_is() {
-    let (driver, _) = noting();
+fn function_identifies_itself() {
+    let (driver, _) = recording();
     assert_eq!(driver.config32(0), 0x1042_1af4);
     assert_eq!(driver.config32(8), 0x0180_0001);
     assert_eq!(driver.config16(0x2c), 0x1af4);
@@ -331,14 +331,14 @@ fn function_shows_what_it_is() {
     assert_eq!(driver.config16(express + 2), 0x92);
     let bar = driver.config32(0x10);
     assert_eq!(bar & 0xf, 0xc, "64-bit, prefetchable memory");
-    // The rest of the space is there and empty.
+    // The rest of the space exists and has no capability.
     assert_eq!(driver.config32(0x100), 0);
     assert_eq!(driver.config32(0xffc), 0);
 }
 
 #[test]
-fn structures_lie_in_the_bar_without_touching_each_other() {
-    let (driver, _) = noting();
+fn structures_do_not_overlap_in_the_bar() {
+    let (driver, _) = recording();
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for (_, at) in driver.capabilities().iter().filter(|(id, _)| *id == 9) {
         let [kind, bar] = driver.config(at + 3);
@@ -361,8 +361,8 @@ fn structures_lie_in_the_bar_without_touching_each_other() {
 }
 
 #[test]
-fn features_are_the_device_s_and_the_transport_s() {
-    let (driver, device) = noting();
+fn features_are_those_of_the_device_and_the_transport() {
+    let (driver, device) = recording();
     let own = device.features();
     assert_eq!(driver.offered(), own | VERSION_1 | RING_RESET);
     driver.write32(0, 2);
@@ -374,7 +374,7 @@ fn features_are_the_device_s_and_the_transport_s() {
     }
     assert!(driver.negotiate(VERSION_1 | 1));
     assert_eq!(device.log().features, Some(VERSION_1 | 1));
-    // They are settled now.
+    // Features cannot change after FEATURES_OK.
     driver.write32(8, 0);
     driver.write32(12, 0);
     assert_eq!(driver.read32(12), 1);
@@ -392,7 +392,7 @@ fn access_platform_is_offered_behind_an_iommu_and_must_be_taken() {
     let model = VirtioIommu::new(config, Arc::clone(&ram), Arc::new(NoFaults));
     let region = IommuRegion::new(Arc::new(model) as Arc<dyn Iommu>, REQUESTER);
     let space = AddressSpace::translated(region, Arc::clone(&ram));
-    let driver = driver_with(Box::new(Noting::default()), ram, space, None);
+    let driver = driver_with(Box::new(RecordingDevice::default()), ram, space, None);
     driver.set_config(COMMAND, MEMORY | MASTER);
     let platform = 1 << VIRTIO_F_ACCESS_PLATFORM;
     assert_eq!(driver.offered() & platform, platform);
@@ -403,7 +403,7 @@ fn access_platform_is_offered_behind_an_iommu_and_must_be_taken() {
 
 #[test]
 fn queue_starts_with_driver_ok_or_after_it() {
-    let (driver, device) = noting();
+    let (driver, device) = recording();
     assert!(driver.negotiate(VERSION_1));
     driver.enable(0, &driver.ring());
     assert!(device.log().started.is_empty());
@@ -420,7 +420,7 @@ fn queue_starts_with_driver_ok_or_after_it() {
 
 #[test]
 fn queue_does_not_start_before_features_are_settled() {
-    let (driver, device) = noting();
+    let (driver, device) = recording();
     driver.enable(0, &driver.ring());
     driver.write(20, &[ACKNOWLEDGE | DRIVER | DRIVER_OK]);
     assert!(device.log().started.is_empty());
@@ -433,7 +433,7 @@ fn queue_does_not_start_before_features_are_settled() {
 }
 
 #[test]
-fn queue_that_cannot_be_needs_a_reset_and_interrupts() {
+fn invalid_queue_needs_a_reset_and_interrupts() {
     let wrong: [(u16, u64, u64, u64); 6] = [
         (0, 0x1000, 0x2000, 0x3000),
         (3, 0x1000, 0x2000, 0x3000),
@@ -443,7 +443,7 @@ fn queue_that_cannot_be_needs_a_reset_and_interrupts() {
         (16, 0x1000, 0x2000, 0x3002),
     ];
     for (size, descriptors, available, used) in wrong {
-        let (driver, device) = noting();
+        let (driver, device) = recording();
         driver.open_entry(2, 7);
         driver.write16(16, 2);
         assert!(driver.negotiate(VERSION_1));
@@ -459,7 +459,7 @@ fn queue_that_cannot_be_needs_a_reset_and_interrupts() {
         assert_eq!(driver.board.allocated(2).message(), message(7));
         assert_eq!(driver.board.allocated(2).signals(), 1);
         assert!(device.log().started.is_empty());
-        // NEEDS_RESET is the device's to set, and goes with a reset.
+        // A reset clears NEEDS_RESET.
         driver.write(20, &[0]);
         assert_eq!(driver.status(), 0);
         driver.run(VERSION_1);
@@ -469,14 +469,14 @@ fn queue_that_cannot_be_needs_a_reset_and_interrupts() {
 
 #[test]
 fn driver_cannot_set_needs_reset() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.write(20, &[ACKNOWLEDGE | NEEDS_RESET]);
     assert_eq!(driver.status(), ACKNOWLEDGE);
 }
 
 #[test]
 fn running_queue_keeps_its_set_up() {
-    let (driver, device) = noting();
+    let (driver, device) = recording();
     driver.run(VERSION_1);
     driver.write16(24, 4);
     driver.write32(32, 0xdead_0000);
@@ -488,14 +488,14 @@ fn running_queue_keeps_its_set_up() {
 
 #[test]
 fn addresses_are_written_whole_or_by_halves() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.write32(36, 0x11);
     driver.write32(32, 0x2233_4450);
     assert_eq!(u64::from_le_bytes(driver.read(32)), 0x11_2233_4450);
     driver.write(40, &0x55_6677_8890_u64.to_le_bytes());
     assert_eq!(driver.read32(44), 0x55);
     assert_eq!(driver.read::<1>(41), [0x88]);
-    // Parts of a field are no write to it.
+    // A write of a part of a field is ignored.
     driver.write(32, &[0xff]);
     driver.write16(34, 0xffff);
     assert_eq!(u64::from_le_bytes(driver.read(32)), 0x11_2233_4450);
@@ -503,7 +503,7 @@ fn addresses_are_written_whole_or_by_halves() {
 
 #[test]
 fn queue_that_is_not_there_reads_as_zeros() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     assert_eq!(driver.read16(18), 2);
     driver.write16(22, 2);
     assert_eq!(driver.read16(24), 0);
@@ -516,8 +516,8 @@ fn queue_that_is_not_there_reads_as_zeros() {
 }
 
 #[test]
-fn queue_reset_stops_one_queue_and_forgets_it() {
-    let (driver, device) = noting();
+fn queue_reset_stops_and_clears_one_queue() {
+    let (driver, device) = recording();
     driver.run(VERSION_1 | RING_RESET);
     driver.enable(1, &Ring::new(&driver.ram, 0x8000, 8));
     driver.write16(22, 0);
@@ -534,15 +534,15 @@ fn queue_reset_stops_one_queue_and_forgets_it() {
 
 #[test]
 fn queue_reset_needs_its_feature() {
-    let (driver, device) = noting();
+    let (driver, device) = recording();
     driver.run(VERSION_1);
     driver.write16(58, 1);
     assert!(device.log().running[0].is_some());
 }
 
 #[test]
-fn reset_stops_queues_and_forgets_everything() {
-    let (driver, device) = noting();
+fn reset_stops_and_clears_every_queue() {
+    let (driver, device) = recording();
     driver.open_entry(1, 5);
     driver.write16(26, 1);
     driver.run(VERSION_1);
@@ -559,8 +559,8 @@ fn reset_stops_queues_and_forgets_everything() {
 }
 
 #[test]
-fn function_without_bus_mastering_stops_and_goes_on_where_it_was() {
-    let (driver, device) = noting();
+fn queues_stop_without_bus_mastering_and_resume_at_their_position() {
+    let (driver, device) = recording();
     driver.open_entry(1, 5);
     driver.write16(26, 1);
     driver.run(VERSION_1);
@@ -578,7 +578,7 @@ fn function_without_bus_mastering_stops_and_goes_on_where_it_was() {
 
 #[test]
 fn vectors_beyond_the_table_are_refused() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     for offset in [16, 26] {
         driver.write16(offset, 2);
         assert_eq!(driver.read16(offset), 2);
@@ -591,7 +591,7 @@ fn vectors_beyond_the_table_are_refused() {
 
 #[test]
 fn masked_interrupts_are_pending() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.open_entry(0, 5);
     driver.write16(26, 0);
     let vector = driver.board.allocated(0);
@@ -601,7 +601,7 @@ fn masked_interrupts_are_pending() {
     assert_eq!(driver.read::<8>(PENDING), [0; 8]);
     vector.eventfd().write(1).unwrap();
     assert_eq!(driver.read::<8>(PENDING), [1, 0, 0, 0, 0, 0, 0, 0]);
-    // A message changed under the mask is the one that is sent.
+    // The message that was changed while masked is sent.
     driver.write32(TABLE + 8, 6);
     driver.write32(TABLE + 12, 0);
     assert_eq!(vector.message(), message(6));
@@ -615,7 +615,7 @@ fn masked_interrupts_are_pending() {
 
 #[test]
 fn interrupts_from_before_a_vector_was_set_are_lost() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.open_entry(0, 5);
     let vector = driver.board.allocated(0);
     vector.eventfd().write(1).unwrap();
@@ -628,7 +628,7 @@ fn interrupts_from_before_a_vector_was_set_are_lost() {
 
 #[test]
 fn several_sources_may_share_an_entry() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.open_entry(1, 9);
     driver.write16(16, 1);
     for queue in [0, 1] {
@@ -638,7 +638,7 @@ fn several_sources_may_share_an_entry() {
     for source in 0..3 {
         assert_eq!(driver.board.allocated(source).message(), message(9));
     }
-    // An access over two entries concerns the second one too.
+    // An access that spans two entries writes the second one too.
     driver.write(TABLE + 12, &[1, 0, 0, 0, 4, 3, 2, 1]);
     for source in 0..3 {
         let sent = driver.board.allocated(source).message().unwrap();
@@ -647,52 +647,52 @@ fn several_sources_may_share_an_entry() {
 }
 
 #[test]
-fn bar_is_decoded_where_software_puts_it() {
-    let device = Noting::default();
+fn bar_is_decoded_at_the_address_that_software_writes() {
+    let device = RecordingDevice::default();
     let driver = driver_of(Box::new(device));
     let claimed = |address: u64| driver.memory.read(address, &mut [0; 4]);
     assert!(!claimed(BAR));
-    assert!(driver.board.bells().is_empty());
+    assert!(driver.board.doorbells().is_empty());
     driver.set_config(COMMAND, MEMORY);
     assert!(claimed(BAR) && claimed(BAR + BAR_SIZE - 4) && !claimed(BAR + BAR_SIZE));
-    assert_eq!(driver.board.bells(), [BAR + NOTIFY, BAR + NOTIFY + 4]);
-    // Sizing, then another place, as software does it: decoding off.
+    assert_eq!(driver.board.doorbells(), [BAR + NOTIFY, BAR + NOTIFY + 4]);
+    // Sizing, then another address, with decoding disabled.
     driver.set_config(COMMAND, 0);
     driver.set_config_bytes(0x10, &[0xff; 8]);
     let size = u64::from_le_bytes(driver.config(0x10)) & !0xf;
     assert_eq!(!size + 1, BAR_SIZE);
     let new = BAR + 0x10_0000;
     driver.set_config_bytes(0x10, &new.to_le_bytes());
-    assert!(!claimed(BAR) && !claimed(new) && driver.board.bells().is_empty());
+    assert!(!claimed(BAR) && !claimed(new) && driver.board.doorbells().is_empty());
     driver.set_config(COMMAND, MEMORY);
     assert!(!claimed(BAR) && claimed(new));
-    assert_eq!(driver.board.bells(), [new + NOTIFY, new + NOTIFY + 4]);
-    // And once more while it is on.
+    assert_eq!(driver.board.doorbells(), [new + NOTIFY, new + NOTIFY + 4]);
+    // The same with decoding enabled.
     driver.set_config_bytes(0x10, &BAR.to_le_bytes());
     assert!(claimed(BAR) && !claimed(new));
-    assert_eq!(driver.board.bells(), [BAR + NOTIFY, BAR + NOTIFY + 4]);
+    assert_eq!(driver.board.doorbells(), [BAR + NOTIFY, BAR + NOTIFY + 4]);
 }
 
 #[test]
 fn bar_at_the_end_of_the_address_space_or_over_another_is_harmless() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.set_config_bytes(0x10, &[0xff; 8]);
     let last = u64::MAX - BAR_SIZE + 1;
-    assert_eq!(driver.board.bells(), [last + NOTIFY, last + NOTIFY + 4]);
+    assert_eq!(driver.board.doorbells(), [last + NOTIFY, last + NOTIFY + 4]);
     assert!(driver.memory.read(u64::MAX - 3, &mut [0; 4]));
     let other = Arc::new(PciRoot::new(&driver.memory));
     driver.memory.insert(BAR + 0x1000, 0x1000, other).unwrap();
     driver.set_config_bytes(0x10, &BAR.to_le_bytes());
-    assert!(driver.board.bells().is_empty());
+    assert!(driver.board.doorbells().is_empty());
     assert!(!driver.memory.read(BAR, &mut [0; 4]));
-    // It can be put where there is room again.
+    // It can be moved to a free range.
     driver.set_config_bytes(0x10, &(BAR + 0x10_0000).to_le_bytes());
     assert!(driver.memory.read(BAR + 0x10_0000, &mut [0; 4]));
 }
 
 #[test]
 fn kicks_through_the_bar_reach_the_queue() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     driver.write16(NOTIFY + 4, 1);
     driver.write32(NOTIFY + 4, 1);
     driver.write16(NOTIFY + 8, 1);
@@ -702,7 +702,7 @@ fn kicks_through_the_bar_reach_the_queue() {
 
 #[test]
 fn window_in_configuration_space_is_the_bar() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     let at = (driver.capabilities().into_iter())
         .map(|(_, at)| at)
         .filter(|at| driver.config::<1>(*at) == [9])
@@ -730,7 +730,7 @@ fn window_in_configuration_space_is_the_bar() {
         driver.set_config_bytes(at + 16, &[0xff; 4]);
         assert_eq!(driver.config32(at + 16), 0, "{offset:#x} {len}");
     }
-    // It works without the BAR being decoded.
+    // It works while the BAR is not decoded.
     driver.set_config(COMMAND, 0);
     aim(20, 1);
     assert_eq!(driver.config::<1>(at + 16), [ACKNOWLEDGE]);
@@ -738,7 +738,7 @@ fn window_in_configuration_space_is_the_bar() {
 
 #[test]
 fn function_level_reset_is_a_reset_of_all_of_it() {
-    let (driver, device) = noting();
+    let (driver, device) = recording();
     driver.open_entry(1, 5);
     driver.write16(26, 1);
     driver.run(VERSION_1);
@@ -751,7 +751,7 @@ fn function_level_reset_is_a_reset_of_all_of_it() {
     assert_eq!(driver.config16(COMMAND), 0);
     assert_eq!(u64::from_le_bytes(driver.config(0x10)) & !0xf, BAR);
     assert_eq!(driver.config16(driver.capability(0x11) + 2) & 0xc000, 0);
-    assert!(driver.board.bells().is_empty());
+    assert!(driver.board.doorbells().is_empty());
     assert_eq!(driver.board.allocated(0).message(), None);
     driver.set_config(COMMAND, MEMORY | MASTER);
     assert_eq!(driver.status(), 0);
@@ -760,13 +760,13 @@ fn function_level_reset_is_a_reset_of_all_of_it() {
 }
 
 #[test]
-fn switch_of_ats_is_told() {
+fn change_of_ats_enable_reaches_the_hook() {
     let on = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&on);
     let hook: AtsHook = Box::new(move |enabled| told.store(enabled, Ordering::Relaxed));
     let ram = rig::ram();
     let space = AddressSpace::identity(REQUESTER, Arc::clone(&ram));
-    let driver = driver_with(Box::new(Noting::default()), ram, space, Some(hook));
+    let driver = driver_with(Box::new(RecordingDevice::default()), ram, space, Some(hook));
     assert_eq!(driver.config32(0x100), 0x0001_000f);
     assert_eq!(driver.config16(0x104), 0x20, "page-aligned requests");
     driver.set_config(0x106, 0x8003);
@@ -780,8 +780,8 @@ fn switch_of_ats_is_told() {
 }
 
 #[test]
-fn failure_away_from_the_driver_is_shown() {
-    let (driver, device) = noting();
+fn failure_of_a_back_end_sets_needs_reset() {
+    let (driver, device) = recording();
     driver.open_entry(0, 4);
     driver.write16(16, 0);
     driver.run(VERSION_1);
@@ -797,8 +797,8 @@ fn failure_away_from_the_driver_is_shown() {
 }
 
 #[test]
-fn change_of_the_device_configuration_is_told_once() {
-    let (driver, device) = noting();
+fn change_of_the_device_configuration_is_notified_once() {
+    let (driver, device) = recording();
     driver.open_entry(0, 4);
     driver.write16(16, 0);
     driver.run(VERSION_1);
@@ -855,11 +855,11 @@ fn entropy_fills_buffers_on_the_kick() {
     ring.post(&[(0x8000, 100, true)]);
     driver.write16(NOTIFY, 0);
     assert_eq!((ring.done(), driver.board.allocated(0).signals()), (2, 0));
-    assert!(driver.board.bells().is_empty(), "its kicks come here");
+    assert!(driver.board.doorbells().is_empty(), "its kicks come here");
 }
 
 #[test]
-fn entropy_gives_nothing_where_nothing_can_be_written() {
+fn chain_without_writable_buffers_receives_no_entropy() {
     let (driver, ring) = rng();
     ring.post(&[(0x8000, 100, false)]);
     driver.write16(NOTIFY, 0);
@@ -921,7 +921,7 @@ fn rings_outside_memory_need_a_reset() {
     }
 }
 
-/// What a driver can do to a function.
+/// An operation of a driver on a function.
 #[derive(Clone, Debug)]
 enum Op {
     Bar(u64, Vec<u8>),
@@ -952,7 +952,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 proptest! {
     #[test]
-    fn no_driver_makes_the_function_panic_or_lie(
+    fn no_driver_makes_the_function_panic_or_run_without_driver_ok(
         ops in proptest::collection::vec(op(), 1..60),
     ) {
         let driver = driver_of(Box::new(Rng::new().unwrap()));

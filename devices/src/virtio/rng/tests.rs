@@ -11,7 +11,7 @@ const BASE: u64 = 0x1000;
 const TABLE: u64 = 0x8000;
 const DATA: u64 = 0x2_0000;
 
-/// Starts the device on the ring, which serves the available buffers.
+/// Starts the device on the ring, and fills the available buffers.
 fn start(ring: &Ring) -> Result<(), DeviceError> {
     let board = rig::Board::default();
     crate::interrupt::MsiAllocator::vector(&board).unwrap();
@@ -27,7 +27,7 @@ fn start(ring: &Ring) -> Result<(), DeviceError> {
 }
 
 #[test]
-fn each_chain_is_given_other_bytes_over_all_of_its_buffers() {
+fn each_chain_is_filled_with_other_bytes() {
     let ring = Ring::new(&rig::ram(), BASE, 16);
     ring.post(&[
         (DATA, 20, true),
@@ -43,14 +43,14 @@ fn each_chain_is_given_other_bytes_over_all_of_its_buffers() {
     ring.ram
         .read_slice(second, GuestAddress(DATA + 0x200))
         .unwrap();
-    // Each half is all zeros in one of 2^96 runs.
+    // A half is all zeros with a probability of at most 2^-96.
     assert!(first.iter().any(|&byte| byte != 0));
     assert!(second.iter().any(|&byte| byte != 0));
     assert_eq!(ring.read::<u8>(DATA + 20), 0);
 }
 
 #[test]
-fn request_of_gigabytes_is_given_a_page() {
+fn request_of_gigabytes_receives_one_page() {
     let ring = Ring::new(&rig::ram(), BASE, 16);
     for slot in 0..64 {
         let flags = if slot == 63 { WRITE } else { NEXT | WRITE };
@@ -78,10 +78,10 @@ fn chain_longer_than_the_queue_is_refused() {
     assert_eq!(ring.done(), 0);
 }
 
-/// The variable that makes the test's own process the one without a file left.
+/// Variable that is set in the test's child process, which can open no files.
 const WITHOUT_FILES: &str = "PORTCULLIS_TEST_WITHOUT_FILES";
 
-/// `/dev/urandom` could not be opened here, as it cannot in a chroot without
+/// `/dev/urandom` cannot be opened in the child process, as in a chroot without
 /// `/dev`.
 #[test]
 fn random_bytes_need_no_file() {

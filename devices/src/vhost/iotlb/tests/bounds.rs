@@ -1,4 +1,4 @@
-//! What a guest chooses the amount of is done in bounded pieces.
+//! Upper bounds on work whose amount the guest chooses.
 
 use std::sync::Weak;
 use std::sync::mpsc::{Sender, channel};
@@ -6,7 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use super::*;
 use crate::vhost::worker::{EpollClient, VhostWorker};
 
-/// A kernel whose queues miss the same place without an end.
+/// A kernel whose queues miss the same address without end.
 struct Endless(Arc<Kernel>);
 
 impl Channel for Endless {
@@ -25,20 +25,20 @@ impl Channel for Endless {
 }
 
 /// An IOTLB whose file always has another miss.
-fn busy(world: &World) -> Arc<VhostIotlb> {
-    let channel = Arc::new(Endless(Arc::clone(&world.kernel)));
-    let failure = Arc::clone(&world.failure);
-    let iotlb = VhostIotlb::new("busy", channel, world.iotlb.sender.options, failure).unwrap();
-    let region = world.space.region().unwrap();
-    iotlb.attach(&world.space, region).unwrap();
-    world.pages.map(0x4000, 0x3000, Perm::READ);
+fn busy(setup: &Setup) -> Arc<VhostIotlb> {
+    let channel = Arc::new(Endless(Arc::clone(&setup.kernel)));
+    let failure = Arc::clone(&setup.failure);
+    let iotlb = VhostIotlb::new("busy", channel, setup.iotlb.sender.options, failure).unwrap();
+    let region = setup.space.region().unwrap();
+    iotlb.attach(&setup.space, region).unwrap();
+    setup.pages.map(0x4000, 0x3000, Perm::READ);
     iotlb
 }
 
 #[test]
-fn file_that_always_has_a_miss_is_left_after_a_round() {
-    let world = world(UNMAP, 16);
-    let iotlb = busy(&world);
+fn file_that_always_has_a_miss_yields_after_a_round() {
+    let setup = setup(UNMAP, 16);
+    let iotlb = busy(&setup);
     assert!(iotlb.service());
     assert_eq!(iotlb.stats().misses, u64::try_from(MAX_BATCH).unwrap());
     iotlb.stop_ring(0);
@@ -46,7 +46,7 @@ fn file_that_always_has_a_miss_is_left_after_a_round() {
     assert!(iotlb.stats().misses <= most);
 }
 
-/// A file on the thread: readable until it is served, or for ever.
+/// A client of the thread: readable until it is served, or always.
 struct File {
     iotlb: Arc<VhostIotlb>,
     readable: EventFd,
@@ -60,7 +60,7 @@ impl EpollClient for File {
             self.readable.read().unwrap();
         }
         let good = self.iotlb.service();
-        // The receiver is gone once the test has seen enough.
+        // The receiver is dropped when the test ends.
         let _ = self.served.lock().unwrap().send(());
         good
     }
@@ -68,7 +68,7 @@ impl EpollClient for File {
 
 #[test]
 fn busy_file_does_not_keep_the_thread_from_the_others() {
-    let (busy_world, quiet_world) = (world(UNMAP, 16), World::attached(UNMAP, 16));
+    let (busy_world, quiet_world) = (setup(UNMAP, 16), Setup::attached(UNMAP, 16));
     quiet_world.pages.map(0x8000, 0x3000, Perm::READ);
     let thread = VhostWorker::start().unwrap();
     let serve = |iotlb: &Arc<VhostIotlb>, for_ever| {
@@ -97,17 +97,17 @@ fn busy_file_does_not_keep_the_thread_from_the_others() {
     drop(thread);
 }
 
-/// Entries that the rest of a test looks at.
+/// Number of entries that the shadow has read.
 fn looks(iotlb: &VhostIotlb) -> usize {
     iotlb.sender.table().shadow.looks.take()
 }
 
-/// A ring of 1024 descriptors of 4 GiB each, over as many entries as a kernel
-/// holds.
-fn hostile(access: Perm) -> (World, u64) {
+/// A ring of 1024 descriptors of 4 GiB each, over about as many entries as a
+/// kernel IOTLB has.
+fn hostile(access: Perm) -> (Setup, u64) {
     const ENTRIES: u64 = 2000;
     const TABLE: u64 = 0x10_0000;
-    let world = World::attached(UNMAP, 0);
+    let setup = Setup::attached(UNMAP, 0);
     let ring = Ring {
         layout: Layout {
             size: 1024,
@@ -115,13 +115,13 @@ fn hostile(access: Perm) -> (World, u64) {
             avail: Iova(TABLE + 4 * PAGE),
             used: Iova(TABLE + 5 * PAGE),
         },
-        ..world.ring(1024, TABLE, TABLE)
+        ..setup.ring(1024, TABLE, TABLE)
     };
     for page in 0..8 {
         let at = TABLE + page * PAGE;
-        world.pages.map(at, at, Perm::READ_WRITE);
+        setup.pages.map(at, at, Perm::READ_WRITE);
     }
-    let put = |bytes: &[u8], at| world.ram.write_slice(bytes, GuestAddress(at)).unwrap();
+    let put = |bytes: &[u8], at| setup.ram.write_slice(bytes, GuestAddress(at)).unwrap();
     let start = 1_u64 << 40;
     for n in 0..1024_u16 {
         let mut descriptor = start.to_le_bytes().to_vec();
@@ -131,46 +131,46 @@ fn hostile(access: Perm) -> (World, u64) {
         put(&n.to_le_bytes(), TABLE + 4 * PAGE + 4 + 2 * u64::from(n));
     }
     put(&1024_u16.to_le_bytes(), TABLE + 4 * PAGE + 2);
-    world.iotlb.start_ring(0, ring).unwrap();
+    setup.iotlb.start_ring(0, ring).unwrap();
     for page in 0..ENTRIES {
         let iova = start + page * PAGE;
-        world.pages.map(iova, page % 256 * PAGE, access);
-        world.kernel.access(iova, Access::Read);
+        setup.pages.map(iova, page % 256 * PAGE, access);
+        setup.kernel.access(iova, Access::Read);
     }
-    while !world.kernel.state().to_read.is_empty() {
-        world.iotlb.service();
+    while !setup.kernel.state().to_read.is_empty() {
+        setup.iotlb.service();
     }
-    (world, start + ENTRIES * PAGE)
+    (setup, start + ENTRIES * PAGE)
 }
 
-/// Every look is a step, or belongs to one of the messages.
+/// Upper bound on reads of entries: one per step, and those of the messages.
 const MOST_LOOKS: usize = MAX_STEPS + 16 * MAX_PREFETCH;
 
 #[test]
 fn ring_of_huge_descriptors_costs_bounded_looks_a_round() {
-    let (world, next) = hostile(Perm::READ);
-    looks(&world.iotlb);
-    world.pages.map(next, 0x3000, Perm::READ);
-    world.kernel.access(next, Access::Read);
-    assert!(world.iotlb.service());
-    assert!(world.kernel.holds(next).is_some(), "it is answered");
-    let one = looks(&world.iotlb);
+    let (setup, next) = hostile(Perm::READ);
+    looks(&setup.iotlb);
+    setup.pages.map(next, 0x3000, Perm::READ);
+    setup.kernel.access(next, Access::Read);
+    assert!(setup.iotlb.service());
+    assert!(setup.kernel.holds(next).is_some(), "it is answered");
+    let one = looks(&setup.iotlb);
     assert!(one <= MOST_LOOKS, "{one} looks for one miss");
     for page in 1..=100 {
         let iova = next + page * PAGE;
-        world.pages.map(iova, 0x3000, Perm::READ);
-        world.kernel.access(iova, Access::Read);
+        setup.pages.map(iova, 0x3000, Perm::READ);
+        setup.kernel.access(iova, Access::Read);
     }
-    assert!(world.iotlb.service());
-    let hundred = looks(&world.iotlb);
+    assert!(setup.iotlb.service());
+    let hundred = looks(&setup.iotlb);
     assert!(hundred <= MOST_LOOKS, "{hundred} looks for a round");
 }
 
 #[test]
 fn error_on_a_ring_of_huge_descriptors_costs_bounded_looks() {
-    let (world, _) = hostile(Perm::READ);
-    looks(&world.iotlb);
-    world.iotlb.ring_failed(0);
-    let looks = looks(&world.iotlb);
+    let (setup, _) = hostile(Perm::READ);
+    looks(&setup.iotlb);
+    setup.iotlb.ring_failed(0);
+    let looks = looks(&setup.iotlb);
     assert!(looks <= MOST_LOOKS, "{looks} looks for an error");
 }

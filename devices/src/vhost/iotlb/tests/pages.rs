@@ -1,6 +1,6 @@
-//! An IOMMU of pages, with as much of the notifier chain as a test wants. The
-//! tests with the kernel's vhost and the fuzz target of its messages include
-//! this file too.
+//! An IOMMU of 4 KiB pages that delivers a configurable set of events. The
+//! tests with the kernel's vhost and the fuzz targets of vhost include this
+//! file too.
 #![allow(dead_code, reason = "not every test needs all of it")]
 
 use std::collections::BTreeMap;
@@ -18,11 +18,11 @@ pub struct Pages(Mutex<PageState>);
 
 #[derive(Default)]
 pub struct PageState {
-    /// Where each page leads.
+    /// Target and permission of each page, by I/O virtual address.
     pub pages: BTreeMap<u64, (u64, Perm)>,
     /// All addresses are guest-physical.
     pub bypass: bool,
-    /// What the notifier chain delivers.
+    /// Events that are delivered.
     pub delivers: NotifierEvents,
     /// Accesses that faulted, lookups left out.
     pub faults: Vec<(Iova, Access)>,
@@ -56,7 +56,7 @@ impl Pages {
         self.state().sink.as_ref().unwrap().upgrade().unwrap()
     }
 
-    /// Maps a page to which nothing was mapped.
+    /// Maps a page that was not mapped.
     pub fn map(&self, iova: u64, gpa: u64, perm: Perm) {
         self.state().pages.insert(iova, (gpa, perm));
         self.region().map(&mapping(iova, (gpa, perm)));

@@ -1,4 +1,4 @@
-//! Long requests: what a driver may post, and what waits for them.
+//! Long requests: their bounds, and invalidations that wait for them.
 
 use std::fs;
 use std::sync::{OnceLock, Weak, mpsc};
@@ -14,7 +14,7 @@ use crate::virtio::block::request::MAX_REQUEST;
 
 const TABLE: u64 = 0x10_0000;
 const MIB: u64 = 1 << 20;
-/// 4 MiB of RAM: an indirect table of 2^16 entries needs one of them.
+/// Bytes of RAM: an indirect table of 2^16 entries needs 1 MiB.
 const SIZE: u64 = 4 * MIB;
 
 fn ram() -> Arc<GuestRam> {
@@ -22,8 +22,8 @@ fn ram() -> Arc<GuestRam> {
     Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap())
 }
 
-/// A queue with one read request in an indirect table, over a disk of 512 MiB
-/// without data.
+/// A queue with one read request in an indirect table, over a sparse disk of
+/// 512 MiB.
 struct Long {
     disk: Disk,
     ring: Ring,
@@ -71,7 +71,7 @@ impl Long {
 }
 
 /// An IOMMU that maps all of RAM one to one until it unmaps the data, and calls
-/// back when the data is first reached.
+/// a function at the first access to the data.
 struct OneToOne {
     unmapped: AtomicBool,
     on_data: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -191,7 +191,7 @@ fn invalidation_waits_for_one_piece_of_a_long_request_and_ends_it() {
         thread::spawn(move || {
             tell.send(fs::read_link("/proc/thread-self").unwrap())
                 .unwrap();
-            // Awake until it waits for the gate.
+            // Until the other thread is about to wait for the gate.
             while !closing.load(Ordering::SeqCst) {
                 std::hint::spin_loop();
             }
@@ -201,7 +201,7 @@ fn invalidation_waits_for_one_piece_of_a_long_request_and_ends_it() {
     let thread = std::path::Path::new("/proc").join(thread.recv().unwrap());
     let model = Arc::downgrade(&iommu);
     let _ = iommu.on_data.set(Box::new(move || {
-        // As an unmap does: the table first, then the gate.
+        // The order of an unmap: the table first, then the gate.
         let model = model.upgrade().unwrap();
         model.unmapped.store(true, Ordering::SeqCst);
         closing.store(true, Ordering::SeqCst);
@@ -213,7 +213,7 @@ fn invalidation_waits_for_one_piece_of_a_long_request_and_ends_it() {
 }
 
 #[test]
-fn queue_that_is_stopped_keeps_the_request_it_has_begun() {
+fn stopped_queue_keeps_the_interrupted_request() {
     let mut long = long(SEG_MAX, 64 << 10);
     let (iommu, _region, dma) = translated(&long.ring.ram);
     let leave = Arc::new(AtomicBool::new(false));

@@ -1,16 +1,16 @@
 //! Accesses by several vCPUs: one access of a register's width is one access to
-//! the model, wherever the register is.
+//! the model, in the BAR and in configuration space.
 
 use std::thread;
 
 use super::*;
 
-/// How often each place is written with one value and with the other.
+/// Number of writes of each value to each register.
 const TURNS: usize = 5_000;
 const QUEUE_DESC: u64 = 32;
 
-/// Writes `values` by turns while another thread reads; every read is one of
-/// them.
+/// Writes `values` in turn while another thread reads; checks that every read
+/// is one of them.
 fn assert_whole<const N: usize>(
     values: [[u8; N]; 2],
     write: impl Fn(&[u8; N]) + Sync,
@@ -34,7 +34,7 @@ fn assert_whole<const N: usize>(
 
 #[test]
 fn access_to_the_bar_is_never_torn() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     for at in [QUEUE_DESC, TABLE, TABLE + 16] {
         assert_whole(
             [[0x10; 8], [0x20; 8]],
@@ -53,7 +53,7 @@ fn access_to_the_bar_is_never_torn() {
 
 #[test]
 fn access_to_configuration_space_is_never_torn() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     let [low, high] = [driver.config::<1>(0x10)[0], 0x40];
     let bar = |byte: u8| [low, 0, byte, byte, high, 0, 0, 0];
     assert_whole(
@@ -65,14 +65,14 @@ fn access_to_configuration_space_is_never_torn() {
 
 #[test]
 fn access_window_reads_the_register_that_it_names() {
-    let (driver, _) = noting();
+    let (driver, _) = recording();
     let window = driver.capabilities().into_iter().filter(|(id, _)| *id == 9);
     let window = window
         .map(|(_, at)| at)
         .find(|at| driver.config::<1>(at + 3) == [5])
         .unwrap();
     driver.set_config_bytes(window + 12, &[4, 0, 0, 0]);
-    // The message data of two entries, one of which the window always names.
+    // The message data of two entries; the window always selects one of them.
     let [first, second] = [TABLE + 8, TABLE + 24];
     driver.write32(first, 0x1111_1111);
     driver.write32(second, 0x2222_2222);
@@ -86,7 +86,7 @@ fn access_window_reads_the_register_that_it_names() {
 
 #[test]
 fn device_configuration_is_asked_once_for_each_access() {
-    let (driver, device) = noting();
+    let (driver, device) = recording();
     device.log().config = [1, 2, 3, 4, 5, 6, 7, 8];
     for (read, expected) in [
         (
