@@ -1,6 +1,6 @@
-//! A client's connection of the API: bytes in arbitrary pieces, reads, closes, deadlines, and the
-//! machine's answers at any time. Each request is answered at most once, what the client reads is
-//! a series of whole responses, and nothing loops.
+//! A client's connection to the API: bytes in arbitrary pieces, reads, closes, deadlines, and the
+//! machine's answers at any time. Each request is answered at most once, the client reads a series
+//! of whole responses, and no loop is endless.
 #![no_main]
 
 use std::io::{ErrorKind, Read, Write};
@@ -15,27 +15,27 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vmm::action::{ActionError, Reply};
 
-/// Longest answer to one event: each step answers a request or ends the loop, and a request has
-/// at least this many bytes.
+/// Bytes of the shortest request. It bounds the steps after one event: each step answers a request
+/// or ends the loop.
 const SHORTEST_REQUEST: usize = 16;
 
 #[derive(Arbitrary, Debug)]
 enum Event<'a> {
-    /// The client sends this.
+    /// The client sends these bytes.
     Send(&'a [u8]),
-    /// The client sends a request that is understood.
+    /// The client sends the valid request of this index.
     Request(u8),
-    /// The client reads up to so many bytes.
+    /// The client reads up to this number of bytes.
     Read(u16),
-    /// The client sends no more.
+    /// The client shuts down its sending side.
     CloseWrite,
-    /// The client is gone.
+    /// The client closes the connection.
     Close,
     /// The deadline passes.
     Expire,
-    /// The machine answers the call of this number, counted back from the newest.
+    /// The machine answers a call: its number, counted back from the newest, and success.
     Answer(u8, bool),
-    /// Another client needs the place.
+    /// The server closes the connection in favour of another client.
     Displace,
 }
 
@@ -49,12 +49,12 @@ const REQUESTS: [&[u8]; 6] = [
 ];
 
 struct Driven {
-    /// `None` when it was closed.
+    /// The server's side; `None` after it was closed.
     connection: Option<Connection>,
     client: Option<UnixStream>,
     sent: usize,
     calls: u64,
-    /// Responses that the server made.
+    /// Number of responses that the server created.
     responses: u32,
     received: Vec<u8>,
 }
@@ -77,7 +77,7 @@ impl Driven {
 
     fn send(&mut self, bytes: &[u8]) {
         if let Some(client) = &mut self.client {
-            // The server may have closed, or not have read enough.
+            // The server may have closed the connection, or the socket is full.
             self.sent += client.write(bytes).unwrap_or(0);
         }
     }
@@ -99,7 +99,7 @@ impl Driven {
         }
     }
 
-    /// What the poll loop does on an event.
+    /// Advances the connection as the poll loop does on an event.
     fn advance(&mut self) {
         let most = 4 * (self.sent / SHORTEST_REQUEST + 4);
         for steps in 0.. {
@@ -155,7 +155,7 @@ impl Driven {
             Event::Read(len) => self.read((*len).into()),
             Event::CloseWrite => {
                 if let Some(client) = &self.client {
-                    // It may be closed already.
+                    // The connection may be closed already.
                     let _ = client.shutdown(Shutdown::Write);
                 }
             }
@@ -192,7 +192,8 @@ impl Driven {
         self.advance();
     }
 
-    /// Whole responses, no more than the server made, and at most the last one cut short.
+    /// Checks that the client read whole responses, no more than the server created, of which only
+    /// the last may be truncated.
     fn check(&mut self) {
         self.read(1 << 20);
         let mut rest = self.received.as_slice();
@@ -201,7 +202,7 @@ impl Driven {
             assert!(rest.starts_with(b"HTTP/1.1 "), "{rest:?}");
             let head = std::str::from_utf8(&rest[..end]).expect("a head is text");
             whole += u32::from(!head.starts_with("HTTP/1.1 100"));
-            // The body of a HEAD's answer is left out: only the next head tells.
+            // The response to a HEAD has no body, which only the next head shows.
             let length = head
                 .lines()
                 .find_map(|line| line.strip_prefix("Content-Length: "))

@@ -1,5 +1,5 @@
-//! Bytes on the API's socket, as far as actions: whatever a client sends is a request, the
-//! beginning of one, or refused, and where the bytes are cut makes no difference.
+//! Bytes on the API's socket, up to parsed actions: a client's bytes are a request, the beginning
+//! of one, or refused, and the boundaries of the reads make no difference.
 #![no_main]
 
 use api::http::{MAX_BODY, MAX_HEAD, Parsed, Response, parse};
@@ -25,7 +25,7 @@ fuzz_target!(|input: (u16, &[u8])| {
     }
 });
 
-/// No client can put a line of its own into a response's head.
+/// Checks that no client can insert a line into a response's head.
 fn framed(response: &Response) {
     let bytes = response.to_bytes(true, false);
     let head = bytes.windows(4).position(|window| window == b"\r\n\r\n");

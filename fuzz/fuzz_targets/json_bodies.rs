@@ -1,5 +1,5 @@
-//! Bodies of every resource, applied to a machine's configuration: what is accepted is valid,
-//! and reads back as itself.
+//! Bodies of every resource, applied to a machine's configuration: an accepted configuration is
+//! valid, and equals itself after serialization.
 #![no_main]
 
 use api::http::Request;

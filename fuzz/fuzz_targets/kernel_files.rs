@@ -1,6 +1,6 @@
-//! Files of every kernel format with any bytes changed, behind any hole: a loader of either
-//! architecture loads or refuses them in one line, and reads and writes no more than guest
-//! memory is large.
+//! Files of every kernel format with any bytes changed, followed by any hole: a loader of either
+//! architecture loads them or refuses them in one line, and reads and writes at most the size of
+//! guest memory.
 #![no_main]
 
 use std::cell::RefCell;
@@ -16,25 +16,25 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 64 * MIB;
-/// What a loader may read of headers.
+/// Upper bound on bytes of headers that a loader reads.
 const HEADERS: u64 = 8 * MIB;
 
 type Memory = GuestMemoryMmap<()>;
 
-/// Where, what, and the exponent of its length: fields are 1, 2, 4 or 8 bytes.
+/// Offset, value, and log2 of the length in bytes: fields have 1, 2, 4 or 8 bytes.
 type Edit = (u16, u64, u8);
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
     form: u8,
     edits: Vec<Edit>,
-    /// Edits of what is then compressed.
+    /// Edits of the payload, before its compression.
     inner: Vec<Edit>,
     cut: u16,
-    /// Length of the hole behind the file: pages, or a power of two.
+    /// Length of the hole after the file: pages, or a power of two.
     hole: u8,
     initrd: Option<u16>,
-    /// Another program changes the file once its first bytes were read.
+    /// Edits by another program after the first read.
     later: Vec<Edit>,
     tail: &'a [u8],
 }
@@ -57,7 +57,7 @@ fn put(file: &mut [u8], fields: &[(usize, &[u8])]) {
     }
 }
 
-/// One segment at 16 MiB and a PVH note.
+/// An ELF file with one segment at 16 MiB and a PVH note.
 fn vmlinux() -> Vec<u8> {
     let mut file = vec![0; 0x1000];
     let segment = |kind: u32, offset: u64, paddr: u64, size: u64, mem: u64| {
@@ -147,7 +147,9 @@ struct Machines {
 }
 
 fn machine(ram: Vec<arch::Range>) -> (Memory, Platform) {
-    let ranges = ram.iter().map(|range| (GuestAddress(range.base), range.size as usize));
+    let ranges = ram
+        .iter()
+        .map(|range| (GuestAddress(range.base), range.size as usize));
     let ranges: Vec<_> = ranges.collect();
     let platform = Platform {
         cpus: 1,
@@ -206,7 +208,9 @@ fuzz_target!(|input: Input| {
         exponent => 1 << (exponent % 63),
     };
     let len = (bytes.len() as u64).saturating_add(hole);
-    let mut initrd = input.initrd.map(|len| Cursor::new(vec![7u8; usize::from(len)]));
+    let mut initrd = input
+        .initrd
+        .map(|len| Cursor::new(vec![7u8; usize::from(len)]));
     MACHINES.with_borrow(|machines| {
         let (memory, platform) = &machines.x86;
         let mut file = Sparse::new(bytes.clone(), len).changing(later.clone());

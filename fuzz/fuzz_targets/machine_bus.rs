@@ -1,7 +1,6 @@
 //! Every bus access of two vCPUs in any order: configuration space, BARs,
 //! MSI-X, an IOMMU with devices behind it, and the devices that are not on PCI.
-//! Whatever they did, what is reset works again, and reaches what is mapped and
-//! nothing else.
+//! After a reset every device works again, and accesses only mapped memory.
 #![no_main]
 
 mod driver;
@@ -18,7 +17,7 @@ use libfuzzer_sys::fuzz_target;
 use machine::guest::IommuRequest;
 use machine::{BARS, CMOS, ECAM, IMAGE_LEN, KEYBOARD, Machine, PL031, POWER, SERIAL, SLOTS, SMMU};
 
-/// Steps of each vCPU.
+/// Upper bound on operations of each vCPU.
 const MAX_OPS: usize = 150;
 /// Commands of the SMMUv3 (IHI 0070 §4.1.1).
 const COMMANDS: [u64; 16] = [
@@ -53,7 +52,7 @@ enum Op {
         value: u32,
         len: u8,
     },
-    /// A register of the common configuration.
+    /// Writes a register of the common configuration.
     Common {
         function: u8,
         register: u8,
@@ -134,7 +133,7 @@ enum Op {
         low: u32,
         high: u64,
     },
-    /// A pause is requested, or ended.
+    /// Requests or ends a pause.
     Pause {
         end: bool,
     },
@@ -179,7 +178,7 @@ fn port(port: u8) -> u64 {
     }
 }
 
-/// Plain accesses, and input.
+/// Performs accesses of a bus, and console input.
 fn access(machine: &Machine, op: Op) {
     match op {
         Op::Mmio {
@@ -222,7 +221,7 @@ fn access(machine: &Machine, op: Op) {
     }
 }
 
-/// What concerns one function and its rings.
+/// Performs operations on one function and its rings.
 fn transport(machine: &Machine, op: Op) {
     match op {
         Op::Config {
@@ -233,7 +232,7 @@ fn transport(machine: &Machine, op: Op) {
         } => {
             let bytes = &value.to_le_bytes()[..=usize::from(len % 4)];
             let offset = u64::from(offset) % 0x200;
-            // The BAR has a step of its own.
+            // The BAR has an operation of its own.
             if !(0x0c..0x18).contains(&offset) {
                 machine.config(function(of), offset, bytes);
             }
@@ -256,7 +255,7 @@ fn transport(machine: &Machine, op: Op) {
             features,
             queues,
         } => {
-            // Most drivers accept each.
+            // Most of the time every feature is accepted.
             let features = features | features.rotate_left(7) | features.rotate_left(29);
             machine.bring_up(function(of), features, queues % 3);
         }
@@ -368,7 +367,7 @@ fn perform(machine: &Machine, op: Op) {
     machine.pause.resume_deferred();
 }
 
-/// Takes the steps of both vCPUs: at the same time, or in turns.
+/// Performs the operations of both vCPUs: at the same time, or in turn.
 fn run(machine: &Machine, at_once: bool, first: &[Op], second: &[Op]) {
     if at_once {
         thread::scope(|scope| {
@@ -400,7 +399,7 @@ fuzz_target!(|input: (u8, Vec<Op>, Vec<Op>)| {
             }
         }
         machine.works_again();
-        // The disk's thread is between two requests after this.
+        // After this the disk's thread is between two requests.
         for (function, _) in &machine.functions {
             machine.function_level_reset(*function);
         }

@@ -1,5 +1,5 @@
-//! A configuration, as JSON or by fields, becomes a plan, and the plan firmware tables: any
-//! step may refuse it in one line; what passes the plan fits into the tables' room.
+//! A configuration, as JSON or by fields, becomes a plan, and the plan firmware tables. Each step
+//! may refuse it in one line; the tables of an accepted plan fit into their memory.
 #![no_main]
 
 use std::ops::RangeInclusive;
@@ -88,12 +88,22 @@ impl Fields<'_> {
     }
 
     fn caches(&self) -> Vec<Cache> {
-        let caches = self.caches.iter().map(|&(level, kind, size, line_size, sets, shared_by)| {
-            let kinds = [CacheKind::Data, CacheKind::Instruction, CacheKind::Unified];
-            let kind = kinds[usize::from(kind) % 3];
-            Cache { level, kind, size, line_size, sets, shared_by }
-        });
-        // sysfs has one of a kind for each level.
+        let caches = self
+            .caches
+            .iter()
+            .map(|&(level, kind, size, line_size, sets, shared_by)| {
+                let kinds = [CacheKind::Data, CacheKind::Instruction, CacheKind::Unified];
+                let kind = kinds[usize::from(kind) % 3];
+                Cache {
+                    level,
+                    kind,
+                    size,
+                    line_size,
+                    sets,
+                    shared_by,
+                }
+            });
+        // sysfs has one cache of each type per level.
         let mut caches: Vec<Cache> = caches.collect();
         caches.sort_by_key(|cache| (cache.level, cache.kind as u8));
         caches.dedup_by_key(|cache| (cache.level, cache.kind));
@@ -105,13 +115,18 @@ fn one_line(error: &ConfigError) {
     assert!(!error.to_string().contains('\n'), "{error:?}");
 }
 
-/// What the builder makes of a plan, for either architecture.
+/// The platform of a plan, for either architecture.
 fn platform(plan: &MachinePlan, caches: Vec<Cache>, host: PciHost, ram: Vec<Range>) -> Platform {
     let requester = |slot: u8| u16::from(slot) << 3;
-    let iommu = plan.functions.iter().find(|f| f.device == DevicePlan::VirtioIommu);
+    let iommu = plan
+        .functions
+        .iter()
+        .find(|f| f.device == DevicePlan::VirtioIommu);
     let model = match plan.iommu.model {
         IommuModel::None => None,
-        IommuModel::VirtioIommu => iommu.map(|f| Model::VirtioPci { bdf: requester(f.slot) }),
+        IommuModel::VirtioIommu => iommu.map(|f| Model::VirtioPci {
+            bdf: requester(f.slot),
+        }),
         IommuModel::Smmuv3 => aarch64::layout::SMMU.map(|smmu| Model::Smmuv3 {
             smmu,
             ats: plan.iommu.ats,
@@ -131,7 +146,9 @@ fn platform(plan: &MachinePlan, caches: Vec<Cache>, host: PciHost, ram: Vec<Rang
         seed: [1; 32],
         serial: aarch64::layout::SERIAL,
         rtc: aarch64::layout::RTC,
-        iommu: model.filter(|_| pci.is_some()).map(|model| IommuNode { model, endpoints }),
+        iommu: model
+            .filter(|_| pci.is_some())
+            .map(|model| IommuNode { model, endpoints }),
         pci,
     }
 }

@@ -1,6 +1,6 @@
-//! Commands and noise in a network device's control queue: a well-formed
-//! command is carried out once and answered in one byte, whatever the driver
-//! cuts it into; anything else is a refusal, and an honest command works after.
+//! Commands and random bytes in a network device's control queue: a well-formed
+//! command in any number of buffers is executed once and answered in one byte.
+//! Anything else is refused, and a well-formed command works afterwards.
 #![no_main]
 
 mod driver;
@@ -8,37 +8,38 @@ mod driver;
 use std::sync::Arc;
 
 use devices::interrupt::{MsiAllocator as _, MsiVector};
-use devices::virtio::net::control::{self, Command};
 use devices::queue::{Interrupt, RunningQueue};
+use devices::virtio::net::control::{self, Command};
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
 use iommu::GuestRam;
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use vm_memory::{Bytes as _, GuestAddress};
 
-/// The queue's number in a device with four pairs.
+/// Index of the control queue in a device with four pairs.
 const NUMBER: u16 = 8;
-/// Where the parts of a command lie, and its answer.
+/// Addresses of a command's first part and of its answer, and the distance of its
+/// parts in bytes.
 const COMMAND: u64 = 0x8000;
 const PART: u64 = 0x100;
 const ANSWER: u64 = 0x9000;
-/// Commands that a turn may carry out, with a margin: a device's thread serves
-/// others between two turns.
+/// Upper bound on commands per turn, with a margin: a device's thread serves other
+/// clients between two turns.
 const MOST_COMMANDS: usize = 4;
 
 #[derive(Debug, arbitrary::Arbitrary)]
 enum Step {
-    /// A command in well-formed buffers.
+    /// Adds a command in well-formed buffers.
     Command {
         bytes: [u8; 24],
         len: u8,
         /// Bytes of each buffer but the last.
         parts: [u8; 3],
-        /// Bytes for the answer; without one the chain breaks the rules.
+        /// Bytes for the answer; 0 breaks the rules of the chain.
         room: u8,
         event_idx: bool,
         succeeds: bool,
     },
-    /// Rings and memory as they come.
+    /// Writes random bytes to the rings and memory.
     Noise {
         table: Vec<(u16, u16, u8, u8)>,
         available: Vec<u16>,
@@ -62,8 +63,8 @@ impl Rig {
         }
     }
 
-    /// Serves until no kick is left or the driver has broken the rules.
-    /// Returns what was carried out.
+    /// Serves until no kick is pending or the driver has broken a rule. Returns
+    /// the executed commands.
     fn serve(&self, event_idx: bool, succeeds: bool) -> Result<Vec<Command>, String> {
         let mut started = self.started(event_idx);
         let mut done = Vec::new();
@@ -130,7 +131,7 @@ impl Rig {
         for (at, value) in (AVAIL..AVAIL + 40).step_by(2).zip(available) {
             driver::write(&self.ram, at, *value);
         }
-        // A refusal, or any number of commands that the ring has room for.
+        // An error, or up to a ring of commands.
         let _ = self.serve(event_idx, true);
     }
 }

@@ -1,5 +1,5 @@
-//! Bytes in an SMMUv3's command queue, after which everything is invalidated: the queue runs
-//! or says why not, and whoever held what the guest unmapped was told.
+//! Bytes in an SMMUv3's command queue, after which everything is invalidated: the queue runs or
+//! reports an error, and the consumer of an unmapped page is notified.
 #![no_main]
 
 use std::sync::{Arc, Mutex};
@@ -15,7 +15,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 const RAM_SIZE: usize = 1 << 20;
 const STREAM: StreamId = StreamId(1);
 const QUEUE: u64 = 0x8000;
-/// The mapped page, and where it leads.
+/// The mapped page, its target, and the address of its descriptor.
 const IOVA: u64 = 0x1000;
 const PLACE: u64 = 0x6000;
 const DESCRIPTOR: u64 = 0x5008;
@@ -35,7 +35,7 @@ impl SmmuWires for Wires {
     }
 }
 
-/// Holds the page as a kernel IOTLB would.
+/// A consumer that caches the page, as a kernel IOTLB does.
 #[derive(Default)]
 struct Holder(Mutex<bool>);
 
@@ -99,7 +99,7 @@ fuzz_target!(|commands: Vec<[u8; 16]>| {
             .expect("it is RAM");
         smmu.write(CMDQ_PROD, prod.wrapping_add(1) & 31);
         if (smmu.read(GERROR) ^ smmu.read(GERRORN)) & 1 != 0 {
-            // Refused: a driver puts a CMD_SYNC in its place and goes on.
+            // An illegal command: a driver replaces it with a CMD_SYNC and continues.
             assert_eq!(smmu.read(CMDQ_CONS) >> 24 & 0x7f, 1, "CERROR_ILL");
             let mut sync = [0; 16];
             sync[0] = 0x46;

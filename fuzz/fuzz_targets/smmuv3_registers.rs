@@ -1,6 +1,6 @@
-//! An SMMUv3 between a hostile driver and a hostile device: register accesses, guest memory
-//! and requests in any order. Whatever happens is an event, an error in a register or an
-//! answer that covers the request.
+//! An SMMUv3 with a hostile driver and a hostile device: register accesses, writes of guest memory
+//! and requests in any order. A successful translation covers its request, and every stream
+//! bypasses the SMMU after a reset.
 #![no_main]
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use iommu::{Access, Gpa, GuestRam, Iommu, IommuRegion, Iova, Request, RequestKin
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes as _, GuestAddress};
 
-/// From 0 on, so that small numbers are addresses.
+/// Bytes of RAM, which starts at 0 so that small numbers are addresses.
 const RAM_SIZE: usize = 1 << 20;
 /// Registers that a driver writes.
 const REGISTERS: [u64; 24] = [
@@ -28,7 +28,7 @@ impl SmmuWires for Wires {
     }
 }
 
-/// Tables, queues and a stream table that make sense, for the input to bend.
+/// Sets up valid tables, queues and a stream table, which the input then changes.
 fn prepare(smmu: &Smmu, ram: &GuestRam) {
     let put = |address: u64, value: u64| {
         ram.write_obj(value.to_le(), GuestAddress(address))
@@ -85,7 +85,7 @@ fuzz_target!(|input: (u8, Vec<(u8, u32, u64)>)| {
             2 => {
                 let _ = smmu.read(u64::from(short) & 0x1_fffc);
             }
-            // Anywhere in RAM, or where the structures are.
+            // Any address in RAM, or one of the structures.
             3 | 4 => {
                 let mask = if kind % 8 == 3 {
                     RAM_SIZE as u32 - 8

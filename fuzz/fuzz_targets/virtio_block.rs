@@ -1,5 +1,5 @@
-//! Noise in the memory behind a disk's queue: every request gets an answer or
-//! is refused, the image keeps its length, and an honest request works after.
+//! Random bytes in the memory of a disk's queue: every request is answered or
+//! refused, the image keeps its length, and a valid request works afterwards.
 #![no_main]
 
 mod driver;
@@ -21,14 +21,15 @@ const DATA: u64 = 0xa000;
 #[derive(Arbitrary, Debug)]
 struct Input {
     event_idx: bool,
-    /// What kind of request, at which sector.
+    /// Type of the request.
     kind: u8,
     sector: u16,
-    /// Addresses (as one of four places, or raw), lengths, flags and links.
+    /// Descriptors: kind of address (one of four, or raw), address, length, flags and
+    /// next index.
     table: Vec<(u8, u64, u16, u8, u8)>,
-    /// The available ring.
+    /// Entries of the available ring.
     available: Vec<u16>,
-    /// More noise.
+    /// Further bytes and their addresses.
     noise: Vec<(u16, [u8; 8])>,
 }
 
@@ -90,7 +91,7 @@ fn run(rig: &mut Rig, input: &Input) {
     let dma = driver::space(&ram).dma();
     let go_on = AtomicBool::new(false);
     let mut queue = driver::queue(input.event_idx);
-    // A ring holds so many; a driver that changes it meanwhile is not here.
+    // The ring has at most this number of requests, and no driver adds more.
     for _ in 0..SIZE {
         match rig.disk.serve(&mut queue, &dma, &go_on) {
             Ok(Served::Done { .. }) => {}

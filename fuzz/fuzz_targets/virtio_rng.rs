@@ -1,5 +1,5 @@
-//! Noise in the memory behind the entropy queue: a bounded answer or a refusal,
-//! and an honest request works after.
+//! Random bytes in the memory of the entropy queue: a bounded number of bytes or a
+//! refusal, and a valid request works afterwards.
 #![no_main]
 
 mod driver;
@@ -7,9 +7,9 @@ mod driver;
 use std::sync::Arc;
 
 use devices::interrupt::MsiAllocator as _;
-use devices::virtio::rng::Rng;
 use devices::queue::{Interrupt, RunningQueue};
 use devices::virtio::VirtioDevice as _;
+use devices::virtio::rng::Rng;
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
 use libfuzzer_sys::fuzz_target;
 
