@@ -183,10 +183,11 @@ fn report(tally: &Tally, started: Instant) -> ExitCode {
     for failure in &tally.failures {
         println!("failed: {failure}");
     }
-    if !tally.durations.is_empty() {
+    let longest = tally.longest();
+    if !longest.is_empty() {
         println!("longest:");
     }
-    for (duration, name) in tally.longest() {
+    for (duration, name) in longest {
         println!("{:6.0} s  {name}", duration.as_secs_f32());
     }
     println!("{} boots had to be tried again", tally.retries);

@@ -6,6 +6,8 @@ use anyhow::{Error, Result};
 
 /// Number of the longest tests in the report.
 const LONGEST: usize = 12;
+/// Shortest duration that is reported.
+const LONG: Duration = Duration::from_secs(5);
 
 /// Prints the title of a part of the report.
 pub fn title(text: &str) {
@@ -43,6 +45,7 @@ impl Tally {
     /// The longest tests, in descending order.
     pub fn longest(&self) -> Vec<&(Duration, String)> {
         let mut durations: Vec<_> = self.durations.iter().collect();
+        durations.retain(|(duration, _)| *duration >= LONG);
         durations.sort_by(|one, other| other.cmp(one));
         durations.truncate(LONGEST);
         durations
