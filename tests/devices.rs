@@ -225,7 +225,7 @@ fn unavailable_devices_are_refused_in_one_line() {
     host::sparse(&disk, 16);
     // Locked in the same way as by a machine that writes to it.
     let lock = File::open(&disk).expect("the disk is there");
-    lock.lock().expect("nobody holds it");
+    lock.lock().expect("no other process holds it");
     refused("--disk", &format!("path={disk}"), &["disk", "in use"]);
     drop(lock);
 

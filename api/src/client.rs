@@ -56,7 +56,7 @@ pub enum ClientError {
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// The body.
+    /// The bytes after the head; empty in a 204.
     pub body: Vec<u8>,
 }
 

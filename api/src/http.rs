@@ -19,7 +19,7 @@ pub struct Request {
     pub method: String,
     /// The target, unchanged: path and query, not decoded.
     pub target: String,
-    /// The body.
+    /// As many bytes as Content-Length says; none without it.
     pub body: Vec<u8>,
     /// Whether the connection serves another request after this one.
     pub keep_alive: bool,
@@ -54,7 +54,7 @@ pub enum Parsed {
     },
     /// A complete request.
     Whole {
-        /// The request.
+        /// Head and body, parsed.
         request: Request,
         /// Bytes of the request; the next request follows them.
         used: usize,
@@ -166,7 +166,7 @@ fn parse_length(value: &[u8]) -> Result<usize, Refusal> {
     Ok(length)
 }
 
-/// A response.
+/// A response, without the connection's own headers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// The status code.

@@ -251,7 +251,7 @@ fn change(resource: Resource, patch: bool, body: &[u8]) -> Result<Action, Respon
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActionRequest {
-    /// The action.
+    /// `InstanceStart`, and the other names of [`ActionType`].
     pub action_type: ActionType,
 }
 

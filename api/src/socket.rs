@@ -35,7 +35,7 @@ pub enum BindError {
     /// The host refused a step.
     #[error("cannot {step} {path}")]
     Host {
-        /// The step.
+        /// What failed, as in the error's text.
         step: &'static str,
         /// Path of the step.
         path: PathBuf,

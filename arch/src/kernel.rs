@@ -98,7 +98,7 @@ pub enum Compression {
     Zstd,
     /// The .xz format.
     Xz,
-    /// bzip2.
+    /// The .bz2 format.
     Bzip2,
     /// LZ4, as a frame or in the form that Linux builds use.
     Lz4,

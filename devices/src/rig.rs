@@ -2,12 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
-use iommu::{Gpa, GuestRam, StreamId};
+use iommu::{
+    Fault, Gpa, GuestRam, Iommu, IovaRange, Mapping, NotifierEvents, Refused, Request, StreamId,
+    StreamSink,
+};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -46,6 +50,42 @@ impl Drop for Fifo {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
     }
+}
+
+/// An IOMMU that translates and looks up by a function, accepts every notifier
+/// and announces nothing.
+pub struct TranslateBy<F>(pub F);
+
+impl<F> Iommu for TranslateBy<F>
+where
+    F: Fn(&Request) -> Result<Mapping, Fault> + Send + Sync,
+{
+    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        self.0(request)
+    }
+
+    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        self.0(request)
+    }
+
+    fn notifier_events_changed(
+        &self,
+        _stream: StreamId,
+        _old: NotifierEvents,
+        _new: NotifierEvents,
+    ) -> Result<(), Refused> {
+        Ok(())
+    }
+
+    fn replay(
+        &self,
+        _stream: StreamId,
+        _range: IovaRange,
+        _visit: &mut dyn FnMut(&Mapping) -> ControlFlow<()>,
+    ) {
+    }
+
+    fn connect(&self, _stream: StreamId, _sink: Weak<dyn StreamSink>) {}
 }
 
 /// An interrupt source that records its routes.

@@ -40,7 +40,6 @@ const MEBIBYTES: u32 = 8;
 const LIMIT: Duration = Duration::from_secs(400);
 const MAC: &str = "06:00:ac:10:00:02";
 
-/// A measurement.
 enum Measurement {
     /// A boot, with all devices or without any.
     StartUp { devices: bool },

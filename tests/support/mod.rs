@@ -414,7 +414,7 @@ impl Guest {
         self
     }
 
-    /// Types a line.
+    /// Types text and the key that ends a line.
     #[track_caller]
     pub fn type_line(&mut self, line: &str) -> &mut Self {
         self.type_text(&format!("{line}\n"))

@@ -75,7 +75,6 @@ impl Pty {
         Ok(self.master.try_clone()?.into())
     }
 
-    /// Types text.
     pub fn type_text(&mut self, text: &str) -> io::Result<()> {
         self.master.write_all(text.as_bytes())
     }

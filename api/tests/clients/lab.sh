@@ -1,6 +1,6 @@
 #!/bin/sh
 # The API against a machine that runs, in the lab: boots a guest by requests, lets it flood its
-# console, and opens two thousand invalid connections at the same time.
+# console, and opens three thousand invalid connections meanwhile.
 #
 #     api/tests/clients/lab.sh [VENV]
 #

@@ -75,7 +75,7 @@ pub(super) enum Format {
 /// A translation table and the parameters of its walks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Table {
-    /// Granule.
+    /// Size of a page and of a table.
     pub granule: Granule,
     /// Address of the starting-level table, aligned to its size.
     pub base: u64,

@@ -221,7 +221,7 @@ impl Context {
     }
 }
 
-/// The TLB.
+/// Translations by tag, up to a fixed number; the oldest entry is evicted first.
 #[derive(Debug, Default)]
 pub(super) struct Tlb {
     contexts: BTreeMap<Tag, Context>,

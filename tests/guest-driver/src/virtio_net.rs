@@ -326,7 +326,6 @@ impl Drop for Queues<'_> {
 pub struct Queue {
     _driver_mapping: Mapping,
     device_mapping: Option<Mapping>,
-    /// The ring.
     pub ring: Ring,
     index: u16,
     doorbell: usize,

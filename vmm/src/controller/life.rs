@@ -9,7 +9,7 @@ use crate::queries::QueryThread;
 
 /// A machine that was started.
 pub struct Running {
-    /// The machine.
+    /// Ends the guest when dropped.
     pub machine: Machine,
     /// Answers queries that read the devices' state.
     pub queries: QueryThread,

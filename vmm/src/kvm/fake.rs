@@ -30,7 +30,6 @@ pub enum Step {
     Write,
     /// Computes for a moment.
     Compute,
-    /// Powers off.
     PowerOff,
 }
 

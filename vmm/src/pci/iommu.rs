@@ -28,7 +28,6 @@ pub enum IommuDevice {
         /// Fault reports.
         events: Arc<EventQueue>,
     },
-    /// An SMMUv3.
     Smmuv3(Arc<Smmu>),
 }
 

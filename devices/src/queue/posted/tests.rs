@@ -1,45 +1,18 @@
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use iommu::{Gpa, Iommu, IommuRegion, NotifierEvents, Perm, Refused, Request, StreamSink};
+use iommu::{Gpa, IommuRegion, Perm, Request};
 use proptest::prelude::*;
 
 use super::*;
-use crate::rig::{INDIRECT, NEXT, WRITE};
+use crate::rig::{INDIRECT, NEXT, TranslateBy, WRITE};
 
-/// An IOMMU that maps every address one to one.
-struct Identity;
-
-impl Iommu for Identity {
-    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.lookup(request)
-    }
-
-    fn lookup(&self, _request: &Request) -> Result<Mapping, Fault> {
-        Ok(Mapping {
-            iova: IovaRange::ALL,
-            gpa: Gpa(0),
-            perm: Perm::READ_WRITE,
-        })
-    }
-
-    fn notifier_events_changed(
-        &self,
-        _stream: StreamId,
-        _old: NotifierEvents,
-        _new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        Ok(())
-    }
-
-    fn replay(
-        &self,
-        _stream: StreamId,
-        _range: IovaRange,
-        _visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
-    ) {
-    }
-
-    fn connect(&self, _stream: StreamId, _sink: Weak<dyn StreamSink>) {}
+/// An answer of an IOMMU that maps every address one to one.
+fn identity(_request: &Request) -> Result<Mapping, Fault> {
+    Ok(Mapping {
+        iova: IovaRange::ALL,
+        gpa: Gpa(0),
+        perm: Perm::READ_WRITE,
+    })
 }
 
 const LAYOUT: Layout = Layout {
@@ -54,7 +27,7 @@ fn ram() -> GuestRam {
 }
 
 fn walk(ram: &GuestRam, layout: &Layout) -> Result<Vec<Buffer>, RingReadError> {
-    let region = IommuRegion::new(Arc::new(Identity), StreamId(1));
+    let region = IommuRegion::new(Arc::new(TranslateBy(identity)), StreamId(1));
     let inside = region.enter();
     posted(&Memory::new(&inside, ram), layout, &Steps::new(usize::MAX))
 }

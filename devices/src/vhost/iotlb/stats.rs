@@ -29,7 +29,7 @@ pub struct IotlbStats {
     /// Updates for available buffers, sent with the answer to another miss:
     /// each saves a miss.
     pub prefetched: u64,
-    /// Invalidations sent.
+    /// INVALIDATE messages sent to the kernel.
     pub invalidations_sent: u64,
     /// Invalidated ranges that needed no message of their own.
     pub invalidations_saved: u64,

@@ -384,7 +384,7 @@ fn miss_that_faults_is_tried_again_after_an_invalidation() {
     setup.kernel.access(0x4008, Access::Write);
     setup.iotlb.service();
     setup.pages.map(0x4000, 0x3000, Perm::READ_WRITE);
-    assert!(setup.kernel.state().woken.is_empty(), "nobody told of it");
+    assert!(setup.kernel.state().woken.is_empty(), "a ring was woken");
     setup.pages.unmap(&[0x9000]);
     assert!(setup.iotlb.wake().read().is_ok(), "the thread is woken");
     setup.iotlb.retry();

@@ -51,7 +51,6 @@ pub(crate) const S: Field<RawCd> = Field::new(44, 44);
 pub(crate) const R: Field<RawCd> = Field::new(45, 45);
 /// Faults abort.
 pub(crate) const A: Field<RawCd> = Field::new(46, 46);
-/// ASID.
 pub(crate) const ASID: Field<RawCd> = Field::new(63, 48);
 /// Attributes in table descriptors of TTB0 are ignored.
 pub(crate) const HAD0: Field<RawCd> = Field::new(65, 65);

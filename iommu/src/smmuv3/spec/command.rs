@@ -33,9 +33,7 @@ pub(crate) const RANGE: Field<RawCommand> = Field::new(68, 64);
 pub(crate) const NUM: Field<RawCommand> = Field::new(16, 12);
 /// Range invalidation: units of `1 << SCALE` granules.
 pub(crate) const SCALE: Field<RawCommand> = Field::new(24, 20);
-/// VMID.
 pub(crate) const VMID: Field<RawCommand> = Field::new(47, 32);
-/// ASID.
 pub(crate) const ASID: Field<RawCommand> = Field::new(63, 48);
 /// Level hint.
 pub(crate) const TTL: Field<RawCommand> = Field::new(73, 72);

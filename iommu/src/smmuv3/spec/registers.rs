@@ -92,7 +92,6 @@ pub(crate) mod idr0 {
     pub(crate) const HTTU_DIRTY: u32 = 2 << 6;
     /// EL2 commands and StreamWorlds.
     pub(crate) const HYP: u32 = 1 << 9;
-    /// ATS.
     pub(crate) const ATS: u32 = 1 << 10;
     /// No split-stage ATS: a translation request uses all enabled stages.
     pub(crate) const NS1ATS: u32 = 1 << 11;
@@ -100,7 +99,6 @@ pub(crate) mod idr0 {
     pub(crate) const ASID16: u32 = 1 << 12;
     /// The SMMU's own interrupts may be messages.
     pub(crate) const MSI: u32 = 1 << 13;
-    /// PRI.
     pub(crate) const PRI: u32 = 1 << 16;
     /// VMID wildcards.
     pub(crate) const VMW: u32 = 1 << 17;
@@ -174,7 +172,6 @@ pub(crate) mod cr0 {
     pub(crate) const ATSCHK: u32 = 1 << 4;
     /// VMID wildcards: number of low bits that are ignored.
     pub(crate) const VMW: u32 = 7 << 6;
-    /// Shift of [`VMW`].
     pub(crate) const VMW_SHIFT: u32 = 6;
 }
 

@@ -78,7 +78,7 @@ fn stage1_commands_reach_the_stream_whose_cd_has_the_asid() {
     for (name, words, one, two) in [
         ("NH_ASID", tlbi(op::TLBI_NH_ASID, 0, 1, 0), &all, &vec![]),
         (
-            "NH_ASID of nobody",
+            "NH_ASID of no stream",
             tlbi(op::TLBI_NH_ASID, 0, 3, 0),
             &vec![],
             &vec![],
@@ -412,7 +412,7 @@ fn configuration_commands_flush_the_stream_they_name() {
         ("CFGI_STE_RANGE of 32", range_of(0, 4), [1, 1]),
         ("CFGI_ALL", range_of(0, 31), [1, 1]),
         (
-            "CFGI_STE of nobody",
+            "CFGI_STE of no stream",
             command(op::CFGI_STE, &[(cmd::SID, 9)]),
             [0, 0],
         ),

@@ -1,15 +1,15 @@
 //! Long requests: their bounds, and invalidations that wait for them.
 
 use std::fs;
-use std::sync::{OnceLock, Weak, mpsc};
+use std::sync::{OnceLock, mpsc};
 
 use iommu::{
-    Fault, FaultReason, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping,
-    NotifierEvents, Perm, Refused, Request, StreamId, StreamSink,
+    Fault, FaultReason, Gpa, GuestRam, IommuRegion, Iova, IovaRange, Mapping, Perm, Request,
+    StreamSink,
 };
 
 use super::*;
-use crate::rig::{INDIRECT, WRITE};
+use crate::rig::{INDIRECT, TranslateBy, WRITE};
 use crate::virtio::block::request::MAX_REQUEST;
 
 const TABLE: u64 = 0x10_0000;
@@ -77,7 +77,7 @@ struct OneToOne {
     on_data: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
-impl Iommu for OneToOne {
+impl OneToOne {
     fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
         let data = request.iova.0 >= 0x2_0000 && request.iova.0 < TABLE;
         if data && self.unmapped.load(Ordering::SeqCst) {
@@ -102,29 +102,6 @@ impl Iommu for OneToOne {
             perm: Perm::READ_WRITE,
         })
     }
-
-    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.translate(request)
-    }
-
-    fn notifier_events_changed(
-        &self,
-        _stream: iommu::StreamId,
-        _old: NotifierEvents,
-        _new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        Ok(())
-    }
-
-    fn replay(
-        &self,
-        _: iommu::StreamId,
-        _: IovaRange,
-        _: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
-    ) {
-    }
-
-    fn connect(&self, _stream: StreamId, _sink: Weak<dyn StreamSink>) {}
 }
 
 fn translated(ram: &Arc<GuestRam>) -> (Arc<OneToOne>, Arc<IommuRegion>, DmaSpace) {
@@ -132,7 +109,9 @@ fn translated(ram: &Arc<GuestRam>) -> (Arc<OneToOne>, Arc<IommuRegion>, DmaSpace
         unmapped: AtomicBool::new(false),
         on_data: OnceLock::new(),
     });
-    let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, REQUESTER);
+    let model = Arc::clone(&iommu);
+    let translate = move |request: &Request| model.translate(request);
+    let region = IommuRegion::new(Arc::new(TranslateBy(translate)), REQUESTER);
     let dma = AddressSpace::translated(Arc::clone(&region), Arc::clone(ram)).dma();
     (iommu, region, dma)
 }
