@@ -74,6 +74,7 @@ mod formats {
     }
 
     #[test]
+    #[ignore = "long: cargo xtask test --long"]
     fn a_bare_image_boots() {
         boots("Image-6.12", "6.12.");
     }
@@ -89,6 +90,7 @@ mod formats {
     }
 
     #[test]
+    #[ignore = "long: cargo xtask test --long"]
     fn a_gzipped_6_1_image_boots() {
         boots("Image-6.1.gz", "6.1.");
     }
@@ -169,13 +171,10 @@ fn memory_beyond_4_gib_exists_and_holds_written_data() {
     let before = number(&guest.run(free));
     guest.run("mount -t tmpfs -o size=90% none /mnt");
     guest.run("dd if=/dev/urandom of=/mnt/seed bs=1M count=8 2>/dev/null");
-    guest.run("for i in $(seq 24); do cat /mnt/seed; done > /mnt/data");
+    guest.run("for i in $(seq 8); do cat /mnt/seed; done > /mnt/data");
     let after = number(&guest.run(free));
-    assert!(
-        before - after > (150 << 20) / 4096,
-        "{before}, then {after}"
-    );
-    let expected = guest.run("for i in $(seq 24); do cat /mnt/seed; done | md5sum");
+    assert!(before - after > (50 << 20) / 4096, "{before}, then {after}");
+    let expected = guest.run("for i in $(seq 8); do cat /mnt/seed; done | md5sum");
     assert_eq!(guest.run("md5sum < /mnt/data"), expected);
     guest.type_line("poweroff -f").expect_exit(0);
 }

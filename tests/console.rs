@@ -1,4 +1,7 @@
 //! The serial console on a terminal and on a pipe.
+//!
+//! On aarch64 the tests of code that is the same on both architectures are long ones: an emulated
+//! host needs a millisecond for each byte of a console.
 
 mod support;
 
@@ -58,21 +61,25 @@ fn gives_the_terminal_back_on(signal: &str) {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn the_terminal_is_given_back_on_sigterm() {
     gives_the_terminal_back_on("TERM");
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn the_terminal_is_given_back_on_sighup() {
     gives_the_terminal_back_on("HUP");
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn the_terminal_is_given_back_on_sigint() {
     gives_the_terminal_back_on("INT");
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn the_terminal_is_given_back_when_the_guest_resets() {
     let mut guest = boot_on_terminal(&Machine::new());
     guest.type_line("reboot -f").expect_exit(3);
@@ -80,6 +87,7 @@ fn the_terminal_is_given_back_when_the_guest_resets() {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn the_terminal_is_given_back_while_stopped_and_taken_again() {
     let mut guest = boot_on_terminal(&Machine::new());
     // A terminal's Ctrl-z has the same effect; the guest receives that key.
@@ -102,6 +110,7 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
     // A shell with job control on a terminal that stops background output, and
     // then brings the machine to the foreground.
@@ -143,7 +152,7 @@ fn a_line_typed_before_the_guest_is_up_arrives_whole() {
 #[test]
 fn a_large_paste_arrives_whole() {
     let mut guest = Machine::new().boot();
-    let lines = (0..400).map(|n| format!("{n:04} the quick brown fox jumps over the lazy dog\n"));
+    let lines = (0..200).map(|n| format!("{n:04} the quick brown fox jumps over the lazy dog\n"));
     let paste: String = lines.collect();
     guest.run("stty -echo");
     guest.type_line("cat > /tmp/paste; echo cat ended");
@@ -152,7 +161,7 @@ fn a_large_paste_arrives_whole() {
         .type_text("\x04")
         .wait_for("cat ended");
     assert_eq!(guest.run("wc -c < /tmp/paste"), paste.len().to_string());
-    let expected = "i=0; while [ $i -lt 400 ]; do \
+    let expected = "i=0; while [ $i -lt 200 ]; do \
                     printf '%04d the quick brown fox jumps over the lazy dog\\n' $i; \
                     i=$((i+1)); done | cmp - /tmp/paste";
     guest.run(expected);
@@ -162,7 +171,7 @@ fn a_large_paste_arrives_whole() {
 #[test]
 fn a_paste_out_of_step_with_the_fifo_arrives_whole() {
     let mut guest = Machine::new().boot();
-    let lines = (0..400).map(|n| format!("{n:04} pack my box with five dozen liquor jugs\n"));
+    let lines = (0..200).map(|n| format!("{n:04} pack my box with five dozen liquor jugs\n"));
     let paste: String = lines.collect();
     guest.run("stty -echo");
     guest.type_line("echo li''stening; cat > /tmp/paste; echo cat ended");
@@ -183,6 +192,7 @@ fn a_paste_out_of_step_with_the_fifo_arrives_whole() {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
     let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
     let mut command = Command::new(support::portcullis());
@@ -192,6 +202,7 @@ fn a_machine_with_nothing_on_standard_input_runs_to_its_end() {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn a_machine_with_standard_input_closed_runs_to_its_end() {
     let machine = Machine::new().cmdline("guest.run=\"echo alone; poweroff -f\"");
     let mut command = Command::new("/bin/sh");
@@ -202,6 +213,7 @@ fn a_machine_with_standard_input_closed_runs_to_its_end() {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn the_end_of_standard_input_ends_nothing() {
     let mut guest = Machine::new().boot();
     guest.type_line("sleep 1; echo after; poweroff -f");
@@ -209,6 +221,7 @@ fn the_end_of_standard_input_ends_nothing() {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn a_file_on_standard_input_is_typed_whole() {
     let files = TempDir::new("typed");
     let script = files.file("script", b"echo from-$((1 + 1))-files\npoweroff -f\n");
@@ -223,6 +236,7 @@ fn a_file_on_standard_input_is_typed_whole() {
 }
 
 #[test]
+#[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
 fn a_reader_that_stops_blocks_only_the_console() {
     let files = TempDir::new("slow");
     let socket = files.path("api");

@@ -52,14 +52,14 @@ fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
     network(&mut guest, &interface, &tap);
 
     part("vsock");
-    checks::vsock_both_ways(&mut guest, CID, checks::mebibytes(4));
+    checks::vsock_both_ways(&mut guest, CID, checks::amount(1));
     checks::vsock_refused_and_reset(&mut guest, CID);
 
     part("entropy");
     checks::entropy(&mut guest);
 
     part("disk");
-    let sum = checks::fill_new_file_system(&mut guest, "/dev/vda", checks::mebibytes(8));
+    let sum = checks::fill_new_file_system(&mut guest, "/dev/vda", checks::amount(4));
     checks::check_file_system(&mut guest, "/dev/vda", &sum);
 
     part("read-only disk");
@@ -71,7 +71,7 @@ fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
 
     for address in devices(&mut guest) {
         part(&format!("rebinding {address}"));
-        checks::rebind(&mut guest, &address, 20);
+        checks::rebind(&mut guest, &address, checks::amount(5));
     }
     checks::bring_up(&mut guest, &interface, &tap, 2);
     let load = Load::of(4, 1);
@@ -128,7 +128,7 @@ fn network(guest: &mut Guest, interface: &str, tap: &Tap) {
     let peer = tap.host_address();
     guest.run(&format!("ping -c 3 -W 10 -s 8900 {peer}"));
     host::run(&format!("ping -c 3 -W 10 -s 8900 {}", tap.guest_address(2)));
-    let load = Load::of(4, 4);
+    let load = Load::of(4, 1);
     checks::send_to_host(guest, tap, load);
     checks::send_to_guest(guest, tap, 2, load);
     let used = guest.run("grep -c 'virtio.*-input\\..* *$' /proc/interrupts");

@@ -90,17 +90,17 @@ pub struct Load {
 }
 
 impl Load {
-    /// Creates a load of streams with [`mebibytes`] each.
+    /// Creates a load of streams with the [`amount`] of MiB each.
     pub fn of(streams: u16, usual: u32) -> Self {
         Self {
             streams,
-            mebibytes: mebibytes(usual),
+            mebibytes: amount(usual),
         }
     }
 }
 
-/// `usual` MiB, and four times as many for long tests (`PORTCULLIS_LONG`).
-pub fn mebibytes(usual: u32) -> u32 {
+/// `usual` rounds or MiB, and four times as many for long tests (`PORTCULLIS_LONG`).
+pub fn amount(usual: u32) -> u32 {
     match std::env::var_os("PORTCULLIS_LONG") {
         Some(_) => usual * 4,
         None => usual,

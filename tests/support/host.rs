@@ -117,6 +117,13 @@ impl Tap {
         tap
     }
 
+    /// Number of packets that the host received from the guest.
+    pub fn received(&self) -> u64 {
+        let path = format!("/sys/class/net/{}/statistics/rx_packets", self.name);
+        let text = std::fs::read_to_string(&path).expect("a tap has statistics");
+        text.trim().parse().expect("a number of packets")
+    }
+
     /// IPv4 address of the host on this tap.
     pub fn host_address(&self) -> String {
         format!("10.9.{}.1", self.net)
