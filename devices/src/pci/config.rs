@@ -2,8 +2,7 @@
 //! and a mask of the bits that software can write. Accesses of any size are
 //! split into words by the bus.
 
-use iommu::Gpa;
-
+use super::bar::{BarMove, Bars};
 use crate::bus::{read_words, write_words};
 
 /// Bytes of a function's configuration space.
@@ -13,7 +12,6 @@ const WORDS: usize = SIZE / 4;
 const EXTENDED: u16 = 0x100;
 /// Registers of the type 0 header (§7.5.1).
 const COMMAND: u16 = 0x04;
-const BAR0: u16 = 0x10;
 const CAPABILITIES: u16 = 0x34;
 const FIRST_CAPABILITY: u16 = 0x40;
 /// Command bits: memory space enable, bus master enable, INTx disable.
@@ -22,8 +20,6 @@ const BUS_MASTER: u32 = 1 << 2;
 const INTX_DISABLE: u32 = 1 << 10;
 /// Status bit: the list of capabilities exists.
 const CAPABILITY_LIST: u32 = 1 << 20;
-/// A BAR for 64-bit, prefetchable memory (§7.5.1.2.1).
-const BAR_MEMORY64_PREFETCHABLE: u32 = 0b1100;
 
 /// Identification registers of a function (§7.5.1).
 #[derive(Clone, Copy, Debug)]
@@ -42,15 +38,6 @@ pub struct Ids {
     pub subsystem: u16,
 }
 
-/// A memory region of a function: BAR 0 and 1 as one 64-bit BAR.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bar {
-    /// Guest-physical address; a multiple of `size`.
-    pub base: Gpa,
-    /// Size in bytes; a power of two of at least 16.
-    pub size: u64,
-}
-
 /// The configuration space of one function.
 #[derive(Debug)]
 pub struct ConfigSpace {
@@ -58,7 +45,7 @@ pub struct ConfigSpace {
     writable: Box<[u32; WORDS]>,
     /// Values after a reset.
     initial: Box<[u32; WORDS]>,
-    bar: Option<Bar>,
+    bars: Bars,
     next_capability: u16,
     last_capability: u16,
     next_extended: u16,
@@ -66,14 +53,14 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// A type 0 header without capabilities.
+    /// A type 0 header with `bars` and without capabilities.
     #[must_use]
-    pub fn new(ids: &Ids, bar: Option<Bar>) -> Self {
+    pub fn new(ids: &Ids, bars: Bars) -> Self {
         let mut space = Self {
             values: Box::new([0; WORDS]),
             writable: Box::new([0; WORDS]),
             initial: Box::new([0; WORDS]),
-            bar,
+            bars: Bars::default(),
             next_capability: FIRST_CAPABILITY,
             last_capability: CAPABILITIES,
             next_extended: EXTENDED,
@@ -88,12 +75,10 @@ impl ConfigSpace {
         space.set(0x2c, word(ids.subsystem_vendor, ids.subsystem), 0);
         // The interrupt line has no effect on the function (§7.5.1.1.12).
         space.set(0x3c, 0, 0xff);
-        if let Some(bar) = bar {
-            let (low, high) = halves(bar.base.0);
-            let (low_mask, high_mask) = halves(!(bar.size - 1));
-            space.set(BAR0, low | BAR_MEMORY64_PREFETCHABLE, low_mask & !0xf);
-            space.set(BAR0 + 4, high, high_mask);
+        for (at, value, writable) in bars.registers() {
+            space.set(at, value, writable);
         }
+        space.bars = bars;
         space
     }
 
@@ -174,22 +159,16 @@ impl ConfigSpace {
     /// The double word at `offset`, a multiple of 4.
     #[must_use]
     pub fn word(&self, offset: u16) -> u32 {
-        let word = self.values.get(usize::from(offset) / 4);
-        word.copied().unwrap_or(u32::MAX)
+        word_of(&self.values, offset)
     }
 
-    /// The BAR at its present address; `None` while it is not decoded.
+    /// The changes of the BARs' addresses since the last call. A BAR is decoded
+    /// while memory space is enabled.
     #[must_use]
-    pub fn bar(&self) -> Option<Bar> {
-        let bar = self.bar?;
-        if self.word(COMMAND) & MEMORY_SPACE == 0 {
-            return None;
-        }
-        let base = u64::from(self.word(BAR0) & !0xf) | u64::from(self.word(BAR0 + 4)) << 32;
-        Some(Bar {
-            base: Gpa(base),
-            ..bar
-        })
+    pub fn bar_moves(&mut self) -> Vec<BarMove> {
+        let values = &self.values;
+        let word = |at| word_of(values, at);
+        self.bars.moves(word(COMMAND) & MEMORY_SPACE != 0, word)
     }
 
     /// Whether the function may access memory and send MSIs (bus master
@@ -225,26 +204,26 @@ impl ConfigSpace {
     }
 }
 
+fn word_of(values: &[u32; WORDS], offset: u16) -> u32 {
+    let word = values.get(usize::from(offset) / 4);
+    word.copied().unwrap_or(u32::MAX)
+}
+
 /// The index of the double word at `offset` bytes.
 fn index(offset: u64) -> Option<usize> {
     usize::try_from(offset / 4).ok()
-}
-
-/// Splits a value into its low and high double word.
-pub(crate) fn halves(value: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    (
-        u32::from_le_bytes([a, b, c, d]),
-        u32::from_le_bytes([e, f, g, h]),
-    )
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use iommu::Gpa;
+
+    use super::super::bar::BarKind;
     use super::*;
 
+    const BAR0: u16 = 0x10;
     const IDS: Ids = Ids {
         vendor: 0x1af4,
         device: 0x1041,
@@ -255,11 +234,10 @@ mod tests {
     };
 
     fn space() -> ConfigSpace {
-        let bar = Bar {
-            base: Gpa(0x40_0000_0000),
-            size: 0x8000,
-        };
-        ConfigSpace::new(&IDS, Some(bar))
+        let mut bars = Bars::default();
+        bars.add(0, BarKind::Prefetchable64, 0x8000, Gpa(0x40_0000_0000))
+            .unwrap();
+        ConfigSpace::new(&IDS, bars)
     }
 
     #[test]
@@ -272,13 +250,18 @@ mod tests {
     #[test]
     fn bar_is_sized_and_moved() {
         let mut space = space();
-        assert_eq!(space.bar(), None, "memory space is off at first");
+        assert_eq!(space.bar_moves(), [], "memory space is off at first");
         space.write(BAR0, &[0xff; 8]);
         assert_eq!(space.word(BAR0), 0xffff_800c);
         assert_eq!(space.word(BAR0 + 4), 0xffff_ffff);
         space.write(BAR0, &0x41_0000_0000_u64.to_le_bytes());
         space.write(COMMAND, &[2]);
-        assert_eq!(space.bar().unwrap().base, Gpa(0x41_0000_0000));
+        let moved = BarMove {
+            index: 0,
+            size: 0x8000,
+            to: Some(Gpa(0x41_0000_0000)),
+        };
+        assert_eq!(space.bar_moves(), [moved]);
     }
 
     #[test]

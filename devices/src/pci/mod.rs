@@ -3,13 +3,15 @@
 //! Stream IDs, ATS and the translation of MSIs need PCI, so every device that
 //! accesses guest memory is a PCI function.
 
+mod bar;
 mod config;
 mod msi;
 mod msix;
 mod root;
 
-pub(crate) use config::halves;
-pub use config::{Bar, ConfigSpace, Ids};
+pub(crate) use bar::halves;
+pub use bar::{BarError, BarKind, BarMove, Bars};
+pub use config::{ConfigSpace, Ids};
 pub use msi::{MsiRetranslator, MsiTarget, MsiThread, Requester};
 pub use msix::{MSIX_ENTRY_SIZE, Msix};
-pub use root::{BarMove, PciFunction, PciRoot, PlaceError, SLOTS};
+pub use root::{PciFunction, PciRoot, PlaceError, SLOTS};

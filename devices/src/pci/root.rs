@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use iommu::Gpa;
 use log::debug;
 
-use super::config::{Bar, ConfigSpace, Ids};
+use super::bar::{BarMove, Bars};
+use super::config::{ConfigSpace, Ids};
 use crate::bus::{Bus, BusDevice};
 
 /// Number of device numbers on the bus.
@@ -25,31 +26,24 @@ const BRIDGE: Ids = Ids {
     subsystem: 0,
 };
 
-/// Change of a BAR's address by a write to configuration space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BarMove {
-    /// The BAR at its new address; `None` when it is not decoded.
-    pub to: Option<Bar>,
-}
-
-/// A PCI function with one BAR. The methods are called on the vCPU thread of
-/// the access; each takes the function's own lock.
+/// A PCI function. BARs are named by number. The methods are called on the vCPU
+/// thread of the access; each takes the function's own lock.
 pub trait PciFunction: Send + Sync {
     /// Reads configuration space at `offset` bytes.
     fn read_config(&self, offset: u16, data: &mut [u8]);
 
-    /// Writes configuration space at `offset` bytes. Returns a change of the
-    /// BAR's address; the caller moves the BAR on the bus.
-    fn write_config(&self, offset: u16, data: &[u8]) -> Option<BarMove>;
+    /// Writes configuration space at `offset` bytes. Returns the changes of the
+    /// BARs' addresses; the caller moves the BARs on the bus.
+    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarMove>;
 
-    /// Called when the BAR was moved on the bus; `None` when it is not decoded.
-    fn placed(&self, at: Option<Gpa>);
+    /// Called when a BAR was moved on the bus; `None` when it is not decoded.
+    fn placed(&self, bar: usize, at: Option<Gpa>);
 
-    /// Reads the BAR at `offset` bytes.
-    fn read_bar(&self, offset: u64, data: &mut [u8]);
+    /// Reads a BAR at `offset` bytes.
+    fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]);
 
-    /// Writes the BAR at `offset` bytes.
-    fn write_bar(&self, offset: u64, data: &[u8]);
+    /// Writes a BAR at `offset` bytes.
+    fn write_bar(&self, bar: usize, offset: u64, data: &[u8]);
 }
 
 /// Error for a slot that is taken or does not exist.
@@ -58,15 +52,15 @@ pub trait PciFunction: Send + Sync {
 pub struct PlaceError(pub u8);
 
 /// A function's BAR as a device on the memory bus.
-struct BarDevice(Arc<dyn PciFunction>);
+struct BarDevice(Arc<dyn PciFunction>, usize);
 
 impl BusDevice for BarDevice {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.read_bar(offset, data);
+        self.0.read_bar(self.1, offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        self.0.write_bar(offset, data);
+        self.0.write_bar(self.1, offset, data);
     }
 }
 
@@ -76,9 +70,9 @@ pub struct PciRoot {
     functions: RwLock<BTreeMap<u8, Arc<dyn PciFunction>>>,
     /// Weak, because the bus owns the root complex.
     memory: Weak<Bus>,
-    /// Address of each slot's BAR on the bus. Locked while one moves, so that
+    /// Address of each slot's BARs on the bus. Locked while one moves, so that
     /// the bus and the functions agree.
-    placed: Mutex<BTreeMap<u8, u64>>,
+    placed: Mutex<BTreeMap<(u8, usize), u64>>,
 }
 
 impl PciRoot {
@@ -86,7 +80,7 @@ impl PciRoot {
     #[must_use]
     pub fn new(memory: &Arc<Bus>) -> Self {
         Self {
-            bridge: Mutex::new(ConfigSpace::new(&BRIDGE, None)),
+            bridge: Mutex::new(ConfigSpace::new(&BRIDGE, Bars::default())),
             functions: RwLock::default(),
             memory: Arc::downgrade(memory),
             placed: Mutex::default(),
@@ -117,32 +111,38 @@ impl PciRoot {
         functions.get(&slot).cloned()
     }
 
+    /// Moves BARs on the bus. All are removed first, so that two of them can
+    /// exchange their addresses.
     fn relocate(
         &self,
         slot: u8,
         function: &Arc<dyn PciFunction>,
-        to: Option<Bar>,
-        placed: &mut BTreeMap<u8, u64>,
+        moves: &[BarMove],
+        placed: &mut BTreeMap<(u8, usize), u64>,
     ) {
         let Some(memory) = self.memory.upgrade() else {
             return;
         };
-        if let Some(base) = placed.remove(&slot) {
-            function.placed(None);
-            let _ = memory.remove(base);
-        }
-        let Some(to) = to else {
-            return;
-        };
-        let device = Arc::new(BarDevice(Arc::clone(function)));
-        match memory.insert(to.base.0, to.size, device) {
-            Ok(()) => {
-                placed.insert(slot, to.base.0);
-                function.placed(Some(to.base));
+        for &BarMove { index, .. } in moves {
+            if let Some(base) = placed.remove(&(slot, index)) {
+                function.placed(index, None);
+                let _ = memory.remove(base);
             }
-            // The BAR overlaps another range, so it is not decoded. The guest
-            // may repeat this without end, so this is no warning.
-            Err(error) => debug!("PCI device {slot}: {error}"),
+        }
+        for &BarMove { index, size, to } in moves {
+            let Some(to) = to else {
+                continue;
+            };
+            let device = Arc::new(BarDevice(Arc::clone(function), index));
+            match memory.insert(to.0, size, device) {
+                Ok(()) => {
+                    placed.insert((slot, index), to.0);
+                    function.placed(index, Some(to));
+                }
+                // The BAR overlaps another range, so it is not decoded. The guest
+                // may repeat this without end, so this is no warning.
+                Err(error) => debug!("PCI device {slot}, BAR {index}: {error}"),
+            }
         }
     }
 }
@@ -186,9 +186,8 @@ impl BusDevice for PciRoot {
                     return;
                 };
                 let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(change) = function.write_config(register, data) {
-                    self.relocate(slot, &function, change.to, &mut placed);
-                }
+                let moves = function.write_config(register, data);
+                self.relocate(slot, &function, &moves, &mut placed);
             }
             None => {}
         }
@@ -210,19 +209,22 @@ mod tests {
             }
         }
 
-        fn write_config(&self, _: u16, data: &[u8]) -> Option<BarMove> {
-            let base = Gpa(u64::from(*data.first()?) << 12);
-            let to = (base.0 != 0).then_some(Bar { base, size: 0x1000 });
-            Some(BarMove { to })
+        fn write_config(&self, _: u16, data: &[u8]) -> Vec<BarMove> {
+            let base = data.first().map_or(0, |&page| u64::from(page) << 12);
+            vec![BarMove {
+                index: 0,
+                size: 0x1000,
+                to: Some(Gpa(base)).filter(|base| base.0 != 0),
+            }]
         }
 
-        fn placed(&self, _: Option<Gpa>) {}
+        fn placed(&self, _: usize, _: Option<Gpa>) {}
 
-        fn read_bar(&self, _: u64, data: &mut [u8]) {
+        fn read_bar(&self, _: usize, _: u64, data: &mut [u8]) {
             data.fill(self.0);
         }
 
-        fn write_bar(&self, _: u64, _: &[u8]) {}
+        fn write_bar(&self, _: usize, _: u64, _: &[u8]) {}
     }
 
     fn root() -> (Arc<Bus>, PciRoot) {

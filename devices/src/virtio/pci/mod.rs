@@ -26,7 +26,7 @@ use crate::error::Chain;
 use crate::failure::DeviceError;
 use crate::interrupt::{Doorbells, MsiAllocator};
 use crate::pause::{Deferral, Resumable};
-use crate::pci::{Bar, BarMove, ConfigSpace, Msix, PciFunction, Requester};
+use crate::pci::{BarKind, BarMove, Bars, ConfigSpace, Msix, PciFunction, Requester};
 use crate::queue::{Interrupt, RunningQueue};
 
 /// Entries of the MSI-X table that fit below the next structure.
@@ -45,7 +45,7 @@ pub struct VirtioPciResources {
     pub msi: Arc<dyn MsiAllocator>,
     /// Attaches the kick eventfds to the notification addresses.
     pub doorbells: Arc<dyn Doorbells>,
-    /// Initial guest-physical address of BAR 0.
+    /// Initial guest-physical address of BAR 0, a multiple of its size.
     pub bar: Gpa,
     /// Receives changes of the ATS enable bit; `None` offers no ATS.
     pub ats: Option<AtsHook>,
@@ -67,7 +67,6 @@ struct State {
     bus_master: bool,
     driver_warnings: u32,
     ats: Option<Ats>,
-    bar: Option<Bar>,
     queues: Vec<QueueSetup>,
     config_interrupt: Interrupt,
 }
@@ -92,7 +91,8 @@ impl VirtioPci {
     /// The function around `device`; `name` is for the log.
     ///
     /// # Errors
-    /// No file descriptor or interrupt source is left.
+    /// No file descriptor or interrupt source is left, or BAR 0 cannot be at its
+    /// initial address.
     pub fn new(
         name: &str,
         device: Box<dyn VirtioDevice>,
@@ -116,11 +116,10 @@ impl VirtioPci {
             queues.push(QueueSetup::new(max, kick, interrupt()?));
         }
         let config_interrupt = interrupt()?;
-        let bar = Bar {
-            base: bar,
-            size: BAR_SIZE,
-        };
-        let mut config = ConfigSpace::new(&ids(device.device_type()), Some(bar));
+        let mut bars = Bars::default();
+        bars.add(0, BarKind::Prefetchable64, BAR_SIZE, bar)
+            .map_err(io::Error::other)?;
+        let mut config = ConfigSpace::new(&ids(device.device_type()), bars);
         let sources = queues.len() + 1;
         let entries = u16::try_from(sources.min(MAX_ENTRIES)).unwrap_or(1);
         let target = Arc::clone(&requester.msi);
@@ -147,7 +146,6 @@ impl VirtioPci {
                 bus_master: false,
                 driver_warnings: 0,
                 ats,
-                bar: None,
                 queues,
                 config_interrupt,
             }),
@@ -460,7 +458,7 @@ impl PciFunction for VirtioPci {
         }
     }
 
-    fn write_config(&self, offset: u16, data: &[u8]) -> Option<BarMove> {
+    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarMove> {
         let mut state = self.lock();
         state.config.write(offset, data);
         if state.capabilities.initiates_reset(&state.config) {
@@ -469,18 +467,16 @@ impl PciFunction for VirtioPci {
             state.config.reset();
         }
         self.config_written(&mut state);
-        let to = state.config.bar();
-        let moved = to != state.bar;
-        state.bar = to;
+        let moves = state.config.bar_moves();
         if let Some((at, len)) =
             (state.capabilities).access_window(&state.config, offset, data.len())
         {
             self.write_structure(&mut state, at, data.get(..len).unwrap_or(data));
         }
-        moved.then_some(BarMove { to })
+        moves
     }
 
-    fn placed(&self, at: Option<Gpa>) {
+    fn placed(&self, _bar: usize, at: Option<Gpa>) {
         if self.inline {
             return;
         }
@@ -502,11 +498,11 @@ impl PciFunction for VirtioPci {
         *placed = at;
     }
 
-    fn read_bar(&self, offset: u64, data: &mut [u8]) {
+    fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
         self.read_structure(&mut self.lock(), offset, data);
     }
 
-    fn write_bar(&self, offset: u64, data: &[u8]) {
+    fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
         self.write_structure(&mut self.lock(), offset, data);
     }
 }

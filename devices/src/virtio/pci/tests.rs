@@ -958,10 +958,10 @@ proptest! {
         let driver = driver_of(Box::new(Rng::new().unwrap()));
         for op in ops {
             match op {
-                Op::Bar(at, bytes) => driver.function.write_bar(at, &bytes),
+                Op::Bar(at, bytes) => driver.function.write_bar(0, at, &bytes),
                 Op::Config(at, bytes) => driver.set_config_bytes(at, &bytes),
                 Op::Read(at, len) => {
-                    driver.function.read_bar(at, &mut vec![0; len]);
+                    driver.function.read_bar(0, at, &mut vec![0; len]);
                     driver.root.read((SLOT << 15) + at, &mut vec![0; len]);
                 }
                 Op::Memory(at, value) => driver.ring().write(at, value),
@@ -975,7 +975,7 @@ proptest! {
             }
             prop_assert_eq!(driver.config32(0), 0x1044_1af4);
             let mut status = [0];
-            driver.function.read_bar(20, &mut status);
+            driver.function.read_bar(0, 20, &mut status);
             let state = driver.function.lock();
             let running = state.queues.iter().any(|queue| queue.running);
             prop_assert!(!running || status[0] & DRIVER_OK != 0 && state.bus_master);
