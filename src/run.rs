@@ -10,7 +10,7 @@ use clap::Args;
 use vmm::build_error::BuildError;
 use vmm::config::{
     Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
-    MemorySize, NetworkInterface, Serial, VmConfig, Vsock,
+    MemorySize, NetworkInterface, Sandbox, Serial, VmConfig, Vsock,
 };
 use vmm::controller::Controller;
 use vmm::error::Chain;
@@ -75,6 +75,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
     #[command(flatten)]
+    sandbox: SandboxArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -105,6 +107,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
+    sandbox: SandboxArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -114,6 +118,14 @@ pub struct CheckArgs {
     /// Machine as JSON
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct SandboxArgs {
+    /// Confinement of this process: on, log (makes forbidden system calls, and logs them), or off
+    /// [default: off]
+    #[arg(long, value_name = "MODE")]
+    sandbox: Option<Sandbox>,
 }
 
 #[derive(Debug, Args)]
@@ -153,11 +165,16 @@ pub fn serve(args: ServeArgs) -> ExitCode {
 fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
     args.log.apply()?;
     let mut controller = new_controller()?;
-    if let Some(path) = &args.config {
-        controller
-            .configure(read_config(path)?)
-            .map_err(caused_in(path))?;
-    }
+    let mut config = match &args.config {
+        Some(path) => read_config(path)?,
+        None => VmConfig::default(),
+    };
+    args.sandbox.apply_to(&mut config);
+    let configured = controller.configure(config);
+    configured.map_err(|error| match &args.config {
+        Some(path) => caused_in(path)(error),
+        None => caused(error),
+    })?;
     let server = start_server(&args.api_socket, &controller)?;
     serve_until_end(controller, Some(server))
 }
@@ -237,11 +254,19 @@ impl RunArgs {
         config.network_interfaces.extend(self.net);
         config.vsock = self.vsock.or(config.vsock);
         config.serial = self.serial.or(config.serial);
+        self.sandbox.apply_to(&mut config);
         config.name_devices();
         if self.rng {
             config.entropy.get_or_insert_with(Entropy::default);
         }
         Ok(config)
+    }
+}
+
+impl SandboxArgs {
+    /// Replaces the configured mode if one is given.
+    fn apply_to(&self, config: &mut VmConfig) {
+        config.sandbox = self.sandbox.unwrap_or(config.sandbox);
     }
 }
 

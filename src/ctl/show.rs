@@ -14,6 +14,7 @@ pub fn info(instance: &InstanceInfo, config: &VmConfig) -> String {
             "monitor",
             &format!("{} {}", instance.app_name, instance.vmm_version),
         ]),
+        row(["sandbox", &instance.sandbox.to_string()]),
         row(["processors", &config.machine_config.vcpu_count.to_string()]),
         row([
             "memory",

@@ -6,6 +6,7 @@ use devices::bus::BusError;
 
 use crate::config::ConfigError;
 use crate::kvm;
+use crate::sandbox::SandboxError;
 
 /// Error of building a machine: one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,9 @@ pub enum BuildError {
     /// Two devices claim one address.
     #[error("cannot place a device")]
     Place(#[from] BusError),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The host refuses an eventfd, a timer or a thread.
     #[error("cannot set up the machine")]
     Host(#[from] io::Error),

@@ -16,6 +16,7 @@ mod kernel_arguments;
 mod keys;
 mod logging;
 mod machine;
+mod sandbox;
 mod suggest;
 mod unsupported;
 
@@ -30,6 +31,7 @@ pub use json::parse_json;
 pub use keys::{Key, Omitted, Value};
 pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, MemBacking};
+pub use sandbox::Sandbox;
 pub use suggest::{closest, either};
 pub use unsupported::{RateLimiter, TokenBucket, Unsupported};
 
@@ -43,7 +45,7 @@ use std::collections::BTreeSet;
 pub const MAX_DEVICES: usize = 31;
 
 /// Configuration of a machine: the document of `--config FILE` and of `GET /vm/config`. Section
-/// names are Firecracker's, with `iommu` and `serial` added.
+/// names are Firecracker's, with `iommu`, `serial` and `sandbox` added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
@@ -77,6 +79,9 @@ pub struct VmConfig {
     /// Destination of the metrics.
     #[serde(default)]
     pub metrics: Option<Metrics>,
+    /// Confinement of the process.
+    #[serde(default)]
+    pub sandbox: Sandbox,
     /// Not supported.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub balloon: Unsupported,

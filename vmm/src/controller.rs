@@ -175,7 +175,7 @@ impl Controller {
     pub fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
         let resources = HostResources::acquire(&plan)?;
-        sandbox::confine()?;
+        sandbox::confine(self.config.sandbox)?;
         let Assembled { machine, input } =
             assemble::assemble(&plan, resources, &self.metrics, &self.reporter)?;
         let attention = input.as_ref().map(Input::attention).transpose()?;
@@ -399,6 +399,7 @@ impl Controller {
                 id: "portcullis".into(),
                 state: self.life.state(),
                 vmm_version: env!("CARGO_PKG_VERSION").into(),
+                sandbox: self.config.sandbox,
             }),
         }))
     }

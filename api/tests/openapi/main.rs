@@ -12,7 +12,7 @@ use vmm::action::{
     Hex, InstanceInfo, IommuInfo, MachineState, Mapping, MappingsPage, Permissions, Registration,
     RegistrationKind, Reply,
 };
-use vmm::config::{IommuModel, VmConfig};
+use vmm::config::{IommuModel, Sandbox, VmConfig};
 
 /// Replaces the path parameters of `path` by the document's example values.
 fn filled(path: &str) -> String {
@@ -139,6 +139,7 @@ fn replies() -> Vec<(&'static str, Reply)> {
             id: "a".to_owned(),
             state,
             vmm_version: "1".to_owned(),
+            sandbox: Sandbox::On,
         })
     };
     let mut replies: Vec<_> = states

@@ -207,6 +207,7 @@ impl Model {
                 id: "portcullis".to_owned(),
                 state: self.state,
                 vmm_version: "0.1.0".to_owned(),
+                sandbox: self.config.sandbox,
             }),
             Query::Version => Reply::Version("0.1.0".to_owned()),
             Query::VmConfig => Reply::VmConfig(Box::new(self.config.clone())),

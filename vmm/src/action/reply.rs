@@ -4,7 +4,7 @@ use super::error::ActionError;
 use super::metrics::MetricFamily;
 use super::report::{EndpointInfo, IommuInfo, MappingsPage};
 use super::state::MachineState;
-use crate::config::VmConfig;
+use crate::config::{Sandbox, VmConfig};
 use serde::{Deserialize, Serialize};
 
 /// Identity and state of a machine (`GET /`).
@@ -18,6 +18,8 @@ pub struct InstanceInfo {
     pub state: MachineState,
     /// The monitor's version.
     pub vmm_version: String,
+    /// Confinement of the process.
+    pub sandbox: Sandbox,
 }
 
 /// Reply to an [`Action`](super::Action) that succeeded.
