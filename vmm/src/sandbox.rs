@@ -3,6 +3,8 @@
 //! Every thread is started, and every file opened, before [`confine`]. It is
 //! called on the event loop, as the last step before the vCPUs are resumed.
 
+pub mod privileges;
+
 use std::io;
 
 use crate::config::Sandbox;
