@@ -3,6 +3,7 @@
 //! Every thread is started, and every file opened, before [`confine`]. It is
 //! called on the event loop, as the last step before the vCPUs are resumed.
 
+pub mod landlock;
 pub mod privileges;
 
 use std::io;
