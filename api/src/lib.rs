@@ -5,6 +5,7 @@
 //! never waits for the machine. Every size and time is bounded ([`Limits`]), so that no client can
 //! make it grow or block.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
+#![cfg_attr(not(test), warn(unreachable_pub, clippy::missing_errors_doc))]
 
 pub mod client;
 pub mod http;

@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 use vmm::action::{MetricFamily, MetricKind};
 
 /// The media type of [`render`]'s text.
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Formats all families.
-pub fn render(families: &[MetricFamily]) -> String {
+pub(crate) fn render(families: &[MetricFamily]) -> String {
     let mut text = String::new();
     for family in families {
         let kind = match family.kind {

@@ -64,8 +64,6 @@ pub struct PowerPorts {
 impl PowerPorts {
     /// The `SLP_TYPx` value of the soft-off state, as the `\_S5` object says.
     pub const S5: u8 = 5;
-    /// The byte that powers off: `SLP_EN` (bit 5) and `SLP_TYPx` (bits 2 to 4).
-    pub const POWER_OFF_VALUE: u8 = 1 << 5 | Self::S5 << 2;
     /// Value of RESET_REG that resets; the FADT gives it to the guest.
     pub const RESET_VALUE: u8 = 1;
 }

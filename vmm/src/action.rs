@@ -14,7 +14,8 @@ mod state;
 
 pub use channel::{Call, Client, Inbox, SendError, channel};
 pub use error::ActionError;
-pub use metrics::{MetricFamily, MetricKind, Sample, metrics_json};
+pub(crate) use metrics::metrics_json;
+pub use metrics::{MetricFamily, MetricKind, Sample};
 pub use reply::{InstanceInfo, Outcome, Reply};
 pub use report::{
     Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,

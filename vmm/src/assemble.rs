@@ -28,7 +28,7 @@ const KEYBOARD_COMMAND_PORT: u64 = 0x64;
 /// A machine. Dropping it ends the guest.
 ///
 /// Fields are dropped in order: first the vCPUs, which use all others.
-pub struct Machine {
+pub(crate) struct Machine {
     /// The vCPU threads, paused until resumed.
     pub vcpus: Vcpus,
     /// The PCI bus and its functions.
@@ -41,7 +41,7 @@ pub struct Machine {
 impl Machine {
     /// The guest's serial output, which outlives the machine.
     #[must_use]
-    pub fn output(&self) -> Arc<Output> {
+    pub(crate) fn output(&self) -> Arc<Output> {
         Arc::clone(&self.output)
     }
 
@@ -58,7 +58,7 @@ impl Machine {
 }
 
 /// A machine and the console input that the event loop serves.
-pub struct Assembled {
+pub(crate) struct Assembled {
     /// The machine, paused.
     pub machine: Machine,
     /// Input of the console; `None` when the console has no keyboard.
@@ -71,7 +71,7 @@ pub struct Assembled {
 /// # Errors
 /// Two devices claim one address, the guest cannot boot the files, or the host
 /// refuses an interrupt or a thread.
-pub fn assemble(
+pub(crate) fn assemble(
     plan: &MachinePlan,
     resources: HostResources,
     metrics: &Metrics,

@@ -21,7 +21,7 @@ mod suggest;
 mod unsupported;
 
 pub use arguments::{Argument, ArgumentError, CpuCount, MemorySize};
-pub use check::MAX_QUEUES;
+use check::MAX_QUEUES;
 pub use devices::{
     CacheType, Drive, Entropy, IoEngine, MacAddress, NetworkInterface, Serial, Vsock,
 };
@@ -42,7 +42,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// Upper bound on the PCI functions of a machine: 32 slots less the host bridge.
-pub const MAX_DEVICES: usize = 31;
+const MAX_DEVICES: usize = 31;
 
 /// Configuration of a machine: the document of `--config FILE` and of `GET /vm/config`. Section
 /// names are Firecracker's, with `iommu`, `serial` and `sandbox` added.
@@ -100,8 +100,11 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// Reads and validates the JSON of `--config`. The error is one line and names the field, or
-    /// the line and column of the syntax error.
+    /// Reads and validates the JSON of `--config`.
+    ///
+    /// # Errors
+    /// The text is not JSON, or a value is refused. One line, which names the field, or the line
+    /// and column of the syntax error.
     pub fn from_json(text: &str) -> Result<Self, ConfigError> {
         let config: Self = parse_json(text.as_bytes())?;
         config.validate()?;
@@ -111,7 +114,7 @@ impl VmConfig {
     /// Checks every section, and the sections against one another. A missing boot source is not an
     /// error here, because the API configures a machine in steps: see
     /// [`VmConfig::validate_for_start`].
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         self.refuse_unsupported_sections()?;
         self.machine_config
             .validate()
@@ -138,7 +141,10 @@ impl VmConfig {
         self.validate_together()
     }
 
-    /// Calls [`VmConfig::validate`] and requires a boot source.
+    /// Validates every section, and requires a boot source.
+    ///
+    /// # Errors
+    /// The first value that is refused, by its field.
     pub fn validate_for_start(&self) -> Result<&BootSource, ConfigError> {
         self.validate()?;
         self.boot_source.as_ref().ok_or_else(|| {

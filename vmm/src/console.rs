@@ -114,7 +114,7 @@ impl Input {
     ///
     /// # Errors
     /// No file descriptor is left.
-    pub fn attention(&self) -> io::Result<EventFd> {
+    pub(crate) fn attention(&self) -> io::Result<EventFd> {
         self.attention.try_clone()
     }
 

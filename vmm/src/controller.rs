@@ -49,7 +49,7 @@ use crate::sandbox;
 use crate::signals::{Signal, Signals};
 
 /// A subscriber of the event loop: the console or a device.
-pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
+pub(crate) type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
 /// Upper bound on the actions answered in one round of device events.
 const ACTIONS_A_ROUND: usize = 16;

@@ -9,7 +9,7 @@ use arch::{Cache, CacheKind};
 
 /// Contains a directory `index0`, `index1`, … for each cache.
 #[cfg(target_arch = "aarch64")]
-pub const SYSFS: &str = "/sys/devices/system/cpu/cpu0/cache";
+pub(crate) const SYSFS: &str = "/sys/devices/system/cpu/cpu0/cache";
 
 /// Upper bound on the directories that are read.
 const MAX_CACHES: usize = 16;
@@ -18,7 +18,7 @@ const MAX_TEXT: u64 = 4096;
 
 /// Reads the caches below `directory`. Fields that the host does not describe
 /// are zero; a cache without level or type is left out.
-pub fn read(directory: &Path) -> Vec<Cache> {
+pub(crate) fn read(directory: &Path) -> Vec<Cache> {
     let indices = (0..MAX_CACHES).map(|index| directory.join(format!("index{index}")));
     indices.filter_map(|index| read_one(&index)).collect()
 }

@@ -6,9 +6,10 @@
 //! resources, and a [`controller::Controller`] owns the machine and answers
 //! every [`action::Action`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
+#![cfg_attr(not(test), warn(unreachable_pub, clippy::missing_errors_doc))]
 
 pub mod action;
-pub mod assemble;
+mod assemble;
 pub mod build_error;
 pub mod config;
 pub mod console;
@@ -17,14 +18,14 @@ pub mod ending;
 #[cfg(any(test, target_arch = "aarch64"))]
 mod host_caches;
 pub mod inspect;
-pub mod kvm;
+mod kvm;
 pub mod logger;
-pub mod metrics;
-pub mod pci;
+mod metrics;
+mod pci;
 pub mod plan;
 mod queries;
-pub mod reports;
-pub mod resources;
+mod reports;
+mod resources;
 pub mod sandbox;
 pub mod signals;
 

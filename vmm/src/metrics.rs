@@ -15,7 +15,7 @@ use crate::action::{MachineState, MetricFamily, MetricKind, metrics_json};
 
 /// Counters of the monitor.
 #[derive(Debug, Default)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     /// Actions that succeeded.
     pub actions_done: AtomicU64,
     /// Actions that were refused or failed.
@@ -26,7 +26,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Returns all metrics with their current values.
-    pub fn families(&self, state: MachineState) -> Vec<MetricFamily> {
+    pub(crate) fn families(&self, state: MachineState) -> Vec<MetricFamily> {
         let counter = |name, help, value: &AtomicU64| {
             let value = value.load(Ordering::Relaxed);
             MetricFamily::single(name, help, MetricKind::Counter, value)
@@ -69,14 +69,14 @@ impl Metrics {
 
 /// The file of `PUT /metrics`: one JSON object a line.
 #[derive(Debug)]
-pub struct MetricsFile(File);
+pub(crate) struct MetricsFile(File);
 
 impl MetricsFile {
     /// Opens `path` for appending.
     ///
     /// # Errors
     /// The file cannot be opened or created.
-    pub fn open(path: &Path) -> Result<Self, FileError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, FileError> {
         host_file::open_output(path).map(Self)
     }
 
@@ -85,7 +85,7 @@ impl MetricsFile {
     /// # Errors
     /// The line cannot be written now: a FIFO without a reader, or a full file
     /// system.
-    pub fn append(&mut self, families: &[MetricFamily]) -> io::Result<()> {
+    pub(crate) fn append(&mut self, families: &[MetricFamily]) -> io::Result<()> {
         // A clock before 1970 counts as 1970.
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or(u64::MAX);

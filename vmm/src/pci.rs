@@ -9,6 +9,6 @@ mod smmuv3;
 mod vhost;
 mod virtio_iommu;
 
-pub use self::bus::PciBus;
+pub(crate) use self::bus::PciBus;
 #[cfg(test)]
 pub(crate) use self::iommu::IommuDevice;

@@ -19,7 +19,7 @@ use crate::reports::Reporter;
 
 /// Handle of the thread. It is never joined: the thread ends after its last
 /// job, once this is dropped.
-pub struct QueryThread {
+pub(crate) struct QueryThread {
     jobs: Sender<Job>,
     results: Receiver<Answered>,
 }
@@ -37,7 +37,7 @@ enum Job {
 }
 
 /// Answer to a query.
-pub struct Answered {
+pub(crate) struct Answered {
     /// Number of the query.
     pub number: u64,
     /// Result. [`Reply::Metrics`] has the devices' metrics only.
@@ -50,7 +50,7 @@ impl QueryThread {
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn start(pci: Option<&Arc<PciBus>>, reporter: Reporter) -> io::Result<Self> {
+    pub(crate) fn start(pci: Option<&Arc<PciBus>>, reporter: Reporter) -> io::Result<Self> {
         let (jobs, received) = mpsc::channel();
         let (sender, results) = mpsc::channel();
         // Weak: the machine decides when its devices end.
@@ -82,7 +82,7 @@ impl QueryThread {
 
     /// Queues `query`, which reads the devices' state. The caller bounds the
     /// number of queued queries.
-    pub fn ask(&self, number: u64, query: Query, model: IommuModel) {
+    pub(crate) fn ask(&self, number: u64, query: Query, model: IommuModel) {
         // The thread ends only after this object.
         let _ = self.jobs.send(Job::Query {
             number,
@@ -92,12 +92,12 @@ impl QueryThread {
     }
 
     /// Returns the next answer, or `None`. Never blocks.
-    pub fn next_answer(&self) -> Option<Answered> {
+    pub(crate) fn next_answer(&self) -> Option<Answered> {
         self.results.try_recv().ok()
     }
 
     /// Returns the next answer that comes before `deadline`.
-    pub fn answer_until(&self, deadline: Instant) -> Option<Answered> {
+    pub(crate) fn answer_until(&self, deadline: Instant) -> Option<Answered> {
         let left = deadline.saturating_duration_since(Instant::now());
         self.results.recv_timeout(left).ok()
     }
@@ -105,7 +105,7 @@ impl QueryThread {
     /// Drops the machine. The receiver gets a message when it is dropped, which
     /// may be never: a vCPU or a device's thread may be inside the host's
     /// kernel.
-    pub fn tear_down(self, machine: Machine) -> Receiver<()> {
+    pub(crate) fn tear_down(self, machine: Machine) -> Receiver<()> {
         let (done, is_done) = mpsc::channel();
         let machine = Box::new(machine);
         let _ = self.jobs.send(Job::TearDown { machine, done });
@@ -115,7 +115,7 @@ impl QueryThread {
 
 /// Whether the answer to `query` depends on the devices' state.
 #[must_use]
-pub fn concerns_devices(query: &Query) -> bool {
+pub(crate) fn concerns_devices(query: &Query) -> bool {
     match query {
         Query::Metrics | Query::Iommu | Query::Endpoint(_) | Query::Mappings { .. } => true,
         Query::InstanceInfo | Query::Version | Query::VmConfig => false,
@@ -124,7 +124,7 @@ pub fn concerns_devices(query: &Query) -> bool {
 
 /// Answers a query about devices; without a bus there are none. Takes the
 /// devices' locks.
-pub fn answer(pci: Option<&PciBus>, model: IommuModel, query: &Query) -> Outcome {
+pub(crate) fn answer(pci: Option<&PciBus>, model: IommuModel, query: &Query) -> Outcome {
     let info = || match pci {
         Some(pci) => pci.iommu_info(model),
         None => IommuInfo {

@@ -11,7 +11,7 @@ use crate::ending::Ending;
 /// Reports the machine's end to the event loop, from any thread. Never blocks;
 /// of several reports the first counts.
 #[derive(Debug)]
-pub struct Reporter {
+pub(crate) struct Reporter {
     reports: Sender<Ending>,
     wake: EventFd,
 }
@@ -19,7 +19,7 @@ pub struct Reporter {
 /// The event loop's end of the channel. Its descriptor is readable when a
 /// report may be there.
 #[derive(Debug)]
-pub struct Reports {
+pub(crate) struct Reports {
     reports: Receiver<Ending>,
     wake: EventFd,
 }
@@ -28,7 +28,7 @@ pub struct Reports {
 ///
 /// # Errors
 /// No file descriptor is left.
-pub fn channel() -> io::Result<(Reporter, Reports)> {
+pub(crate) fn channel() -> io::Result<(Reporter, Reports)> {
     let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let (sender, receiver) = mpsc::channel();
     let reporter = Reporter {
@@ -47,7 +47,7 @@ impl Reporter {
     ///
     /// # Errors
     /// No file descriptor is left.
-    pub fn try_clone(&self) -> io::Result<Self> {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             reports: self.reports.clone(),
             wake: self.wake.try_clone()?,
@@ -55,13 +55,13 @@ impl Reporter {
     }
 
     /// Makes the event loop poll its control events.
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         // A full counter is readable.
         let _ = self.wake.write(1);
     }
 
     /// Reports the machine's ending.
-    pub fn ended(&self, ending: Ending) {
+    pub(crate) fn ended(&self, ending: Ending) {
         // An event loop that has ended has received an earlier ending.
         let _ = self.reports.send(ending);
         self.wake();
@@ -70,7 +70,7 @@ impl Reporter {
 
 impl Reports {
     /// Returns the first report since the last call, if there is one.
-    pub fn take(&self) -> Option<Ending> {
+    pub(crate) fn take(&self) -> Option<Ending> {
         let _ = self.wake.read();
         let first = self.reports.try_recv().ok()?;
         // A guest may cause reports faster than the loop ends it.

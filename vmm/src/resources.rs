@@ -22,7 +22,7 @@ use crate::kvm::{self, Vcpu, Vm};
 use crate::plan::{Console, MachinePlan};
 
 /// The resources of one machine, released when dropped.
-pub struct HostResources {
+pub(crate) struct HostResources {
     pub(crate) boot: BootFiles,
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) vm: Arc<Vm>,
@@ -44,7 +44,7 @@ impl HostResources {
     /// # Errors
     /// The first resource that is not available, by its field in the
     /// configuration.
-    pub fn acquire(plan: &MachinePlan) -> Result<Self, BuildError> {
+    pub(crate) fn acquire(plan: &MachinePlan) -> Result<Self, BuildError> {
         let boot = BootFiles::open(&plan.boot.kernel, plan.boot.initrd.as_deref())?;
         let ram = Arc::new(allocate_ram(plan)?);
         let (vm, vcpus) = Vm::new(&ram, u32::from(plan.vcpus))?;

@@ -71,6 +71,9 @@ pub struct Client {
 impl Client {
     /// Queues `action` and returns at once. `deliver` is called exactly once, on the controller's
     /// thread, unless this returns an error; it must not block.
+    ///
+    /// # Errors
+    /// The queue is full, or the [`Inbox`] was dropped.
     pub fn send(
         &self,
         action: Action,
@@ -94,6 +97,9 @@ impl Client {
     }
 
     /// Sends `action` and waits for its outcome. On the controller's own thread it deadlocks.
+    ///
+    /// # Errors
+    /// The action was not queued, was refused, or failed.
     pub fn call(&self, action: Action) -> Outcome {
         let (deliver, outcome) = mpsc::sync_channel(1);
         self.send(action, move |outcome| {
@@ -113,13 +119,13 @@ pub struct Inbox {
 impl Inbox {
     /// Clears the wake-up event. Call it when [`AsRawFd`]'s descriptor is readable and before
     /// [`Inbox::next_call`]: a later call then signals the event again.
-    pub fn acknowledge(&self) {
+    pub(crate) fn acknowledge(&self) {
         // It fails only when there was none.
         let _ = self.wake.read();
     }
 
     /// Returns the next queued call, or `None`. Never blocks.
-    pub fn next_call(&self) -> Option<Call> {
+    pub(crate) fn next_call(&self) -> Option<Call> {
         self.calls.try_recv().ok()
     }
 

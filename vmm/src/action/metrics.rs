@@ -62,7 +62,7 @@ impl MetricFamily {
 /// time in milliseconds since 1970, and each family by its name. Samples with labels are objects
 /// in objects, by label value: `{"net0": {"translation": 2}}`.
 #[must_use]
-pub fn metrics_json(families: &[MetricFamily], utc_timestamp_ms: u64) -> String {
+pub(crate) fn metrics_json(families: &[MetricFamily], utc_timestamp_ms: u64) -> String {
     let mut line = Map::new();
     line.insert("utc_timestamp_ms".to_owned(), utc_timestamp_ms.into());
     for family in families {

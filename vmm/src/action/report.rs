@@ -231,6 +231,9 @@ impl IommuInfo {
     /// Finds an endpoint by its `id`, its PCI address, or its stream identifier as `0x` and
     /// hexadecimal digits, tried in that order. A drive and a network interface may have the same
     /// `id`; then only the other two names are unique.
+    ///
+    /// # Errors
+    /// No endpoint has this name, or more than one has.
     pub fn find(&self, name: &str) -> Result<&EndpointInfo, ActionError> {
         let endpoints = || self.endpoints.iter();
         let mut named = endpoints().filter(|endpoint| endpoint.id == name);

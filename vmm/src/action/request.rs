@@ -113,6 +113,9 @@ impl Action {
     }
 
     /// Refuses an action that `state` does not permit. The controller calls it first.
+    ///
+    /// # Errors
+    /// [`ActionError::WrongState`].
     pub fn check_state(&self, state: MachineState) -> Result<(), ActionError> {
         let possible = match self {
             Self::Configure(change) => match **change {
@@ -155,8 +158,10 @@ impl Configure {
         }
     }
 
-    /// Applies the change to `config` and validates the whole machine. On an error `config` is
-    /// unchanged.
+    /// Applies the change to `config` and validates the whole machine.
+    ///
+    /// # Errors
+    /// A value is refused; `config` is unchanged.
     pub fn apply_to(self, config: &mut VmConfig) -> Result<(), ConfigError> {
         let mut changed = config.clone();
         match self {

@@ -3,7 +3,7 @@
 use super::error::{ConfigError, require};
 
 /// Upper bound on the queues of a device (queue pairs of a network interface).
-pub const MAX_QUEUES: u16 = 16;
+pub(super) const MAX_QUEUES: u16 = 16;
 
 /// Upper bound on the length of an identifier, in bytes.
 const MAX_ID_LEN: usize = 64;

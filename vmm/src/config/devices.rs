@@ -96,7 +96,7 @@ impl Default for Drive {
 
 impl Drive {
     /// Checks the values; opens nothing.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         check_id("drive_id", &self.drive_id)?;
         self.socket.refuse(
             "socket",
@@ -260,7 +260,7 @@ impl Default for NetworkInterface {
 
 impl NetworkInterface {
     /// Parses the guest's Ethernet address; `None` if none is configured.
-    pub fn mac(&self) -> Result<Option<MacAddress>, ConfigError> {
+    pub(crate) fn mac(&self) -> Result<Option<MacAddress>, ConfigError> {
         let parse = |text: &String| {
             text.parse()
                 .map_err(|problem: &str| ConfigError::new("guest_mac", problem))
@@ -269,7 +269,7 @@ impl NetworkInterface {
     }
 
     /// Checks the values; touches no host device.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         check_id("iface_id", &self.iface_id)?;
         check_tap("host_dev_name", &self.host_dev_name)?;
         self.mac()?;
@@ -304,7 +304,7 @@ pub struct Vsock {
 
 impl Vsock {
     /// Checks the values; touches no host device.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         self.uds_path.refuse(
             "uds_path",
             "the host side is AF_VSOCK, not a Unix socket; remove it and connect to guest_cid",
@@ -340,7 +340,7 @@ impl Default for Entropy {
 
 impl Entropy {
     /// Checks that the rate limiter has no limit.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         RateLimiter::refuse_limits(self.rate_limiter.as_ref(), "rate_limiter")
     }
 }
@@ -364,7 +364,7 @@ pub struct Serial {
 
 impl Serial {
     /// Checks the values; opens nothing.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         if let Some(path) = &self.serial_out_path {
             check_path("serial_out_path", path)?;
         }

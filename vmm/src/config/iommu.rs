@@ -92,7 +92,7 @@ impl Default for Iommu {
 
 impl Iommu {
     /// Checks that the options belong to the model and the model to this architecture.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         self.validate_on(std::env::consts::ARCH)
     }
 

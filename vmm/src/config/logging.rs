@@ -88,7 +88,7 @@ pub struct Logger {
 
 impl Logger {
     /// Checks the values; opens nothing.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         self.log_path
             .as_ref()
             .map_or(Ok(()), |path| check_path("log_path", path))
@@ -111,7 +111,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Checks the values; opens nothing.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         check_path("metrics_path", &self.metrics_path)?;
         require(
             !self.emit_id.unwrap_or(false),

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
 
 /// Upper bound on vCPUs.
-pub const MAX_VCPUS: u8 = 32;
+pub(super) const MAX_VCPUS: u8 = 32;
 
 /// Guest memory in MiB, inclusive: the limits of the memory layout.
 pub(super) const MEMORY_MIB: RangeInclusive<u64> =
@@ -92,7 +92,7 @@ impl Default for MachineConfig {
 
 impl MachineConfig {
     /// Checks that the values are valid and that this monitor supports them.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         require(
             (1..=MAX_VCPUS).contains(&self.vcpu_count),
             "vcpu_count",
@@ -157,7 +157,7 @@ pub struct MachineConfigUpdate {
 impl MachineConfigUpdate {
     /// Returns `current` with the given fields replaced.
     #[must_use]
-    pub fn applied_to(self, current: &MachineConfig) -> MachineConfig {
+    pub(crate) fn applied_to(self, current: &MachineConfig) -> MachineConfig {
         MachineConfig {
             vcpu_count: self.vcpu_count.unwrap_or(current.vcpu_count),
             mem_size_mib: self.mem_size_mib.unwrap_or(current.mem_size_mib),
@@ -189,7 +189,7 @@ pub struct BootSource {
 
 impl BootSource {
     /// Checks the paths' form and the command line; opens nothing.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         check_path("kernel_image_path", &self.kernel_image_path)?;
         if let Some(initrd) = &self.initrd_path {
             check_path("initrd_path", initrd)?;
@@ -214,7 +214,7 @@ impl BootSource {
     /// The command line for the guest, if one is configured: `boot_args` without the arguments that
     /// suit other machines. A typed command line keeps them. Each is logged.
     #[must_use]
-    pub fn command_line(&self) -> Option<String> {
+    pub(crate) fn command_line(&self) -> Option<String> {
         let boot_args = self.boot_args.as_ref()?;
         let (kept, unsuitable) = kernel_arguments::split(std::env::consts::ARCH, boot_args);
         for Unsuitable { argument, effect } in unsuitable {

@@ -72,7 +72,7 @@ impl Output {
 
     /// Sets the callback for a full buffer that is half empty again. It runs on
     /// the writing thread with no lock held. Only the first call has an effect.
-    pub fn on_room(&self, call: impl Fn() + Send + Sync + 'static) {
+    pub(crate) fn on_room(&self, call: impl Fn() + Send + Sync + 'static) {
         let _ = self.on_room.set(Box::new(call));
     }
 

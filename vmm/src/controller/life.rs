@@ -8,7 +8,7 @@ use crate::ending::Ending;
 use crate::queries::QueryThread;
 
 /// A machine that was started.
-pub struct Running {
+pub(super) struct Running {
     /// Ends the guest when dropped.
     pub machine: Machine,
     /// Answers queries that read the devices' state.
@@ -16,7 +16,7 @@ pub struct Running {
 }
 
 /// Ending of the machine, and the deadline for it.
-pub struct PendingEnd {
+pub(super) struct PendingEnd {
     /// Ending of the machine.
     pub ending: Ending,
     /// Time from which vCPUs and devices that still run are left to the end of
@@ -27,7 +27,7 @@ pub struct PendingEnd {
 impl PendingEnd {
     /// Creates an ending whose deadline is `timeout` from now.
     #[must_use]
-    pub fn new(ending: Ending, timeout: Duration) -> Self {
+    pub(super) fn new(ending: Ending, timeout: Duration) -> Self {
         let deadline = Instant::now() + timeout;
         Self { ending, deadline }
     }
@@ -35,7 +35,7 @@ impl PendingEnd {
 
 /// The machine and its state. No method waits for a vCPU.
 #[derive(Default)]
-pub struct Life {
+pub(super) struct Life {
     state: MachineState,
     running: Option<Running>,
     /// A pause is requested, and some vCPUs still execute.
@@ -46,24 +46,24 @@ pub struct Life {
 impl Life {
     /// State of the machine, for the API.
     #[must_use]
-    pub fn state(&self) -> MachineState {
+    pub(super) fn state(&self) -> MachineState {
         self.state
     }
 
     /// The query thread; `None` until the machine is started.
     #[must_use]
-    pub fn queries(&self) -> Option<&QueryThread> {
+    pub(super) fn queries(&self) -> Option<&QueryThread> {
         self.running.as_ref().map(|running| &running.queries)
     }
 
     /// Whether the machine has an ending.
     #[must_use]
-    pub fn is_ending(&self) -> bool {
+    pub(super) fn is_ending(&self) -> bool {
         self.pending_end.is_some()
     }
 
     /// Stores a built machine and resumes its vCPUs.
-    pub fn start(&mut self, machine: Machine, queries: QueryThread) {
+    pub(super) fn start(&mut self, machine: Machine, queries: QueryThread) {
         machine.vcpus.resume();
         self.running = Some(Running { machine, queries });
         self.state = MachineState::Running;
@@ -71,7 +71,7 @@ impl Life {
 
     /// Requests a pause. Returns whether it is complete already; otherwise
     /// [`Self::complete_pause`] reports when it is.
-    pub fn pause(&mut self) -> bool {
+    pub(super) fn pause(&mut self) -> bool {
         if let Some(running) = &self.running
             && self.state == MachineState::Running
             && !self.pausing
@@ -83,7 +83,7 @@ impl Life {
     }
 
     /// Returns whether a pause completed since the last call.
-    pub fn complete_pause(&mut self) -> bool {
+    pub(super) fn complete_pause(&mut self) -> bool {
         let complete = self.pausing && self.is_idle();
         if complete {
             self.pausing = false;
@@ -93,7 +93,7 @@ impl Life {
     }
 
     /// Resumes the vCPUs; withdraws a pause that is not complete.
-    pub fn resume(&mut self) {
+    pub(super) fn resume(&mut self) {
         self.pausing = false;
         if let Some(running) = &self.running {
             running.machine.vcpus.resume();
@@ -103,7 +103,7 @@ impl Life {
 
     /// Starts the end of the machine. Of several calls the first ending and the
     /// shortest timeout count.
-    pub fn end(&mut self, ending: Ending, timeout: Duration) {
+    pub(super) fn end(&mut self, ending: Ending, timeout: Duration) {
         if let Some(pending_end) = &mut self.pending_end {
             pending_end.deadline = pending_end.deadline.min(Instant::now() + timeout);
             return;
@@ -117,7 +117,7 @@ impl Life {
 
     /// Returns the ending, once the vCPUs have ended or the deadline has
     /// passed.
-    pub fn take_pending_end(&mut self) -> Option<PendingEnd> {
+    pub(super) fn take_pending_end(&mut self) -> Option<PendingEnd> {
         let idle = self.is_idle();
         let due = |pending_end: &mut PendingEnd| idle || pending_end.deadline <= Instant::now();
         self.pending_end.take_if(due)
@@ -125,7 +125,7 @@ impl Life {
 
     /// Time that the event loop may wait for events; `None` without a limit.
     #[must_use]
-    pub fn timeout(&self) -> Option<Duration> {
+    pub(super) fn timeout(&self) -> Option<Duration> {
         let pending_end = self.pending_end.as_ref()?;
         Some(
             pending_end
@@ -135,7 +135,7 @@ impl Life {
     }
 
     /// Takes the machine out, to be dropped by the caller.
-    pub fn take(&mut self) -> Option<Running> {
+    pub(super) fn take(&mut self) -> Option<Running> {
         self.running.take()
     }
 

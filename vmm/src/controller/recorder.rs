@@ -16,7 +16,7 @@ const PERIOD: Duration = Duration::from_secs(60);
 
 /// The metrics file, if one is configured, and a timer that is readable when a
 /// line is due.
-pub struct Recorder {
+pub(super) struct Recorder {
     file: Option<MetricsFile>,
     timer: TimerFd,
 }
@@ -26,7 +26,7 @@ impl Recorder {
     ///
     /// # Errors
     /// No file descriptor is left.
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let timer = TimerFd::new()?;
         Ok(Self { file: None, timer })
     }
@@ -35,7 +35,7 @@ impl Recorder {
     ///
     /// # Errors
     /// The file cannot be opened; nothing has changed.
-    pub fn open(&mut self, path: &str) -> Result<(), ConfigError> {
+    pub(super) fn open(&mut self, path: &str) -> Result<(), ConfigError> {
         let path = Path::new(path);
         let file = MetricsFile::open(path)
             .map_err(|error| ConfigError::of_file("metrics_path", path, &error))?;
@@ -48,7 +48,7 @@ impl Recorder {
     ///
     /// # Errors
     /// There is none.
-    pub fn check(&self) -> Result<(), ActionError> {
+    pub(super) fn check(&self) -> Result<(), ActionError> {
         match self.file {
             Some(_) => Ok(()),
             None => Err(ActionError::Failed(
@@ -61,7 +61,7 @@ impl Recorder {
     ///
     /// # Errors
     /// There is no file, or it cannot be written.
-    pub fn append(&mut self, families: &[MetricFamily]) -> Result<(), ActionError> {
+    pub(super) fn append(&mut self, families: &[MetricFamily]) -> Result<(), ActionError> {
         self.check()?;
         let appended = self.file.as_mut().map(|file| file.append(families));
         appended
@@ -71,7 +71,7 @@ impl Recorder {
 
     /// Returns true once for each due line. The timer is one-shot and is not
     /// read, because a read can block.
-    pub fn is_due(&mut self) -> bool {
+    pub(super) fn is_due(&mut self) -> bool {
         if self.file.is_none() || self.timer.is_armed().unwrap_or(true) {
             return false;
         }

@@ -11,7 +11,7 @@ const MAX_WAITING: usize = 32;
 
 /// Event that completes an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub(super) enum Event {
     /// No vCPU executes, because of a pause.
     Paused,
     /// The machine has ended.
@@ -24,7 +24,7 @@ pub enum Event {
 }
 
 /// An action that was taken from the inbox, and its callback.
-pub struct Pending {
+pub(super) struct Pending {
     /// Name of the action, as a noun.
     pub name: &'static str,
     /// Whether the action is a query, which changes nothing.
@@ -35,7 +35,7 @@ pub struct Pending {
 
 impl Pending {
     /// Logs, counts and sends the outcome.
-    pub fn finish(self, outcome: Outcome, metrics: &Metrics) {
+    pub(super) fn finish(self, outcome: Outcome, metrics: &Metrics) {
         let name = self.name;
         match &outcome {
             Ok(_) => {
@@ -59,14 +59,14 @@ impl Pending {
 
 /// The waiting actions; [`MAX_WAITING`] bounds the number of each kind.
 #[derive(Default)]
-pub struct WaitingActions(Vec<(Event, Pending)>);
+pub(super) struct WaitingActions(Vec<(Event, Pending)>);
 
 impl WaitingActions {
     /// Checks that another action may wait for this kind of event.
     ///
     /// # Errors
     /// Too many actions wait for it.
-    pub fn check_room(&self, event: Event) -> Result<(), ActionError> {
+    pub(super) fn check_room(&self, event: Event) -> Result<(), ActionError> {
         let kind = std::mem::discriminant(&event);
         let same = |(other, _): &&(Event, Pending)| std::mem::discriminant(other) == kind;
         if self.0.iter().filter(same).count() < MAX_WAITING {
@@ -78,12 +78,12 @@ impl WaitingActions {
     }
 
     /// Stores an action until `event` happens.
-    pub fn add(&mut self, event: Event, action: Pending) {
+    pub(super) fn add(&mut self, event: Event, action: Pending) {
         self.0.push((event, action));
     }
 
     /// Removes and returns the actions that wait for `event`.
-    pub fn take(&mut self, event: Event) -> Vec<Pending> {
+    pub(super) fn take(&mut self, event: Event) -> Vec<Pending> {
         let taken = self.0.extract_if(.., |(other, _)| *other == event);
         taken.map(|(_, action)| action).collect()
     }

@@ -18,7 +18,7 @@ impl Vm {
     ///
     /// # Errors
     /// No eventfd is available, or the kernel refuses it.
-    pub fn line(&self, gsi: u32) -> Result<Line, Error> {
+    pub(crate) fn line(&self, gsi: u32) -> Result<Line, Error> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(failed("creating an eventfd"))?;
         self.fd()
             .register_irqfd(&event, gsi)
@@ -27,7 +27,7 @@ impl Vm {
     }
 
     /// Returns the allocator of message-signalled interrupts.
-    pub fn msi_allocator(self: &Arc<Self>) -> Arc<dyn MsiAllocator> {
+    pub(crate) fn msi_allocator(self: &Arc<Self>) -> Arc<dyn MsiAllocator> {
         Arc::new(Sink(Arc::clone(self)))
     }
 
@@ -57,7 +57,7 @@ impl Vm {
 /// A wired interrupt. Every one is edge-triggered, so that it is an irqfd: one system call for each
 /// edge.
 #[derive(Debug)]
-pub struct Line {
+pub(crate) struct Line {
     event: EventFd,
 }
 

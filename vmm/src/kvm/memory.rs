@@ -23,7 +23,11 @@ const NAME: &CStr = c"portcullis-ram";
 /// # Errors
 /// The host has no such memory. With `huge`, also: a range is not a multiple of
 /// 2 MiB, or not enough pages of 2 MiB are free.
-pub fn allocate(ranges: &[Range], backing: MemBacking, huge: bool) -> Result<GuestRam, Error> {
+pub(crate) fn allocate(
+    ranges: &[Range],
+    backing: MemBacking,
+    huge: bool,
+) -> Result<GuestRam, Error> {
     let bytes: u64 = ranges.iter().map(|range| range.size).sum();
     let mib = bytes >> 20;
     build(ranges, backing, huge, bytes).map_err(|source| {

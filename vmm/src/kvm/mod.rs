@@ -22,9 +22,8 @@ mod native;
 #[path = "x86_64.rs"]
 mod native;
 
-pub use error::Error;
-pub use interrupts::Line;
-pub use memory::allocate;
-pub use vcpu::{Exit, Vcpu};
-pub use vcpus::{Buses, End, Vcpus};
-pub use vm::Vm;
+pub(crate) use error::Error;
+pub(crate) use memory::allocate;
+pub(crate) use vcpu::{Exit, Vcpu};
+pub(crate) use vcpus::{Buses, End, Vcpus};
+pub(crate) use vm::Vm;

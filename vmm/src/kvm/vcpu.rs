@@ -15,7 +15,7 @@ use super::native;
 
 /// Exit of a vCPU (`KVM_RUN`).
 #[derive(Debug)]
-pub enum Exit<'a> {
+pub(crate) enum Exit<'a> {
     /// Fill `data`, in units of `size` bytes, with the value of `port`.
     PioRead {
         /// I/O port, the same for every unit.
@@ -60,7 +60,7 @@ pub enum Exit<'a> {
 
 /// A vCPU. One thread runs it.
 #[derive(Debug)]
-pub struct Vcpu {
+pub(crate) struct Vcpu {
     fd: VcpuFd,
     host: Arc<native::Host>,
     index: u32,
@@ -87,7 +87,7 @@ impl Vcpu {
     }
 
     /// Number of the vCPU, from 0.
-    pub fn index(&self) -> u32 {
+    pub(crate) fn index(&self) -> u32 {
         self.index
     }
 
@@ -96,12 +96,12 @@ impl Vcpu {
     ///
     /// # Errors
     /// The kernel refuses a register because it is too old.
-    pub fn set_up(&self, entry: Entry) -> Result<(), Error> {
+    pub(crate) fn set_up(&self, entry: Entry) -> Result<(), Error> {
         native::set_up(&self.fd, &self.host, self.index, self.cpus, entry)
     }
 
     /// The caches for the guest's device tree; empty where CPUID describes them.
-    pub fn caches(&self) -> Vec<arch::Cache> {
+    pub(crate) fn caches(&self) -> Vec<arch::Cache> {
         native::caches(&self.fd)
     }
 
@@ -124,13 +124,13 @@ impl Vcpu {
 
     /// The registers as text for a crash report. If the last run ended with an
     /// internal error, KVM's details of it come first.
-    pub fn registers(&mut self) -> String {
+    pub(crate) fn registers(&mut self) -> String {
         let error = internal_error(self.run_page());
         error.map_or_else(String::new, details) + &native::registers(&self.fd)
     }
 
     /// Runs the guest until an exit.
-    pub fn run(&mut self) -> Exit<'_> {
+    pub(crate) fn run(&mut self) -> Exit<'_> {
         let page = self.run_page();
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {

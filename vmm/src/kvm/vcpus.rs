@@ -19,7 +19,7 @@ use super::{Error, Exit, Vcpu};
 
 /// The buses that handle the guest's accesses.
 #[derive(Clone)]
-pub struct Buses {
+pub(crate) struct Buses {
     /// I/O ports (x86_64).
     pub pio: Arc<Bus>,
     /// Guest physical addresses outside RAM.
@@ -75,7 +75,7 @@ impl Processor for Vcpu {
 
 /// Ending of the guest, as a vCPU thread reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     /// It powered off.
     PowerOff,
     /// It reset.
@@ -177,7 +177,7 @@ impl NextStep {
 
 /// All vCPU threads of a VM. Dropping it stops and joins them, which waits for
 /// a vCPU inside a device: see [`Self::request_stop`].
-pub struct Vcpus {
+pub(crate) struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -232,27 +232,27 @@ impl Vcpus {
     }
 
     /// Lets the guest run. Withdraws a request to pause.
-    pub fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.shared.pause.clear();
         self.shared.set_requested(RequestedState::Running);
     }
 
     /// Requests every vCPU to pause. Returns at once; [`Self::is_idle`] is true
     /// when all have paused.
-    pub fn request_pause(&self) {
+    pub(crate) fn request_pause(&self) {
         self.request(RequestedState::Paused);
     }
 
     /// Requests every thread to end. Returns at once; dropping this object does
     /// not wait once [`Self::is_idle`] is true.
-    pub fn request_stop(&self) {
+    pub(crate) fn request_stop(&self) {
         self.request(RequestedState::Stopped);
     }
 
     /// Whether no vCPU executes, and none is inside a device. It stays true
     /// until [`Self::resume`].
     #[must_use]
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.shared.state().parked == self.shared.total
     }
 

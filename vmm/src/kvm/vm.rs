@@ -21,7 +21,7 @@ use super::vcpu::Vcpu;
 /// A virtual machine. It ends when the last reference and all [`Vcpu`]s are
 /// dropped.
 #[derive(Debug)]
-pub struct Vm {
+pub(crate) struct Vm {
     fd: VmFd,
     routes: Mutex<Routes>,
     _controller: native::Controller,
@@ -35,7 +35,7 @@ impl Vm {
     ///
     /// # Errors
     /// KVM is missing, not permitted, too old, or refuses the machine.
-    pub fn new(ram: &GuestRam, cpus: u32) -> Result<(Arc<Self>, Vec<Vcpu>), Error> {
+    pub(crate) fn new(ram: &GuestRam, cpus: u32) -> Result<(Arc<Self>, Vec<Vcpu>), Error> {
         let kvm = open()?;
         check_cpus(&kvm, cpus)?;
         let fd = native::create_vm(&kvm)?;

@@ -21,7 +21,7 @@ use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
 use crate::resources::AcquiredFunction;
 
 /// The PCI bus. Dropping it ends the devices' threads.
-pub struct PciBus {
+pub(crate) struct PciBus {
     pub(super) functions: Vec<Function>,
     pub(super) iommu: Option<IommuDevice>,
     _msis: Option<MsiThread>,
@@ -98,7 +98,7 @@ impl PciBus {
 
     /// The host bridge as the firmware tables describe it.
     #[must_use]
-    pub fn host() -> PciHost {
+    pub(crate) fn host() -> PciHost {
         PciHost {
             ecam: layout::PCI_ECAM,
             last_bus: layout::PCI_LAST_BUS,
@@ -109,7 +109,7 @@ impl PciBus {
 
     /// The IOMMU as the firmware tables describe it.
     #[must_use]
-    pub fn iommu_node(&self) -> Option<IommuNode> {
+    pub(crate) fn iommu_node(&self) -> Option<IommuNode> {
         let requester = |function: &Function| u16::try_from(function.stream.0).ok();
         let is_iommu = |function: &&Function| function.device == DevicePlan::VirtioIommu;
         let function = self.functions.iter().find(is_iommu).and_then(requester);

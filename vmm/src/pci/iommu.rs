@@ -20,7 +20,7 @@ use crate::plan::MachinePlan;
 const INPUT_BITS: u32 = 48;
 
 /// The IOMMU of a machine.
-pub enum IommuDevice {
+pub(crate) enum IommuDevice {
     /// A virtio-iommu: its model, and its event queue.
     Virtio {
         /// Domains and mappings.
@@ -37,7 +37,7 @@ impl IommuDevice {
     ///
     /// # Errors
     /// This architecture has no SMMUv3, or its interrupts are not available.
-    pub fn build(
+    pub(super) fn build(
         plan: &MachinePlan,
         vm: &Vm,
         buses: &Buses,
@@ -106,7 +106,7 @@ impl IommuDevice {
 
     /// The model, from which the regions of the streams are created.
     #[must_use]
-    pub fn model(&self) -> Arc<dyn Iommu> {
+    pub(super) fn model(&self) -> Arc<dyn Iommu> {
         match self {
             Self::Virtio { model, .. } => Arc::clone(model) as Arc<dyn Iommu>,
             Self::Smmuv3(model) => Arc::clone(model) as Arc<dyn Iommu>,
@@ -116,7 +116,7 @@ impl IommuDevice {
     /// Returns the callback that notifies the model when the guest switches ATS
     /// in a function; `None` where ATS is not offered.
     #[must_use]
-    pub fn ats_hook(&self, stream: StreamId) -> Option<AtsHook> {
+    pub(super) fn ats_hook(&self, stream: StreamId) -> Option<AtsHook> {
         match self {
             Self::Smmuv3(model) if model.config().ats => {
                 let model = Arc::clone(model);
@@ -130,7 +130,7 @@ impl IommuDevice {
 
     /// Creates the virtio-iommu device; `None` for another model.
     #[must_use]
-    pub fn function(&self) -> Option<VirtioIommuDevice> {
+    pub(super) fn function(&self) -> Option<VirtioIommuDevice> {
         match self {
             Self::Virtio { model, events } => Some(VirtioIommuDevice::new(
                 Arc::clone(model),
@@ -143,7 +143,7 @@ impl IommuDevice {
     /// The model as the firmware tables describe it. `function` is the
     /// requester ID of a virtio-iommu.
     #[must_use]
-    pub fn node(&self, function: Option<u16>) -> Option<NodeModel> {
+    pub(super) fn node(&self, function: Option<u16>) -> Option<NodeModel> {
         match self {
             Self::Virtio { .. } => Some(NodeModel::VirtioPci { bdf: function? }),
             Self::Smmuv3(model) => Some(NodeModel::Smmuv3 {

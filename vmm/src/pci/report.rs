@@ -117,7 +117,7 @@ const BLOCK_METRICS: [BlockMetric; 4] = [
 impl PciBus {
     /// Metrics of the bus, by device.
     #[must_use]
-    pub fn families(&self) -> Vec<MetricFamily> {
+    pub(crate) fn families(&self) -> Vec<MetricFamily> {
         let endpoints: Vec<_> = self
             .functions
             .iter()
@@ -203,7 +203,7 @@ impl PciBus {
 
     /// Report of the IOMMU (`GET /iommu`).
     #[must_use]
-    pub fn iommu_info(&self, model: IommuModel) -> IommuInfo {
+    pub(crate) fn iommu_info(&self, model: IommuModel) -> IommuInfo {
         #[cfg(test)]
         drop(self.busy.lock());
         let (enabled, features) = match &self.iommu {
@@ -222,7 +222,7 @@ impl PciBus {
 
     /// Returns up to `limit` mappings of an endpoint that start above `after`.
     #[must_use]
-    pub fn mappings(&self, stream: u32, after: Option<u64>, limit: u32) -> MappingsPage {
+    pub(crate) fn mappings(&self, stream: u32, after: Option<u64>, limit: u32) -> MappingsPage {
         let page = |iommu| mappings_page(iommu, StreamId(stream), after, limit);
         self.iommu.as_ref().map(page).unwrap_or_default()
     }

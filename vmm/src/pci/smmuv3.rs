@@ -6,7 +6,7 @@ use crate::action::{MetricFamily, MetricKind, Sample};
 
 /// The metrics of an SMMUv3, in the order of [`SmmuStats`]. A family by type
 /// has a sample for each type that occurred.
-pub fn families(stats: &SmmuStats) -> Vec<MetricFamily> {
+pub(super) fn families(stats: &SmmuStats) -> Vec<MetricFamily> {
     // A new counter does not compile without its metric.
     let SmmuStats {
         commands,

@@ -13,7 +13,7 @@ use crate::action::{
 
 /// Registration of these IOTLBs with the notifier chain; `None` while none is
 /// registered.
-pub fn registration(all: &[IotlbStats]) -> Option<Registration> {
+pub(super) fn registration(all: &[IotlbStats]) -> Option<Registration> {
     let first = all.iter().find(|stats| !stats.registration.is_empty())?;
     let kind = if first.registration.contains(NotifierEvents::DEVIOTLB_UNMAP) {
         RegistrationKind::DevIotlb
@@ -31,7 +31,7 @@ pub fn registration(all: &[IotlbStats]) -> Option<Registration> {
 }
 
 /// Adds the counters of a device's IOTLBs.
-pub fn add_counters(counters: &mut EndpointCounters, all: &[IotlbStats]) {
+pub(super) fn add_counters(counters: &mut EndpointCounters, all: &[IotlbStats]) {
     for stats in all {
         counters.misses += stats.misses;
         counters.updates += stats.updates;
@@ -102,7 +102,7 @@ const NET_METRICS: [NetMetric; 3] = [
 
 /// Metrics of the functions with a vhost back end, in addition to those of
 /// every endpoint.
-pub fn families(functions: &[Function]) -> Vec<MetricFamily> {
+pub(super) fn families(functions: &[Function]) -> Vec<MetricFamily> {
     let sample = |function: &Function, value| Sample {
         labels: vec![("device", function.id.clone())],
         value,

@@ -6,7 +6,7 @@ use iommu::virtio::VirtioIommu;
 use crate::action::{MetricFamily, MetricKind};
 
 /// The metrics of a virtio-iommu and its event queue.
-pub fn families(model: &VirtioIommu, events: &EventQueue) -> Vec<MetricFamily> {
+pub(super) fn families(model: &VirtioIommu, events: &EventQueue) -> Vec<MetricFamily> {
     let (reported, dropped) = events.counts();
     let mapped = u64::try_from(model.mapped()).unwrap_or(u64::MAX);
     vec![
