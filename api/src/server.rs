@@ -11,13 +11,15 @@ pub use limits::Limits;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm::action::{Action, Client, MetricFamily, MetricKind, Outcome, Reply, Sample};
 use vmm::error::Chain;
+use vmm::thread::{ThreadKind, spawn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -48,6 +50,8 @@ pub enum ServerError {
 pub struct Server {
     signal: Arc<Signal>,
     thread: Option<JoinHandle<()>>,
+    /// Removed from the file system when the thread has ended: the thread itself may not.
+    _socket: Socket,
 }
 
 /// Wakes the poll loop from other threads.
@@ -65,14 +69,15 @@ impl Server {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ServerError::Watch)?;
         let stop = AtomicBool::new(false);
         let signal = Arc::new(Signal { stop, wake });
+        let listener = socket.listener().try_clone().map_err(ServerError::Watch)?;
         let poll_loop =
-            Loop::new(socket, client, limits, Arc::clone(&signal)).map_err(ServerError::Watch)?;
-        let thread = thread::Builder::new()
-            .name("api".to_owned())
-            .spawn(move || poll_loop.run())
-            .map_err(ServerError::Thread)?;
-        let thread = Some(thread);
-        Ok(Self { signal, thread })
+            Loop::new(listener, client, limits, Arc::clone(&signal)).map_err(ServerError::Watch)?;
+        let thread = spawn(ThreadKind::Api, "api", move || poll_loop.run());
+        Ok(Self {
+            signal,
+            thread: Some(thread.map_err(ServerError::Thread)?),
+            _socket: socket,
+        })
     }
 }
 
@@ -97,7 +102,7 @@ struct Delivery {
 
 struct Loop {
     epoll: Epoll,
-    socket: Socket,
+    listener: UnixListener,
     client: Client,
     limits: Limits,
     signal: Arc<Signal>,
@@ -114,7 +119,7 @@ struct Loop {
 
 impl Loop {
     fn new(
-        socket: Socket,
+        listener: UnixListener,
         client: Client,
         limits: Limits,
         signal: Arc<Signal>,
@@ -122,12 +127,11 @@ impl Loop {
         let epoll = Epoll::new()?;
         let wake = EpollEvent::new(EventSet::IN, WAKE);
         epoll.ctl(ControlOperation::Add, signal.wake.as_raw_fd(), wake)?;
-        let listener = EpollEvent::new(EventSet::IN, LISTENER);
-        let listener_fd = socket.listener().as_raw_fd();
-        epoll.ctl(ControlOperation::Add, listener_fd, listener)?;
+        let acceptable = EpollEvent::new(EventSet::IN, LISTENER);
+        epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), acceptable)?;
         Ok(Self {
             epoll,
-            socket,
+            listener,
             client,
             limits,
             signal,
@@ -178,7 +182,7 @@ impl Loop {
     }
 
     fn accept(&mut self) {
-        let stream = match self.socket.listener().accept() {
+        let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
@@ -382,7 +386,7 @@ impl Loop {
             EventSet::empty()
         };
         let event = EpollEvent::new(events, LISTENER);
-        let fd = self.socket.listener().as_raw_fd();
+        let fd = self.listener.as_raw_fd();
         match self.epoll.ctl(ControlOperation::Modify, fd, event) {
             Ok(()) => self.listening = listen,
             Err(error) => log::warn!("the API cannot watch its socket: {error}"),

@@ -23,5 +23,6 @@ pub mod random;
 mod rig;
 pub mod smmuv3;
 pub mod tap;
+pub mod thread;
 pub mod vhost;
 pub mod virtio;

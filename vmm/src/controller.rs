@@ -175,7 +175,6 @@ impl Controller {
     pub fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
         let resources = HostResources::acquire(&plan)?;
-        sandbox::confine(self.config.sandbox)?;
         let Assembled { machine, input } =
             assemble::assemble(&plan, resources, &self.metrics, &self.reporter)?;
         let attention = input.as_ref().map(Input::attention).transpose()?;
@@ -188,9 +187,11 @@ impl Controller {
         Ok(())
     }
 
-    fn run_machine(&mut self, machine: Machine) -> io::Result<()> {
+    /// Starts the last thread, confines the event loop, and resumes the vCPUs.
+    fn run_machine(&mut self, machine: Machine) -> Result<(), BuildError> {
         let reporter = self.reporter.try_clone()?;
         let queries = QueryThread::start(machine.pci.as_ref(), reporter)?;
+        sandbox::confine(self.config.sandbox)?;
         self.life.start(machine, queries);
         Ok(())
     }

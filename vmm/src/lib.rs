@@ -29,4 +29,4 @@ mod resources;
 pub mod sandbox;
 pub mod signals;
 
-pub use devices::{error, host_file};
+pub use devices::{error, host_file, thread};

@@ -8,8 +8,9 @@
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Weak};
-use std::thread;
 use std::time::Instant;
+
+use devices::thread::{ThreadKind, spawn};
 
 use crate::action::{IommuInfo, Outcome, Query, Reply};
 use crate::assemble::Machine;
@@ -55,8 +56,7 @@ impl QueryThread {
         let (sender, results) = mpsc::channel();
         // Weak: the machine decides when its devices end.
         let pci = pci.map(Arc::downgrade);
-        let thread = thread::Builder::new().name("queries".into());
-        thread.spawn(move || {
+        spawn(ThreadKind::Queries, "queries", move || {
             for job in received {
                 match job {
                     Job::Query {

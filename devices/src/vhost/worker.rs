@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::thread::{ThreadKind, spawn};
+
 /// Token of the eventfd that ends the thread.
 const EXIT: u64 = u64::MAX;
 /// Shift of the client's number in a token; the source is in the low half.
@@ -61,9 +63,7 @@ impl VhostWorker {
         });
         shared.watch(&shared.exit, EXIT)?;
         let worker = Arc::clone(&shared);
-        let handle = std::thread::Builder::new()
-            .name("iotlb".into())
-            .spawn(move || worker.run())?;
+        let handle = spawn(ThreadKind::VhostWorker, "iotlb", move || worker.run())?;
         Ok(Self {
             shared,
             handle: Some(handle),

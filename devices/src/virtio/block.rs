@@ -33,6 +33,7 @@ use super::device::{VirtioDevice, read_image};
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::chain::RINGS_OUTSIDE;
 use crate::queue::{QueuePosition, RunningQueue};
+use crate::thread::{ThreadKind, spawn};
 
 /// Token of the eventfd that ends the worker; the token of a queue is its
 /// index.
@@ -109,8 +110,8 @@ impl Block {
         let counters = Arc::clone(disk.counters());
         let worker = {
             let shared = Arc::clone(&shared);
-            let thread = thread::Builder::new().name(format!("disk-{}", config.id));
-            thread.spawn(move || work(&shared, disk))?
+            let work = move || work(&shared, disk);
+            spawn(ThreadKind::Disk, format!("disk-{}", config.id), work)?
         };
         Ok(Self {
             sizes: vec![QUEUE_SIZE; count],

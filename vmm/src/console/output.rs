@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use devices::legacy::SerialSink;
+use devices::thread::{ThreadKind, spawn};
 
 /// Upper bound on the bytes that wait for the reader.
 const LIMIT: usize = 64 * 1024;
@@ -64,9 +65,9 @@ impl Output {
         });
         let writer = Arc::clone(&output);
         // Never joined: it may be blocked in a write until the process ends.
-        thread::Builder::new()
-            .name("console".into())
-            .spawn(move || writer.write_out(Sink::new(file, room)))?;
+        spawn(ThreadKind::Console, "console", move || {
+            writer.write_out(Sink::new(file, room));
+        })?;
         Ok(output)
     }
 

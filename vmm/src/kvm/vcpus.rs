@@ -8,10 +8,11 @@
 use std::cell::Cell;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use devices::bus::Bus;
 use devices::pause::PauseRequest;
+use devices::thread::{ThreadKind, spawn};
 use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -222,11 +223,10 @@ impl Vcpus {
             let index = vcpu.index();
             let (shared, buses) = (Arc::clone(&this.shared), buses.clone());
             let on_end = Arc::clone(&on_end);
-            let thread = Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || run(vcpu, &shared, &buses, &*on_end))
-                .map_err(|source| Error::Thread { index, source })?;
-            this.threads.push(thread);
+            let work = move || run(vcpu, &shared, &buses, &*on_end);
+            let thread = spawn(ThreadKind::Vcpu, format!("vcpu{index}"), work);
+            this.threads
+                .push(thread.map_err(|source| Error::Thread { index, source })?);
         }
         Ok(this)
     }

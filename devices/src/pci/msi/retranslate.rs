@@ -6,13 +6,15 @@
 //! it, and on a signal the target translates again. The thread waits for gates,
 //! which a slow disk may hold, so no vCPU and no event loop waits for it.
 
+use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::{io, thread};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use crate::thread::{ThreadKind, spawn};
 
 /// Token of the eventfd that ends the thread. Other tokens have the number of a
 /// target in the high half and that of its source in the low half.
@@ -57,8 +59,7 @@ impl MsiRetranslator {
     /// No thread is left.
     pub fn start(self: &Arc<Self>) -> io::Result<MsiThread> {
         let retranslator = Arc::clone(self);
-        let thread = thread::Builder::new().name("msi".to_owned());
-        let thread = thread.spawn(move || retranslator.run())?;
+        let thread = spawn(ThreadKind::Msi, "msi", move || retranslator.run())?;
         Ok(MsiThread {
             retranslator: Arc::clone(self),
             thread: Some(thread),
