@@ -46,7 +46,7 @@ use crate::queries::{self, Answered, QueryThread};
 use crate::reports::{self, Reporter, Reports};
 use crate::resources::HostResources;
 use crate::sandbox;
-use crate::signals::{Signal, Signals};
+use crate::signals::{self, Signal, Signals};
 
 /// A subscriber of the event loop: the console or a device.
 pub(crate) type Subscriber = Box<dyn MutEventSubscriber + Send>;
@@ -228,7 +228,7 @@ impl Controller {
         for signal in self.signals.take() {
             match signal {
                 Signal::Terminate => self.end(Ending::Stopped, STOP_TIMEOUT),
-                Signal::Suspend => terminal::restore_and_stop(),
+                Signal::Suspend => signals::suspend(),
                 Signal::Continue => {}
             }
             if let Some(attention) = &self.attention {

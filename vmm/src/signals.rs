@@ -1,8 +1,8 @@
 //! Signals of the host, as events of the loop.
-#![allow(unsafe_code)] // Asks the kernel for the disposition of a signal.
+#![allow(unsafe_code)] // Asks for the disposition of a signal, stops and ends the process.
 
 use std::io;
-use std::mem::MaybeUninit;
+use std::mem::zeroed;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -103,6 +103,15 @@ pub fn survive_file_size_limit() {
     let _ = block_signal(SIGXFSZ);
 }
 
+/// Restores the terminal and stops the process as SIGTSTP would; returns when
+/// it is continued.
+pub(crate) fn suspend() {
+    terminal::restore();
+    // SAFETY: raising a signal at this thread has no preconditions; SIGSTOP has
+    // no handler.
+    unsafe { libc::raise(libc::SIGSTOP) };
+}
+
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.wake.as_raw_fd()
@@ -111,12 +120,14 @@ impl AsRawFd for Signals {
 
 /// Whether the process ignores a signal, a disposition that execve(2) inherits.
 fn is_ignored(number: c_int) -> bool {
-    let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: a null pointer changes nothing, and the other is valid for writes
-    // of a sigaction.
-    let asked = unsafe { libc::sigaction(number, std::ptr::null(), action.as_mut_ptr()) };
-    // SAFETY: sigaction returned 0 and so has filled it.
-    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+    // SAFETY: all zeroes are a sigaction; a null pointer changes nothing, and the
+    // other is valid for writes of a sigaction.
+    let (asked, action) = unsafe {
+        let mut action: libc::sigaction = zeroed();
+        let asked = libc::sigaction(number, std::ptr::null(), &raw mut action);
+        (asked, action)
+    };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 fn bit(number: c_int) -> u64 {
@@ -132,7 +143,9 @@ extern "C" fn handle(number: c_int, _: *mut siginfo_t, _: *mut c_void) {
         });
         let first = TERMINATING.compare_exchange(0, now, Ordering::SeqCst, Ordering::SeqCst);
         if first.is_err_and(|first| now.saturating_sub(first) > SAME_REQUEST_MS) {
-            terminal::restore_and_exit();
+            terminal::restore();
+            // SAFETY: `_exit` may be called anywhere.
+            unsafe { libc::_exit(1) }
         }
     }
     PENDING.fetch_or(bit(number), Ordering::SeqCst);

@@ -1,13 +1,11 @@
 //! Guest RAM.
-#![allow(unsafe_code)] // Creates memfds with libc.
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 
 use arch::Range;
 use iommu::GuestRam;
+use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
@@ -15,7 +13,6 @@ use super::error::Error;
 use crate::config::MemBacking;
 
 const HUGE_PAGE: u64 = 2 << 20;
-const NAME: &CStr = c"portcullis-ram";
 
 /// Allocates zeroed RAM at `ranges`, in pages of the base size or, with `huge`,
 /// of 2 MiB.
@@ -81,17 +78,11 @@ fn build(ranges: &[Range], backing: MemBacking, huge: bool, bytes: u64) -> io::R
 }
 
 fn memfd(bytes: u64, huge: bool) -> io::Result<File> {
-    let mut flags = libc::MFD_CLOEXEC;
+    let mut flags = MemfdFlags::CLOEXEC;
     if huge {
-        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     }
-    // SAFETY: `NAME` is a NUL-terminated string and outlives the call.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` is a new file descriptor with no other owner.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = File::from(memfd_create("portcullis-ram", flags)?);
     file.set_len(bytes)?;
     Ok(file)
 }
