@@ -10,11 +10,12 @@ use clap::Args;
 use vmm::build_error::BuildError;
 use vmm::config::{
     Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
-    MemorySize, NetworkInterface, Sandbox, Serial, VmConfig, Vsock,
+    MemorySize, NetworkInterface, Sandbox, Serial, User, VmConfig, Vsock,
 };
 use vmm::controller::Controller;
 use vmm::error::Chain;
 use vmm::plan::MachinePlan;
+use vmm::sandbox::directories::Purpose;
 use vmm::{console, host_file, inspect, logger};
 
 use crate::streams::{self, print_error};
@@ -126,6 +127,13 @@ struct SandboxArgs {
     /// [default: off]
     #[arg(long, value_name = "MODE")]
     sandbox: Option<Sandbox>,
+    /// Directory in which PUT /logger and PUT /metrics may name files while the guest runs, besides
+    /// those of the configured log and metrics; give it once for each
+    #[arg(long, value_name = "DIR")]
+    allow_dir: Vec<PathBuf>,
+    /// User to change to once the host's files and devices are open: numbers or names
+    #[arg(long, value_name = "UID[:GID]")]
+    user: Option<User>,
 }
 
 #[derive(Debug, Args)]
@@ -146,12 +154,12 @@ pub fn run(args: RunArgs) -> ExitCode {
 fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     args.log.apply()?;
     let socket = args.api_socket.clone();
+    let mut controller = new_controller(&args.log)?;
     let config = args.into_config()?;
-    let mut controller = new_controller()?;
     controller.configure(config).map_err(caused)?;
     // Before the guest's first instruction: without a socket no guest has run, and no guest runs
     // whose socket cannot be created.
-    let server = socket.map(|path| start_server(&path, &controller));
+    let server = socket.map(|path| start_server(&path, &mut controller));
     let server = server.transpose()?;
     controller.start().map_err(not_built(caused))?;
     serve_until_end(controller, server)
@@ -164,18 +172,18 @@ pub fn serve(args: ServeArgs) -> ExitCode {
 
 fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
     args.log.apply()?;
-    let mut controller = new_controller()?;
+    let mut controller = new_controller(&args.log)?;
     let mut config = match &args.config {
         Some(path) => read_config(path)?,
         None => VmConfig::default(),
     };
-    args.sandbox.apply_to(&mut config);
+    args.sandbox.apply_to(&mut config)?;
     let configured = controller.configure(config);
     configured.map_err(|error| match &args.config {
         Some(path) => caused_in(path)(error),
         None => caused(error),
     })?;
-    let server = start_server(&args.api_socket, &controller)?;
+    let server = start_server(&args.api_socket, &mut controller)?;
     serve_until_end(controller, Some(server))
 }
 
@@ -200,14 +208,24 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn new_controller() -> Result<Controller, Failure> {
+fn new_controller(log: &LogArgs) -> Result<Controller, Failure> {
     console::end_process_on_panic();
-    let controller = Controller::new().map_err(anyhow::Error::from)?;
+    let mut controller = Controller::new().map_err(anyhow::Error::from)?;
+    if let Some(path) = &log.log_file {
+        keep_accessible(&mut controller, path, Purpose::Files)?;
+    }
     Ok(controller)
 }
 
-fn start_server(path: &Path, controller: &Controller) -> Result<Server, Failure> {
+/// Keeps the directory of `path` accessible to the confined process.
+fn keep_accessible(controller: &mut Controller, path: &Path, purpose: Purpose) -> Result<()> {
+    let kept = controller.allow_beside(path, purpose);
+    kept.with_context(|| format!("cannot open the directory of {}", path.display()))
+}
+
+fn start_server(path: &Path, controller: &mut Controller) -> Result<Server, Failure> {
     let socket = Socket::bind(path).map_err(caused)?;
+    keep_accessible(controller, path, Purpose::Removal)?;
     let server = Server::start(socket, controller.client(), Limits::default());
     Ok(server.context("cannot serve the API")?)
 }
@@ -254,7 +272,7 @@ impl RunArgs {
         config.network_interfaces.extend(self.net);
         config.vsock = self.vsock.or(config.vsock);
         config.serial = self.serial.or(config.serial);
-        self.sandbox.apply_to(&mut config);
+        self.sandbox.apply_to(&mut config)?;
         config.name_devices();
         if self.rng {
             config.entropy.get_or_insert_with(Entropy::default);
@@ -264,9 +282,14 @@ impl RunArgs {
 }
 
 impl SandboxArgs {
-    /// Replaces the configured mode if one is given.
-    fn apply_to(&self, config: &mut VmConfig) {
+    /// Replaces the configured mode and user if they are given, and adds the directories.
+    fn apply_to(self, config: &mut VmConfig) -> Result<(), Failure> {
         config.sandbox = self.sandbox.unwrap_or(config.sandbox);
+        config.user = self.user.or(config.user);
+        for path in self.allow_dir {
+            config.allow_dirs.push(utf8("--allow-dir", path)?);
+        }
+        Ok(())
     }
 }
 

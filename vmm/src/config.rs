@@ -19,6 +19,7 @@ mod machine;
 mod sandbox;
 mod suggest;
 mod unsupported;
+mod user;
 
 pub use arguments::{Argument, ArgumentError, CpuCount, MemorySize};
 use check::MAX_QUEUES;
@@ -34,8 +35,9 @@ pub use machine::{BootSource, HugePages, MachineConfig, MachineConfigUpdate, Mem
 pub use sandbox::Sandbox;
 pub use suggest::{closest, either};
 pub use unsupported::{RateLimiter, TokenBucket, Unsupported};
+pub use user::User;
 
-use check::element;
+use check::{check_path, element};
 use error::require;
 
 use serde::{Deserialize, Serialize};
@@ -45,7 +47,7 @@ use std::collections::BTreeSet;
 const MAX_DEVICES: usize = 31;
 
 /// Configuration of a machine: the document of `--config FILE` and of `GET /vm/config`. Section
-/// names are Firecracker's, with `iommu`, `serial` and `sandbox` added.
+/// names are Firecracker's, with `iommu`, `serial`, `sandbox`, `allow-dirs` and `user` added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
@@ -82,6 +84,13 @@ pub struct VmConfig {
     /// Confinement of the process.
     #[serde(default)]
     pub sandbox: Sandbox,
+    /// Directories in which a running machine may be told to open files, besides those of the
+    /// configured log and metrics.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_dirs: Vec<String>,
+    /// User to change to once the host's files and devices are open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<User>,
     /// Not supported.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub balloon: Unsupported,
@@ -138,6 +147,9 @@ impl VmConfig {
                 .map_err(|error| error.within(&section))?;
         }
         self.validate_single_sections()?;
+        for (index, path) in self.allow_dirs.iter().enumerate() {
+            check_path(&format!("allow-dirs[{index}]"), path)?;
+        }
         self.validate_together()
     }
 

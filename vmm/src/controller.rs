@@ -19,6 +19,7 @@ mod waiting;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,7 @@ use crate::action::{
 };
 use crate::assemble::{self, Assembled, Machine};
 use crate::build_error::BuildError;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, Sandbox, VmConfig};
 use crate::console::{Input, terminal};
 use crate::ending::Ending;
 use crate::error::Chain;
@@ -45,7 +46,8 @@ use crate::plan::MachinePlan;
 use crate::queries::{self, Answered, QueryThread};
 use crate::reports::{self, Reporter, Reports};
 use crate::resources::HostResources;
-use crate::sandbox;
+use crate::sandbox::directories::{Directories, Purpose};
+use crate::sandbox::{self, SandboxError};
 use crate::signals::{self, Signal, Signals};
 
 /// A subscriber of the event loop: the console or a device.
@@ -90,6 +92,10 @@ pub struct Controller {
     inbox: Inbox,
     metrics: Metrics,
     recorder: Recorder,
+    /// Directories that stay accessible after the start.
+    directories: Directories,
+    /// Files outside of them cannot be opened.
+    is_confined: bool,
     waiting: WaitingActions,
     /// Queries passed to the query thread so far.
     asked: u64,
@@ -137,6 +143,8 @@ impl Controller {
             inbox,
             metrics: Metrics::default(),
             recorder,
+            directories: Directories::default(),
+            is_confined: false,
             waiting: WaitingActions::default(),
             asked: 0,
             minute: None,
@@ -175,6 +183,7 @@ impl Controller {
     pub fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
         let resources = HostResources::acquire(&plan)?;
+        self.directories.allow_configured(&self.config)?;
         let Assembled { machine, input } =
             assemble::assemble(&plan, resources, &self.metrics, &self.reporter)?;
         let attention = input.as_ref().map(Input::attention).transpose()?;
@@ -187,11 +196,26 @@ impl Controller {
         Ok(())
     }
 
+    fn confine(&mut self) -> Result<(), SandboxError> {
+        let config = &self.config;
+        sandbox::confine(config.sandbox, config.user, &self.directories)?;
+        self.is_confined = config.sandbox == Sandbox::On;
+        Ok(())
+    }
+
+    /// Keeps the directory of the file `path` accessible after the start.
+    ///
+    /// # Errors
+    /// The directory cannot be opened.
+    pub fn allow_beside(&mut self, path: &Path, purpose: Purpose) -> io::Result<()> {
+        self.directories.allow_beside(path, purpose)
+    }
+
     /// Starts the last thread, confines the event loop, and resumes the vCPUs.
     fn run_machine(&mut self, machine: Machine) -> Result<(), BuildError> {
         let reporter = self.reporter.try_clone()?;
         let queries = QueryThread::start(machine.pci.as_ref(), reporter)?;
-        sandbox::confine(self.config.sandbox)?;
+        self.confine()?;
         self.life.start(machine, queries);
         Ok(())
     }
@@ -313,16 +337,26 @@ impl Controller {
         change.clone().apply_to(&mut config)?;
         match &change {
             Configure::Logger(settings) => {
-                logger::configure(settings).map_err(|error| error.within("logger"))?;
+                let opened = logger::configure(settings);
+                opened.map_err(|error| self.refused_file(error, "logger"))?;
             }
-            Configure::Metrics(settings) => self
-                .recorder
-                .open(&settings.metrics_path)
-                .map_err(|error| error.within("metrics"))?,
+            Configure::Metrics(settings) => {
+                let opened = self.recorder.open(&settings.metrics_path);
+                opened.map_err(|error| self.refused_file(error, "metrics"))?;
+            }
             other => inspect::change(other)?,
         }
         self.config = config;
         Ok(())
+    }
+
+    /// Completes the error of a file of `section`.
+    fn refused_file(&self, error: ConfigError, section: &str) -> ConfigError {
+        let error = error.within(section);
+        match self.is_confined {
+            true => self.directories.explain(error),
+            false => error,
+        }
     }
 
     fn step(&mut self, step: Lifecycle) -> Result<Progress, ActionError> {

@@ -2,6 +2,7 @@
 
 use devices::error::Chain;
 use std::error::Error;
+use std::io;
 use std::path::Path;
 
 /// A refused value: its field and the fix, in one line.
@@ -12,6 +13,8 @@ pub struct ConfigError {
     pub field: String,
     /// The fault and the fix.
     pub problem: String,
+    /// The host denies access to the file that the field names.
+    pub is_denied: bool,
 }
 
 impl ConfigError {
@@ -21,12 +24,17 @@ impl ConfigError {
         Self {
             field: one_line(field.into()),
             problem: one_line(problem.into()),
+            is_denied: false,
         }
     }
 
     /// Creates an error in `field`, which names a file that cannot be used.
     pub fn of_file(field: impl Into<String>, path: &Path, error: &dyn Error) -> Self {
-        Self::new(field, format!("{} {}", path.display(), Chain(error)))
+        let cause = error.source().and_then(|it| it.downcast_ref::<io::Error>());
+        Self {
+            is_denied: cause.is_some_and(|it| it.kind() == io::ErrorKind::PermissionDenied),
+            ..Self::new(field, format!("{} {}", path.display(), Chain(error)))
+        }
     }
 
     /// Adds the section that contains the field.

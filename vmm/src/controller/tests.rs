@@ -7,9 +7,11 @@ use ::iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use ::iommu::{GuestRam, IommuRegion, IovaRange, StreamId};
 use devices::virtio::iommu::EventQueue;
 use vm_memory::GuestAddress;
+use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::action::{MachineState, Outcome};
+use crate::config;
 use crate::console::Output;
 use crate::kvm::Vcpus;
 use crate::kvm::fake::{FakeVcpu, Sleeper, TIMEOUT, sleeping_buses};
@@ -31,6 +33,14 @@ impl TestController {
     }
 
     fn with_bus(pci: Option<PciBus>) -> Self {
+        Self::prepared(pci, |_| {})
+    }
+
+    /// `prepare` is called on the controller's thread.
+    fn prepared(
+        pci: Option<PciBus>,
+        prepare: impl FnOnce(&mut Controller) + Send + 'static,
+    ) -> Self {
         // Signals are the process's.
         let alone = signals::alone();
         let mut controller = Controller::new().unwrap();
@@ -45,6 +55,7 @@ impl TestController {
             let output = Output::start(output, None).unwrap();
             let machine = Machine::of(vcpus.unwrap(), pci, output);
             controller.run_machine(machine).unwrap();
+            prepare(&mut controller);
             controller.run()
         });
         let served = Self {
@@ -257,4 +268,63 @@ fn metrics_are_flushed_with_the_devices_counters() {
             "{line}"
         );
     }
+}
+
+#[test]
+fn confined_machine_opens_files_in_the_named_directories_only() {
+    let named = TempDir::new().unwrap();
+    let other = TempDir::new().unwrap();
+    let directory = named.as_path().to_str().unwrap().to_owned();
+    let (sender, is_confined) = channel();
+    let served = TestController::prepared(None, move |controller| {
+        controller.config.sandbox = Sandbox::On;
+        controller.config.allow_dirs = vec![directory];
+        let directories = &mut controller.directories;
+        directories.allow_configured(&controller.config).unwrap();
+        // A kernel without landlock cannot confine.
+        sender.send(controller.confine().is_ok()).unwrap();
+    });
+    if is_confined.recv().unwrap() {
+        let configured = |change| served.ask(Action::configure(change));
+        let metrics = |directory: &TempDir| {
+            let path = directory.as_path().join("file").to_str().unwrap().into();
+            configured(Configure::Metrics(config::Metrics {
+                metrics_path: path,
+                ..config::Metrics::default()
+            }))
+        };
+        let log = |directory: &TempDir| {
+            let path = directory.as_path().join("file").to_str().unwrap().into();
+            configured(Configure::Logger(config::Logger {
+                log_path: Some(path),
+                ..config::Logger::default()
+            }))
+        };
+        assert_eq!(wait(&metrics(&named)), Ok(Reply::Done));
+        for (refused, field) in [
+            (metrics(&other), "metrics.metrics_path"),
+            (log(&other), "logger.log_path"),
+        ] {
+            let Err(ActionError::Invalid(error)) = wait(&refused) else {
+                panic!("it is opened");
+            };
+            let (other, named) = (other.as_path().display(), named.as_path().display());
+            let expected = format!(
+                "{field}: {other}/file cannot be opened to append: Permission denied (os error \
+                 13); the sandbox lets a running machine open files only in {named}: start it \
+                 with --allow-dir DIR to add one"
+            );
+            assert_eq!(error.to_string(), expected);
+        }
+        assert!(!other.as_path().join("file").exists());
+        let absent = configured(Configure::Metrics(config::Metrics {
+            metrics_path: named.as_path().join("a/b").to_str().unwrap().into(),
+            ..config::Metrics::default()
+        }));
+        let Err(ActionError::Invalid(error)) = wait(&absent) else {
+            panic!("it is opened");
+        };
+        assert!(!error.to_string().contains("sandbox"), "{error}");
+    }
+    served.stop();
 }

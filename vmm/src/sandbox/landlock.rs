@@ -4,34 +4,27 @@
 //! A domain belongs to a thread, so that each thread enters its own. Rights
 //! that the kernel's ABI does not have are left out.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
-
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, Erratum, LandlockStatus, PathBeneath, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, Erratum, LandlockStatus, PathBeneath, Ruleset,
+    RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
 };
+
+use super::directories::{Directories, Purpose};
 
 /// The newest ABI whose rights are denied.
 const NEWEST: ABI = ABI::V10;
 
 /// Error of a step of the confinement.
 #[derive(Debug, thiserror::Error)]
-pub enum LandlockError {
+pub(super) enum LandlockError {
     /// The kernel has no landlock, or it is switched off.
     #[error(
-        "the kernel has no landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK, and landlock in the \
-         kernel parameter lsm); enable it, or give --sandbox off"
+        "the kernel has none, or has it switched off (Linux 5.13 with CONFIG_SECURITY_LANDLOCK, \
+         and landlock in the kernel parameter lsm)"
     )]
     Missing,
-    /// A directory that stays accessible cannot be opened.
-    #[error("{} cannot be opened as a directory; create it, or name another one", .0.display())]
-    Directory(PathBuf, #[source] io::Error),
     /// The kernel refused the rules.
-    #[error("landlock refused the rules")]
+    #[error("the kernel refused the rules")]
     Refused(#[source] RulesetError),
 }
 
@@ -41,67 +34,12 @@ impl From<RulesetError> for LandlockError {
     }
 }
 
-/// Directories that stay accessible to the event loop.
-#[derive(Debug, Default)]
-pub struct Directories(Vec<Directory>);
-
-#[derive(Debug)]
-struct Directory {
-    path: PathBuf,
-    /// Opened with `O_PATH`.
-    file: File,
-    access: BitFlags<AccessFs>,
-}
-
-impl Directories {
-    /// Keeps `path` accessible for the files of log and metrics: opening and
-    /// creating regular files, and opening FIFOs, which are opened for reading
-    /// too.
-    ///
-    /// # Errors
-    /// It is no directory, or cannot be opened.
-    pub fn allow_files(&mut self, path: &Path) -> Result<(), LandlockError> {
-        let access = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::MakeReg;
-        self.allow(path, access)
-    }
-
-    /// Keeps `path` accessible for the removal of a socket in it.
-    ///
-    /// # Errors
-    /// See [`Self::allow_files`].
-    pub fn allow_removal(&mut self, path: &Path) -> Result<(), LandlockError> {
-        self.allow(path, AccessFs::RemoveFile.into())
-    }
-
-    fn allow(&mut self, path: &Path, access: BitFlags<AccessFs>) -> Result<(), LandlockError> {
-        let path = match path {
-            // The parent of a path without a slash.
-            empty if empty.as_os_str().is_empty() => Path::new("."),
-            path => path,
-        };
-        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-        let opened = File::options().read(true).custom_flags(flags).open(path);
-        let file = opened.map_err(|error| LandlockError::Directory(path.to_owned(), error))?;
-        let path = path.to_owned();
-        self.0.push(Directory { path, file, access });
-        Ok(())
-    }
-
-    /// The directories in which files can be opened, for an error's text.
-    pub fn of_files(&self) -> impl Iterator<Item = &Path> {
-        let directories = self.0.iter();
-        directories
-            .filter(|directory| directory.access.contains(AccessFs::WriteFile))
-            .map(|directory| directory.path.as_path())
-    }
-}
-
 /// Denies the calling thread every path, network access and signal to another
 /// process, as far as the kernel's ABI has a right for it.
 ///
 /// # Errors
 /// The kernel has no landlock, or refuses.
-pub fn deny_all() -> Result<(), LandlockError> {
+pub(super) fn deny_all() -> Result<(), LandlockError> {
     restrict(&Directories::default()).map(|_| ())
 }
 
@@ -110,10 +48,15 @@ pub fn deny_all() -> Result<(), LandlockError> {
 ///
 /// # Errors
 /// The kernel has no landlock, or refuses.
-pub fn restrict(directories: &Directories) -> Result<ABI, LandlockError> {
+pub(super) fn restrict(directories: &Directories) -> Result<ABI, LandlockError> {
     let mut rules = rules()?;
-    for directory in &directories.0 {
-        rules = rules.add_rule(PathBeneath::new(directory.file.as_fd(), directory.access))?;
+    for (directory, purpose) in directories.opened() {
+        let access = match purpose {
+            // A FIFO is opened for reading too.
+            Purpose::Files => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::MakeReg,
+            Purpose::Removal => AccessFs::RemoveFile.into(),
+        };
+        rules = rules.add_rule(PathBeneath::new(directory, access))?;
     }
     let status = rules.restrict_self()?;
     match status.landlock {
@@ -144,13 +87,13 @@ fn rules() -> Result<RulesetCreated, RulesetError> {
 mod tests {
     use super::*;
     use devices::host_file;
-    use std::fs;
+    use std::fs::{self, File};
+    use std::io;
     use std::net::{TcpListener, TcpStream};
     use std::os::linux::net::SocketAddrExt as _;
     use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
     use std::thread;
     use vmm_sys_util::tempdir::TempDir;
-    use vmm_sys_util::tempfile::TempFile;
 
     /// Runs `test` on a thread of its own, whose domain ends with it. Without
     /// landlock the kernel cannot run it.
@@ -203,11 +146,7 @@ mod tests {
         )
         .unwrap();
         let mut directories = Directories::default();
-        directories.allow_files(inside.as_path()).unwrap();
-        assert_eq!(
-            directories.of_files().collect::<Vec<_>>(),
-            [inside.as_path()]
-        );
+        directories.allow(inside.as_path(), Purpose::Files).unwrap();
         confined(&directories, |_| {
             host_file::open_output(&log).unwrap();
             host_file::open_output(&log).unwrap();
@@ -230,25 +169,13 @@ mod tests {
         let file = directory.as_path().join("file");
         fs::write(&file, "").unwrap();
         let mut directories = Directories::default();
-        directories.allow_removal(directory.as_path()).unwrap();
-        assert_eq!(directories.of_files().count(), 0);
+        directories
+            .allow(directory.as_path(), Purpose::Removal)
+            .unwrap();
         confined(&directories, |_| {
             assert!(denied(File::open(&file)));
             fs::remove_file(&socket).unwrap();
         });
-    }
-
-    #[test]
-    fn missing_directory_is_named() {
-        let mut directories = Directories::default();
-        let file = TempFile::new().unwrap();
-        for path in [Path::new("/nowhere/else"), file.as_path()] {
-            let error = directories.allow_files(path).unwrap_err().to_string();
-            let expected = format!("{} cannot be opened as a directory; ", path.display());
-            assert!(error.starts_with(&expected), "{error}");
-        }
-        directories.allow_files(Path::new("")).unwrap();
-        assert_eq!(directories.of_files().collect::<Vec<_>>(), [Path::new(".")]);
     }
 
     #[test]
