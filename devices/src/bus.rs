@@ -64,6 +64,16 @@ pub fn write_words(offset: u64, data: &[u8], mut write: impl FnMut(u64, u32, u32
     });
 }
 
+/// Reads bytes of `image` at `offset`; bytes beyond it read as zeros.
+pub(crate) fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let bytes = image.get(start..).unwrap_or_default().iter();
+    let bytes = bytes.chain(std::iter::repeat(&0));
+    data.iter_mut()
+        .zip(bytes)
+        .for_each(|(to, &from)| *to = from);
+}
+
 /// Splits an access at the boundaries of words: calls `visit` with a word's
 /// offset, the byte lanes of it that the access covers, and the range of these
 /// bytes in the access.

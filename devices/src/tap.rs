@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
+use bitflags::bitflags;
 use libc::{
     IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR,
     TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6,
@@ -21,38 +22,25 @@ use self::links::{check, request, short};
 /// Bytes of `struct virtio_net_hdr` in a modern device (virtio 1.2 §5.1.6).
 const HEADER_SIZE: c_int = 12;
 
-/// Offloads that the tap's receiver accepts (`TUNSETOFFLOAD`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offloads(c_uint);
-
-impl Offloads {
-    /// Packets are complete: checksummed and not larger than the MTU.
-    pub const NONE: Self = Self(0);
-    /// Packets without a checksum; needed for the others.
-    pub const CSUM: Self = Self(TUN_F_CSUM);
-    /// TCP segments over IPv4 that exceed the MTU.
-    pub const TSO4: Self = Self(TUN_F_TSO4);
-    /// TCP segments over IPv6 that exceed the MTU.
-    pub const TSO6: Self = Self(TUN_F_TSO6);
-    /// TCP segments that exceed the MTU, with ECN bits.
-    pub const ECN: Self = Self(TUN_F_TSO_ECN);
-    /// UDP datagrams that the receiver fragments.
-    pub const UFO: Self = Self(TUN_F_UFO);
-    /// UDP over IPv4 that the receiver segments.
-    pub const USO4: Self = Self(TUN_F_USO4);
-    /// UDP over IPv6 that the receiver segments.
-    pub const USO6: Self = Self(TUN_F_USO6);
-
-    /// The union of both sets.
-    #[must_use]
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-
-    /// Whether every offload of `other` is in the set.
-    #[must_use]
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
+bitflags! {
+    /// Offloads that the tap's receiver accepts (`TUNSETOFFLOAD`). Without any,
+    /// packets are complete: checksummed and not larger than the MTU.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Offloads: c_uint {
+        /// Packets without a checksum; needed for the others.
+        const CSUM = TUN_F_CSUM;
+        /// TCP segments over IPv4 that exceed the MTU.
+        const TSO4 = TUN_F_TSO4;
+        /// TCP segments over IPv6 that exceed the MTU.
+        const TSO6 = TUN_F_TSO6;
+        /// TCP segments that exceed the MTU, with ECN bits.
+        const ECN = TUN_F_TSO_ECN;
+        /// UDP datagrams that the receiver fragments.
+        const UFO = TUN_F_UFO;
+        /// UDP over IPv4 that the receiver segments.
+        const USO4 = TUN_F_USO4;
+        /// UDP over IPv6 that the receiver segments.
+        const USO6 = TUN_F_USO6;
     }
 }
 
@@ -174,8 +162,8 @@ impl Tap {
             links,
             queues: Vec::new(),
             multi_queue: pairs > 1,
-            supported: Offloads::NONE,
-            offloads: Offloads::NONE,
+            supported: Offloads::empty(),
+            offloads: Offloads::empty(),
             header: HEADER_SIZE,
         };
         for pair in 0..pairs.max(1) {
@@ -313,7 +301,7 @@ impl Tap {
 
     fn apply_offloads(&self, offloads: Offloads) -> io::Result<()> {
         let queue = self.queues.first().ok_or(io::ErrorKind::NotFound)?;
-        let (fd, offloads) = (queue.file.as_raw_fd(), c_ulong::from(offloads.0));
+        let (fd, offloads) = (queue.file.as_raw_fd(), c_ulong::from(offloads.bits()));
         // SAFETY: the argument of this ioctl is a number and no pointer.
         check(unsafe { libc::ioctl(fd, TUNSETOFFLOAD, offloads) })
     }
@@ -367,13 +355,10 @@ impl Tap {
 
     /// Finds the offloads that the kernel supports, by setting them.
     fn find_supported(&mut self) {
-        let tcp = Offloads::CSUM
-            .with(Offloads::TSO4)
-            .with(Offloads::TSO6)
-            .with(Offloads::ECN);
-        let uso = tcp.with(Offloads::USO4).with(Offloads::USO6);
+        let tcp = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6 | Offloads::ECN;
+        let uso = tcp | Offloads::USO4 | Offloads::USO6;
         // Support for UDP depends on the kernel's version.
-        let known = [uso.with(Offloads::UFO), uso, tcp.with(Offloads::UFO), tcp];
+        let known = [uso | Offloads::UFO, uso, tcp | Offloads::UFO, tcp];
         let known = known.into_iter().find(|o| self.apply_offloads(*o).is_ok());
         self.supported = known.unwrap_or_default();
     }
@@ -418,7 +403,7 @@ fn other(name: &str, what: &'static str) -> impl Fn(io::Error) -> TapError + use
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        let _ = self.apply_offloads(Offloads::NONE);
+        let _ = self.apply_offloads(Offloads::empty());
         if let Some(queue) = self.queues.first() {
             let header = &raw const self.header;
             // SAFETY: the kernel reads the int that the pointer is to.

@@ -8,6 +8,7 @@ mod driver;
 use std::sync::Arc;
 
 use devices::interrupt::{MsiAllocator as _, MsiVector};
+use devices::queue::chain::QueueError;
 use devices::queue::{Interrupt, RunningQueue};
 use devices::virtio::net::control::{self, Command};
 use driver::{AVAIL, Board, SIZE, TABLE, USED};
@@ -15,8 +16,6 @@ use iommu::GuestRam;
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use vm_memory::{Bytes as _, GuestAddress};
 
-/// Index of the control queue in a device with four pairs.
-const NUMBER: u16 = 8;
 /// Addresses of a command's first part and of its answer, and the distance of its
 /// parts in bytes.
 const COMMAND: u64 = 0x8000;
@@ -65,7 +64,7 @@ impl Rig {
 
     /// Serves until no kick is pending or the driver has broken a rule. Returns
     /// the executed commands.
-    fn serve(&self, event_idx: bool, succeeds: bool) -> Result<Vec<Command>, String> {
+    fn serve(&self, event_idx: bool, succeeds: bool) -> Result<Vec<Command>, &'static str> {
         let mut started = self.started(event_idx);
         let mut done = Vec::new();
         // Each turn but the last takes a chain, and the ring holds `SIZE`.
@@ -75,9 +74,9 @@ impl Rig {
                 done.push(command);
                 succeeds
             };
-            let served = control::serve(NUMBER, &mut started, &mut execute);
+            let served = control::serve(&mut started, &mut execute);
             assert!(done.len() - before <= MOST_COMMANDS);
-            served.map_err(|error| error.to_string())?;
+            served.map_err(|QueueError(rule)| rule)?;
             if started.kick.read().is_err() {
                 return Ok(done);
             }

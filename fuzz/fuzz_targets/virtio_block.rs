@@ -97,7 +97,7 @@ fn run(rig: &mut Rig, input: &Input) {
             Ok(Served::Done { .. }) => {}
             Ok(Served::Nothing) => break,
             Err(reason) => {
-                assert!(!reason.is_empty());
+                assert!(!reason.0.is_empty());
                 break;
             }
         }

@@ -1,8 +1,8 @@
 //! Accesses, permissions and mappings.
 
 use std::fmt;
-use std::ops::BitOr;
 
+use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::{Gpa, Iova, IovaRange};
@@ -22,37 +22,25 @@ pub enum Access {
 #[serde(transparent)]
 pub struct Perm(u8);
 
-impl Perm {
-    /// No access.
-    pub const NONE: Self = Self(0);
-    /// Reading only.
-    pub const READ: Self = Self(1);
-    /// Writing only.
-    pub const WRITE: Self = Self(2);
-    /// Reading and writing.
-    pub const READ_WRITE: Self = Self(3);
+bitflags! {
+    impl Perm: u8 {
+        /// Reading only.
+        const READ = 1;
+        /// Writing only.
+        const WRITE = 2;
+        /// Reading and writing.
+        const READ_WRITE = 3;
+    }
+}
 
+impl Perm {
     /// Whether the permission includes `access`.
     #[must_use]
     pub const fn allows(self, access: Access) -> bool {
         match access {
-            Access::Read => self.0 & 1 != 0,
-            Access::Write => self.0 & 2 != 0,
+            Access::Read => self.contains(Self::READ),
+            Access::Write => self.contains(Self::WRITE),
         }
-    }
-
-    /// Accesses that both permissions include.
-    #[must_use]
-    pub const fn and(self, other: Self) -> Self {
-        Self(self.0 & other.0)
-    }
-}
-
-impl BitOr for Perm {
-    type Output = Self;
-
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
     }
 }
 

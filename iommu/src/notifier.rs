@@ -1,9 +1,9 @@
 //! Notifiers: notify the consumers of translations of changes.
 
 use std::fmt;
-use std::ops::BitOr;
 use std::sync::Arc;
 
+use bitflags::bitflags;
 use serde::{Serialize, Serializer};
 
 use crate::addr::IovaRange;
@@ -21,40 +21,14 @@ use crate::mapping::Mapping;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct NotifierEvents(u8);
 
-impl NotifierEvents {
-    /// No event.
-    pub const NONE: Self = Self(0);
-    /// Mappings that are created.
-    pub const MAP: Self = Self(1);
-    /// Ranges whose translation changed.
-    pub const UNMAP: Self = Self(2);
-    /// Invalidations of the device IOTLB by the guest (ATS).
-    pub const DEVIOTLB_UNMAP: Self = Self(4);
-
-    /// Whether every event of `other` is in the set.
-    #[must_use]
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// The events that are in both sets.
-    #[must_use]
-    pub const fn and(self, other: Self) -> Self {
-        Self(self.0 & other.0)
-    }
-
-    /// Whether the set equals [`NONE`](Self::NONE).
-    #[must_use]
-    pub const fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-}
-
-impl BitOr for NotifierEvents {
-    type Output = Self;
-
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+bitflags! {
+    impl NotifierEvents: u8 {
+        /// Mappings that are created.
+        const MAP = 1;
+        /// Ranges whose translation changed.
+        const UNMAP = 2;
+        /// Invalidations of the device IOTLB by the guest (ATS).
+        const DEVIOTLB_UNMAP = 4;
     }
 }
 
@@ -65,17 +39,9 @@ impl fmt::Display for NotifierEvents {
             (Self::UNMAP, "unmap"),
             (Self::DEVIOTLB_UNMAP, "dev-iotlb"),
         ];
-        let mut sep = "";
-        for (bit, name) in names {
-            if self.contains(bit) {
-                write!(f, "{sep}{name}")?;
-                sep = "+";
-            }
-        }
-        if sep.is_empty() {
-            f.write_str("none")?;
-        }
-        Ok(())
+        let set = names.iter().filter(|(bit, _)| self.contains(*bit));
+        let text = set.map(|(_, name)| *name).collect::<Vec<_>>().join("+");
+        f.write_str(if text.is_empty() { "none" } else { &text })
     }
 }
 

@@ -161,7 +161,7 @@ impl IommuRegion {
         let mut notifiers = self.notifiers.lock();
         let id = NotifierId(notifiers.next_id);
         notifiers.next_id += 1;
-        let outcome = self.negotiate(&notifier, NotifierEvents::NONE);
+        let outcome = self.negotiate(&notifier, NotifierEvents::empty());
         self.admit(&notifier, &outcome);
         notifiers.list.push(Registered {
             id,
@@ -196,7 +196,7 @@ impl IommuRegion {
         self.generation.fetch_add(1, Ordering::Release);
         self.counters.invalidations.fetch_add(1, Ordering::Relaxed);
         for known in &self.notifiers.lock().list {
-            if known.events.and(kinds).is_empty() {
+            if !known.events.intersects(kinds) {
                 continue;
             }
             let limit = known.notifier.range;
@@ -224,7 +224,7 @@ impl IommuRegion {
             }
         }
         Registration {
-            events: NotifierEvents::NONE,
+            events: NotifierEvents::empty(),
             refused,
         }
     }

@@ -13,5 +13,5 @@ pub(crate) use bar::halves;
 pub use bar::{BarError, BarKind, BarMove, Bars};
 pub use config::{ConfigSpace, Ids};
 pub use msi::{MsiRetranslator, MsiTarget, MsiThread, Requester};
-pub use msix::{MSIX_ENTRY_SIZE, Msix};
+pub use msix::Msix;
 pub use root::{PciFunction, PciRoot, PlaceError, SLOTS};

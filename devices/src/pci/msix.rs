@@ -3,19 +3,17 @@
 use std::sync::Arc;
 
 use iommu::Iova;
-use zerocopy::little_endian::{U16, U32};
-use zerocopy::{FromZeros, Immutable, IntoBytes};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::{ConfigSpace, MsiTarget};
-use crate::bus::{read_words, write_words};
+use crate::bus::read_image;
 
 /// The capability's ID.
 const CAPABILITY: u8 = 0x11;
 /// Bits 15 and 14 of the message control register.
 const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
-/// Bytes of a table entry.
-pub const MSIX_ENTRY_SIZE: u64 = 16;
 /// Bit 0 of an entry's vector control.
 const ENTRY_MASK: u32 = 1;
 
@@ -29,8 +27,20 @@ struct MsixCap {
     pending: U32,
 }
 
-/// A table entry as the guest wrote it: address low and high, data, control.
-type Entry = [u32; 4];
+/// A table entry as the guest wrote it.
+#[derive(Clone, IntoBytes, FromBytes, Immutable)]
+#[repr(C)]
+struct Entry {
+    address: U64,
+    data: U32,
+    control: U32,
+}
+
+const MASKED: Entry = Entry {
+    address: U64::ZERO,
+    data: U32::ZERO,
+    control: U32::new(ENTRY_MASK),
+};
 
 /// The MSI-X capability and table of one function.
 ///
@@ -72,7 +82,7 @@ impl Msix {
         Self {
             target,
             capability: config.add_capability(CAPABILITY, body.as_bytes(), writable.as_bytes()),
-            entries: vec![[0, 0, 0, ENTRY_MASK]; usize::from(entries)],
+            entries: vec![MASKED; usize::from(entries)],
             sources: vec![None; sources],
             control: 0,
             bus_master: false,
@@ -110,25 +120,18 @@ impl Msix {
 
     /// Reads the table at `offset` bytes; bytes beyond it read as zeros.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
-        read_words(offset, data, |at| {
-            let word = word_at(at).and_then(|(entry, word)| self.entries.get(entry)?.get(word));
-            word.copied().unwrap_or(0)
-        });
+        read_image(self.entries.as_bytes(), offset, data);
     }
 
     /// Writes the table at `offset` bytes. Updates the routes once, after the
     /// whole access.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
-        let mut touched = Vec::new();
-        write_words(offset, data, |at, new, covered| {
-            let Some((entry, word)) = word_at(at) else {
-                return;
-            };
-            if let Some(value) = self.entries.get_mut(entry).and_then(|e| e.get_mut(word)) {
-                *value = *value & !covered | new & covered;
-                touched.push(entry);
-            }
-        });
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = self.entries.as_mut_bytes().get_mut(start..);
+        let bytes = bytes.unwrap_or_default().iter_mut().zip(data);
+        bytes.for_each(|(to, from)| *to = *from);
+        let end = start.saturating_add(data.len());
+        let touched = start / size_of::<Entry>()..end.div_ceil(size_of::<Entry>());
         self.route(|_, entry| entry.is_some_and(|entry| touched.contains(&usize::from(entry))));
     }
 
@@ -157,15 +160,15 @@ impl Msix {
     /// Resets the table with the function. The capability is reset as part of
     /// configuration space.
     pub fn reset(&mut self) {
-        self.entries.fill([0, 0, 0, ENTRY_MASK]);
+        self.entries.fill(MASKED);
         self.unbind_all();
     }
 
     fn message(&self, entry: Option<u16>) -> Option<(Iova, u32)> {
         let open = self.control == ENABLE && self.bus_master;
-        let &[low, high, data, control] = self.entries.get(usize::from(entry?))?;
-        let address = u64::from(low & !3) | u64::from(high) << 32;
-        (open && control & ENTRY_MASK == 0).then_some((Iova(address), data))
+        let entry = self.entries.get(usize::from(entry?))?;
+        let open = open && entry.control & ENTRY_MASK == 0;
+        open.then_some((Iova(entry.address.get() & !3), entry.data.get()))
     }
 
     fn route(&self, choose: impl Fn(usize, Option<u16>) -> bool) {
@@ -175,11 +178,4 @@ impl Msix {
             }
         }
     }
-}
-
-/// Index of the entry and of its word at `at`, a multiple of 4.
-fn word_at(at: u64) -> Option<(usize, usize)> {
-    let entry = usize::try_from(at / MSIX_ENTRY_SIZE).ok()?;
-    let word = usize::try_from(at % MSIX_ENTRY_SIZE / 4).ok()?;
-    Some((entry, word))
 }

@@ -9,6 +9,35 @@ use iommu::DmaView;
 use virtio_queue::{Error, Queue, QueueOwnedT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
+use crate::failure::DeviceError;
+
+/// The rule of a queue that the driver broke, as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueError(pub &'static str);
+
+impl QueueError {
+    /// The rings are not in memory.
+    pub const RINGS_OUTSIDE: Self = Self("its rings are not in memory");
+
+    /// The error of a device whose queue `queue` it is.
+    #[must_use]
+    pub const fn of(self, queue: u16) -> DeviceError {
+        let Self(reason) = self;
+        DeviceError::BadQueue { queue, reason }
+    }
+}
+
+impl From<Error> for QueueError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::InvalidAvailRingIndex => {
+                Self("more chains are available than the ring has room for")
+            }
+            _ => Self::RINGS_OUTSIDE,
+        }
+    }
+}
+
 /// A descriptor's buffer. The address is I/O virtual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
@@ -40,19 +69,16 @@ impl Chain {
     /// narrower one. No more than `longest` + 1 descriptors are read.
     ///
     /// # Errors
-    /// The rule of the ring that the driver broke, as text.
+    /// [`QueueError`]
     pub fn take(
         queue: &mut Queue,
         view: &DmaView<'_>,
         longest: u16,
-    ) -> Result<Option<Self>, &'static str> {
-        let mut available = queue.iter(view).map_err(|error| match error {
-            Error::InvalidAvailRingIndex => "more chains are available than the ring has room for",
-            _ => RINGS_OUTSIDE,
-        })?;
+    ) -> Result<Option<Self>, QueueError> {
+        let mut available = queue.iter(view)?;
         let Some(mut chain) = available.next() else {
             return match view.take_fault() {
-                Some(_) => Err(RINGS_OUTSIDE),
+                Some(_) => Err(QueueError::RINGS_OUTSIDE),
                 None => Ok(None),
             };
         };
@@ -68,24 +94,30 @@ impl Chain {
                 len: descriptor.len(),
             };
             if taken.readable.len() + taken.writable.len() == usize::from(longest) {
-                return Err("a chain has more descriptors than the device offers to take");
+                return Err(QueueError(
+                    "a chain has more descriptors than the device offers to take",
+                ));
             }
             if descriptor.is_write_only() {
                 taken.writable.push(buffer);
             } else if taken.writable.is_empty() {
                 taken.readable.push(buffer);
             } else {
-                return Err("a chain has a buffer to read behind one to write");
+                return Err(QueueError(
+                    "a chain has a buffer to read behind one to write",
+                ));
             }
             whole = !descriptor.has_next();
         }
         if view.take_fault().is_some() {
-            return Err("a descriptor is not in memory");
+            return Err(QueueError("a descriptor is not in memory"));
         }
         if whole {
             Ok(Some(taken))
         } else {
-            Err("a chain of descriptors leaves its table or has no end")
+            Err(QueueError(
+                "a chain of descriptors leaves its table or has no end",
+            ))
         }
     }
 }
@@ -134,9 +166,6 @@ pub fn scatter(
     }
     Ok(bytes.len() - rest.len())
 }
-
-/// Error text for rings that are not in memory.
-pub const RINGS_OUTSIDE: &str = "its rings are not in memory";
 
 #[cfg(test)]
 mod tests;

@@ -111,7 +111,7 @@ pub fn parse_message(bytes: &[u8; SIZE]) -> Option<Message> {
     use iommu::Hva;
     let raw: RawMessage = zerocopy::transmute!(*bytes);
     let range = IovaRange::from_len(Iova(raw.iova), raw.size).ok()?;
-    let perms = [Perm::NONE, Perm::READ, Perm::WRITE, Perm::READ_WRITE];
+    let perms = [Perm::empty(), Perm::READ, Perm::WRITE, Perm::READ_WRITE];
     match raw.kind {
         UPDATE => Some(Message::Update(Entry {
             iova: range,

@@ -27,6 +27,7 @@ use self::message::{Message, Miss};
 use self::sys::{Kind, OpenError, RingAddresses, VhostKernel};
 use self::worker::{EpollClient, VhostWorker};
 use crate::failure::{DeviceError, FailureLatch};
+use crate::queue::chain::QueueError;
 use crate::queue::posted::Layout;
 use crate::queue::{QueuePosition, RunningQueue};
 
@@ -235,10 +236,8 @@ impl Vhost {
             },
             (None, false) => identity_addresses(started.space(), &layout, number)?,
             _ => {
-                return Err(DeviceError::BadQueue {
-                    queue: number,
-                    reason: "the driver and the machine disagree on the IOMMU",
-                });
+                let error = QueueError("the driver and the machine disagree on the IOMMU");
+                return Err(error.of(number));
             }
         };
         file.kernel
@@ -318,10 +317,7 @@ fn identity_addresses(
     layout: &Layout,
     number: u16,
 ) -> Result<RingAddresses, DeviceError> {
-    let bad = || DeviceError::BadQueue {
-        queue: number,
-        reason: "its rings are not in memory",
-    };
+    let bad = || QueueError::RINGS_OUTSIDE.of(number);
     let [used, desc, avail] = layout.parts().ok_or_else(bad)?.map(|part| {
         let gpa = GuestAddress(part.iova.first().0);
         let len = usize::try_from(part.iova.size()?).ok()?;

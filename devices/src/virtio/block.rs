@@ -29,9 +29,10 @@ pub use self::image::{Image, ImageError};
 pub use self::request::{Disk, Served};
 use self::request::{MAX_CLEAR_SECTORS, QUEUE_SIZE, SEG_MAX, SIZE_MAX};
 use super::counters::{BlockCounters, DeviceCounters};
-use super::device::{VirtioDevice, read_image};
+use super::device::VirtioDevice;
+use crate::bus::read_image;
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
-use crate::queue::chain::RINGS_OUTSIDE;
+use crate::queue::chain::QueueError;
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::thread::{ThreadKind, spawn};
 
@@ -313,12 +314,10 @@ fn kicked(shared: &Shared, index: usize, disk: &mut Disk) {
     if running.failed {
         return;
     }
-    if let Err(reason) = serve(&mut running.queue, disk, leave) {
+    if let Err(error) = serve(&mut running.queue, disk, leave) {
         running.failed = true;
         let queue = u16::try_from(index).unwrap_or(u16::MAX);
-        shared
-            .failure
-            .record(DeviceError::BadQueue { queue, reason });
+        shared.failure.record(error.of(queue));
     }
 }
 
@@ -328,15 +327,14 @@ fn serve(
     running: &mut RunningQueue,
     disk: &mut Disk,
     leave: &AtomicBool,
-) -> Result<(), &'static str> {
-    let rings = |_| RINGS_OUTSIDE;
+) -> Result<(), QueueError> {
     let RunningQueue {
         queue,
         dma,
         kick,
         interrupt,
     } = running;
-    queue.disable_notification(&dma.view()).map_err(rings)?;
+    queue.disable_notification(&dma.view())?;
     for _ in 0..queue.size() {
         if leave.load(Ordering::Acquire) {
             break;
@@ -347,7 +345,7 @@ fn serve(
             Served::Nothing => break,
         }
     }
-    if queue.enable_notification(&dma.view()).map_err(rings)? {
+    if queue.enable_notification(&dma.view())? {
         let _ = kick.write(1);
     }
     Ok(())

@@ -5,16 +5,6 @@ use crate::failure::{DeviceError, FailureCallback};
 use crate::pause::Deferral;
 use crate::queue::{QueuePosition, RunningQueue};
 
-/// Reads bytes of `image` at `offset`; bytes beyond it read as zeros.
-pub(super) fn read_image(image: &[u8], offset: u64, data: &mut [u8]) {
-    let start = usize::try_from(offset).unwrap_or(usize::MAX);
-    let bytes = image.get(start..).unwrap_or_default().iter();
-    let bytes = bytes.chain(std::iter::repeat(&0));
-    data.iter_mut()
-        .zip(bytes)
-        .for_each(|(to, &from)| *to = from);
-}
-
 /// A virtio device of a transport. The transport negotiates features, stores
 /// the rings' addresses, and calls these methods with its own lock held, on the
 /// vCPU thread that wrote the register.

@@ -14,10 +14,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueT as _;
 
-use super::device::{VirtioDevice, read_image};
+use super::device::VirtioDevice;
+use crate::bus::read_image;
 use crate::failure::DeviceError;
 use crate::pause::Deferral;
-use crate::queue::chain::{Chain, RINGS_OUTSIDE, gather, scatter, total};
+use crate::queue::chain::{Chain, QueueError, gather, scatter, total};
 use crate::queue::{QueuePosition, RunningQueue};
 
 const REQUEST_QUEUE: u16 = 0;
@@ -168,7 +169,10 @@ impl VirtioDevice for VirtioIommuDevice {
 
     fn kicked(&mut self, index: u16) -> Result<(), DeviceError> {
         match &mut self.requests {
-            Some(running) if index == REQUEST_QUEUE => serve(&self.model, running, &self.deferral),
+            Some(running) if index == REQUEST_QUEUE => {
+                let served = serve(&self.model, running, &self.deferral);
+                served.map_err(|error| error.of(index))
+            }
             _ => Ok(()),
         }
     }
@@ -186,7 +190,7 @@ fn serve(
     model: &VirtioIommu,
     running: &mut RunningQueue,
     deferral: &Deferral,
-) -> Result<(), DeviceError> {
+) -> Result<(), QueueError> {
     let view = running.dma.view();
     let queue = &mut running.queue;
     let mut done = Vec::new();
@@ -195,23 +199,23 @@ fn serve(
         let chain = match Chain::take(queue, &view, REQUEST_SIZE) {
             Ok(Some(chain)) => chain,
             Ok(None) => break,
-            Err(reason) => {
-                outcome = Err(bad_request(reason));
+            Err(error) => {
+                outcome = Err(error);
                 break;
             }
         };
         match answer(model, &view, &chain) {
             Some(len) => done.push((chain.head, len)),
-            None => outcome = Err(bad_request("a request is not in memory")),
+            None => outcome = Err(OUTSIDE),
         }
     }
     if view.take_fault().is_some() {
-        outcome = Err(bad_request("a request is not in memory"));
+        outcome = Err(OUTSIDE);
     }
     model.flush();
     let any = !done.is_empty();
     for (head, len) in done {
-        queue.add_used(&view, head, len).map_err(not_in_memory)?;
+        queue.add_used(&view, head, len)?;
     }
     if any {
         running.interrupt.signal_for(queue, &view);
@@ -219,16 +223,7 @@ fn serve(
     outcome
 }
 
-fn bad_request(reason: &'static str) -> DeviceError {
-    DeviceError::BadQueue {
-        queue: REQUEST_QUEUE,
-        reason,
-    }
-}
-
-fn not_in_memory(_: virtio_queue::Error) -> DeviceError {
-    bad_request(RINGS_OUTSIDE)
-}
+const OUTSIDE: QueueError = QueueError("a request is not in memory");
 
 /// Executes one request: copies it in, and the written part of the reply out.
 /// Returns its used length, 0 for a request that is returned unwritten

@@ -26,8 +26,10 @@ use zerocopy::{Immutable, IntoBytes};
 use self::control::{CONTROL_SIZE, Command};
 use self::rings::{Pair, PairsError, Ring, State, ring_total, split};
 use super::counters::{DeviceCounters, NetCounters};
-use super::device::{VirtioDevice, read_image};
+use super::device::VirtioDevice;
+use crate::bus::read_image;
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::queue::chain::QueueError;
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::tap::{Link, Offloads, Tap};
 use crate::vhost::sys::{Kind, OpenError};
@@ -166,7 +168,7 @@ fn offered(config: &NetConfig, served: u64, tap: Offloads) -> u64 {
     if tap.contains(Offloads::UFO) {
         features |= 1 << VIRTIO_NET_F_HOST_UFO;
     }
-    if tap.contains(Offloads::USO4.with(Offloads::USO6)) {
+    if tap.contains(Offloads::USO4 | Offloads::USO6) {
         features |= 1 << VIRTIO_NET_F_HOST_USO;
     }
     if config.mtu.is_some() {
@@ -195,7 +197,7 @@ const GUEST_OFFLOADS: [(u32, Offloads); 7] = [
 fn guest_offloads(features: u64) -> Offloads {
     let has = |bit: u32| features >> bit & 1 == 1;
     if !has(VIRTIO_NET_F_GUEST_CSUM) {
-        return Offloads::NONE;
+        return Offloads::empty();
     }
     let both = has(VIRTIO_NET_F_GUEST_USO4) && has(VIRTIO_NET_F_GUEST_USO6);
     let uso = [VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
@@ -206,7 +208,8 @@ fn guest_offloads(features: u64) -> Offloads {
         .filter(|(bit, _)| has(*bit))
         .filter(|(bit, _)| both || !uso.contains(bit))
         .filter(|(bit, _)| tcp || *bit != VIRTIO_NET_F_GUEST_ECN)
-        .fold(Offloads::NONE, |all, (_, offload)| all.with(offload))
+        .map(|(_, offload)| offload)
+        .collect()
 }
 
 impl VirtioDevice for Net {
@@ -260,10 +263,7 @@ impl VirtioDevice for Net {
         let (pair, ring) = split(index);
         let known = state.pairs.get_mut(pair);
         let slot = known.and_then(|pair| pair.rings.get_mut(ring));
-        let slot = slot.ok_or(DeviceError::BadQueue {
-            queue: index,
-            reason: "there is no such queue",
-        })?;
+        let slot = slot.ok_or(QueueError("there is no such queue").of(index))?;
         *slot = Some(Ring {
             started,
             running: false,
@@ -368,7 +368,7 @@ impl Shared {
             return;
         };
         let (failure, counters) = (&self.failure, &self.counters);
-        let served = control::serve(number, &mut started, &mut |command| {
+        let served = control::serve(&mut started, &mut |command| {
             let done = match command {
                 Command::Pairs(pairs) => match state.use_pairs(usize::from(pairs)) {
                     Ok(()) => true,
@@ -384,7 +384,7 @@ impl Shared {
             done
         });
         if let Err(error) = served {
-            failure.record(error);
+            failure.record(error.of(number));
         }
         state.control = Some((number, started));
     }
@@ -403,18 +403,10 @@ mod tests {
         }
     }
 
-    const ALL: Offloads = Offloads::CSUM
-        .with(Offloads::TSO4)
-        .with(Offloads::TSO6)
-        .with(Offloads::ECN)
-        .with(Offloads::UFO)
-        .with(Offloads::USO4)
-        .with(Offloads::USO6);
-
     #[test]
     fn features_follow_the_kernel_the_tap_and_the_user() {
         let has = |features: u64, bit: u32| features >> bit & 1 == 1;
-        let least = offered(&config(1, None), 0, Offloads::NONE);
+        let least = offered(&config(1, None), 0, Offloads::empty());
         for bit in [
             VIRTIO_NET_F_MRG_RXBUF,
             VIRTIO_RING_F_EVENT_IDX,
@@ -427,11 +419,14 @@ mod tests {
         ] {
             assert!(!has(least, bit), "bit {bit}");
             assert!(
-                has(offered(&config(4, Some(9000)), u64::MAX, ALL), bit),
+                has(
+                    offered(&config(4, Some(9000)), u64::MAX, Offloads::all()),
+                    bit
+                ),
                 "{bit}"
             );
         }
-        let kernel_only = offered(&config(1, None), u64::MAX, Offloads::NONE);
+        let kernel_only = offered(&config(1, None), u64::MAX, Offloads::empty());
         assert!(!has(kernel_only, 27), "vhost gives bit 27 another meaning");
     }
 
@@ -440,7 +435,7 @@ mod tests {
         let bits = |bits: &[u32]| bits.iter().fold(0_u64, |all, bit| all | 1 << bit);
         assert_eq!(
             guest_offloads(bits(&[VIRTIO_NET_F_GUEST_TSO4])),
-            Offloads::NONE
+            Offloads::empty()
         );
         let csum = VIRTIO_NET_F_GUEST_CSUM;
         assert_eq!(
@@ -452,7 +447,7 @@ mod tests {
             Offloads::CSUM
         );
         let everything = GUEST_OFFLOADS.map(|(bit, _)| bit);
-        assert_eq!(guest_offloads(bits(&everything)), ALL);
+        assert_eq!(guest_offloads(bits(&everything)), Offloads::all());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use virtio_queue::QueueT as _;
 use super::device::VirtioDevice;
 use crate::failure::DeviceError;
 use crate::pause::Deferral;
-use crate::queue::chain::{Chain, RINGS_OUTSIDE, scatter, total};
+use crate::queue::chain::{Chain, QueueError, scatter, total};
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::random;
 
@@ -79,9 +79,9 @@ impl VirtioDevice for Rng {
         self.running.take().map(|running| running.position())
     }
 
-    fn kicked(&mut self, _index: u16) -> Result<(), DeviceError> {
+    fn kicked(&mut self, index: u16) -> Result<(), DeviceError> {
         match &mut self.running {
-            Some(running) => fill(running, &self.deferral),
+            Some(running) => fill(running, &self.deferral).map_err(|error| error.of(index)),
             None => Ok(()),
         }
     }
@@ -91,8 +91,7 @@ impl VirtioDevice for Rng {
 
 /// Fills the available buffers, at most one ring of chains. Each chain has a
 /// view of its own, so that an unmap waits for at most one chain.
-fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), DeviceError> {
-    let bad = |reason| DeviceError::BadQueue { queue: 0, reason };
+fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), QueueError> {
     let queue = &mut running.queue;
     let mut any = false;
     for _ in 0..queue.size() {
@@ -100,12 +99,11 @@ fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), DeviceErr
             break;
         }
         let view = running.dma.view();
-        let Some(chain) = Chain::take(queue, &view, QUEUE_SIZE).map_err(bad)? else {
+        let Some(chain) = Chain::take(queue, &view, QUEUE_SIZE)? else {
             break;
         };
-        let len = fill_chain(&view, &chain).map_err(bad)?;
-        let used = queue.add_used(&view, chain.head, len);
-        used.map_err(|_| bad(RINGS_OUTSIDE))?;
+        let len = fill_chain(&view, &chain)?;
+        queue.add_used(&view, chain.head, len)?;
         any = true;
     }
     if any {
@@ -115,13 +113,13 @@ fn fill(running: &mut RunningQueue, deferral: &Deferral) -> Result<(), DeviceErr
 }
 
 /// Fills a chain's buffers from the front. Returns the number of bytes written.
-fn fill_chain(view: &DmaView<'_>, chain: &Chain) -> Result<u32, &'static str> {
+fn fill_chain(view: &DmaView<'_>, chain: &Chain) -> Result<u32, QueueError> {
     let len = usize::try_from(total(&chain.writable)).unwrap_or(MAX_BYTES);
     let mut bytes = [0; MAX_BYTES];
     let (bytes, _) = bytes.split_at_mut(len.min(MAX_BYTES));
-    random::fill(bytes).map_err(|_| "the host gives no random bytes")?;
+    random::fill(bytes).map_err(|_| QueueError("the host gives no random bytes"))?;
     let written = scatter(view, &chain.writable, bytes);
-    let written = written.map_err(|_| "a buffer is not in memory")?;
+    let written = written.map_err(|_| QueueError("a buffer is not in memory"))?;
     Ok(u32::try_from(written).unwrap_or(0))
 }
 

@@ -8,7 +8,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::counters::DeviceCounters;
-use super::device::{VirtioDevice, read_image};
+use super::device::VirtioDevice;
+use crate::bus::read_image;
 use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::vhost::sys::{Kind, OpenError};

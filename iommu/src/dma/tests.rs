@@ -76,7 +76,7 @@ impl Iommu for Table {
         _old: NotifierEvents,
         new: NotifierEvents,
     ) -> Result<(), Refused> {
-        let events = new.and(NotifierEvents::DEVIOTLB_UNMAP);
+        let events = new & NotifierEvents::DEVIOTLB_UNMAP;
         if events.is_empty() {
             return Ok(());
         }

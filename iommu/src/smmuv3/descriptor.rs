@@ -181,7 +181,7 @@ impl Table {
                 let reachable =
                     !unprivileged || descriptor & UNPRIVILEGED != 0 && above.unprivileged;
                 if !reachable {
-                    return (Perm::NONE, false);
+                    return (Perm::empty(), false);
                 }
                 let writable = descriptor & READ_ONLY == 0;
                 if !above.writable || !writable && !clean {
@@ -196,7 +196,7 @@ impl Table {
                 let read = if descriptor & S2_READ != 0 {
                     Perm::READ
                 } else {
-                    Perm::NONE
+                    Perm::empty()
                 };
                 if descriptor & S2_WRITE != 0 {
                     (read | Perm::WRITE, false)

@@ -161,7 +161,7 @@ pub(super) fn mappings(
         let step = step(ram, view, at.0);
         read += WALK + step.neighbours;
         // A page without permissions is no mapping.
-        let permits = |mapping: &Mapping| mapping.perm != Perm::NONE;
+        let permits = |mapping: &Mapping| !mapping.perm.is_empty();
         found.extend(step.mapping.filter(permits));
         next = step.last.checked_add(1).map(Iova);
     }

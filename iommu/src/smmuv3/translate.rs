@@ -457,7 +457,7 @@ pub(super) fn walk_both(
         first: from.input - below,
         last: from.input + beyond,
         output: two.output_of(ipa) - below,
-        perm: one.perm.and(two.perm),
+        perm: one.perm & two.perm,
         ..one
     })
 }

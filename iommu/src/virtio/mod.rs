@@ -228,7 +228,7 @@ impl Iommu for VirtioIommu {
         _old: NotifierEvents,
         new: NotifierEvents,
     ) -> Result<(), Refused> {
-        let events = new.and(NotifierEvents::DEVIOTLB_UNMAP);
+        let events = new & NotifierEvents::DEVIOTLB_UNMAP;
         if events.is_empty() {
             return Ok(());
         }

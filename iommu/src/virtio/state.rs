@@ -218,7 +218,11 @@ fn is_aligned(iova: IovaRange, gpa: Gpa) -> bool {
 /// The permissions that the flags of a MAP request encode.
 pub(super) fn perm_of(flags: u32) -> Perm {
     let perm = |flag, perm| {
-        if flags & flag != 0 { perm } else { Perm::NONE }
+        if flags & flag != 0 {
+            perm
+        } else {
+            Perm::empty()
+        }
     };
     perm(request::MAP_READ, Perm::READ) | perm(request::MAP_WRITE, Perm::WRITE)
 }

@@ -19,17 +19,17 @@ fn ring() -> Ring {
     Ring::new(&ram(), BASE, SIZE)
 }
 
-fn take_from(queue: &mut Queue, ram: &Arc<GuestRam>) -> Result<Option<Chain>, &'static str> {
+fn take_from(queue: &mut Queue, ram: &Arc<GuestRam>) -> Result<Option<Chain>, QueueError> {
     let dma = AddressSpace::identity(REQUESTER, Arc::clone(ram)).dma();
     Chain::take(queue, &dma.view(), LONGEST)
 }
 
-fn take(ring: &Ring) -> Result<Option<Chain>, &'static str> {
+fn take(ring: &Ring) -> Result<Option<Chain>, QueueError> {
     take_from(&mut ring.queue(), &ring.ram)
 }
 
 fn refusal(ring: &Ring) -> &'static str {
-    take(ring).expect_err("the chain must be refused")
+    take(ring).expect_err("the chain must be refused").0
 }
 
 fn buffer(at: u64, len: u32) -> Buffer {
@@ -163,7 +163,7 @@ fn chain_longer_than_the_bound_is_refused_before_it_is_read_to_its_end() {
                 assert!(last);
                 assert_eq!(chain.unwrap().readable.len(), usize::from(LONGEST));
             }
-            Err(reason) => {
+            Err(QueueError(reason)) => {
                 assert!(!last && reason.contains("more descriptors"), "{reason}");
             }
         }

@@ -27,6 +27,7 @@ use self::sender::{Running, Sender, cannot_send};
 pub use self::stats::IotlbStats;
 use self::stats::count;
 use crate::failure::{DeviceError, FailureLatch};
+use crate::queue::chain::QueueError;
 use crate::queue::posted::{Buffer, Layout, Memory, RingReadError, Steps, posted};
 use crate::vhost::message::Miss;
 
@@ -161,10 +162,7 @@ impl VhostIotlb {
     /// # Errors
     /// The IOMMU does not translate one of them.
     pub fn start_ring(&self, index: u16, ring: Ring) -> Result<(), DeviceError> {
-        let bad = |reason| DeviceError::BadQueue {
-            queue: ring.number,
-            reason,
-        };
+        let bad = |reason| QueueError(reason).of(ring.number);
         let parts = ring.layout.parts();
         let parts = parts.ok_or_else(|| bad("a ring runs beyond the address space"))?;
         let reader = self.reader();
@@ -298,8 +296,7 @@ impl VhostIotlb {
             // The rings are not mapped: the kernel will miss them.
             Err(RingReadError::Fault(_)) => Vec::new(),
             Err(RingReadError::Malformed(reason)) => {
-                let queue = ring.number;
-                self.sender.fail(DeviceError::BadQueue { queue, reason });
+                self.sender.fail(QueueError(reason).of(ring.number));
                 return;
             }
         };

@@ -110,7 +110,7 @@ impl Sender {
                 rings: BTreeMap::new(),
                 stalled: Stalled::default(),
                 outcome: Registration {
-                    events: NotifierEvents::NONE,
+                    events: NotifierEvents::empty(),
                     refused: Vec::new(),
                 },
                 ram: None,
@@ -246,7 +246,7 @@ impl Sender {
         let nothing = whole.map(|hva| Entry {
             iova: byte,
             hva,
-            perm: Perm::NONE,
+            perm: Perm::empty(),
         });
         if let Some(nothing) = nothing
             && self.push(table, nothing, None).is_ok()

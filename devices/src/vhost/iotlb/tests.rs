@@ -253,7 +253,7 @@ fn registration_falls_back_and_reports_the_reason() {
 
 #[test]
 fn nothing_is_kept_without_invalidations() {
-    let setup = setup(NotifierEvents::NONE, 16);
+    let setup = setup(NotifierEvents::empty(), 16);
     assert!(setup.attach().is_err());
     setup.pages.map(0x4000, 0x3000, Perm::READ);
     setup.kernel.access(0x4000, Access::Read);

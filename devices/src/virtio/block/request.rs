@@ -17,7 +17,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
 use super::image::{Image, SECTOR};
-use crate::queue::chain::{Buffer, Chain, RINGS_OUTSIDE, scatter, total};
+use crate::queue::chain::{Buffer, Chain, QueueError, scatter, total};
 use crate::virtio::BlockCounters;
 
 /// Largest size of a queue.
@@ -72,16 +72,17 @@ struct Request {
 
 impl Request {
     /// Parses a chain. The driver may split its parts anywhere (§2.7.4.1).
-    fn parse(view: &DmaView<'_>, chain: Chain) -> Result<Self, &'static str> {
+    fn parse(view: &DmaView<'_>, chain: Chain) -> Result<Self, QueueError> {
         let Chain {
             head,
             mut readable,
             mut writable,
         } = chain;
-        let status = take_last_byte(&mut writable).ok_or("a request has no status byte")?;
+        let status =
+            take_last_byte(&mut writable).ok_or(QueueError("a request has no status byte"))?;
         let mut header = Header::new_zeroed();
         if !take_front(view, &mut readable, header.as_mut_bytes()) {
-            return Err("a request has no header");
+            return Err(QueueError("a request has no header"));
         }
         Ok(Self {
             head,
@@ -228,7 +229,7 @@ impl Disk {
         queue: &mut Queue,
         dma: &DmaSpace,
         leave: &AtomicBool,
-    ) -> Result<Served, &'static str> {
+    ) -> Result<Served, QueueError> {
         let mut request = {
             let view = dma.view();
             let Some(chain) = Chain::take(queue, &view, MAX_DESCRIPTORS)? else {
@@ -243,12 +244,11 @@ impl Disk {
         let view = dma.view();
         let [status, ..] = status.to_le_bytes();
         view.write_obj(status, request.status)
-            .map_err(|_| "a request's status byte is not in memory")?;
+            .map_err(|_| QueueError("a request's status byte is not in memory"))?;
         // The length of a chain is below 4 GiB.
         let written = u32::try_from(written + 1).unwrap_or(u32::MAX);
-        let used = queue.add_used(&view, request.head, written);
-        used.map_err(|_| RINGS_OUTSIDE)?;
-        let interrupt = queue.needs_notification(&view).map_err(|_| RINGS_OUTSIDE)?;
+        queue.add_used(&view, request.head, written)?;
+        let interrupt = queue.needs_notification(&view)?;
         Ok(Served::Done { interrupt })
     }
 

@@ -78,7 +78,7 @@ impl Driver {
         self.ring.post(&buffers);
     }
 
-    fn serve(&mut self) -> Result<Served, &'static str> {
+    fn serve(&mut self) -> Result<Served, QueueError> {
         let go_on = AtomicBool::new(false);
         self.disk.serve(&mut self.queue, &self.dma, &go_on)
     }
@@ -600,7 +600,7 @@ proptest! {
         driver.ring.post(&buffers);
         let served = driver.serve();
         prop_assert_eq!(driver.ring.done(), u16::from(served.is_ok()));
-        if let Err(reason) = served {
+        if let Err(QueueError(reason)) = served {
             prop_assert!(!reason.is_empty());
         }
         prop_assert_eq!(driver.stored().len(), 16 * 512 + 100);

@@ -6,12 +6,13 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::QueueT as _;
 use vm_memory::{Bytes as _, GuestAddress};
+use zerocopy::FromBytes;
+use zerocopy::little_endian::U16;
 
 use iommu::DmaView;
 
-use crate::failure::DeviceError;
 use crate::queue::RunningQueue;
-use crate::queue::chain::{Chain, RINGS_OUTSIDE, gather};
+use crate::queue::chain::{Chain, QueueError, gather};
 
 /// Largest size of the queue, and of a chain in it (§2.7.5.3.1).
 pub const CONTROL_SIZE: u16 = 64;
@@ -30,16 +31,21 @@ pub enum Command {
     Unknown,
 }
 
+/// `struct virtio_net_ctrl_hdr` and `struct virtio_net_ctrl_mq`.
+#[derive(FromBytes)]
+#[repr(C)]
+struct PairsCommand {
+    class: u8,
+    command: u8,
+    pairs: U16,
+}
+
 impl Command {
     fn parse(bytes: &[u8]) -> Self {
-        let class = (bytes.first().copied().map(u32::from), bytes.get(1).copied());
-        let pairs = (
-            Some(VIRTIO_NET_CTRL_MQ),
-            Some(VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET),
-        );
-        match (class.0, class.1.map(u32::from), bytes.get(2..4)) {
-            (class, command, Some(&[low, high])) if (class, command) == pairs => {
-                Self::Pairs(u16::from_le_bytes([low, high]))
+        const SET: (u32, u32) = (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
+        match PairsCommand::read_from_prefix(bytes) {
+            Ok((it, _)) if (it.class.into(), it.command.into()) == SET => {
+                Self::Pairs(it.pairs.get())
             }
             _ => Self::Unknown,
         }
@@ -61,33 +67,27 @@ struct PendingCommand {
 /// # Errors
 /// The driver broke the rules of the queue.
 pub fn serve(
-    number: u16,
     started: &mut RunningQueue,
     execute: &mut dyn FnMut(Command) -> bool,
-) -> Result<(), DeviceError> {
+) -> Result<(), QueueError> {
     let dma = &started.dma;
-    let bad = |reason| DeviceError::BadQueue {
-        queue: number,
-        reason,
-    };
-    let rings = |_| bad(RINGS_OUTSIDE);
     for _ in 0..MAX_COMMANDS {
         let pending = {
             let view = dma.view();
-            let chain = Chain::take(&mut started.queue, &view, CONTROL_SIZE).map_err(bad)?;
+            let chain = Chain::take(&mut started.queue, &view, CONTROL_SIZE)?;
             let Some(chain) = chain else {
                 // With event indices the driver kicks only for entries beyond
                 // the published index: check again after publishing it.
-                if started.queue.enable_notification(&view).map_err(rings)? {
+                if started.queue.enable_notification(&view)? {
                     let _ = started.kick.write(1);
                 }
                 return Ok(());
             };
             let command = parse(&view, &chain);
             if view.take_fault().is_some() {
-                return Err(bad("a command is not in memory"));
+                return Err(QueueError("a command is not in memory"));
             }
-            command.ok_or_else(|| bad("a command has no room for its answer"))?
+            command.ok_or(QueueError("a command has no room for its answer"))?
         };
         let answer = if execute(pending.command) {
             VIRTIO_NET_OK
@@ -97,10 +97,10 @@ pub fn serve(
         let view = dma.view();
         let [answer, ..] = answer.to_le_bytes();
         view.write_obj(answer, pending.answer)
-            .map_err(|_| bad("an answer is not in memory"))?;
+            .map_err(|_| QueueError("an answer is not in memory"))?;
         let queue = &mut started.queue;
-        queue.add_used(&view, pending.head, 1).map_err(rings)?;
-        if queue.needs_notification(&view).map_err(rings)? {
+        queue.add_used(&view, pending.head, 1)?;
+        if queue.needs_notification(&view)? {
             started.interrupt.signal();
         }
     }
@@ -155,7 +155,7 @@ mod tests {
                 executed.push(command);
                 command != Command::Pairs(2)
             };
-            serve(4, &mut started, &mut execute).unwrap();
+            serve(&mut started, &mut execute).unwrap();
             turns += 1;
             assert!(executed.len() <= turns * MAX_COMMANDS);
             if started.kick.read().is_err() {

@@ -21,7 +21,8 @@ use self::capabilities::{
 };
 use self::common_cfg::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, Registers, Write};
 use self::queues::{NO_VECTOR, QueueSetup};
-use super::device::{VirtioDevice, read_image};
+use super::device::VirtioDevice;
+use crate::bus::read_image;
 use crate::error::Chain;
 use crate::failure::DeviceError;
 use crate::interrupt::{Doorbells, MsiAllocator};

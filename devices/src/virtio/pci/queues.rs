@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::failure::DeviceError;
 use crate::pci::halves;
+use crate::queue::chain::QueueError;
 use crate::queue::{Interrupt, QueuePosition};
 
 /// `VIRTIO_MSI_NO_VECTOR` (§4.1.5.1.2).
@@ -61,10 +62,7 @@ impl QueueSetup {
 
     /// Checks the registers and creates the queue.
     pub(super) fn build(&self, index: u16, features: u64) -> Result<Queue, DeviceError> {
-        let bad = |reason| DeviceError::BadQueue {
-            queue: index,
-            reason,
-        };
+        let bad = |reason| QueueError(reason).of(index);
         let mut queue = Queue::new(self.max).map_err(|_| bad("its largest size is no size"))?;
         if queue.try_set_size(self.size).is_err() {
             return Err(bad("its size is no power of two up to the largest"));

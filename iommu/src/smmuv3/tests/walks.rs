@@ -229,7 +229,7 @@ proptest! {
             check(&rig, probe, step, |iova| {
                 let (ipa, perm) = expected(&inputs, iova)?;
                 let (gpa, outer) = expected(&outputs, ipa)?;
-                Some((gpa, perm.and(outer)))
+                Some((gpa, perm & outer))
             })?;
         }
     }

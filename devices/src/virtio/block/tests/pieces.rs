@@ -60,7 +60,7 @@ impl Long {
         AddressSpace::identity(REQUESTER, Arc::clone(&self.ring.ram)).dma()
     }
 
-    fn serve(&mut self, dma: &DmaSpace) -> Result<Served, &'static str> {
+    fn serve(&mut self, dma: &DmaSpace) -> Result<Served, QueueError> {
         let go_on = AtomicBool::new(false);
         self.disk.serve(&mut self.queue, dma, &go_on)
     }
@@ -132,7 +132,7 @@ fn wait_until_asleep(thread: &std::path::Path) {
 fn request_of_65530_descriptors_is_refused_and_moves_nothing() {
     let mut long = long(65_528, 64 << 10);
     let dma = long.identity();
-    assert!(long.serve(&dma).unwrap_err().contains("more descriptors"));
+    assert!(long.serve(&dma).unwrap_err().0.contains("more descriptors"));
     assert_eq!(long.ring.done(), 0);
     assert_eq!(long.disk.counters().read_bytes.load(Ordering::Relaxed), 0);
 }
