@@ -2,6 +2,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 mod ctl;
+mod notify;
 mod run;
 mod streams;
 mod usage;

@@ -18,6 +18,7 @@ use vmm::plan::MachinePlan;
 use vmm::sandbox::directories::Purpose;
 use vmm::{console, host_file, inspect, logger};
 
+use crate::notify::ServiceManager;
 use crate::streams::{self, print_error};
 
 use crate::usage::USAGE_STATUS;
@@ -161,8 +162,9 @@ fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     // whose socket cannot be created.
     let server = socket.map(|path| start_server(&path, &mut controller));
     let server = server.transpose()?;
+    let manager = ServiceManager::connect();
     controller.start().map_err(not_built(caused))?;
-    serve_until_end(controller, server)
+    serve_until_end(controller, server, manager)
 }
 
 /// Serves the API until the machine it configures ends.
@@ -184,7 +186,7 @@ fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
         None => caused(error),
     })?;
     let server = start_server(&args.api_socket, &mut controller)?;
-    serve_until_end(controller, Some(server))
+    serve_until_end(controller, Some(server), ServiceManager::connect())
 }
 
 /// Prints the plan of the configured machine.
@@ -230,8 +232,14 @@ fn start_server(path: &Path, controller: &mut Controller) -> Result<Server, Fail
     Ok(server.context("cannot serve the API")?)
 }
 
-fn serve_until_end(controller: Controller, server: Option<Server>) -> Result<ExitCode, Failure> {
+fn serve_until_end(
+    controller: Controller,
+    server: Option<Server>,
+    mut manager: ServiceManager,
+) -> Result<ExitCode, Failure> {
+    manager.ready();
     let ending = controller.run();
+    manager.stopping();
     drop(server);
     match ending.status() {
         1 => Err(Failure::Other(anyhow!("{ending}"))),

@@ -173,8 +173,12 @@ impl State {
     /// Formats one line, for one write: two processes may append to one file.
     fn line(&self, now: Duration, level: Level, origin: &str, text: &str) -> String {
         use std::fmt::Write as _;
-        let mut line = format!("[{:11.6}] ", now.as_secs_f64());
+        let mut line = String::new();
+        if let (None, Some(stream)) = (&self.file, &self.standard_error) {
+            line.push_str(stream.priority(level));
+        }
         // Writing to a string does not fail.
+        let _ = write!(line, "[{:11.6}] ", now.as_secs_f64());
         if self.show_level {
             let _ = write!(line, "{} ", level.as_str().to_ascii_lowercase());
         }
@@ -206,14 +210,17 @@ pub fn finish() {
 /// Writes a line to standard error without waiting for its reader, also before
 /// the logger is started. For an error that ends the process.
 pub fn write_last_line(line: &str) {
-    let line = format!("{line}\n");
+    let write = |stream: &mut Stream| {
+        let line = format!("{}{line}\n", stream.priority(Level::Error));
+        stream.write(line.as_bytes())
+    };
     // A thread that panics inside the logger holds its lock.
     let mut state = LOGGER.get().and_then(|it| it.state.try_lock().ok());
     let open = state.as_mut().and_then(|it| it.standard_error.as_mut());
     // A failed write has no other place to be reported.
     let _ = match open {
-        Some(stream) => stream.write(line.as_bytes()),
-        None => stream::standard_error().map_or(Ok(()), |mut it| it.write(line.as_bytes())),
+        Some(stream) => write(stream),
+        None => stream::standard_error().map_or(Ok(()), |mut it| write(&mut it)),
     };
 }
 

@@ -3,8 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 
+use log::Level;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// A stream that other processes may share, so that its flags must not change:
@@ -14,6 +15,8 @@ pub(super) struct Stream {
     file: File,
     /// Reports whether a write would block; `None` where none does.
     ready: Option<Epoll>,
+    /// journald reads the stream: `JOURNAL_STREAM` has its device and inode.
+    is_journal: bool,
 }
 
 impl Stream {
@@ -29,7 +32,10 @@ impl Stream {
     /// `fd` is closed, or no file descriptor is left.
     pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let file = File::from(fd.try_clone_to_owned()?);
-        let kind = file.metadata()?.file_type();
+        let metadata = file.metadata()?;
+        let kind = metadata.file_type();
+        let name = format!("{}:{}", metadata.dev(), metadata.ino());
+        let is_journal = std::env::var_os("JOURNAL_STREAM").is_some_and(|value| value == *name);
         if kind.is_fifo() || kind.is_char_device() {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             let own = OpenOptions::new()
@@ -37,7 +43,11 @@ impl Stream {
                 .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                 .open(path);
             if let Ok(file) = own {
-                return Ok(Self { file, ready: None });
+                return Ok(Self {
+                    file,
+                    ready: None,
+                    is_journal,
+                });
             }
         }
         let ready = Epoll::new()?;
@@ -47,7 +57,19 @@ impl Stream {
         Ok(Self {
             file,
             ready: watched.is_ok().then_some(ready),
+            is_journal,
         })
+    }
+
+    /// Prefix of a line for journald (sd-daemon(3)); empty for another reader.
+    pub(super) fn priority(&self, level: Level) -> &'static str {
+        match level {
+            _ if !self.is_journal => "",
+            Level::Error => "<3>",
+            Level::Warn => "<4>",
+            Level::Info => "<6>",
+            Level::Debug | Level::Trace => "<7>",
+        }
     }
 
     /// Writes all of `line`, in one write where the stream accepts it.
