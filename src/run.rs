@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow};
 use api::{Limits, Server, Socket};
 use clap::Args;
-use vmm::build_error::BuildError;
+use vmm::action::{Action, ActionError, Configure, Lifecycle};
 use vmm::config::{
     Argument, BootSource, ConfigError, CpuCount, Drive, Entropy, Iommu, LogLevel, Logger,
     MemorySize, NetworkInterface, Sandbox, Serial, User, VmConfig, Vsock,
@@ -157,13 +157,13 @@ fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
     let socket = args.api_socket.clone();
     let mut controller = new_controller(&args.log)?;
     let config = args.into_config()?;
-    controller.configure(config).map_err(caused)?;
+    execute(&mut controller, configure(config), caused)?;
     // Before the guest's first instruction: without a socket no guest has run, and no guest runs
     // whose socket cannot be created.
     let server = socket.map(|path| start_server(&path, &mut controller));
     let server = server.transpose()?;
     let manager = ServiceManager::connect();
-    controller.start().map_err(not_built(caused))?;
+    execute(&mut controller, Action::Lifecycle(Lifecycle::Start), caused)?;
     serve_until_end(controller, server, manager)
 }
 
@@ -180,10 +180,11 @@ fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
         None => VmConfig::default(),
     };
     args.sandbox.apply_to(&mut config)?;
-    let configured = controller.configure(config);
-    configured.map_err(|error| match &args.config {
-        Some(path) => caused_in(path)(error),
-        None => caused(error),
+    execute(&mut controller, configure(config), |error| {
+        match &args.config {
+            Some(path) => caused_in(path)(error),
+            None => caused(error),
+        }
     })?;
     let server = start_server(&args.api_socket, &mut controller)?;
     serve_until_end(controller, Some(server), ServiceManager::connect())
@@ -198,7 +199,7 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let config = read_config(&args.config)?;
     let name = caused_in(&args.config);
     let plan = MachinePlan::resolve(&config).map_err(&name)?;
-    let findings = inspect::machine(&plan, &config).map_err(not_built(&name))?;
+    let findings = inspect::machine(&plan, &config).map_err(|error| failed(error, &name))?;
     let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
     streams::print_line(&json);
     for warning in &findings.warnings {
@@ -357,11 +358,24 @@ fn caused_in(path: &Path) -> impl Fn(ConfigError) -> Failure {
     move |error| usage(format!("{}: {}", path.display(), Chain(&error)))
 }
 
-/// Converts the error of a machine that cannot be built; `named` adds the source of a refused
-/// value.
-fn not_built(named: impl Fn(ConfigError) -> Failure) -> impl Fn(BuildError) -> Failure {
-    move |error| match error {
-        BuildError::Config(error) => named(error),
+fn configure(config: VmConfig) -> Action {
+    Action::configure(Configure::All(Box::new(config)))
+}
+
+/// Performs an action; `named` adds the source of a refused value.
+fn execute(
+    controller: &mut Controller,
+    action: Action,
+    named: impl Fn(ConfigError) -> Failure,
+) -> Result<(), Failure> {
+    let outcome = controller.execute(action);
+    outcome.map(drop).map_err(|error| failed(error, named))
+}
+
+/// Converts the error of an action; `named` adds the source of a refused value.
+fn failed(error: impl Into<ActionError>, named: impl Fn(ConfigError) -> Failure) -> Failure {
+    match error.into() {
+        ActionError::Invalid(error) => named(error),
         other => Failure::Other(other.into()),
     }
 }

@@ -4,7 +4,9 @@ use std::io;
 
 use devices::bus::BusError;
 
+use crate::action::ActionError;
 use crate::config::ConfigError;
+use crate::error::Chain;
 use crate::kvm;
 use crate::sandbox::SandboxError;
 
@@ -32,4 +34,13 @@ pub enum BuildError {
     /// The host refuses an eventfd, a timer or a thread.
     #[error("cannot set up the machine")]
     Host(#[from] io::Error),
+}
+
+impl From<BuildError> for ActionError {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Config(error) => Self::Invalid(error),
+            other => Self::Failed(Chain(&other).to_string()),
+        }
+    }
 }

@@ -2,7 +2,7 @@
 //! [`Controller::run`].
 //!
 //! Every change of the machine passes through [`Controller::handle`]: from the
-//! command line, the API or a signal. After each round of device events the
+//! command line, the API or a signal. Only the machine's own end does not. After each round of device events the
 //! loop polls signals, endings and actions, so that a guest that floods a
 //! device delays them by one round at most.
 //!
@@ -13,6 +13,7 @@
 
 mod life;
 mod recorder;
+mod shut_down;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -20,13 +21,12 @@ mod waiting;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
-use self::life::{Life, PendingEnd, Running};
+use self::life::{Life, PendingEnd, Running, STOP_TIMEOUT};
 use self::recorder::Recorder;
 use self::waiting::{Event, Pending, WaitingActions};
 use crate::action::{
@@ -36,7 +36,7 @@ use crate::action::{
 use crate::assemble::{self, Assembled, Machine};
 use crate::build_error::BuildError;
 use crate::config::{ConfigError, Sandbox, VmConfig};
-use crate::console::{Input, terminal};
+use crate::console::Input;
 use crate::ending::Ending;
 use crate::error::Chain;
 use crate::inspect;
@@ -55,17 +55,6 @@ pub(crate) type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
 /// Upper bound on the actions answered in one round of device events.
 const ACTIONS_A_ROUND: usize = 16;
-/// Time for vCPUs and devices to stop after the user stops the machine. One
-/// that is inside the host's kernel may never stop.
-const STOP_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Time for vCPUs and devices to stop after the guest ended the machine.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// Interval between polls of the signals while the devices stop.
-const SIGNAL_POLL: Duration = Duration::from_millis(100);
-/// Time without progress after which the last console output of an ended
-/// machine is dropped.
-const OUTPUT_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Error of creating a controller.
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
@@ -97,8 +86,6 @@ pub struct Controller {
     /// Files outside of them cannot be opened.
     is_confined: bool,
     waiting: WaitingActions,
-    /// Queries passed to the query thread so far.
-    asked: u64,
     /// Number of the query whose answer is the periodic line of the metrics file.
     minute: Option<u64>,
     /// Signalled when the process was continued; for the console.
@@ -146,7 +133,6 @@ impl Controller {
             directories: Directories::default(),
             is_confined: false,
             waiting: WaitingActions::default(),
-            asked: 0,
             minute: None,
             attention: None,
             more_actions: false,
@@ -158,29 +144,22 @@ impl Controller {
         self.client.clone()
     }
 
-    /// Applies a whole configuration, as a series of changes.
+    /// Performs an action of the command line, which prints an error itself.
     ///
     /// # Errors
-    /// The first value that is refused.
-    pub fn configure(&mut self, config: VmConfig) -> Result<(), ConfigError> {
-        config.validate()?;
-        inspect::config(&config)?;
-        if let Some(settings) = &config.logger {
-            logger::configure(settings).map_err(|error| error.within("logger"))?;
-        }
-        if let Some(settings) = &config.metrics {
-            let opened = self.recorder.open(&settings.metrics_path);
-            opened.map_err(|error| error.within("metrics"))?;
-        }
-        self.config = config;
-        Ok(())
+    /// The action was refused or failed, or is not complete at once.
+    pub fn execute(&mut self, action: Action) -> Outcome {
+        let (call, outcome) = Call::printed(action);
+        self.handle(call);
+        let outcome = outcome.try_recv();
+        outcome.unwrap_or(Err(ActionError::Unanswered))
     }
 
     /// Builds the machine and runs it.
     ///
     /// # Errors
     /// The machine cannot be built; nothing has changed.
-    pub fn start(&mut self) -> Result<(), BuildError> {
+    fn start(&mut self) -> Result<(), BuildError> {
         let plan = MachinePlan::resolve(&self.config)?;
         let resources = HostResources::acquire(&plan)?;
         self.directories.allow_configured(&self.config)?;
@@ -214,7 +193,8 @@ impl Controller {
     /// Starts the last thread, confines the event loop, and resumes the vCPUs.
     fn run_machine(&mut self, machine: Machine) -> Result<(), BuildError> {
         let reporter = self.reporter.try_clone()?;
-        let queries = QueryThread::start(machine.pci.as_ref(), reporter)?;
+        let model = self.config.iommu.model;
+        let queries = QueryThread::start(machine.pci.as_ref(), model, reporter)?;
         self.confine()?;
         self.life.start(machine, queries);
         Ok(())
@@ -224,8 +204,8 @@ impl Controller {
     pub fn run(mut self) -> Ending {
         let pending_end = loop {
             if let Err(error) = self.events.run_with_timeout(self.timeout()) {
-                let failed = Ending::Failed(format!("waiting for events: {}", Chain(&error)));
-                break PendingEnd::new(failed, END_TIMEOUT);
+                let failed = format!("waiting for events: {}", Chain(&error));
+                break PendingEnd::new(Ending::Failed(failed));
             }
             self.poll_control();
             if let Some(pending_end) = self.life.take_pending_end() {
@@ -251,7 +231,9 @@ impl Controller {
     fn poll_control(&mut self) {
         for signal in self.signals.take() {
             match signal {
-                Signal::Terminate => self.end(Ending::Stopped, STOP_TIMEOUT),
+                Signal::Terminate => {
+                    self.handle(Call::unanswered(Action::Lifecycle(Lifecycle::Stop)));
+                }
                 Signal::Suspend => signals::suspend(),
                 Signal::Continue => {}
             }
@@ -261,18 +243,14 @@ impl Controller {
             }
         }
         if let Some(ending) = self.reports.take() {
-            let timeout = match ending {
-                Ending::Stopped => STOP_TIMEOUT,
-                _ => END_TIMEOUT,
-            };
-            self.end(ending, timeout);
+            self.end(ending);
         }
         self.complete_pause();
-        while let Some(answered) = self.life.queries().and_then(QueryThread::next_answer) {
+        while let Some(answered) = self.life.queries().and_then(|it| it.next_answer()) {
             self.deliver(answered);
         }
         if self.recorder.is_due() && self.minute.is_none() {
-            self.minute = self.record_metrics_unasked();
+            self.minute = self.record_unasked();
         }
         self.answer_actions();
     }
@@ -291,13 +269,8 @@ impl Controller {
 
     /// Performs the action, and answers it now or when it is complete.
     /// `Pending::finish` logs and counts every action.
-    pub fn handle(&mut self, call: Call) {
-        let (action, answer) = call.split();
-        let pending = Pending {
-            name: action.name(),
-            is_query: matches!(action, Action::Query(_)),
-            answer: Box::new(answer),
-        };
+    fn handle(&mut self, call: Call) {
+        let (action, pending) = Pending::split(call);
         let progress = action
             .check_state(self.life.state())
             .and_then(|()| self.check_not_ending(&action))
@@ -335,16 +308,20 @@ impl Controller {
     fn change(&mut self, change: Configure) -> Result<(), ActionError> {
         let mut config = self.config.clone();
         change.clone().apply_to(&mut config)?;
-        match &change {
-            Configure::Logger(settings) => {
-                let opened = logger::configure(settings);
-                opened.map_err(|error| self.refused_file(error, "logger"))?;
-            }
-            Configure::Metrics(settings) => {
-                let opened = self.recorder.open(&settings.metrics_path);
-                opened.map_err(|error| self.refused_file(error, "metrics"))?;
-            }
-            other => inspect::change(other)?,
+        inspect::change(&change)?;
+        let (log, metrics) = match &change {
+            Configure::All(config) => (config.logger.as_ref(), config.metrics.as_ref()),
+            Configure::Logger(settings) => (Some(settings), None),
+            Configure::Metrics(settings) => (None, Some(settings)),
+            _ => (None, None),
+        };
+        if let Some(settings) = log {
+            let opened = logger::configure(settings);
+            opened.map_err(|error| self.refused_file(error, "logger"))?;
+        }
+        if let Some(settings) = metrics {
+            let opened = self.recorder.open(&settings.metrics_path);
+            opened.map_err(|error| self.refused_file(error, "metrics"))?;
         }
         self.config = config;
         Ok(())
@@ -361,14 +338,11 @@ impl Controller {
 
     fn step(&mut self, step: Lifecycle) -> Result<Progress, ActionError> {
         match step {
-            Lifecycle::Start => self.start().map_err(|error| match error {
-                BuildError::Config(error) => ActionError::Invalid(error),
-                other => ActionError::Failed(Chain(&other).to_string()),
-            })?,
+            Lifecycle::Start => self.start()?,
             Lifecycle::Pause => return self.pause(),
             Lifecycle::Resume => self.resume(),
             Lifecycle::Stop => {
-                self.end(Ending::Stopped, STOP_TIMEOUT);
+                self.end(Ending::Stopped);
                 self.waiting.check_room(Event::Ended)?;
                 return Ok(Progress::Until(Event::Ended));
             }
@@ -412,8 +386,8 @@ impl Controller {
     }
 
     /// Starts the end of the machine. Of several endings the first one counts.
-    fn end(&mut self, ending: Ending, timeout: Duration) {
-        self.life.end(ending, timeout);
+    fn end(&mut self, ending: Ending) {
+        self.life.end(ending);
         self.fail_pauses("the machine ended while it was being paused");
     }
 
@@ -440,19 +414,18 @@ impl Controller {
     }
 
     fn inspect(&mut self, query: Query) -> Result<Progress, ActionError> {
-        if self.life.queries().is_none() {
+        let Some(queries) = self.life.queries() else {
             let reply = queries::answer(None, self.config.iommu.model, &query)?;
             return Ok(Progress::Done(self.complete(reply)));
-        }
+        };
         self.waiting.check_room(Event::Answer(0))?;
-        let number = self.ask(query);
-        Ok(Progress::Until(Event::Answer(number)))
+        Ok(Progress::Until(Event::Answer(queries.ask(query))))
     }
 
     fn flush_metrics(&mut self) -> Result<Progress, ActionError> {
         self.recorder.check()?;
         self.waiting.check_room(Event::Metrics(0))?;
-        Ok(match self.record_metrics()? {
+        Ok(match self.record()? {
             Some(number) => Progress::Until(Event::Metrics(number)),
             None => Progress::Done(Reply::Done),
         })
@@ -463,30 +436,27 @@ impl Controller {
     ///
     /// # Errors
     /// The file cannot be written.
-    fn record_metrics(&mut self) -> Result<Option<u64>, ActionError> {
-        if self.life.queries().is_some() {
-            return Ok(Some(self.ask(Query::Metrics)));
+    fn record(&mut self) -> Result<Option<u64>, ActionError> {
+        if let Some(queries) = self.life.queries() {
+            return Ok(Some(queries.ask(Query::Metrics)));
         }
-        let families = self.with_own_metrics(Vec::new());
-        self.recorder.append(&families)?;
+        self.append_metrics(Vec::new())?;
         Ok(None)
     }
 
-    /// Calls [`Self::record_metrics`] where no action waits for the result, and
-    /// logs an error.
-    fn record_metrics_unasked(&mut self) -> Option<u64> {
-        self.record_metrics().unwrap_or_else(|error| {
+    /// Calls [`Self::record`] where no action waits for the result, and logs an
+    /// error.
+    fn record_unasked(&mut self) -> Option<u64> {
+        self.record().unwrap_or_else(|error| {
             log::warn!("{}", Chain(&error));
             None
         })
     }
 
-    fn ask(&mut self, query: Query) -> u64 {
-        self.asked += 1;
-        if let Some(queries) = self.life.queries() {
-            queries.ask(self.asked, query, self.config.iommu.model);
-        }
-        self.asked
+    /// Appends a line with the controller's metrics and `devices` to the file.
+    fn append_metrics(&mut self, devices: Vec<MetricFamily>) -> Result<(), ActionError> {
+        let families = self.metrics.families(self.life.state(), devices);
+        self.recorder.append(&families)
     }
 
     /// Delivers an answer of the query thread to the actions that wait for it.
@@ -514,15 +484,11 @@ impl Controller {
     /// Adds the controller's own data to a reply.
     fn complete(&self, reply: Reply) -> Reply {
         match reply {
-            Reply::Metrics(devices) => Reply::Metrics(self.with_own_metrics(devices)),
+            Reply::Metrics(devices) => {
+                Reply::Metrics(self.metrics.families(self.life.state(), devices))
+            }
             other => other,
         }
-    }
-
-    fn with_own_metrics(&self, devices: Vec<MetricFamily>) -> Vec<MetricFamily> {
-        let mut families = self.metrics.families(self.life.state());
-        families.extend(devices);
-        families
     }
 
     fn finish_all(&mut self, event: Event, outcome: &Outcome) {
@@ -533,60 +499,28 @@ impl Controller {
 
     /// Stops the guest, and flushes its last output.
     fn shut_down(mut self, deadline: Instant) {
-        let Some(Running { machine, queries }) = self.life.take() else {
-            if self.recorder.check().is_ok() {
-                self.record_metrics_unasked();
+        let has_file = self.recorder.check().is_ok();
+        let Some(mut running) = self.life.take() else {
+            if has_file {
+                self.record_unasked();
             }
             return;
         };
-        if self.recorder.check().is_ok() {
-            self.record_last_metrics(&queries, deadline);
+        if has_file {
+            self.record_last(&mut running, deadline);
         }
-        let output = machine.output();
-        let is_idle = machine.vcpus.is_idle();
-        if !self.wait_until(deadline, &queries.tear_down(machine)) {
-            let who = if is_idle { "a device" } else { "a vCPU" };
-            log::warn!("{who} does not stop, and is left to the end of the process");
-        }
-        let left = output.flush(OUTPUT_TIMEOUT);
-        if left != 0 {
-            log::warn!("console: the last {left} bytes were not read, and are lost");
-        }
-        terminal::restore();
+        shut_down::shut_down(running, &self.signals, deadline);
     }
 
-    /// Waits for a message until `deadline`. A terminating signal shortens it
-    /// to [`STOP_TIMEOUT`].
-    fn wait_until(&self, mut deadline: Instant, message: &Receiver<()>) -> bool {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match message.recv_timeout(left.min(SIGNAL_POLL)) {
-                Ok(()) => return true,
-                Err(RecvTimeoutError::Timeout) if !left.is_zero() => {}
-                Err(_) => return false,
-            }
-            if self
-                .signals
-                .take()
-                .any(|signal| signal == Signal::Terminate)
-            {
-                deadline = deadline.min(Instant::now() + STOP_TIMEOUT);
-            }
-        }
-    }
-
-    fn record_last_metrics(&mut self, queries: &QueryThread, deadline: Instant) {
+    fn record_last(&mut self, running: &mut Running, deadline: Instant) {
         // Signals are not polled here.
         let deadline = deadline.min(Instant::now() + STOP_TIMEOUT);
-        self.asked += 1;
-        let number = self.asked;
-        queries.ask(number, Query::Metrics, self.config.iommu.model);
-        while let Some(answered) = queries.answer_until(deadline) {
+        let number = running.queries.ask(Query::Metrics);
+        while let Some(answered) = running.queries.answer_until(deadline) {
             if let (true, Ok(Reply::Metrics(devices))) =
                 (answered.number == number, answered.outcome)
             {
-                let families = self.with_own_metrics(devices);
-                if let Err(error) = self.recorder.append(&families) {
+                if let Err(error) = self.append_metrics(devices) {
                     log::warn!("{}", Chain(&error));
                 }
                 return;
@@ -595,7 +529,7 @@ impl Controller {
     }
 }
 
-/// ControlEvents the event loop when one of the controller's descriptors is readable;
+/// Wakes the event loop when one of the controller's descriptors is readable;
 /// [`Controller::poll_control`] reads it.
 struct ControlEvents(Vec<RawFd>);
 

@@ -22,28 +22,22 @@ use crate::resources::{BootFiles, Refusal, acquire, vhost_context};
 const CONSOLE_FIELD: &str = "serial.serial_out_path";
 
 /// Refuses a change that names an unusable file. Opens what exists, creates
-/// nothing, takes no lock.
+/// nothing, takes no lock. The controller opens log and metrics at once.
 ///
 /// # Errors
 /// The file cannot be used; named by its field.
-pub fn change(change: &Configure) -> Result<(), ConfigError> {
+pub(crate) fn change(change: &Configure) -> Result<(), ConfigError> {
     match change {
+        Configure::All(config) => {
+            config.boot_source.iter().try_for_each(boot_source)?;
+            config.drives.iter().try_for_each(image)?;
+            config.serial.iter().try_for_each(console)
+        }
         Configure::BootSource(source) => boot_source(source),
         Configure::Drive(drive) => image(drive),
         Configure::Serial(serial) => console(serial),
         _ => Ok(()),
     }
-}
-
-/// Refuses a configuration that names an unusable file, as [`change`] does. The
-/// controller that receives the configuration opens log and metrics at once.
-///
-/// # Errors
-/// The first such file, named by its field.
-pub fn config(config: &VmConfig) -> Result<(), ConfigError> {
-    config.boot_source.iter().try_for_each(boot_source)?;
-    config.drives.iter().try_for_each(image)?;
-    config.serial.iter().try_for_each(console)
 }
 
 fn boot_source(source: &BootSource) -> Result<(), ConfigError> {

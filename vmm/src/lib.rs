@@ -10,7 +10,7 @@
 
 pub mod action;
 mod assemble;
-pub mod build_error;
+mod build_error;
 pub mod config;
 pub mod console;
 pub mod controller;

@@ -25,13 +25,17 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// Returns all metrics with their current values.
-    pub(crate) fn families(&self, state: MachineState) -> Vec<MetricFamily> {
+    /// Returns all metrics with their current values, and `devices` after them.
+    pub(crate) fn families(
+        &self,
+        state: MachineState,
+        devices: Vec<MetricFamily>,
+    ) -> Vec<MetricFamily> {
         let counter = |name, help, value: &AtomicU64| {
             let value = value.load(Ordering::Relaxed);
             MetricFamily::single(name, help, MetricKind::Counter, value)
         };
-        vec![
+        let mut families = vec![
             MetricFamily::single(
                 "portcullis_running",
                 "Whether the guest's processors run.",
@@ -63,7 +67,9 @@ impl Metrics {
                 "Bytes the guest wrote to its serial port while it was busy.",
                 &self.serial.lost,
             ),
-        ]
+        ];
+        families.extend(devices);
+        families
     }
 }
 

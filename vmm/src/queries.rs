@@ -23,13 +23,14 @@ use crate::reports::Reporter;
 pub(crate) struct QueryThread {
     jobs: Sender<Job>,
     results: Receiver<Answered>,
+    /// Queries so far.
+    asked: u64,
 }
 
 enum Job {
     Query {
         number: u64,
         query: Query,
-        model: IommuModel,
     },
     TearDown {
         machine: Box<Machine>,
@@ -46,12 +47,16 @@ pub(crate) struct Answered {
 }
 
 impl QueryThread {
-    /// Starts the thread for a machine with this bus. `reporter` wakes the
-    /// event loop for each answer.
+    /// Starts the thread for a machine with this bus and IOMMU. `reporter` wakes
+    /// the event loop for each answer.
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub(crate) fn start(pci: Option<&Arc<PciBus>>, reporter: Reporter) -> io::Result<Self> {
+    pub(crate) fn start(
+        pci: Option<&Arc<PciBus>>,
+        model: IommuModel,
+        reporter: Reporter,
+    ) -> io::Result<Self> {
         let (jobs, received) = mpsc::channel();
         let (sender, results) = mpsc::channel();
         // Weak: the machine decides when its devices end.
@@ -59,11 +64,7 @@ impl QueryThread {
         spawn(ThreadKind::Queries, "queries", move || {
             for job in received {
                 match job {
-                    Job::Query {
-                        number,
-                        query,
-                        model,
-                    } => {
+                    Job::Query { number, query } => {
                         let pci = pci.as_ref().and_then(Weak::upgrade);
                         let outcome = answer(pci.as_deref(), model, &query);
                         // An event loop that has ended waits for no answer.
@@ -77,18 +78,21 @@ impl QueryThread {
                 }
             }
         })?;
-        Ok(Self { jobs, results })
+        Ok(Self {
+            jobs,
+            results,
+            asked: 0,
+        })
     }
 
-    /// Queues `query`, which reads the devices' state. The caller bounds the
-    /// number of queued queries.
-    pub(crate) fn ask(&self, number: u64, query: Query, model: IommuModel) {
+    /// Queues `query`, which reads the devices' state, and returns its number.
+    /// The caller bounds the number of queued queries.
+    pub(crate) fn ask(&mut self, query: Query) -> u64 {
+        self.asked += 1;
+        let number = self.asked;
         // The thread ends only after this object.
-        let _ = self.jobs.send(Job::Query {
-            number,
-            query,
-            model,
-        });
+        let _ = self.jobs.send(Job::Query { number, query });
+        number
     }
 
     /// Returns the next answer, or `None`. Never blocks.

@@ -28,6 +28,8 @@ pub enum SendError {
 pub struct Call {
     /// The action to perform.
     pub action: Action,
+    /// The sender prints an error, so that the log needs none.
+    pub(crate) prints_error: bool,
     answer: Answer,
 }
 
@@ -49,9 +51,35 @@ impl Drop for Answer {
 }
 
 impl Call {
+    fn new(action: Action, deliver: impl FnOnce(Outcome) + Send + 'static) -> Self {
+        Self {
+            action,
+            prints_error: false,
+            answer: Answer(Some(Box::new(deliver))),
+        }
+    }
+
+    /// Creates a call whose outcome nothing waits for.
+    pub(crate) fn unanswered(action: Action) -> Self {
+        Self::new(action, drop)
+    }
+
+    /// Creates a call of the command line, which prints an error itself. The receiver gets the
+    /// outcome.
+    pub(crate) fn printed(action: Action) -> (Self, Receiver<Outcome>) {
+        let (deliver, outcome) = mpsc::channel();
+        let mut call = Self::new(action, move |outcome| {
+            let _ = deliver.send(outcome);
+        });
+        call.prints_error = true;
+        (call, outcome)
+    }
+
     /// Splits the call, so that the action can be consumed before the outcome is sent.
     pub fn split(self) -> (Action, impl FnOnce(Outcome) + Send) {
-        let Self { action, mut answer } = self;
+        let Self {
+            action, mut answer, ..
+        } = self;
         (action, move |outcome| answer.send(outcome))
     }
 
@@ -79,8 +107,7 @@ impl Client {
         action: Action,
         deliver: impl FnOnce(Outcome) + Send + 'static,
     ) -> Result<(), SendError> {
-        let answer = Answer(Some(Box::new(deliver)));
-        let refused = match self.calls.try_send(Call { action, answer }) {
+        let refused = match self.calls.try_send(Call::new(action, deliver)) {
             Ok(()) => {
                 // It fails only when the counter would overflow, and then it is readable anyway.
                 let _ = self.wake.write(1);

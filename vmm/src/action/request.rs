@@ -24,6 +24,8 @@ pub enum Action {
 /// A change to the configuration. A device whose identifier exists already is replaced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Configure {
+    /// Replaces the whole configuration: the command line's change.
+    All(Box<VmConfig>),
     /// Replaces processors and memory.
     MachineConfig(MachineConfig),
     /// Changes some fields of processors and memory.
@@ -145,6 +147,7 @@ impl Configure {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
+            Self::All(_) => "configuring",
             Self::MachineConfig(_) | Self::MachineConfigUpdate(_) => "changing machine-config",
             Self::BootSource(_) => "changing boot-source",
             Self::Iommu(_) => "changing iommu",
@@ -165,6 +168,7 @@ impl Configure {
     pub fn apply_to(self, config: &mut VmConfig) -> Result<(), ConfigError> {
         let mut changed = config.clone();
         match self {
+            Self::All(config) => changed = *config,
             Self::MachineConfig(machine_config) => changed.machine_config = machine_config,
             Self::MachineConfigUpdate(update) => {
                 changed.machine_config = update.applied_to(&config.machine_config);

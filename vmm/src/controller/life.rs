@@ -7,6 +7,12 @@ use crate::assemble::Machine;
 use crate::ending::Ending;
 use crate::queries::QueryThread;
 
+/// Time for vCPUs and devices to stop after the user stops the machine. One
+/// that is inside the host's kernel may never stop.
+pub(super) const STOP_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Time for vCPUs and devices to stop after the guest ended the machine.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A machine that was started.
 pub(super) struct Running {
     /// Ends the guest when dropped.
@@ -25,9 +31,13 @@ pub(super) struct PendingEnd {
 }
 
 impl PendingEnd {
-    /// Creates an ending whose deadline is `timeout` from now.
+    /// Creates an ending, whose time begins now.
     #[must_use]
-    pub(super) fn new(ending: Ending, timeout: Duration) -> Self {
+    pub(super) fn new(ending: Ending) -> Self {
+        let timeout = match ending {
+            Ending::Stopped => STOP_TIMEOUT,
+            _ => END_TIMEOUT,
+        };
         let deadline = Instant::now() + timeout;
         Self { ending, deadline }
     }
@@ -51,9 +61,8 @@ impl Life {
     }
 
     /// The query thread; `None` until the machine is started.
-    #[must_use]
-    pub(super) fn queries(&self) -> Option<&QueryThread> {
-        self.running.as_ref().map(|running| &running.queries)
+    pub(super) fn queries(&mut self) -> Option<&mut QueryThread> {
+        self.running.as_mut().map(|running| &mut running.queries)
     }
 
     /// Whether the machine has an ending.
@@ -102,17 +111,18 @@ impl Life {
     }
 
     /// Starts the end of the machine. Of several calls the first ending and the
-    /// shortest timeout count.
-    pub(super) fn end(&mut self, ending: Ending, timeout: Duration) {
-        if let Some(pending_end) = &mut self.pending_end {
-            pending_end.deadline = pending_end.deadline.min(Instant::now() + timeout);
+    /// earliest deadline count.
+    pub(super) fn end(&mut self, ending: Ending) {
+        let end = PendingEnd::new(ending);
+        if let Some(first) = &mut self.pending_end {
+            first.deadline = first.deadline.min(end.deadline);
             return;
         }
         self.pausing = false;
         if let Some(running) = &self.running {
             running.machine.vcpus.request_stop();
         }
-        self.pending_end = Some(PendingEnd::new(ending, timeout));
+        self.pending_end = Some(end);
     }
 
     /// Returns the ending, once the vCPUs have ended or the deadline has

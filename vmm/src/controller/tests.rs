@@ -2,6 +2,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use ::iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use ::iommu::{GuestRam, IommuRegion, IovaRange, StreamId};
@@ -327,4 +328,19 @@ fn confined_machine_opens_files_in_the_named_directories_only() {
         assert!(!error.to_string().contains("sandbox"), "{error}");
     }
     served.stop();
+}
+
+#[test]
+fn the_command_line_gets_the_outcome_at_once() {
+    let _alone = signals::alone();
+    let mut controller = Controller::new().unwrap();
+    let start = || Action::Lifecycle(Lifecycle::Start);
+    let refused = controller.execute(start());
+    assert!(matches!(refused, Err(ActionError::Invalid(error)) if error.field == "boot-source"));
+    let mut config = VmConfig::default();
+    config.machine_config.vcpu_count = 2;
+    let change = || Action::configure(Configure::All(Box::new(config.clone())));
+    assert_eq!(controller.execute(change()), Ok(Reply::Done));
+    let configured = controller.execute(Action::Query(Query::VmConfig));
+    assert_eq!(configured, Ok(Reply::VmConfig(Box::new(config.clone()))));
 }

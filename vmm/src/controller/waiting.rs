@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::action::{ActionError, Outcome};
+use crate::action::{Action, ActionError, Call, Outcome};
 use crate::error::Chain;
 use crate::metrics::Metrics;
 
@@ -26,15 +26,28 @@ pub(super) enum Event {
 /// An action that was taken from the inbox, and its callback.
 pub(super) struct Pending {
     /// Name of the action, as a noun.
-    pub name: &'static str,
-    /// Whether the action is a query, which changes nothing.
-    pub is_query: bool,
-    /// Sends the outcome.
-    pub answer: Box<dyn FnOnce(Outcome) + Send>,
+    name: &'static str,
+    is_query: bool,
+    prints_error: bool,
+    answer: Box<dyn FnOnce(Outcome) + Send>,
 }
 
 impl Pending {
-    /// Logs, counts and sends the outcome.
+    /// Separates the action from the rest of the call.
+    pub(super) fn split(call: Call) -> (Action, Self) {
+        let prints_error = call.prints_error;
+        let (action, answer) = call.split();
+        let pending = Self {
+            name: action.name(),
+            is_query: matches!(action, Action::Query(_)),
+            prints_error,
+            answer: Box::new(answer),
+        };
+        (action, pending)
+    }
+
+    /// Logs, counts and sends the outcome. A query that succeeds is not logged:
+    /// it changes nothing.
     pub(super) fn finish(self, outcome: Outcome, metrics: &Metrics) {
         let name = self.name;
         match &outcome {
@@ -47,6 +60,7 @@ impl Pending {
             Err(error) => {
                 metrics.actions_failed.fetch_add(1, Ordering::Relaxed);
                 match error {
+                    _ if self.prints_error => {}
                     // Its text contains the name.
                     ActionError::WrongState { .. } => log::warn!("{}", Chain(error)),
                     _ => log::warn!("{name}: {}", Chain(error)),

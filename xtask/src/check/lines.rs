@@ -16,8 +16,7 @@ const MOST: usize = 450;
 /// Lower bound, exclusive, for files that the table names.
 const LONG: usize = 400;
 /// Files that may exceed the upper bound, each with the reason.
-const LONGER: [(&str, &str); 1] = [("vmm/src/controller.rs", TO_BE_SPLIT)];
-const TO_BE_SPLIT: &str = "to be split";
+const LONGER: [(&str, &str); 0] = [];
 
 /// A tree to count.
 #[derive(clap::Args)]
