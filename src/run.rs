@@ -1,6 +1,8 @@
 //! `portcullis run`, `serve` and `check`.
 
+use std::env;
 use std::error::Error;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,7 +17,7 @@ use vmm::config::{
 use vmm::controller::Controller;
 use vmm::error::Chain;
 use vmm::plan::MachinePlan;
-use vmm::sandbox::directories::Purpose;
+use vmm::sandbox::{self, SandboxError, directories::Purpose};
 use vmm::{console, host_file, inspect, logger};
 
 use crate::notify::ServiceManager;
@@ -92,7 +94,8 @@ Exit status:
   1  the host or the monitor failed
   2  the command line or the configuration cannot be used
   3  the guest reset
-  4  the guest crashed";
+  4  the guest crashed
+  148  a thread of the monitor made a forbidden system call";
 
 /// The help text of an option whose value has keys.
 fn keyed<T: Argument>(what: &str) -> String {
@@ -135,6 +138,9 @@ struct SandboxArgs {
     /// User to change to once the host's files and devices are open: numbers or names
     #[arg(long, value_name = "UID[:GID]")]
     user: Option<User>,
+    /// Inherited descriptor to leave open; give it once for each
+    #[arg(long, value_name = "N")]
+    keep_fd: Vec<RawFd>,
 }
 
 #[derive(Debug, Args)]
@@ -153,11 +159,13 @@ pub fn run(args: RunArgs) -> ExitCode {
 }
 
 fn try_run(args: RunArgs) -> Result<ExitCode, Failure> {
+    args.sandbox.harden()?;
     args.log.apply()?;
     let socket = args.api_socket.clone();
     let mut controller = new_controller(&args.log)?;
     let config = args.into_config()?;
     execute(&mut controller, configure(config), caused)?;
+    controller.prepare_sandbox().map_err(not_confined)?;
     // Before the guest's first instruction: without a socket no guest has run, and no guest runs
     // whose socket cannot be created.
     let server = socket.map(|path| start_server(&path, &mut controller));
@@ -173,6 +181,7 @@ pub fn serve(args: ServeArgs) -> ExitCode {
 }
 
 fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
+    args.sandbox.harden()?;
     args.log.apply()?;
     let mut controller = new_controller(&args.log)?;
     let mut config = match &args.config {
@@ -186,6 +195,7 @@ fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
             None => caused(error),
         }
     })?;
+    controller.prepare_sandbox().map_err(not_confined)?;
     let server = start_server(&args.api_socket, &mut controller)?;
     serve_until_end(controller, Some(server), ServiceManager::connect())
 }
@@ -291,6 +301,16 @@ impl RunArgs {
 }
 
 impl SandboxArgs {
+    /// The first act of the process.
+    fn harden(&self) -> Result<(), Failure> {
+        let named = env::args_os().flat_map(|argument| sandbox::named_descriptors(&argument));
+        let keep: Vec<RawFd> = named.chain(self.keep_fd.iter().copied()).collect();
+        match sandbox::harden(&keep) {
+            Err(error) if self.sandbox != Some(Sandbox::Off) => Err(not_confined(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Replaces the configured mode and user if they are given, and adds the directories.
     fn apply_to(self, config: &mut VmConfig) -> Result<(), Failure> {
         config.sandbox = self.sandbox.unwrap_or(config.sandbox);
@@ -378,6 +398,10 @@ fn failed(error: impl Into<ActionError>, named: impl Fn(ConfigError) -> Failure)
         ActionError::Invalid(error) => named(error),
         other => Failure::Other(other.into()),
     }
+}
+
+fn not_confined(error: SandboxError) -> Failure {
+    Failure::Other(error.into())
 }
 
 fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {

@@ -44,21 +44,17 @@ impl ThreadKind {
 }
 
 /// Confines the calling thread, of the given kind.
-pub type Entry = fn(ThreadKind) -> io::Result<()>;
+type Entry = Box<dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync>;
 
 static ENTRY: OnceLock<Entry> = OnceLock::new();
 
 /// Sets the entry of every thread that is started from now on. Only the first
 /// call has an effect.
-pub fn set_entry(entry: Entry) {
-    let _ = ENTRY.set(entry);
+pub fn set_entry(entry: impl Fn(ThreadKind) -> io::Result<()> + Send + Sync + 'static) {
+    let _ = ENTRY.set(Box::new(entry));
 }
 
-/// Confines the calling thread. Does nothing without an entry.
-///
-/// # Errors
-/// Error of the entry.
-pub fn enter(kind: ThreadKind) -> io::Result<()> {
+fn enter(kind: ThreadKind) -> io::Result<()> {
     ENTRY.get().map_or(Ok(()), |entry| entry(kind))
 }
 

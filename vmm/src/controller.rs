@@ -175,6 +175,15 @@ impl Controller {
         Ok(())
     }
 
+    /// Makes the threads that are started from now on confine themselves, as the
+    /// configuration demands.
+    ///
+    /// # Errors
+    /// The host refuses a step.
+    pub fn prepare_sandbox(&self) -> Result<(), SandboxError> {
+        sandbox::prepare(self.config.sandbox, self.config.user)
+    }
+
     fn confine(&mut self) -> Result<(), SandboxError> {
         let config = &self.config;
         sandbox::confine(config.sandbox, config.user, &self.directories)?;

@@ -5,6 +5,7 @@
 //! full, lines are lost, and the next written line reports their number.
 //! Frequent lines of one call site are omitted, and counted too.
 
+mod handler;
 mod rate;
 mod stream;
 
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use devices::host_file;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+pub(crate) use self::handler::write_from_handler;
 use self::rate::{CallSite, Limiter};
 use self::stream::Stream;
 use crate::config::{self, ConfigError};
@@ -63,9 +65,15 @@ impl State {
 
 /// Starts logging to standard error, at level `info`. Later calls do nothing.
 pub fn start() {
-    let logger = LOGGER.get_or_init(|| Logger {
-        start: Instant::now(),
-        state: Mutex::new(State::new(stream::standard_error())),
+    let logger = LOGGER.get_or_init(|| {
+        let standard_error = stream::standard_error();
+        if let Some(stream) = &standard_error {
+            handler::set_standard_error(stream);
+        }
+        Logger {
+            start: Instant::now(),
+            state: Mutex::new(State::new(standard_error)),
+        }
     });
     if log::set_logger(logger).is_ok() {
         log::set_max_level(LevelFilter::Info);
@@ -87,8 +95,9 @@ pub fn configure(settings: &config::Logger) -> Result<(), ConfigError> {
     };
     if let Some(logger) = LOGGER.get() {
         let mut state = logger.lock();
-        if file.is_some() {
-            state.file = file;
+        if let Some(file) = file {
+            handler::set_file(&file);
+            state.file = Some(file);
         }
         state.show_level = settings.show_level.unwrap_or(state.show_level);
         state.show_origin = settings.show_log_origin.unwrap_or(state.show_origin);

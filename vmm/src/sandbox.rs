@@ -6,11 +6,17 @@
 pub mod directories;
 mod landlock;
 mod privileges;
+mod seccomp;
+mod start;
 
 use std::error::Error;
 use std::io;
 
+use devices::thread::{self, ThreadKind};
+
 use self::directories::Directories;
+pub use self::seccomp::EXIT_STATUS;
+pub use self::start::{harden, named_descriptors};
 use crate::config::{Sandbox, User};
 
 /// Error of a step of the confinement: one line for the user.
@@ -38,6 +44,18 @@ impl SandboxError {
     }
 }
 
+/// Prepares the confinement of the process: threads that are started from now
+/// on confine themselves. Only the first call has an effect on them.
+///
+/// # Errors
+/// Forbidden system calls cannot be reported.
+pub fn prepare(mode: Sandbox, user: Option<User>) -> Result<(), SandboxError> {
+    let step = "handling forbidden system calls";
+    seccomp::prepare(mode).map_err(SandboxError::of::<io::Error>(step))?;
+    thread::set_entry(move |kind| confine_thread(kind, mode, user).map_err(io::Error::other));
+    Ok(())
+}
+
 /// Takes from the event loop's thread what running the machine does not need:
 /// the file system except for `directories`, capabilities and user, then system
 /// calls. Other threads have done the same as their first act.
@@ -58,19 +76,26 @@ pub fn confine(
         let abi = abi.map_err(SandboxError::of("denying access by landlock"))?;
         log::info!("landlock denies what the kernel's ABI {abi} has rights for");
     }
-    drop_privileges(mode, user)
+    drop_privileges(mode, user)?;
+    filter_calls(ThreadKind::EventLoop, mode)
 }
 
 /// Denies a thread other than the event loop every file, and takes its
-/// privileges. Its first act.
+/// privileges and the system calls that its kind does not make. Its first act.
 ///
 /// # Errors
 /// The first step that the host refuses.
-pub fn confine_thread(mode: Sandbox, user: Option<User>) -> Result<(), SandboxError> {
+fn confine_thread(kind: ThreadKind, mode: Sandbox, user: Option<User>) -> Result<(), SandboxError> {
     if mode == Sandbox::On {
         landlock::deny_all().map_err(SandboxError::of("denying access by landlock"))?;
     }
-    drop_privileges(mode, user)
+    drop_privileges(mode, user)?;
+    filter_calls(kind, mode)
+}
+
+fn filter_calls(kind: ThreadKind, mode: Sandbox) -> Result<(), SandboxError> {
+    let step = "filtering system calls by seccomp";
+    seccomp::enter(kind, mode).map_err(SandboxError::of::<io::Error>(step))
 }
 
 /// Changes the calling thread to `user`, in every mode, and drops its

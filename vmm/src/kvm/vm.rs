@@ -90,6 +90,7 @@ fn check_cpus(kvm: &Kvm, asked: u32) -> Result<(), Error> {
     }
 }
 
+/// Adds the RAM to the VM, and excludes it from core dumps.
 fn add_memory(fd: &VmFd, ram: &GuestRam) -> Result<(), Error> {
     for (slot, region) in (0..).zip(ram.iter()) {
         let slot = kvm_userspace_memory_region {
@@ -103,6 +104,10 @@ fn add_memory(fd: &VmFd, ram: &GuestRam) -> Result<(), Error> {
         // `userspace_addr`, regions of one memory do not overlap, and `Vm`
         // keeps the mapping for as long as it keeps the VM.
         unsafe { fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
+        // SAFETY: the range is the region's mapping; its contents do not change.
+        // Its only error is an invalid range.
+        let _ = unsafe { libc::madvise(region.as_ptr().cast(), length, libc::MADV_DONTDUMP) };
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 
 use log::Level;
@@ -70,6 +70,12 @@ impl Stream {
             Level::Info => "<6>",
             Level::Debug | Level::Trace => "<7>",
         }
+    }
+
+    /// The stream's descriptor, and that which reports whether a write would block.
+    pub(super) fn descriptors(&self) -> (RawFd, Option<RawFd>) {
+        let ready = self.ready.as_ref().map(Epoll::as_raw_fd);
+        (self.file.as_raw_fd(), ready)
     }
 
     /// Writes all of `line`, in one write where the stream accepts it.
