@@ -8,8 +8,9 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
+use iommu::lock::{LEAF, RankedRwLock};
 use thiserror::Error;
 
 /// Registers on a [`Bus`].
@@ -130,7 +131,7 @@ type Ranges = BTreeMap<u64, Entry>;
 /// the locks.
 #[derive(Default)]
 pub struct Bus {
-    ranges: RwLock<Ranges>,
+    ranges: RankedRwLock<Ranges, LEAF>,
 }
 
 impl Bus {
@@ -144,7 +145,7 @@ impl Bus {
     /// # Errors
     /// The range is invalid or overlaps another.
     pub fn insert(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
-        Self::place(&mut self.lock_mut(), base, len, device)
+        Self::place(&mut self.ranges.write(), base, len, device)
     }
 
     /// Removes the range that starts at `base`. An access that began earlier
@@ -153,7 +154,7 @@ impl Bus {
     /// # Errors
     /// No range starts at `base`.
     pub fn remove(&self, base: u64) -> Result<(), BusError> {
-        let removed = self.lock_mut().remove(&base);
+        let removed = self.ranges.write().remove(&base);
         removed.map(drop).ok_or(BusError::Unknown(base))
     }
 
@@ -163,7 +164,7 @@ impl Bus {
     /// # Errors
     /// No range starts at `base`, or the new range is invalid or overlaps.
     pub fn relocate(&self, base: u64, new_base: u64) -> Result<(), BusError> {
-        let mut ranges = self.lock_mut();
+        let mut ranges = self.ranges.write();
         let entry = ranges.remove(&base).ok_or(BusError::Unknown(base))?;
         // The length of a range that ends at the last address still fits: a
         // range of all 2^64 addresses cannot be inserted.
@@ -205,7 +206,7 @@ impl Bus {
 
     fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
         let last = address.checked_add(u64::try_from(len).ok()?.checked_sub(1)?)?;
-        let ranges = self.lock();
+        let ranges = self.ranges.read();
         let (base, entry) = ranges.range(..=address).next_back()?;
         (last <= entry.last).then(|| (address - base, Arc::clone(&entry.device)))
     }
@@ -229,16 +230,6 @@ impl Bus {
         }
         ranges.insert(base, Entry { last, device });
         Ok(())
-    }
-
-    // A panic under the lock leaves the map consistent: every change is a
-    // single operation.
-    fn lock(&self) -> RwLockReadGuard<'_, Ranges> {
-        self.ranges.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_mut(&self) -> RwLockWriteGuard<'_, Ranges> {
-        self.ranges.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,7 +1,9 @@
 //! Failures of a device that set DEVICE_NEEDS_RESET (virtio 1.2 §2.1.1).
 
 use std::io;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
+
+use iommu::lock::LeafMutex;
 
 /// Error after which a device does not work until a reset. The transport logs
 /// it once and sets DEVICE_NEEDS_RESET.
@@ -41,7 +43,7 @@ pub type FailureCallback = Box<dyn Fn() + Send + Sync>;
 /// transport takes it.
 #[derive(Default)]
 pub struct FailureLatch {
-    state: Mutex<State>,
+    state: LeafMutex<State>,
     callback: OnceLock<FailureCallback>,
 }
 
@@ -56,7 +58,7 @@ impl FailureLatch {
     /// Records a failure; all but the first since the last reset are dropped.
     /// The caller calls [`notify`](Self::notify) afterwards, without a lock.
     pub fn record(&self, error: DeviceError) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if !state.failed {
             *state = State {
                 pending: Some(error),
@@ -68,12 +70,12 @@ impl FailureLatch {
 
     /// Removes and returns the recorded failure.
     pub fn take(&self) -> Option<DeviceError> {
-        self.state().pending.take()
+        self.state.lock().pending.take()
     }
 
     /// Clears the failure on a reset: the next one is recorded again.
     pub fn clear(&self) {
-        *self.state() = State::default();
+        *self.state.lock() = State::default();
     }
 
     /// Sets the callback. Only the first call has an effect.
@@ -83,7 +85,7 @@ impl FailureLatch {
 
     /// Calls the callback once for a recorded failure. The caller holds no lock.
     pub fn notify(&self) {
-        if std::mem::take(&mut self.state().unnotified) {
+        if std::mem::take(&mut self.state.lock().unnotified) {
             self.request_check();
         }
     }
@@ -94,10 +96,6 @@ impl FailureLatch {
         if let Some(callback) = self.callback.get() {
             callback();
         }
-    }
-
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

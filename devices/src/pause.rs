@@ -7,7 +7,9 @@
 //! enters the guest ([`PauseRequest::resume_deferred`]).
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
+
+use iommu::lock::LeafMutex;
 
 /// A device that may have deferred work.
 pub trait Resumable: Send + Sync {
@@ -22,7 +24,7 @@ pub struct PauseRequest {
     requested: AtomicBool,
     /// Whether a device has deferred work. Set after the device's own flag.
     deferred: AtomicBool,
-    devices: Mutex<Vec<Arc<Entry>>>,
+    devices: LeafMutex<Vec<Arc<Entry>>>,
 }
 
 #[derive(Default)]
@@ -47,8 +49,7 @@ impl PauseRequest {
     /// Creates the handle of one device.
     pub fn deferral(self: &Arc<Self>) -> Deferral {
         let entry = Arc::<Entry>::default();
-        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.push(Arc::clone(&entry));
+        self.devices.lock().push(Arc::clone(&entry));
         Deferral {
             request: Arc::clone(self),
             entry,
@@ -63,9 +64,7 @@ impl PauseRequest {
             return;
         }
         self.deferred.store(false, Ordering::SeqCst);
-        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let entries = devices.clone();
-        drop(devices);
+        let entries = self.devices.lock().clone();
         for entry in entries {
             if entry.deferred.swap(false, Ordering::SeqCst)
                 && let Some(device) = entry.device.get().and_then(Weak::upgrade)

@@ -15,7 +15,6 @@
 //! waiting invalidation without end. So a thread that enters lets a waiting
 //! invalidation go first: it waits only for accesses that have already begun.
 
-use std::sync::{LockResult, PoisonError};
 #[cfg(not(loom))]
 use std::sync::{
     Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -28,6 +27,8 @@ use loom::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
+use crate::lock::RankedGuard;
+
 /// The gate. It is not re-entrant: a thread that holds it must not enter again.
 #[derive(Debug, Default)]
 pub struct Gate {
@@ -38,36 +39,35 @@ pub struct Gate {
     next: Mutex<()>,
 }
 
+/// Rank of both locks.
+const RANK: u8 = 6;
+
 /// Shared guard: permits translating and using the result.
-pub type Entered<'a> = RwLockReadGuard<'a, ()>;
+pub type Entered<'a> = RankedGuard<RwLockReadGuard<'a, ()>>;
 /// Exclusive guard of an invalidation.
-pub type Closed<'a> = RwLockWriteGuard<'a, ()>;
+pub type Closed<'a> = RankedGuard<RwLockWriteGuard<'a, ()>>;
 
 impl Gate {
     /// Takes the gate shared. A translation of this stream stays valid until
     /// the guard is dropped.
     pub fn enter(&self) -> Entered<'_> {
         if self.closing.load(Ordering::Relaxed) != 0 {
-            drop(valid(self.next.lock()));
+            drop(RankedGuard::new(RANK, || self.next.lock()));
         }
-        valid(self.lock.read())
+        RankedGuard::new(RANK, || self.lock.read())
     }
 
     /// Waits until no thread holds the gate, and takes it exclusively.
     /// [`Gate::enter`] waits until the guard is dropped.
     pub fn close(&self) -> Closed<'_> {
         self.closing.fetch_add(1, Ordering::Relaxed);
-        let next = valid(self.next.lock());
-        let closed = valid(self.lock.write());
-        self.closing.fetch_sub(1, Ordering::Relaxed);
-        drop(next);
-        closed
+        RankedGuard::new(RANK, || {
+            let _next = self.next.lock();
+            let closed = self.lock.write();
+            self.closing.fetch_sub(1, Ordering::Relaxed);
+            closed
+        })
     }
-}
-
-/// The guard of a lock, poisoned or not: the lock protects no data.
-fn valid<G>(guard: LockResult<G>) -> G {
-    guard.unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(all(test, not(loom)))]

@@ -1,20 +1,39 @@
-//! Mutexes with a rank. A thread takes them by ascending rank, which debug builds assert.
+//! Locks with a rank. A thread takes them by ascending rank, which debug builds assert.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Rank of a lock inside which no other is taken.
+pub const LEAF: u8 = 63;
+
+/// A mutex of rank [`LEAF`].
+pub type LeafMutex<T> = RankedMutex<T, LEAF>;
 
 /// A mutex with a rank; `docs/architecture.md` lists the ranks.
 ///
 /// The mutex is never poisoned: after a panic the next holder gets the value as
 /// it is.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct RankedMutex<T, const RANK: u8>(Mutex<T>);
 
-/// Guard of a [`RankedMutex`]; dropping it unlocks.
+/// A reader-writer lock with a rank, never poisoned. A thread takes it once, for
+/// reading too.
+#[derive(Debug, Default)]
+pub struct RankedRwLock<T, const RANK: u8>(RwLock<T>);
+
+/// Guard of a ranked lock around the guard `G`; dropping it unlocks.
 #[derive(Debug)]
-pub struct RankedGuard<'a, T, const RANK: u8> {
-    guard: MutexGuard<'a, T>,
+pub struct RankedGuard<G> {
+    guard: G,
     _held: Held,
+}
+
+impl<G> RankedGuard<G> {
+    pub(crate) fn new(rank: u8, lock: impl FnOnce() -> Result<G, PoisonError<G>>) -> Self {
+        let held = Held::new(rank);
+        let guard = lock().unwrap_or_else(PoisonError::into_inner);
+        Self { guard, _held: held }
+    }
 }
 
 impl<T, const RANK: u8> RankedMutex<T, RANK> {
@@ -27,39 +46,54 @@ impl<T, const RANK: u8> RankedMutex<T, RANK> {
     ///
     /// # Panics
     /// In a debug build, if the thread holds a lock of this or a higher rank.
-    pub fn lock(&self) -> RankedGuard<'_, T, RANK> {
-        let held = Held::new(RANK);
-        let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        RankedGuard { guard, _held: held }
+    pub fn lock(&self) -> RankedGuard<MutexGuard<'_, T>> {
+        RankedGuard::new(RANK, || self.0.lock())
     }
 }
 
-impl<T: Default, const RANK: u8> Default for RankedMutex<T, RANK> {
-    fn default() -> Self {
-        Self::new(T::default())
+impl<T, const RANK: u8> RankedRwLock<T, RANK> {
+    /// An unlocked lock.
+    pub const fn new(value: T) -> Self {
+        Self(RwLock::new(value))
+    }
+
+    /// Waits for the lock, for reading.
+    ///
+    /// # Panics
+    /// In a debug build, if the thread holds a lock of this or a higher rank.
+    pub fn read(&self) -> RankedGuard<RwLockReadGuard<'_, T>> {
+        RankedGuard::new(RANK, || self.0.read())
+    }
+
+    /// Waits for the lock, for changes.
+    ///
+    /// # Panics
+    /// In a debug build, if the thread holds a lock of this or a higher rank.
+    pub fn write(&self) -> RankedGuard<RwLockWriteGuard<'_, T>> {
+        RankedGuard::new(RANK, || self.0.write())
     }
 }
 
-impl<T, const RANK: u8> Deref for RankedGuard<'_, T, RANK> {
-    type Target = T;
+impl<G: Deref> Deref for RankedGuard<G> {
+    type Target = G::Target;
 
-    fn deref(&self) -> &T {
+    fn deref(&self) -> &G::Target {
         &self.guard
     }
 }
 
-impl<T, const RANK: u8> DerefMut for RankedGuard<'_, T, RANK> {
-    fn deref_mut(&mut self) -> &mut T {
+impl<G: DerefMut> DerefMut for RankedGuard<G> {
+    fn deref_mut(&mut self) -> &mut G::Target {
         &mut self.guard
     }
 }
 
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, not(loom)))]
 use checked::Held;
-#[cfg(not(debug_assertions))]
+#[cfg(any(loom, not(debug_assertions)))]
 use unchecked::Held;
 
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, not(loom)))]
 mod checked {
     use std::cell::Cell;
 
@@ -93,7 +127,8 @@ mod checked {
     }
 }
 
-#[cfg(not(debug_assertions))]
+// The threads of loom share the thread-local storage of one.
+#[cfg(any(loom, not(debug_assertions)))]
 mod unchecked {
     #[derive(Debug)]
     pub(super) struct Held;
@@ -105,7 +140,7 @@ mod unchecked {
     }
 }
 
-#[cfg(all(test, debug_assertions))]
+#[cfg(all(test, debug_assertions, not(loom)))]
 mod tests {
     use super::*;
 

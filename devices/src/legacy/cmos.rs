@@ -5,8 +5,9 @@
 //! register A to clear. This clock reports the time of day only: it has no
 //! alarm and no interrupts, and the time cannot be set.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use iommu::lock::LeafMutex;
 
 use crate::bus::BusDevice;
 
@@ -30,7 +31,7 @@ const REGISTER_D: u8 = 0x80;
 /// The clock, with an index and a data port (0x70 and 0x71).
 #[derive(Default)]
 pub struct Cmos {
-    index: Mutex<u8>,
+    index: LeafMutex<u8>,
 }
 
 impl Cmos {
@@ -44,7 +45,7 @@ impl BusDevice for Cmos {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let (DATA, [value]) = (offset, data) {
-            let index = *self.index.lock().unwrap_or_else(PoisonError::into_inner);
+            let index = *self.index.lock();
             // A host clock set before 1970 reads as 1970.
             let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
             *value = register(index, since_epoch.unwrap_or_default().as_secs());
@@ -53,7 +54,7 @@ impl BusDevice for Cmos {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (INDEX, &[value]) = (offset, data) {
-            *self.index.lock().unwrap_or_else(PoisonError::into_inner) = value & INDEX_MASK;
+            *self.index.lock() = value & INDEX_MASK;
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Arm PL031 real-time clock (DDI 0224), for aarch64 guests.
 
-use std::sync::{Mutex, PoisonError};
-
+use iommu::lock::LeafMutex;
 use vm_superio::Rtc;
 
 use crate::bus::BusDevice;
@@ -13,7 +12,7 @@ pub const RTC_LEN: u64 = 0x1000;
 /// set; its alarm never fires.
 #[derive(Default)]
 pub struct Pl031 {
-    rtc: Mutex<Rtc<vm_superio::rtc_pl031::NoEvents>>,
+    rtc: LeafMutex<Rtc<vm_superio::rtc_pl031::NoEvents>>,
 }
 
 impl Pl031 {
@@ -28,8 +27,7 @@ impl BusDevice for Pl031 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut word = [0; 4];
         if let (Ok(offset), 4) = (u16::try_from(offset), data.len()) {
-            let mut rtc = self.rtc.lock().unwrap_or_else(PoisonError::into_inner);
-            rtc.read(offset, &mut word);
+            self.rtc.lock().read(offset, &mut word);
             data.copy_from_slice(&word);
         } else {
             data.fill(0);
@@ -38,8 +36,7 @@ impl BusDevice for Pl031 {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), Ok(word)) = (u16::try_from(offset), data.try_into()) {
-            let mut rtc = self.rtc.lock().unwrap_or_else(PoisonError::into_inner);
-            rtc.write(offset, word);
+            self.rtc.lock().write(offset, word);
         }
     }
 }

@@ -2,9 +2,10 @@
 //! functions as root complex integrated endpoints on bus 0.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Weak};
 
 use iommu::Gpa;
+use iommu::lock::{LEAF, LeafMutex, RankedMutex, RankedRwLock};
 use log::debug;
 
 use super::bar::{BarMove, Bars};
@@ -66,13 +67,13 @@ impl BusDevice for BarDevice {
 
 /// The root complex as the device of the ECAM window.
 pub struct PciRoot {
-    bridge: Mutex<ConfigSpace>,
-    functions: RwLock<BTreeMap<u8, Arc<dyn PciFunction>>>,
+    bridge: LeafMutex<ConfigSpace>,
+    functions: RankedRwLock<BTreeMap<u8, Arc<dyn PciFunction>>, LEAF>,
     /// Weak, because the bus owns the root complex.
     memory: Weak<Bus>,
     /// Address of each slot's BARs on the bus. Locked while one moves, so that
     /// the bus and the functions agree.
-    placed: Mutex<BTreeMap<(u8, usize), u64>>,
+    placed: RankedMutex<BTreeMap<(u8, usize), u64>, 0>,
 }
 
 impl PciRoot {
@@ -80,10 +81,10 @@ impl PciRoot {
     #[must_use]
     pub fn new(memory: &Arc<Bus>) -> Self {
         Self {
-            bridge: Mutex::new(ConfigSpace::new(&BRIDGE, Bars::default())),
-            functions: RwLock::default(),
+            bridge: LeafMutex::new(ConfigSpace::new(&BRIDGE, Bars::default())),
+            functions: RankedRwLock::default(),
             memory: Arc::downgrade(memory),
-            placed: Mutex::default(),
+            placed: RankedMutex::default(),
         }
     }
 
@@ -92,10 +93,7 @@ impl PciRoot {
     /// # Errors
     /// The slot is taken or does not exist.
     pub fn add(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<(), PlaceError> {
-        let mut functions = self
-            .functions
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.write();
         if slot == 0 || slot >= SLOTS || functions.contains_key(&slot) {
             return Err(PlaceError(slot));
         }
@@ -104,11 +102,7 @@ impl PciRoot {
     }
 
     fn function(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
-        let functions = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        functions.get(&slot).cloned()
+        self.functions.read().get(&slot).cloned()
     }
 
     /// Moves BARs on the bus. All are removed first, so that two of them can
@@ -163,8 +157,7 @@ impl BusDevice for PciRoot {
         data.fill(0xff);
         match decode(offset) {
             Some((0, register)) => {
-                let bridge = self.bridge.lock().unwrap_or_else(PoisonError::into_inner);
-                bridge.read(register, data);
+                self.bridge.lock().read(register, data);
             }
             Some((slot, register)) => {
                 if let Some(function) = self.function(slot) {
@@ -178,14 +171,13 @@ impl BusDevice for PciRoot {
     fn write(&self, offset: u64, data: &[u8]) {
         match decode(offset) {
             Some((0, register)) => {
-                let mut bridge = self.bridge.lock().unwrap_or_else(PoisonError::into_inner);
-                bridge.write(register, data);
+                self.bridge.lock().write(register, data);
             }
             Some((slot, register)) => {
                 let Some(function) = self.function(slot) else {
                     return;
                 };
-                let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut placed = self.placed.lock();
                 let moves = function.write_config(register, data);
                 self.relocate(slot, &function, &moves, &mut placed);
             }

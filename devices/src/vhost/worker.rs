@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+use iommu::lock::LeafMutex;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -38,7 +39,7 @@ struct Clients {
 struct Shared {
     epoll: Epoll,
     exit: EventFd,
-    clients: Mutex<Clients>,
+    clients: LeafMutex<Clients>,
 }
 
 /// Owner of the thread, which ends when this is dropped.
@@ -56,7 +57,7 @@ impl VhostWorker {
         let shared = Arc::new(Shared {
             epoll: Epoll::new()?,
             exit: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            clients: Mutex::new(Clients {
+            clients: LeafMutex::new(Clients {
                 next: 0,
                 known: BTreeMap::new(),
             }),
@@ -78,7 +79,7 @@ impl VhostWorker {
     /// A source cannot be watched.
     pub fn serve(&self, client: Weak<dyn EpollClient>, sources: &[&dyn AsRawFd]) -> io::Result<()> {
         let number = {
-            let mut clients = self.shared.clients();
+            let mut clients = self.shared.clients.lock();
             let gone = |known: &Client| known.served.strong_count() == 0;
             clients.known.retain(|_, known| !gone(known));
             clients.next += 1;
@@ -139,7 +140,12 @@ impl Shared {
     }
 
     fn dispatch(&self, token: u64) {
-        let client = self.clients().known.get(&(token >> CLIENT_SHIFT)).cloned();
+        let client = self
+            .clients
+            .lock()
+            .known
+            .get(&(token >> CLIENT_SHIFT))
+            .cloned();
         let source = u32::try_from(token & 0xffff_ffff).unwrap_or(u32::MAX);
         let Some(client) = client else {
             return;
@@ -152,14 +158,11 @@ impl Shared {
             let _ = self.epoll.ctl(ControlOperation::Delete, fd, none);
         }
     }
-
-    fn clients(&self) -> MutexGuard<'_, Clients> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::sync::mpsc::{Sender, channel};
 
     use super::*;

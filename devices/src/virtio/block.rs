@@ -6,12 +6,14 @@
 mod image;
 mod request;
 
+use std::ops::DerefMut;
 use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::{io, thread};
 
+use iommu::lock::RankedMutex;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -48,7 +50,7 @@ struct Running {
 
 /// State that the worker shares with the device.
 struct Shared {
-    queues: Vec<Mutex<Option<Running>>>,
+    queues: Vec<RankedMutex<Option<Running>, 2>>,
     /// By queue: set to make the worker leave it, between two requests or
     /// between two MiB of one.
     leave: Vec<AtomicBool>,
@@ -58,9 +60,8 @@ struct Shared {
 }
 
 impl Shared {
-    fn queue(&self, index: usize) -> Option<MutexGuard<'_, Option<Running>>> {
-        let queue = self.queues.get(index)?;
-        Some(queue.lock().unwrap_or_else(PoisonError::into_inner))
+    fn queue(&self, index: usize) -> Option<impl DerefMut<Target = Option<Running>>> {
+        self.queues.get(index).map(RankedMutex::lock)
     }
 }
 
@@ -95,7 +96,7 @@ impl Block {
     pub fn new(config: &BlockConfig, image: Image) -> io::Result<Self> {
         let count = usize::from(config.queues.max(1));
         let shared = Arc::new(Shared {
-            queues: (0..count).map(|_| Mutex::default()).collect(),
+            queues: (0..count).map(|_| RankedMutex::default()).collect(),
             leave: (0..count).map(|_| AtomicBool::new(false)).collect(),
             epoll: Epoll::new()?,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,

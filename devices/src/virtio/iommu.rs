@@ -5,10 +5,11 @@
 //! them with interrupts off and polls the used ring, so it would spin during a
 //! switch to another thread.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu::DmaView;
+use iommu::lock::RankedMutex;
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, spec};
 use virtio_bindings::virtio_ids::VIRTIO_ID_IOMMU;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
@@ -35,7 +36,7 @@ const MAX_REPLY: usize = spec::PROBE_SIZE as usize + spec::request::TAIL_SIZE;
 /// must not wait for the transport: a request may wait for those threads.
 #[derive(Default)]
 pub struct EventQueue {
-    running: Mutex<Option<RunningQueue>>,
+    running: RankedMutex<Option<RunningQueue>, 10>,
     dropped: AtomicU64,
     reported: AtomicU64,
 }
@@ -48,15 +49,11 @@ impl EventQueue {
         let reported = self.reported.load(Ordering::Relaxed);
         (reported, self.dropped.load(Ordering::Relaxed))
     }
-
-    fn lock(&self) -> MutexGuard<'_, Option<RunningQueue>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl FaultSink for EventQueue {
     fn report(&self, report: &FaultReport) {
-        let mut running = self.lock();
+        let mut running = self.running.lock();
         let written = running
             .as_mut()
             .is_some_and(|running| push_report(running, report));
@@ -149,7 +146,7 @@ impl VirtioDevice for VirtioIommuDevice {
         let running = Some(queue);
         match index {
             REQUEST_QUEUE => self.requests = running,
-            _ => *self.events.lock() = running,
+            _ => *self.events.running.lock() = running,
         }
         // A driver may add requests before DRIVER_OK.
         if index == REQUEST_QUEUE {
@@ -161,7 +158,7 @@ impl VirtioDevice for VirtioIommuDevice {
     fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
         let stopped = match index {
             REQUEST_QUEUE => self.requests.take(),
-            EVENT_QUEUE => self.events.lock().take(),
+            EVENT_QUEUE => self.events.running.lock().take(),
             _ => None,
         };
         stopped.map(|running| running.position())

@@ -7,8 +7,9 @@ mod rings;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
+use iommu::lock::RankedMutex;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
@@ -76,7 +77,7 @@ pub struct Net {
 /// control queue and the tap's link.
 struct Shared {
     id: String,
-    state: Mutex<State>,
+    state: RankedMutex<State, 2>,
     counters: Arc<NetCounters>,
     /// The link changed and the driver was not notified.
     link_changed: AtomicBool,
@@ -119,7 +120,7 @@ impl Net {
         let features = offered(&config, served, tap.supported());
         let shared = Arc::new(Shared {
             id: config.id.clone(),
-            state: Mutex::new(State {
+            state: RankedMutex::new(State {
                 link: Link::Up,
                 refused: false,
                 tap,
@@ -237,7 +238,7 @@ impl VirtioDevice for Net {
     }
 
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         let several = features >> VIRTIO_NET_F_MQ & 1 == 1;
         state.control_number = match several {
             true => ring_total(state.pairs.len()),
@@ -254,7 +255,7 @@ impl VirtioDevice for Net {
 
     fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
         let kick = Arc::clone(&started.kick);
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         if self.queue_sizes.len() > RINGS && index == state.control_number {
             state.control = Some((index, started));
             drop(state);
@@ -275,7 +276,7 @@ impl VirtioDevice for Net {
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         let control = state.control.take_if(|(number, _)| *number == index);
         if let Some((_, started)) = control {
             return Some(started.position());
@@ -288,7 +289,7 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         for pair in 0..state.pairs.len() {
             for ring in 0..RINGS {
                 state.stop_ring(pair, ring);
@@ -310,7 +311,7 @@ impl VirtioDevice for Net {
     }
 
     fn counters(&self) -> DeviceCounters {
-        let state = self.shared.state();
+        let state = self.shared.state.lock();
         let pairs = state.pairs.iter();
         DeviceCounters::Vhost {
             iotlbs: pairs.map(|pair| pair.vhost.monitor()).collect(),
@@ -341,12 +342,6 @@ impl Net {
     }
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl EpollClient for Shared {
     /// Serves the control queue, or a change of a link of the host.
     fn ready(&self, _source: u32) -> bool {
@@ -362,7 +357,7 @@ impl EpollClient for Shared {
 
 impl Shared {
     fn serve_control(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         // The queue is taken out, because a command changes the state.
         let Some((number, mut started)) = state.control.take() else {
             return;

@@ -41,7 +41,7 @@ mod walk;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::Bytes as _;
@@ -61,6 +61,7 @@ use self::state::{State, Step};
 use self::streams::PendingInvalidations;
 use self::translate::TranslationContext;
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
+use crate::lock::RankedMutex;
 use crate::mapping::Mapping;
 use crate::notifier::{NotifierEvents, Refused, StreamSink};
 use crate::ram::GuestRam;
@@ -130,8 +131,8 @@ pub struct Smmu {
     ram: Arc<GuestRam>,
     wires: Arc<dyn SmmuWires>,
     /// The command lock.
-    pending: Mutex<PendingInvalidations>,
-    state: Mutex<State>,
+    pending: RankedMutex<PendingInvalidations, 4>,
+    state: RankedMutex<State, 9>,
 }
 
 impl Smmu {
@@ -142,8 +143,8 @@ impl Smmu {
             config,
             ram,
             wires,
-            pending: Mutex::default(),
-            state: Mutex::new(State::new(config)),
+            pending: RankedMutex::default(),
+            state: RankedMutex::new(State::new(config)),
         }
     }
 
@@ -157,14 +158,14 @@ impl Smmu {
     /// Reserved words read as zero.
     #[must_use]
     pub fn read(&self, offset: u64) -> u32 {
-        self.lock().registers.read(offset)
+        self.state.lock().registers.read(offset)
     }
 
     /// Reads the 64 bits at `offset`, a multiple of 8: a 64-bit register
     /// atomically, or two adjacent 32-bit ones (§6.2).
     #[must_use]
     pub fn read64(&self, offset: u64) -> u64 {
-        let state = self.lock();
+        let state = self.state.lock();
         let word = |offset| u64::from(state.registers.read(offset));
         word(offset) | word(offset.saturating_add(4)) << 32
     }
@@ -176,7 +177,7 @@ impl Smmu {
         let low = u32::from_le_bytes([a, b, c, d]);
         let high = u32::from_le_bytes([e, f, g, h]);
         if registers::is_64_bit(offset) {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.registers.write(offset, low);
             state.registers.write(offset + 4, high);
         } else {
@@ -192,47 +193,47 @@ impl Smmu {
         match in_page_0(offset) {
             reg::CR0 => self.write_cr0(value),
             reg::GBPA => self.write_gbpa(value),
-            reg::IRQ_CTRL => self.lock().registers.write_irq_ctrl(value),
+            reg::IRQ_CTRL => self.state.lock().registers.write_irq_ctrl(value),
             reg::GERRORN => self.write_gerrorn(value),
             reg::CMDQ_PROD => self.write_cmdq_prod(value),
             register @ (reg::EVENTQ_CONS | reg::PRIQ_CONS) => {
-                self.lock().registers.write(register, value);
+                self.state.lock().registers.write(register, value);
                 self.retry_unrecorded();
             }
-            register => self.lock().registers.write(register, value),
+            register => self.state.lock().registers.write(register, value),
         }
     }
 
     /// Acknowledges CR0 when every stream was notified (§6.3.9, §6.3.10).
     fn write_cr0(&self, value: u32) {
-        let mut pending = self.command();
-        let ended = self.lock().write_cr0(value, &mut pending);
+        let mut pending = self.pending.lock();
+        let ended = self.state.lock().write_cr0(value, &mut pending);
         self.deliver(&mut pending);
         for stalled in &ended {
             self.wires.resumed(stalled, Resume::Terminate);
         }
-        self.lock().registers.acknowledge_cr0();
+        self.state.lock().registers.acknowledge_cr0();
         self.retry_unrecorded();
         self.drain(&mut pending);
     }
 
     fn write_gbpa(&self, value: u32) {
-        let mut pending = self.command();
-        self.lock().write_gbpa(value, &mut pending);
+        let mut pending = self.pending.lock();
+        self.state.lock().write_gbpa(value, &mut pending);
         self.deliver(&mut pending);
     }
 
     /// Acknowledges errors; the command queue continues (§7.5).
     fn write_gerrorn(&self, value: u32) {
-        let mut pending = self.command();
-        self.lock().registers.write(reg::GERRORN, value);
+        let mut pending = self.pending.lock();
+        self.state.lock().registers.write(reg::GERRORN, value);
         self.retry_unrecorded();
         self.drain(&mut pending);
     }
 
     fn write_cmdq_prod(&self, value: u32) {
-        let mut pending = self.command();
-        self.lock().registers.write(reg::CMDQ_PROD, value);
+        let mut pending = self.pending.lock();
+        self.state.lock().registers.write(reg::CMDQ_PROD, value);
         self.drain(&mut pending);
     }
 
@@ -247,28 +248,28 @@ impl Smmu {
     /// Continues the command queue at CMDQ_CONS, after
     /// [`SmmuWires::interrupts`] stopped it.
     pub fn resume(&self) {
-        self.drain(&mut self.command());
+        self.drain(&mut self.pending.lock());
     }
 
     /// Whether CR0.SMMUEN is set.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
-        self.lock().registers.enabled(cr0::SMMUEN)
+        self.state.lock().registers.enabled(cr0::SMMUEN)
     }
 
     /// Returns to the state after reset. Clears the ATS enable bit of every
     /// function.
     pub fn reset(&self) {
-        let mut pending = self.command();
-        self.lock().reset(&mut pending);
+        let mut pending = self.pending.lock();
+        self.state.lock().reset(&mut pending);
         self.deliver(&mut pending);
     }
 
     /// The guest set or cleared the enable bit in a function's ATS capability
     /// (PCIe 6.0 §10.5.1.3). Called without the stream's gate.
     pub fn set_ats_enabled(&self, stream: StreamId, enabled: bool) {
-        let mut pending = self.command();
-        let changed = self.lock().streams.set_ats_enabled(stream, enabled);
+        let mut pending = self.pending.lock();
+        let changed = self.state.lock().streams.set_ats_enabled(stream, enabled);
         if changed {
             // Pending invalidations are delivered under the registration
             // that they were recorded for.
@@ -292,7 +293,7 @@ impl Smmu {
     /// Statistics since the model was created.
     #[must_use]
     pub fn stats(&self) -> SmmuStats {
-        let state = self.lock();
+        let state = self.state.lock();
         let (tlb_hits, tlb_misses) = state.caches.counts();
         SmmuStats {
             commands: state.commands.consumed().clone(),
@@ -308,13 +309,13 @@ impl Smmu {
     /// not.
     #[must_use]
     pub fn faults(&self, stream: StreamId) -> BTreeMap<EventKind, u64> {
-        self.lock().streams.faults(stream)
+        self.state.lock().streams.faults(stream)
     }
 
     /// Configuration of a connected stream; `None` for others.
     #[must_use]
     pub fn stream_state(&self, stream: StreamId) -> Option<StreamState> {
-        self.lock().translator(&self.ram).stream_state(stream)
+        self.state.lock().translator(&self.ram).stream_state(stream)
     }
 
     /// Up to `limit` mappings of a stream from `from` on, in order, and the
@@ -330,14 +331,14 @@ impl Smmu {
         from: Iova,
         limit: usize,
     ) -> (Vec<Mapping>, Option<Iova>) {
-        let view = self.lock().translator(&self.ram).view(stream);
+        let view = self.state.lock().translator(&self.ram).view(stream);
         inspect::mappings(&self.ram, &view, from, limit)
     }
 
     /// State for a snapshot. The machine is paused.
     #[must_use]
     pub fn save(&self) -> SmmuState {
-        let state = self.lock();
+        let state = self.state.lock();
         SmmuState {
             registers: state.registers.clone(),
             stalled: state.events.stalled().clone(),
@@ -348,9 +349,10 @@ impl Smmu {
     /// Replaces the state with the snapshot of an SMMU of the same
     /// configuration. Every stream is connected and the machine is paused.
     pub fn restore(&self, saved: &SmmuState) {
-        let mut pending = self.command();
+        let mut pending = self.pending.lock();
         let (registers, stalled) = (saved.registers.clone(), saved.stalled.clone());
-        self.lock()
+        self.state
+            .lock()
             .replace(registers, stalled, &saved.ats_enabled, &mut pending);
         self.deliver(&mut pending);
     }
@@ -359,7 +361,7 @@ impl Smmu {
     /// start, so that a hostile index costs at most one queue of commands.
     fn drain(&self, pending: &mut PendingInvalidations) {
         let waiting = {
-            let state = self.lock();
+            let state = self.state.lock();
             state.commands.waiting(&state.registers)
         };
         for _ in 0..waiting {
@@ -386,7 +388,7 @@ impl Smmu {
                 }
                 Step::Sync(signal) => {
                     self.deliver(pending);
-                    self.lock().consume();
+                    self.state.lock().consume();
                     self.signal_sync(signal);
                 }
             }
@@ -423,14 +425,14 @@ impl Smmu {
     }
 
     fn sink(&self, stream: StreamId) -> Option<Arc<dyn StreamSink>> {
-        self.lock().streams.sink(stream)
+        self.state.lock().streams.sink(stream)
     }
 
     /// Negotiates a stream's registrations again if the events that it can
     /// deliver changed since the last negotiation.
     fn renegotiate(&self, stream: StreamId) {
         let changed = {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             let available = state.translator(&self.ram).device_iotlb(stream).is_ok();
             state.streams.set_device_iotlb(stream, available)
         };
@@ -465,7 +467,7 @@ impl Smmu {
     /// Runs `work` under the state lock, and sends the requested interrupts
     /// after unlocking.
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let outcome = work(&mut state);
         let interrupts = state.registers.take_interrupts();
         drop(state);
@@ -473,14 +475,6 @@ impl Smmu {
             self.send(interrupt);
         }
         outcome
-    }
-
-    fn command(&self) -> MutexGuard<'_, PendingInvalidations> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -506,7 +500,7 @@ impl Iommu for Smmu {
             request,
             update: false,
         };
-        let outcome = self.lock().translator(&self.ram).resolve(context);
+        let outcome = self.state.lock().translator(&self.ram).resolve(context);
         outcome.map_err(|failure| Fault::new(request, failure.reason))
     }
 
@@ -527,7 +521,7 @@ impl Iommu for Smmu {
         }
         // All registrations of a stream are negotiated alike: by its state at
         // the last invalidation of its configuration.
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.streams.device_iotlb(stream) {
             return Ok(());
         }
@@ -548,7 +542,7 @@ impl Iommu for Smmu {
     }
 
     fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
-        self.lock().streams.connect(stream, sink);
+        self.state.lock().streams.connect(stream, sink);
     }
 }
 

@@ -1,13 +1,12 @@
 //! Execution of requests: changes of the state, and the notifications that
 //! complete them (virtio 1.2 §5.13.6).
 
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
 use super::mappings::Removed;
 use super::spec::{self, Status, feature};
 use super::state::{Moved, State, VirtioIommuConfig, perm_of};
 use super::wire::{Request, needed_feature, reply_size, write_msi_window};
 use crate::addr::{IovaRange, StreamId};
+use crate::lock::{RankedMutex, RankedRwLock};
 use crate::mapping::Mapping;
 
 /// Chunks of removed mappings that are freed in each request: about 50 µs.
@@ -27,8 +26,8 @@ struct Pending {
 /// The state, and the requests that change it.
 pub(super) struct Executor {
     config: VirtioIommuConfig,
-    pending: Mutex<Pending>,
-    state: RwLock<State>,
+    pending: RankedMutex<Pending, 4>,
+    pub(super) state: RankedRwLock<State, 9>,
 }
 
 impl Executor {
@@ -36,8 +35,8 @@ impl Executor {
     pub(super) fn new(config: VirtioIommuConfig) -> Self {
         Self {
             config,
-            pending: Mutex::default(),
-            state: RwLock::new(State {
+            pending: RankedMutex::default(),
+            state: RankedRwLock::new(State {
                 bypass: config.boot_bypass,
                 ..State::default()
             }),
@@ -50,10 +49,10 @@ impl Executor {
 
     /// Changes `bypass` of the configuration (§5.13.4.2).
     pub(super) fn set_bypass(&self, value: u8) {
-        let mut pending = self.command();
+        let mut pending = self.pending.lock();
         let bypass = value == 1;
         {
-            let mut state = self.write();
+            let mut state = self.state.write();
             if value > 1 || state.features & feature::BYPASS_CONFIG == 0 || state.bypass == bypass {
                 return;
             }
@@ -61,6 +60,7 @@ impl Executor {
         }
         self.flush_pending(&mut pending);
         let detached: Vec<_> = self
+            .state
             .read()
             .endpoints
             .values()
@@ -75,10 +75,10 @@ impl Executor {
     /// Returns to the state before negotiation, without domains. `bypass` keeps
     /// its value (§5.13.5).
     pub(super) fn reset(&self) {
-        let mut pending = self.command();
+        let mut pending = self.pending.lock();
         pending.ranges.clear();
         let (attached, gone) = {
-            let mut state = self.write();
+            let mut state = self.state.write();
             state.features = 0;
             state.mapped = 0;
             let gone = std::mem::take(&mut state.domains);
@@ -129,17 +129,17 @@ impl Executor {
     /// Whether a request of this type exists and needs no feature that was not
     /// negotiated.
     fn is_available(&self, kind: u8) -> bool {
-        needed_feature(kind).is_some_and(|needs| needs & !self.read().features == 0)
+        needed_feature(kind).is_some_and(|needs| needs & !self.state.read().features == 0)
     }
 
     /// Completes every handled request: when it returns, no consumer uses a
     /// mapping that they removed.
     pub(super) fn flush(&self) {
-        self.flush_pending(&mut self.command());
+        self.flush_pending(&mut self.pending.lock());
     }
 
     fn execute(&self, parsed: Request, properties: &mut [u8]) -> Result<(), Status> {
-        let mut pending = self.command();
+        let mut pending = self.pending.lock();
         pending.removed.free(FREED_CHUNKS);
         match parsed {
             Request::Attach {
@@ -148,7 +148,7 @@ impl Executor {
                 flags,
             } => {
                 self.flush_pending(&mut pending);
-                let moved = self.write().attach(domain, endpoint, flags)?;
+                let moved = self.state.write().attach(domain, endpoint, flags)?;
                 if let Some(moved) = moved {
                     self.moved(&mut pending, moved);
                 }
@@ -156,7 +156,7 @@ impl Executor {
             }
             Request::Detach { domain, endpoint } => {
                 self.flush_pending(&mut pending);
-                let moved = self.write().detach(domain, endpoint)?;
+                let moved = self.state.write().detach(domain, endpoint)?;
                 self.moved(&mut pending, moved);
                 Ok(())
             }
@@ -183,7 +183,7 @@ impl Executor {
             } => {
                 let range = IovaRange::new(first, last).map_err(|_| Status::Inval)?;
                 let removed = &mut pending.removed;
-                let any = self.write().unmap(domain, range, removed)?;
+                let any = self.state.write().unmap(domain, range, removed)?;
                 if any {
                     self.postpone(&mut pending, domain, range);
                 }
@@ -206,7 +206,7 @@ impl Executor {
     fn map(&self, pending: &Pending, id: u32, mapping: Mapping, flags: u32) -> Result<(), Status> {
         let unfreed = pending.removed.len();
         let regions = {
-            let mut state = self.write();
+            let mut state = self.state.write();
             state.map(&self.config, unfreed, id, mapping, flags)?;
             state.attached(id)
         };
@@ -222,7 +222,7 @@ impl Executor {
         if properties.len() < spec::PROBE_SIZE as usize {
             return Err(Status::Inval);
         }
-        if !self.read().endpoints.contains_key(&stream) {
+        if !self.state.read().endpoints.contains_key(&stream) {
             return Err(Status::Noent);
         }
         if let Some(window) = self.config.msi_window {
@@ -244,24 +244,10 @@ impl Executor {
         if pending.ranges.is_empty() {
             return;
         }
-        let regions = self.read().attached(pending.domain);
+        let regions = self.state.read().attached(pending.domain);
         for region in regions {
             region.invalidate(&pending.ranges);
         }
         pending.ranges.clear();
-    }
-
-    fn command(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The state, for lookups.
-    pub(super) fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The state, for changes without a notification.
-    pub(super) fn write(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -72,18 +72,18 @@ impl VirtioIommu {
     /// Feature bits that were negotiated; 0 before that.
     #[must_use]
     pub fn negotiated_features(&self) -> u64 {
-        self.executor.read().features
+        self.executor.state.read().features
     }
 
     /// Records that the driver accepted `features`.
     pub fn negotiated(&self, features: u64) {
-        self.executor.write().features = features;
+        self.executor.state.write().features = features;
     }
 
     /// The device configuration (§5.13.4).
     #[must_use]
     pub fn config_space(&self) -> [u8; spec::CONFIG_SIZE] {
-        let bypass = self.executor.read().bypass;
+        let bypass = self.executor.state.read().bypass;
         wire::config_space(self.executor.config().input_range, PAGE_SHIFT, bypass)
     }
 
@@ -122,7 +122,7 @@ impl VirtioIommu {
     /// Status of an endpoint; `None` for a stream that is not connected.
     #[must_use]
     pub fn endpoint(&self, stream: StreamId) -> Option<EndpointState> {
-        let state = self.executor.read();
+        let state = self.executor.state.read();
         let endpoint = state.endpoints.get(&stream)?;
         let domain = endpoint.domain.and_then(|id| state.domains.get(&id));
         Some(EndpointState {
@@ -143,7 +143,7 @@ impl VirtioIommu {
     /// Up to `limit` mappings of an endpoint that overlap `range`, in ascending
     /// order.
     fn mappings_in(&self, stream: StreamId, range: IovaRange, limit: usize) -> Vec<Mapping> {
-        let state = self.executor.read();
+        let state = self.executor.state.read();
         match state.view(stream) {
             View::Bypass => ram_blocks(&self.ram)
                 .filter(|block| block.iova.overlaps(range))
@@ -157,7 +157,7 @@ impl VirtioIommu {
     /// Number of mappings of all domains.
     #[must_use]
     pub fn mapped(&self) -> usize {
-        self.executor.read().mapped
+        self.executor.state.read().mapped
     }
 
     fn resolve(&self, request: &crate::translate::Request) -> Result<Mapping, (Fault, u8)> {
@@ -170,7 +170,7 @@ impl VirtioIommu {
             };
             (fault, report)
         };
-        let state = self.executor.read();
+        let state = self.executor.state.read();
         let mapping = match state.view(request.stream) {
             View::Blocked => {
                 return Err(fault(
@@ -260,7 +260,11 @@ impl Iommu for VirtioIommu {
 
     fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
         let endpoint = Endpoint { domain: None, sink };
-        self.executor.write().endpoints.insert(stream, endpoint);
+        self.executor
+            .state
+            .write()
+            .endpoints
+            .insert(stream, endpoint);
     }
 }
 

@@ -181,8 +181,8 @@ fn locks(path: &str, text: &str) -> Vec<(String, String)> {
         {
             let end = rest.find(|c: char| !c.is_ascii_alphanumeric());
             let name = &rest[..end.unwrap_or(rest.len())];
-            // `RankedMutex` itself is a lock only as a field.
-            if is_lock && rest.contains('(') && !name.ends_with("Mutex") {
+            // A ranked lock itself is a lock only as a field.
+            if is_lock && rest.contains('(') && !name.starts_with("Ranked") {
                 find(name.to_owned());
             }
             owner = rest.ends_with('{').then(|| name.to_owned());

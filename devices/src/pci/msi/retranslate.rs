@@ -8,9 +8,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+use iommu::lock::LeafMutex;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -33,7 +34,7 @@ pub(super) trait Retranslate: Send + Sync {
 pub struct MsiRetranslator {
     epoll: Epoll,
     exit: EventFd,
-    targets: Mutex<Vec<Weak<dyn Retranslate>>>,
+    targets: LeafMutex<Vec<Weak<dyn Retranslate>>>,
 }
 
 impl MsiRetranslator {
@@ -49,7 +50,7 @@ impl MsiRetranslator {
         Ok(Arc::new(Self {
             epoll,
             exit,
-            targets: Mutex::default(),
+            targets: LeafMutex::default(),
         }))
     }
 
@@ -68,7 +69,7 @@ impl MsiRetranslator {
 
     /// Adds a target. Returns its number.
     pub(super) fn add(&self, target: Weak<dyn Retranslate>) -> u32 {
-        let mut targets = self.lock();
+        let mut targets = self.targets.lock();
         targets.push(target);
         u32::try_from(targets.len() - 1).unwrap_or(u32::MAX)
     }
@@ -117,14 +118,10 @@ impl MsiRetranslator {
     fn signalled(&self, token: u64) {
         let number = usize::try_from(token >> TARGET_SHIFT).unwrap_or(usize::MAX);
         let source = usize::try_from(token & u64::from(u32::MAX)).unwrap_or(usize::MAX);
-        let target = self.lock().get(number).and_then(Weak::upgrade);
+        let target = self.targets.lock().get(number).and_then(Weak::upgrade);
         if let Some(target) = target {
             target.retranslate(source);
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Weak<dyn Retranslate>>> {
-        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

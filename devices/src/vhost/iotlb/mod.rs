@@ -12,8 +12,9 @@ mod stalled;
 mod stats;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use iommu::lock::RankedMutex;
 use iommu::{
     Access, AddressSpace, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
     NotifierId, NotifierSink, Registration, Translating,
@@ -63,7 +64,7 @@ enum Round {
 /// The IOTLB of one vhost file.
 pub struct VhostIotlb {
     sender: Sender,
-    reader: Mutex<Option<Attached>>,
+    reader: RankedMutex<Option<Attached>, 3>,
 }
 
 impl VhostIotlb {
@@ -79,7 +80,7 @@ impl VhostIotlb {
     ) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             sender: Sender::new(name, channel, options, failure)?,
-            reader: Mutex::default(),
+            reader: RankedMutex::default(),
         }))
     }
 
@@ -92,7 +93,7 @@ impl VhostIotlb {
     /// Statistics since the file was opened.
     #[must_use]
     pub fn stats(&self) -> IotlbStats {
-        let table = self.sender.table();
+        let table = self.sender.table.lock();
         let (stalled, entries) = (table.stalled.len(), table.shadow.len());
         let counters = &self.sender.counters;
         counters.stats(stalled, entries, &table.outcome)
@@ -109,12 +110,12 @@ impl VhostIotlb {
         space: &AddressSpace,
         region: &Arc<IommuRegion>,
     ) -> Result<(), DeviceError> {
-        let mut reader = self.reader();
+        let mut reader = self.reader.lock();
         if reader.is_some() {
             return Ok(());
         }
         {
-            let mut table = self.sender.table();
+            let mut table = self.sender.table.lock();
             table.shadow.clear();
             table.ram = Some(Arc::clone(space.ram()));
         }
@@ -133,7 +134,7 @@ impl VhostIotlb {
             id,
         });
         drop(reader);
-        if self.sender.table().outcome.events.is_empty() {
+        if self.sender.table.lock().outcome.events.is_empty() {
             self.detach();
             return Err(no_invalidations());
         }
@@ -143,13 +144,13 @@ impl VhostIotlb {
     /// Unregisters from the region and empties the kernel's IOTLB. No ring
     /// runs.
     pub fn detach(&self) {
-        let mut reader = self.reader();
+        let mut reader = self.reader.lock();
         if let Some(attached) = reader.take() {
             attached.region.unregister(attached.id);
         }
         // Misses of stopped rings are dropped.
         while let Ok(Some(_)) = self.sender.channel.receive() {}
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         self.sender.clear_stalled(&mut table);
         table.rings.clear();
         let _ = self.sender.invalidate(&mut table, &[IovaRange::ALL]);
@@ -165,7 +166,7 @@ impl VhostIotlb {
         let bad = |reason| QueueError(reason).of(ring.number);
         let parts = ring.layout.parts();
         let parts = parts.ok_or_else(|| bad("a ring runs beyond the address space"))?;
-        let reader = self.reader();
+        let reader = self.reader.lock();
         let Some(attached) = &*reader else {
             return Ok(());
         };
@@ -181,7 +182,7 @@ impl VhostIotlb {
                 return Err(bad("the IOMMU does not translate its rings"));
             }
         }
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         let used_at_miss = None;
         table.rings.insert(index, Running { ring, used_at_miss });
         for entry in found {
@@ -201,7 +202,7 @@ impl VhostIotlb {
                 break;
             }
         }
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         table.rings.remove(&index);
         if table.rings.is_empty() {
             self.sender.clear_stalled(&mut table);
@@ -215,7 +216,7 @@ impl VhostIotlb {
     }
 
     fn round(&self) -> Round {
-        let reader = self.reader();
+        let reader = self.reader.lock();
         // A queue may report a miss several times before its answer. The
         // gate is held until all of them are read: otherwise they would be
         // faults when the driver unmaps the page after the first answer.
@@ -244,14 +245,14 @@ impl VhostIotlb {
     /// addresses of stalled queues again, after a change of translations.
     pub fn retry(&self) {
         let _ = self.sender.wake.read();
-        let reader = self.reader();
+        let reader = self.reader.lock();
         let Some(attached) = &*reader else {
             return;
         };
         let inside = attached.region.enter();
         let translator = self.translator(attached, &inside);
         let (rings, waiting) = {
-            let table = self.sender.table();
+            let table = self.sender.table.lock();
             let rings: Vec<_> = table.layouts().copied().collect();
             (rings, table.stalled.waits().collect::<Vec<_>>())
         };
@@ -265,7 +266,7 @@ impl VhostIotlb {
             let answer = translator.resolve_quietly(iova, access);
             answers.extend(answer.map(|entry| (entry, iova)));
         }
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         let rings = found.into_iter().map(|entry| (entry, None));
         let answers = answers.into_iter().map(|(entry, iova)| (entry, Some(iova)));
         for (entry, wake) in rings.chain(answers) {
@@ -279,11 +280,11 @@ impl VhostIotlb {
     /// Handles an error that the kernel reports on a ring. The cause may also
     /// be an entry that forbids the access, or may have resolved itself.
     pub fn ring_failed(&self, index: u16) {
-        let reader = self.reader();
+        let reader = self.reader.lock();
         let Some(attached) = &*reader else {
             return;
         };
-        let ring = (self.sender.table().rings.get(&index)).map(|running| running.ring.clone());
+        let ring = (self.sender.table.lock().rings.get(&index)).map(|running| running.ring.clone());
         let Some(ring) = ring else {
             return;
         };
@@ -303,7 +304,7 @@ impl VhostIotlb {
         match self.forbidden(&buffers, &steps) {
             Some((iova, access)) => match translator.resolve(iova, access) {
                 Some(better) => {
-                    let mut table = self.sender.table();
+                    let mut table = self.sender.table.lock();
                     if let Err(source) = self.sender.push(&mut table, better, None) {
                         self.sender.fail(cannot_send(source));
                     }
@@ -321,7 +322,7 @@ impl VhostIotlb {
     /// The first byte of the buffers whose entry in the kernel forbids the
     /// access, within the steps left.
     fn forbidden(&self, buffers: &[Buffer], steps: &Steps) -> Option<(Iova, Access)> {
-        let table = self.sender.table();
+        let table = self.sender.table.lock();
         buffers.iter().find_map(|buffer| {
             let held = table.shadow.overlapping(buffer.iova);
             let mut held = held.take_while(|_| steps.spend());
@@ -332,7 +333,7 @@ impl VhostIotlb {
     }
 
     fn count_unexplained_error(&self, ring: &Ring) {
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         table.unexplained_errors += 1;
         if table.unexplained_errors > MAX_UNEXPLAINED_ERRORS {
             self.sender.fail(DeviceError::Backend {
@@ -348,7 +349,7 @@ impl VhostIotlb {
         count(&self.sender.counters.misses, 1);
         // An entry of the kernel is valid until its invalidation, even if the
         // tables have changed and the invalidation waits for the gate.
-        let held = self.sender.table().shadow.holder(miss.iova);
+        let held = self.sender.table.lock().shadow.holder(miss.iova);
         let held = held.filter(|held| held.perm.allows(miss.access));
         let Some(entry) = held.or_else(|| translator.resolve(miss.iova, miss.access)) else {
             count(&self.sender.counters.faults, 1);
@@ -361,7 +362,7 @@ impl VhostIotlb {
             Ok(())
         };
         // The missed entry is sent last, because it wakes the queue.
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         table.unexplained_errors = 0;
         let sent = sent.and_then(|()| self.sender.push(&mut table, entry, Some(miss.iova)));
         if let Err(source) = sent {
@@ -374,16 +375,12 @@ impl VhostIotlb {
         attached: &'a Attached,
         inside: &'a Translating<'a>,
     ) -> StreamTranslator<'a> {
-        let events = self.sender.table().outcome.events;
+        let events = self.sender.table.lock().outcome.events;
         StreamTranslator {
             inside,
             ram: attached.space.ram(),
             ats: events.contains(NotifierEvents::DEVIOTLB_UNMAP),
         }
-    }
-
-    fn reader(&self) -> MutexGuard<'_, Option<Attached>> {
-        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -398,11 +395,11 @@ impl NotifierSink for VhostIotlb {
     // A replay may omit the mapping that a stalled queue waits for: `unmap` and
     // `registered` wake the worker, which translates it again.
     fn wants_more(&self) -> bool {
-        self.sender.prefills(&self.sender.table())
+        self.sender.prefills(&self.sender.table.lock())
     }
 
     fn map(&self, mapping: &Mapping) {
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         let Some(ram) = table.ram.clone() else {
             return;
         };
@@ -423,7 +420,7 @@ impl NotifierSink for VhostIotlb {
     }
 
     fn unmap(&self, ranges: &[IovaRange]) {
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         // An error has already halted the device.
         let _ = self.sender.invalidate(&mut table, ranges);
         let lost = table.layouts().filter_map(Layout::parts);
@@ -437,7 +434,7 @@ impl NotifierSink for VhostIotlb {
     }
 
     fn registered(&self, outcome: &Registration) {
-        let mut table = self.sender.table();
+        let mut table = self.sender.table.lock();
         let refused: Vec<_> = outcome.refused.iter().map(ToString::to_string).collect();
         let because = if refused.is_empty() {
             String::new()

@@ -28,7 +28,7 @@ impl Sender {
         entry: Entry,
         steps: &Steps,
     ) -> io::Result<()> {
-        let rings = self.table().rings.clone();
+        let rings = self.table.lock().rings.clone();
         let memory = Memory::new(translator.inside, translator.ram);
         let missed = rings.iter().find_map(|(index, Running { ring, .. })| {
             let buffers = queue_buffers(&memory, ring, steps)?;
@@ -54,7 +54,7 @@ impl Sender {
             if found.is_empty() {
                 return Ok(());
             }
-            let mut table = self.table();
+            let mut table = self.table.lock();
             for other in found {
                 let new = self.push(&mut table, other, None)?;
                 count(&self.counters.prefetched, usize::from(new));
@@ -74,7 +74,7 @@ impl Sender {
         let Ok(used) = memory.used(&ring.layout) else {
             return self.prefetch_limit();
         };
-        let mut table = self.table();
+        let mut table = self.table.lock();
         let running = table.rings.get_mut(&index);
         let last = running.and_then(|running| running.used_at_miss.replace(used));
         let through = last.map_or(u16::MAX, |last| used.wrapping_sub(last));
@@ -97,7 +97,7 @@ impl Sender {
             let good = |entry: &Entry| entry.perm.allows(buffer.access);
             let known = found.iter().rev().find(|entry| entry.iova.contains(at));
             let known = known.copied().filter(good);
-            let known = known.or_else(|| self.table().shadow.holder(at).filter(good));
+            let known = known.or_else(|| self.table.lock().shadow.holder(at).filter(good));
             let entry = known.or_else(|| {
                 let entry = match recording {
                     Recording::On => translator.resolve(at, buffer.access),

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use iommu::lock::RankedMutex;
 use iommu::{Access, GuestRam, Hva, Iova, IovaRange, NotifierEvents, Perm, Registration};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -88,7 +89,7 @@ pub(super) struct Sender {
     pub(super) counters: Counters,
     pub(super) wake: EventFd,
     failure: Arc<FailureLatch>,
-    table: Mutex<Table>,
+    pub(super) table: RankedMutex<Table, 8>,
 }
 
 impl Sender {
@@ -105,7 +106,7 @@ impl Sender {
             counters: Counters::default(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             failure,
-            table: Mutex::new(Table {
+            table: RankedMutex::new(Table {
                 shadow: Shadow::new(options.limit),
                 rings: BTreeMap::new(),
                 stalled: Stalled::default(),
@@ -217,7 +218,7 @@ impl Sender {
 
     /// Parks a queue at an address that is not mapped.
     pub(super) fn park(&self, iova: Iova, access: Access, kick: Option<Arc<EventFd>>) {
-        let mut table = self.table();
+        let mut table = self.table.lock();
         if let Some(pending) = table.stalled.park(iova, access, kick) {
             self.clear(&mut table, &pending);
         }
@@ -272,10 +273,6 @@ impl Sender {
             0 => DEFAULT_LIMIT,
             limit => limit,
         }
-    }
-
-    pub(super) fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

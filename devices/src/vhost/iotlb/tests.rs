@@ -1,4 +1,5 @@
 use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard};
 
 use iommu::{GuestRam, Hva, Iommu, Perm, StreamId};
 use proptest::prelude::*;
@@ -155,7 +156,7 @@ impl Setup {
     }
 
     fn agrees(&self) -> bool {
-        self.iotlb.sender.table().shadow.in_order() == self.kernel.state().list
+        self.iotlb.sender.table.lock().shadow.in_order() == self.kernel.state().list
     }
 
     /// A queue of `size` entries. Its rings are at one page each from `iova`
@@ -691,13 +692,13 @@ proptest! {
         setup.iotlb.retry();
         let pages = setup.pages.state().pages.clone();
         let stalled: Vec<_> = {
-            let table = setup.iotlb.sender.table();
+            let table = setup.iotlb.sender.table.lock();
             table.stalled.waits().map(|(iova, _)| iova).collect()
         };
         for iova in &setup.kernel.state().unanswered {
             prop_assert!(stalled.contains(iova), "{iova} is neither answered nor known");
         }
-        for (iova, access) in setup.iotlb.sender.table().stalled.waits() {
+        for (iova, access) in setup.iotlb.sender.table.lock().stalled.waits() {
             let page = pages.get(&(iova.0 & !(PAGE - 1)));
             prop_assert!(!page.is_some_and(|(_, perm)| perm.allows(access)));
         }

@@ -21,7 +21,7 @@ impl Shared {
     /// The link cannot be watched.
     pub(super) fn watch_link(self: &Arc<Self>, thread: &VhostWorker) -> io::Result<()> {
         let client = Arc::downgrade(self) as Weak<dyn EpollClient>;
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.link = state.tap.link();
         // The carrier is reported some time after the tap was opened.
         if state.link == Link::Down {
@@ -35,7 +35,7 @@ impl Shared {
     /// Handles changes of links of the host: notifies the driver if this one
     /// changed. A tap that was deleted and created again is used again.
     pub(super) fn follow_link(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if !state.tap.links().take_changes() {
             return;
         }

@@ -5,9 +5,10 @@ mod common_cfg;
 mod queues;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use iommu::Gpa;
+use iommu::lock::{LeafMutex, RankedMutex};
 use log::{debug, warn};
 use virtio_bindings::virtio_config::{
     VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
@@ -84,8 +85,8 @@ pub struct VirtioPci {
     inline: bool,
     kicks: Vec<Arc<EventFd>>,
     offered: u64,
-    placed: Mutex<Option<Gpa>>,
-    state: Mutex<State>,
+    placed: LeafMutex<Option<Gpa>>,
+    state: RankedMutex<State, 1>,
 }
 
 impl VirtioPci {
@@ -136,9 +137,9 @@ impl VirtioPci {
             inline: device.inline(),
             kicks: queues.iter().map(|queue| Arc::clone(&queue.kick)).collect(),
             offered: offered(&*device, &requester),
-            placed: Mutex::default(),
+            placed: LeafMutex::default(),
             requester,
-            state: Mutex::new(State {
+            state: RankedMutex::new(State {
                 device,
                 config,
                 msix,
@@ -152,7 +153,7 @@ impl VirtioPci {
             }),
         });
         let weak = Arc::downgrade(&function);
-        let mut state = function.lock();
+        let mut state = function.state.lock();
         state.device.set_failure_callback(Box::new(move || {
             if let Some(function) = weak.upgrade() {
                 function.check();
@@ -167,13 +168,13 @@ impl VirtioPci {
     pub fn set_deferral(self: &Arc<Self>, deferral: Deferral) {
         let function: Weak<Self> = Arc::downgrade(self);
         deferral.resumes(function);
-        self.lock().device.set_deferral(deferral);
+        self.state.lock().device.set_deferral(deferral);
     }
 
     /// Notifies the driver of a failure, or of a change of the device
     /// configuration, on another thread than a vCPU's.
     pub fn check(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if let Some(failure) = state.device.take_failure() {
             self.fail(&mut state, &failure);
         }
@@ -181,10 +182,6 @@ impl VirtioPci {
             state.common.next_generation();
             state.config_interrupt.signal();
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logs an error of a driver. The number of warnings is bounded, so that a
@@ -437,7 +434,7 @@ fn offered(device: &dyn VirtioDevice, requester: &Requester) -> u64 {
 
 impl Resumable for VirtioPci {
     fn resume(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         for index in (0..).take(state.queues.len()) {
             self.kicked(&mut state, index);
         }
@@ -446,7 +443,7 @@ impl Resumable for VirtioPci {
 
 impl PciFunction for VirtioPci {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.config.read(offset, data);
         if let Some((at, len)) =
             (state.capabilities).access_window(&state.config, offset, data.len())
@@ -460,7 +457,7 @@ impl PciFunction for VirtioPci {
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarMove> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.config.write(offset, data);
         if state.capabilities.initiates_reset(&state.config) {
             self.reset(&mut state);
@@ -481,7 +478,7 @@ impl PciFunction for VirtioPci {
         if self.inline {
             return;
         }
-        let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut placed = self.placed.lock();
         let address = |base: Gpa, index: usize| {
             Gpa(base.0 + u64::from(NOTIFY) + index as u64 * u64::from(NOTIFY_MULTIPLIER))
         };
@@ -500,11 +497,11 @@ impl PciFunction for VirtioPci {
     }
 
     fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
-        self.read_structure(&mut self.lock(), offset, data);
+        self.read_structure(&mut self.state.lock(), offset, data);
     }
 
     fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
-        self.write_structure(&mut self.lock(), offset, data);
+        self.write_structure(&mut self.state.lock(), offset, data);
     }
 }
 

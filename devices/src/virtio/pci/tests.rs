@@ -1,4 +1,5 @@
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{AddressSpace, GuestRam, Iommu, IommuRegion, Iova, IovaRange};
@@ -976,7 +977,7 @@ proptest! {
             prop_assert_eq!(driver.config32(0), 0x1044_1af4);
             let mut status = [0];
             driver.function.read_bar(0, 20, &mut status);
-            let state = driver.function.lock();
+            let state = driver.function.state.lock();
             let running = state.queues.iter().any(|queue| queue.running);
             prop_assert!(!running || status[0] & DRIVER_OK != 0 && state.bus_master);
         }

@@ -1,5 +1,6 @@
 //! Scope of invalidations (IHI 0070 §4.3, §4.4).
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use proptest::prelude::*;

@@ -1,7 +1,7 @@
 //! Upper bounds on work whose amount the guest chooses.
 
-use std::sync::Weak;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, Weak};
 
 use super::*;
 use crate::vhost::worker::{EpollClient, VhostWorker};
@@ -99,7 +99,7 @@ fn busy_file_does_not_keep_the_thread_from_the_others() {
 
 /// Number of entries that the shadow has read.
 fn looks(iotlb: &VhostIotlb) -> usize {
-    iotlb.sender.table().shadow.looks.take()
+    iotlb.sender.table.lock().shadow.looks.take()
 }
 
 /// A ring of 1024 descriptors of 4 GiB each, over about as many entries as a
