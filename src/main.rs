@@ -2,6 +2,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.
 
 mod ctl;
+mod jail;
 mod notify;
 mod run;
 mod streams;
@@ -24,6 +25,7 @@ enum Command {
     Run(Box<run::RunArgs>),
     Serve(run::ServeArgs),
     Check(run::CheckArgs),
+    Jail(jail::JailArgs),
     /// Ask a running machine, or tell it what to do
     Ctl(ctl::CtlArgs),
 }
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(*args),
         Command::Serve(args) => run::serve(args),
         Command::Check(args) => run::check(&args),
+        Command::Jail(args) => jail::main(&args),
         Command::Ctl(args) => ctl::main(&args),
     }
 }

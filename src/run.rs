@@ -300,6 +300,88 @@ impl RunArgs {
     }
 }
 
+/// Files that a command opens by path.
+#[derive(Debug, Default)]
+pub struct Files {
+    /// Files that are read, and written where the flag says so.
+    pub files: Vec<(PathBuf, bool)>,
+    /// Directories in which files and the API socket are made.
+    pub directories: Vec<PathBuf>,
+}
+
+impl Files {
+    fn of(config: &VmConfig) -> Self {
+        let mut files = Self::default();
+        if let Some(source) = &config.boot_source {
+            files.read(&source.kernel_image_path);
+            source.initrd_path.iter().for_each(|path| files.read(path));
+        }
+        for drive in &config.drives {
+            let path = PathBuf::from(&drive.path_on_host);
+            files.files.push((path, !drive.is_read_only));
+        }
+        let serial = config.serial.as_ref();
+        let log = config.logger.as_ref();
+        let metrics = config.metrics.as_ref();
+        let outputs = [
+            serial.and_then(|serial| serial.serial_out_path.as_ref()),
+            log.and_then(|logger| logger.log_path.as_ref()),
+            metrics.map(|metrics| &metrics.metrics_path),
+        ];
+        outputs
+            .into_iter()
+            .flatten()
+            .for_each(|path| files.make(Path::new(path)));
+        files
+            .directories
+            .extend(config.allow_dirs.iter().map(PathBuf::from));
+        files
+    }
+
+    fn read(&mut self, path: impl Into<PathBuf>) {
+        self.files.push((path.into(), false));
+    }
+
+    fn make(&mut self, path: &Path) {
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        self.directories.push(directory.to_owned());
+    }
+}
+
+impl RunArgs {
+    /// Files of the command.
+    ///
+    /// # Errors
+    /// The configuration file cannot be used.
+    pub fn files(self) -> Result<Files, Failure> {
+        let read = self.config.clone();
+        let made = [self.api_socket.clone(), self.log.log_file.clone()];
+        let mut files = Files::of(&self.into_config()?);
+        read.into_iter().for_each(|path| files.read(path));
+        made.iter().flatten().for_each(|path| files.make(path));
+        Ok(files)
+    }
+}
+
+impl ServeArgs {
+    /// Files of the command. Those that clients name later are not among them.
+    ///
+    /// # Errors
+    /// The configuration file cannot be used.
+    pub fn files(self) -> Result<Files, Failure> {
+        let mut config = match &self.config {
+            Some(path) => read_config(path)?,
+            None => VmConfig::default(),
+        };
+        self.sandbox.apply_to(&mut config)?;
+        let mut files = Files::of(&config);
+        self.config.into_iter().for_each(|path| files.read(path));
+        files.make(&self.api_socket);
+        self.log.log_file.iter().for_each(|path| files.make(path));
+        Ok(files)
+    }
+}
+
 impl SandboxArgs {
     /// The first act of the process.
     fn harden(&self) -> Result<(), Failure> {
@@ -351,11 +433,27 @@ fn utf8(flag: &str, path: PathBuf) -> Result<String, Failure> {
 }
 
 /// Error without an ending of the guest.
-enum Failure {
+pub enum Failure {
     /// The command line or the configuration cannot be used.
     Usage(String),
     /// Any other error.
     Other(anyhow::Error),
+}
+
+impl Failure {
+    /// Prints the error. Returns the exit status for it.
+    pub fn report(self) -> ExitCode {
+        match self {
+            Self::Usage(message) => {
+                print_error(&message);
+                ExitCode::from(USAGE_STATUS)
+            }
+            Self::Other(error) => {
+                print_error(Chain(error.as_ref()));
+                ExitCode::FAILURE
+            }
+        }
+    }
 }
 
 impl From<anyhow::Error> for Failure {
@@ -407,15 +505,5 @@ fn not_confined(error: SandboxError) -> Failure {
 fn finish(outcome: Result<ExitCode, Failure>) -> ExitCode {
     console::restore_terminal();
     logger::finish();
-    match outcome {
-        Ok(status) => status,
-        Err(Failure::Usage(message)) => {
-            print_error(&message);
-            ExitCode::from(USAGE_STATUS)
-        }
-        Err(Failure::Other(error)) => {
-            print_error(Chain(error.as_ref()));
-            ExitCode::FAILURE
-        }
-    }
+    outcome.unwrap_or_else(Failure::report)
 }
