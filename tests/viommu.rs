@@ -375,7 +375,7 @@ fn flood_on(guest: &mut Guest, tap: &Tap, port: u16) -> [Job; 2] {
     let peer = tap.host_address();
     // Not as much as the guest can send: that would be all that an emulated host does.
     guest.in_background(&format!(
-        "while head -c 32768 /dev/zero; do sleep 0.2; done | \
+        "while head -c 32768 /dev/zero; do sleep 1; done | \
          socat -u - TCP:{peer}:{port},retry=50,interval=0.2"
     ));
     let pings = Job::start(&format!("ping -q -i 0.1 {}", tap.guest_address(2)));
