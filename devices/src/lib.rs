@@ -19,10 +19,10 @@ pub mod pause;
 pub mod pci;
 pub mod queue;
 pub mod random;
-#[cfg(test)]
-mod rig;
 pub mod smmuv3;
 pub mod tap;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod thread;
 pub mod vhost;
 pub mod virtio;

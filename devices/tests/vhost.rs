@@ -4,9 +4,6 @@
 //! Needs root, `/dev/vhost-net` and `/dev/net/tun`, and fails without them:
 //! `cargo xtask lab` has all three.
 
-#[path = "../src/vhost/iotlb/tests/pages.rs"]
-mod pages;
-
 use std::io;
 use std::net::UdpSocket;
 use std::process::Command;
@@ -23,10 +20,10 @@ use devices::vhost::worker::VhostWorker;
 use devices::vhost::{IotlbMonitor, VhostContext};
 use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::{DeviceCounters, VirtioDevice as _};
+use iommu::testing::{PAGE, Pages};
 use iommu::{
     Access, AddressSpace, GuestRam, Iommu, IommuRegion, Iova, NotifierEvents, Perm, StreamId,
 };
-use pages::{PAGE, Pages};
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};

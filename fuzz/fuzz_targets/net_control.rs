@@ -10,8 +10,9 @@ use std::sync::Arc;
 use devices::interrupt::{MsiAllocator as _, MsiVector};
 use devices::queue::chain::QueueError;
 use devices::queue::{Interrupt, RunningQueue};
+use devices::testing::{Board, eventfd};
 use devices::virtio::net::control::{self, Command};
-use driver::{AVAIL, Board, SIZE, TABLE, USED};
+use driver::{AVAIL, SIZE, TABLE, USED};
 use iommu::GuestRam;
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -57,7 +58,7 @@ impl Rig {
         RunningQueue {
             queue: driver::queue(event_idx),
             dma: driver::space(&self.ram).dma(),
-            kick: Arc::new(driver::eventfd()),
+            kick: Arc::new(eventfd()),
             interrupt: Interrupt::new(Arc::clone(&self.vector)),
         }
     }

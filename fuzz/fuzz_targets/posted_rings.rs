@@ -3,27 +3,23 @@
 //! bounded, and the kernel has only translations that are mapped.
 #![no_main]
 
-#[path = "../../devices/src/vhost/iotlb/tests/pages.rs"]
-mod pages;
-
 use std::collections::VecDeque;
 use std::io;
-use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use devices::failure::FailureLatch;
 use devices::queue::posted::Layout;
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
 use devices::vhost::shadow::Entry;
+use iommu::testing::{PAGE, Pages, page};
 use iommu::{
-    AddressSpace, Fault, GuestRam, Iommu, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
-    Perm, Refused, Request, StreamId, StreamSink,
+    AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId,
+    StreamSink,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use pages::{PAGE, Pages, page};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -95,46 +91,6 @@ enum Op {
     Failed {
         ring: bool,
     },
-}
-
-/// Counts the translations that it forwards.
-struct Counting {
-    pages: Arc<Pages>,
-    questions: AtomicUsize,
-}
-
-impl Iommu for Counting {
-    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.questions.fetch_add(1, Ordering::Relaxed);
-        self.pages.translate(request)
-    }
-
-    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        self.questions.fetch_add(1, Ordering::Relaxed);
-        self.pages.lookup(request)
-    }
-
-    fn notifier_events_changed(
-        &self,
-        stream: StreamId,
-        old: NotifierEvents,
-        new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        self.pages.notifier_events_changed(stream, old, new)
-    }
-
-    fn replay(
-        &self,
-        stream: StreamId,
-        range: IovaRange,
-        visit: &mut dyn FnMut(&Mapping) -> ControlFlow<()>,
-    ) {
-        self.pages.replay(stream, range, visit);
-    }
-
-    fn connect(&self, stream: StreamId, sink: Weak<dyn StreamSink>) {
-        self.pages.connect(stream, sink);
-    }
 }
 
 /// A model of the kernel: its list, and the misses to be read.
@@ -234,7 +190,6 @@ fn write(ram: &GuestRam, op: Op) {
 
 struct Setup {
     pages: Arc<Pages>,
-    counting: Arc<Counting>,
     region: Arc<IommuRegion>,
     ram: Arc<GuestRam>,
     kernel: Arc<Kernel>,
@@ -244,11 +199,7 @@ struct Setup {
 impl Setup {
     fn new() -> Self {
         let pages = Pages::new(NotifierEvents::MAP | NotifierEvents::UNMAP);
-        let counting = Arc::new(Counting {
-            pages: pages.clone(),
-            questions: AtomicUsize::new(0),
-        });
-        let region = IommuRegion::new(counting.clone(), StreamId(8));
+        let region = IommuRegion::new(pages.clone(), StreamId(8));
         let size = (RAM_PAGES * PAGE) as usize;
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap());
         let kernel = Arc::new(Kernel::default());
@@ -266,7 +217,6 @@ impl Setup {
         iotlb.attach(&space, &region).unwrap();
         Self {
             pages,
-            counting,
             region,
             ram,
             kernel,
@@ -351,9 +301,10 @@ fuzz_target!(|input: (Vec<Op>, Vec<Op>)| {
             });
         }
         for op in ops.iter().take(MAX_OPS) {
-            setup.counting.questions.store(0, Ordering::Relaxed);
+            setup.pages.state().requests = (0, 0);
             setup.perform(*op);
-            let questions = setup.counting.questions.load(Ordering::Relaxed);
+            let (translations, lookups) = setup.pages.state().requests;
+            let questions = translations + lookups;
             assert!(questions <= MAX_QUESTIONS, "{op:?} cost {questions}");
             setup.check();
         }

@@ -2,9 +2,6 @@
 //! kernel has only translations that are mapped, and the shadow equals its list.
 #![no_main]
 
-#[path = "../../devices/src/vhost/iotlb/tests/pages.rs"]
-mod pages;
-
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -14,12 +11,12 @@ use devices::queue::posted::Layout;
 use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
 use devices::vhost::message::{Message, Miss, SIZE};
 use devices::vhost::shadow::Entry;
+use iommu::testing::{PAGE, Pages, page};
 use iommu::{
     AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId,
     StreamSink,
 };
 use libfuzzer_sys::fuzz_target;
-use pages::{PAGE, Pages, page};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 

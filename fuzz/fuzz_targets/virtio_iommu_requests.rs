@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::interrupt::{MsiAllocator as _, MsiVector};
 use devices::queue::{Interrupt, RunningQueue};
+use devices::testing::{Board, eventfd};
 use devices::virtio::VirtioDevice as _;
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use driver::{AVAIL, SIZE, TABLE, USED};
@@ -279,7 +280,7 @@ impl Rig {
         let regions = STREAMS.map(region);
         let mut rig = Self {
             device: VirtioIommuDevice::new(Arc::clone(&model), Arc::clone(&events)),
-            interrupt: driver::Board::default().vector().expect("an eventfd"),
+            interrupt: Board::default().vector().expect("an eventfd"),
             shadows: [&regions[0], &regions[1]].map(|region| listen(region)),
             naive: Naive {
                 input: INPUT,
@@ -313,7 +314,7 @@ impl Rig {
         let queue = RunningQueue {
             queue: driver::queue(false),
             dma: driver::space(&self.ram).dma(),
-            kick: Arc::new(driver::eventfd()),
+            kick: Arc::new(eventfd()),
             interrupt: Interrupt::new(Arc::clone(&self.interrupt)),
         };
         self.device.start_queue(0, queue).expect("it is empty");

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use devices::bus::{Bus, BusDevice as _};
 use devices::interrupt::{Doorbells, MsiAllocator};
 use devices::pci::{MsiRetranslator, PciRoot, Requester};
+use devices::testing::Board;
 use devices::virtio::pci::{BAR_SIZE, VirtioPci, VirtioPciResources};
 use devices::virtio::rng::Rng;
-use driver::{AVAIL, Board, SIZE, TABLE, USED};
+use driver::{AVAIL, SIZE, TABLE, USED};
 use iommu::{Gpa, GuestRam};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
@@ -117,7 +118,7 @@ impl Function {
         assert_eq!(driver::read::<u16>(&self.ram, USED + 2), 1);
         assert_eq!(driver::read::<u32>(&self.ram, USED + 8), 64);
         // An inline device has no doorbells.
-        assert!(self.board.doorbells.lock().unwrap().is_empty());
+        assert!(self.board.doorbells().is_empty());
     }
 }
 

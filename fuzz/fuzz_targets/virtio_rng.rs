@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use devices::interrupt::MsiAllocator as _;
 use devices::queue::{Interrupt, RunningQueue};
+use devices::testing::{Board, eventfd};
 use devices::virtio::VirtioDevice as _;
 use devices::virtio::rng::Rng;
-use driver::{AVAIL, Board, SIZE, TABLE, USED};
+use driver::{AVAIL, SIZE, TABLE, USED};
 use libfuzzer_sys::fuzz_target;
 
 type Descriptor = (u32, u16, u8, u8);
@@ -37,7 +38,7 @@ fuzz_target!(|input: (Vec<Descriptor>, Vec<u16>, Vec<(u16, [u8; 8])>)| {
     let started = || RunningQueue {
         queue: driver::queue(false),
         dma: driver::space(&ram).dma(),
-        kick: Arc::new(driver::eventfd()),
+        kick: Arc::new(eventfd()),
         interrupt: Interrupt::new(Arc::clone(&interrupt)),
     };
     if device.start_queue(0, started()).is_ok() {

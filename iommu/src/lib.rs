@@ -58,6 +58,8 @@ mod ram;
 mod region;
 pub mod smmuv3;
 mod space;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod translate;
 pub mod virtio;
 

@@ -8,7 +8,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 use crate::error::Chain;
-use crate::rig;
+use crate::testing;
 
 /// A path without a file, in a directory that is removed with the guard.
 fn absent_path() -> (PathBuf, TempFile) {
@@ -62,7 +62,7 @@ fn created_output_has_mode_0600_and_is_appended_to() {
 
 #[test]
 fn fifo_without_a_peer_does_not_block() {
-    let fifo = rig::fifo();
+    let fifo = testing::fifo();
     let mut output = open_output(&fifo.0).unwrap();
     // More than the capacity of a FIFO: an error, not a wait.
     let written = output.write_all(&vec![0; 1 << 21]);
@@ -82,7 +82,7 @@ fn text_comes_from_a_file_or_through_a_fifo() {
         read_text(file.as_path(), 1),
         Err(FileError::TooLong(1))
     ));
-    let fifo = rig::fifo();
+    let fifo = testing::fifo();
     let writer = {
         let path = fifo.0.clone();
         thread::spawn(move || {

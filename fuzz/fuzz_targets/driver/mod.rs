@@ -1,15 +1,11 @@
-//! The driver side of a queue, with interrupt sources and doorbells without KVM.
+//! The driver side of a queue.
 #![allow(dead_code, reason = "not every target needs all of it")]
 
-use std::collections::BTreeSet;
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use devices::interrupt::{Doorbells, MsiAllocator, MsiMessage, MsiVector};
-use iommu::{AddressSpace, Gpa, GuestRam, StreamId};
+use iommu::{AddressSpace, GuestRam, StreamId};
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub const RAM: u64 = 0x2_0000;
 /// Addresses of the rings of a queue of `SIZE` entries.
@@ -67,55 +63,4 @@ pub fn queue(event_idx: bool) -> Queue {
     queue.set_event_idx(event_idx);
     queue.set_ready(true);
     queue
-}
-
-pub fn eventfd() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("an eventfd")
-}
-
-struct Vector {
-    event: EventFd,
-    routed: Mutex<bool>,
-}
-
-impl MsiVector for Vector {
-    fn eventfd(&self) -> &EventFd {
-        &self.event
-    }
-
-    fn route(&self, message: Option<MsiMessage>) -> io::Result<()> {
-        *self.routed.lock().unwrap() = message.is_some();
-        Ok(())
-    }
-
-    fn pending(&self) -> bool {
-        !*self.routed.lock().unwrap()
-    }
-}
-
-/// Interrupts and doorbells. A doorbell is attached once and detached once.
-#[derive(Default)]
-pub struct Board {
-    pub doorbells: Mutex<BTreeSet<u64>>,
-}
-
-impl MsiAllocator for Board {
-    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        Ok(Arc::new(Vector {
-            event: eventfd(),
-            routed: Mutex::new(false),
-        }))
-    }
-}
-
-impl Doorbells for Board {
-    fn attach(&self, address: Gpa, _: &EventFd) -> io::Result<()> {
-        assert!(self.doorbells.lock().unwrap().insert(address.0));
-        Ok(())
-    }
-
-    fn detach(&self, address: Gpa, _: &EventFd) -> io::Result<()> {
-        assert!(self.doorbells.lock().unwrap().remove(&address.0));
-        Ok(())
-    }
 }

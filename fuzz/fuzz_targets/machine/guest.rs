@@ -317,7 +317,7 @@ impl Machine {
             self.nothing_mapped_is_reached();
         }
         // Two queues of the disk have a doorbell; inline devices have none.
-        assert_eq!(self.board.doorbells.lock().unwrap().len(), 2);
+        assert_eq!(self.board.doorbells().len(), 2);
     }
 
     /// The index of queue 0's used ring, and the length of its last entry.

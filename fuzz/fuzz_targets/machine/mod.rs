@@ -17,6 +17,7 @@ use devices::legacy::{
 use devices::pause::PauseRequest;
 use devices::pci::{MsiRetranslator, MsiThread, PciFunction, PciRoot, Requester};
 use devices::smmuv3::{SmmuLines, SmmuRegisters};
+use devices::testing::{Board, eventfd};
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, BlockConfig, Image};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
@@ -27,7 +28,6 @@ use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
 use vm_memory::GuestAddress;
 
-use crate::driver::{self, Board};
 
 /// Bytes of RAM, from address 0 on.
 pub const RAM: u64 = 0x4_0000;
@@ -244,7 +244,7 @@ fn disk(image: &Path) -> Box<dyn VirtioDevice> {
 fn legacy(memory: &Bus) -> (Bus, Arc<SerialPort>) {
     let ports = Bus::new();
     let (line, sink) = (Arc::new(Unconnected), Arc::new(Unconnected));
-    let serial = SerialPort::new(line, sink, driver::eventfd(), Arc::default());
+    let serial = SerialPort::new(line, sink, eventfd(), Arc::default());
     let serial = Arc::new(serial);
     let devices: [(u64, u64, Arc<dyn BusDevice>); 4] = [
         (SERIAL, SERIAL_LEN, Arc::clone(&serial) as _),

@@ -1,115 +1,19 @@
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 
+use crate::testing::{PAGE, Pages};
 use crate::{
-    Access, AddressSpace, DmaSpace, Fault, FaultReason, Gpa, GuestRam, Iommu, IommuNotifier,
-    IommuRegion, Iova, IovaRange, Mapping, NotifierEvents, NotifierSink, Perm, Refused,
-    Registration, Request, StreamId, StreamSink,
+    Access, AddressSpace, DmaSpace, FaultReason, GuestRam, Iommu, IommuNotifier, IommuRegion,
+    IovaRange, Mapping, NotifierEvents, NotifierSink, Perm, Registration, StreamId,
 };
 
-const PAGE: u64 = 4096;
-
-/// An IOMMU with one table of 4 KiB pages for every stream.
-#[derive(Default)]
-struct Table {
-    pages: Mutex<BTreeMap<u64, (u64, Perm)>>,
-    sink: Mutex<Option<Weak<dyn StreamSink>>>,
-    requests: Mutex<u64>,
+fn map(pages: &Pages, iova: u64, gpa: u64, perm: Perm) {
+    pages.state().pages.insert(iova, (gpa, perm));
 }
 
-impl Table {
-    fn map(&self, iova: u64, gpa: u64, perm: Perm) {
-        self.pages.lock().unwrap().insert(iova, (gpa, perm));
-    }
-
-    fn unmap(&self, iova: u64) {
-        self.pages.lock().unwrap().remove(&iova);
-        let sink = self
-            .sink
-            .lock()
-            .unwrap()
-            .as_ref()
-            .unwrap()
-            .upgrade()
-            .unwrap();
-        sink.invalidate(&[IovaRange::from_len(Iova(iova), PAGE).unwrap()]);
-    }
-
-    fn requests(&self) -> u64 {
-        *self.requests.lock().unwrap()
-    }
-}
-
-impl Iommu for Table {
-    fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
-        *self.requests.lock().unwrap() += 1;
-        self.lookup(request)
-    }
-
-    fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
-        let fault = |reason| Fault {
-            stream: request.stream,
-            iova: request.iova,
-            access: request.access,
-            reason,
-        };
-        let page = request.iova.0 & !(PAGE - 1);
-        let pages = self.pages.lock().unwrap();
-        let &(gpa, perm) = pages
-            .get(&page)
-            .ok_or_else(|| fault(FaultReason::Translation))?;
-        if !perm.allows(request.access) {
-            return Err(fault(FaultReason::Permission));
-        }
-        Ok(Mapping {
-            iova: IovaRange::from_len(Iova(page), PAGE).unwrap(),
-            gpa: Gpa(gpa),
-            perm,
-        })
-    }
-
-    fn notifier_events_changed(
-        &self,
-        _stream: StreamId,
-        _old: NotifierEvents,
-        new: NotifierEvents,
-    ) -> Result<(), Refused> {
-        let events = new & NotifierEvents::DEVIOTLB_UNMAP;
-        if events.is_empty() {
-            return Ok(());
-        }
-        Err(Refused {
-            events,
-            reason: "a table has no device IOTLB",
-        })
-    }
-
-    fn replay(
-        &self,
-        _stream: StreamId,
-        range: IovaRange,
-        visit: &mut dyn FnMut(&Mapping) -> std::ops::ControlFlow<()>,
-    ) {
-        for (&iova, &(gpa, perm)) in self.pages.lock().unwrap().iter() {
-            let iova = IovaRange::from_len(Iova(iova), PAGE).unwrap();
-            if iova.overlaps(range) {
-                let gpa = Gpa(gpa);
-                if visit(&Mapping { iova, gpa, perm }).is_break() {
-                    break;
-                }
-            }
-        }
-    }
-
-    fn connect(&self, _stream: StreamId, sink: Weak<dyn StreamSink>) {
-        *self.sink.lock().unwrap() = Some(sink);
-    }
-}
-
-fn setup() -> (Arc<Table>, Arc<IommuRegion>, DmaSpace) {
-    let table = Arc::new(Table::default());
+fn setup() -> (Arc<Pages>, Arc<IommuRegion>, DmaSpace) {
+    let table = Pages::new(NotifierEvents::MAP | NotifierEvents::UNMAP);
     let region = IommuRegion::new(Arc::clone(&table) as Arc<dyn Iommu>, StreamId(8));
     let ram = GuestRam::from_ranges(&[
         (GuestAddress(0), 0x1_0000),
@@ -122,8 +26,8 @@ fn setup() -> (Arc<Table>, Arc<IommuRegion>, DmaSpace) {
 #[test]
 fn buffer_over_scattered_pages_is_one_buffer_to_the_device() {
     let (table, _region, dma) = setup();
-    table.map(0x10_0000, 0x3000, Perm::READ_WRITE);
-    table.map(0x10_1000, 0x1_5000, Perm::READ_WRITE);
+    map(&table, 0x10_0000, 0x3000, Perm::READ_WRITE);
+    map(&table, 0x10_1000, 0x1_5000, Perm::READ_WRITE);
     let data: Vec<u8> = (0..=255).cycle().take(6000).collect();
     let view = dma.view();
     view.write_slice(&data, GuestAddress(0x10_0100)).unwrap();
@@ -138,7 +42,7 @@ fn buffer_over_scattered_pages_is_one_buffer_to_the_device() {
 #[test]
 fn write_to_a_read_only_page_writes_nothing_and_faults() {
     let (table, region, dma) = setup();
-    table.map(0x4000, 0x3000, Perm::READ);
+    map(&table, 0x4000, 0x3000, Perm::READ);
     let view = dma.view();
     assert!(view.write_obj(7_u32, GuestAddress(0x4000)).is_err());
     assert_eq!(view.fault().unwrap().reason, FaultReason::Permission);
@@ -149,7 +53,7 @@ fn write_to_a_read_only_page_writes_nothing_and_faults() {
 #[test]
 fn range_beyond_the_address_space_is_no_range() {
     let (table, _region, dma) = setup();
-    table.map(!(PAGE - 1), 0x3000, Perm::READ_WRITE);
+    map(&table, !(PAGE - 1), 0x3000, Perm::READ_WRITE);
     let view = dma.view();
     let last = GuestAddress(u64::MAX - 7);
     assert!(view.check_range(last, 8, Permissions::Read));
@@ -160,7 +64,7 @@ fn range_beyond_the_address_space_is_no_range() {
 #[test]
 fn translation_outside_of_ram_is_a_fault() {
     let (table, _region, dma) = setup();
-    table.map(0x4000, 0xdead_b000, Perm::READ_WRITE);
+    map(&table, 0x4000, 0xdead_b000, Perm::READ_WRITE);
     let view = dma.view();
     assert!(view.read_obj::<u8>(GuestAddress(0x4000)).is_err());
     assert_eq!(view.take_fault().unwrap().reason, FaultReason::NotRam);
@@ -179,28 +83,28 @@ fn identity_space_is_all_of_ram_and_nothing_else() {
 #[test]
 fn cached_translation_is_dropped_with_its_mapping() {
     let (table, _region, dma) = setup();
-    table.map(0x4000, 0x3000, Perm::READ_WRITE);
+    map(&table, 0x4000, 0x3000, Perm::READ_WRITE);
     for _ in 0..3 {
         dma.view().read_obj::<u8>(GuestAddress(0x4000)).unwrap();
     }
     assert_eq!(
-        table.requests(),
+        table.state().requests.0,
         1,
         "the second access was served by the cache"
     );
-    table.unmap(0x4000);
+    table.unmap(&[0x4000]);
     assert!(dma.view().read_obj::<u8>(GuestAddress(0x4000)).is_err());
 }
 
 #[test]
 fn unmap_waits_for_the_view_that_uses_the_page() {
     let (table, _region, dma) = setup();
-    table.map(0x4000, 0x3000, Perm::READ_WRITE);
+    map(&table, 0x4000, 0x3000, Perm::READ_WRITE);
     let (done, is_done) = std::sync::mpsc::channel();
     let view = dma.view();
     view.read_obj::<u8>(GuestAddress(0x4000)).unwrap();
     let unmapper = std::thread::spawn(move || {
-        table.unmap(0x4000);
+        table.unmap(&[0x4000]);
         done.send(()).unwrap();
     });
     let early = is_done.recv_timeout(std::time::Duration::from_millis(50));
@@ -233,7 +137,7 @@ impl NotifierSink for Log {
 #[test]
 fn notifier_falls_back_and_receives_the_present_mappings() {
     let (table, region, _dma) = setup();
-    table.map(0x4000, 0x3000, Perm::READ);
+    map(&table, 0x4000, 0x3000, Perm::READ);
     let log = Arc::new(Log::default());
     let id = region.register(IommuNotifier {
         wanted: vec![
@@ -243,9 +147,9 @@ fn notifier_falls_back_and_receives_the_present_mappings() {
         range: IovaRange::ALL,
         sink: Arc::clone(&log) as Arc<dyn NotifierSink>,
     });
-    table.unmap(0x4000);
+    table.unmap(&[0x4000]);
     region.unregister(id);
-    table.unmap(0x5000);
+    table.unmap(&[0x5000]);
     assert_eq!(
         *log.0.lock().unwrap(),
         [
@@ -259,7 +163,7 @@ fn notifier_falls_back_and_receives_the_present_mappings() {
 #[test]
 fn access_kind_of_a_view_follows_the_permissions_asked_for() {
     let (table, _region, dma) = setup();
-    table.map(0x4000, 0x3000, Perm::WRITE);
+    map(&table, 0x4000, 0x3000, Perm::WRITE);
     let view = dma.view();
     let at = GuestAddress(0x4000);
     assert!(view.check_range(at, 8, Permissions::Write));

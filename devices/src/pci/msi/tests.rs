@@ -7,7 +7,7 @@ use iommu::{Fault, FaultReason, Iommu, IommuRegion, Perm, Refused, Request, Stre
 
 use super::*;
 use crate::interrupt::MsiAllocator as _;
-use crate::rig::{self, Board, REQUESTER, Vector};
+use crate::testing::{self, Board, REQUESTER, Vector};
 
 const DOORBELL: u64 = 0x808_0040;
 const PAGE: u64 = 0x808_0000;
@@ -109,7 +109,7 @@ fn machine(announces: bool) -> Machine {
 fn machine_of(iommu: OnePage) -> Machine {
     let iommu = Arc::new(iommu);
     let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, REQUESTER);
-    let space = AddressSpace::translated(Arc::clone(&region), rig::ram());
+    let space = AddressSpace::translated(Arc::clone(&region), testing::ram());
     let retranslator = MsiRetranslator::new().unwrap();
     let target = Requester::new(space, &retranslator).msi;
     let board = Board::default();
@@ -390,7 +390,7 @@ fn notifiers_are_removed_when_the_guest_changes_doorbells() {
 
 #[test]
 fn requester_without_an_iommu_sends_to_the_address_itself() {
-    let space = AddressSpace::identity(REQUESTER, rig::ram());
+    let space = AddressSpace::identity(REQUESTER, testing::ram());
     let target = Requester::new(space, &MsiRetranslator::new().unwrap()).msi;
     let board = Board::default();
     target.add(board.vector().unwrap());
@@ -417,7 +417,7 @@ fn request(kind: u8, rest: &[&[u8]]) -> Vec<u8> {
 
 #[test]
 fn messages_follow_the_mappings_of_a_virtio_iommu() {
-    let ram = rig::ram();
+    let ram = testing::ram();
     let config = VirtioIommuConfig {
         input_range: IovaRange::block(Iova(0), 48),
         msi_window: Some(IovaRange::block(Iova(0xfee0_0000), 20)),

@@ -6,7 +6,7 @@ use virtio_queue::QueueT as _;
 use vm_memory::Bytes as _;
 
 use super::*;
-use crate::rig::{INDIRECT, NEXT, RAM, REQUESTER, Ring, WRITE, ram};
+use crate::testing::{INDIRECT, NEXT, RAM, REQUESTER, Ring, WRITE, ram};
 
 const BASE: u64 = 0x1000;
 const TABLE: u64 = 0x8000;

@@ -4,7 +4,7 @@ use iommu::{Gpa, IommuRegion, Perm, Request};
 use proptest::prelude::*;
 
 use super::*;
-use crate::rig::{INDIRECT, NEXT, TranslateBy, WRITE};
+use crate::testing::{INDIRECT, NEXT, TranslateBy, WRITE};
 
 /// An answer of an IOMMU that maps every address one to one.
 fn identity(_request: &Request) -> Result<Mapping, Fault> {

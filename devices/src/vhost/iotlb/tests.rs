@@ -1,12 +1,12 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
+use iommu::testing::{PAGE, Pages, page};
 use iommu::{GuestRam, Hva, Iommu, Perm, StreamId};
 use proptest::prelude::*;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
-use self::pages::{PAGE, Pages, page};
 use super::prefetch::MAX_PREFETCH;
 use super::stalled::{MAX_PENDING, MAX_UNANSWERED};
 use super::*;
@@ -14,7 +14,6 @@ use crate::vhost::message::{Message, parse_message};
 use crate::vhost::shadow::Entry;
 
 mod bounds;
-mod pages;
 
 const STREAM: StreamId = StreamId(8);
 

@@ -14,7 +14,7 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 use crate::host_file::FileError;
 use crate::queue::Interrupt;
-use crate::rig::{self, NEXT, RAM, REQUESTER, Ring};
+use crate::testing::{self, NEXT, RAM, REQUESTER, Ring};
 
 mod pieces;
 
@@ -52,7 +52,7 @@ fn driver_of(read_only: bool) -> Driver {
 }
 
 fn driver_over(image: Image, file: TempFile) -> Driver {
-    let ring = Ring::new(&rig::ram(), 0x1000, 16);
+    let ring = Ring::new(&testing::ram(), 0x1000, 16);
     Driver {
         disk: Disk::new("data", image),
         file,
@@ -393,7 +393,7 @@ fn files_that_are_no_image_are_refused() {
 
 #[test]
 fn fifo_in_the_place_of_an_image_is_refused_without_waiting_for_its_writer() {
-    let fifo = rig::fifo();
+    let fifo = testing::fifo();
     for read_only in [true, false] {
         let refused = Image::open(&fifo.0, read_only);
         assert!(matches!(refused, Err(ImageError::NoImage(_))));
@@ -462,8 +462,8 @@ fn flush_and_clearing_are_offered_as_configured() {
 /// The device with its thread, and a started queue.
 struct Threaded {
     block: Block,
-    board: rig::Board,
-    interrupt: Arc<rig::Vector>,
+    board: testing::Board,
+    interrupt: Arc<testing::Vector>,
     kick: Arc<EventFd>,
     alarms: std::sync::mpsc::Receiver<()>,
     driver: Driver,
@@ -480,13 +480,13 @@ fn threaded() -> Threaded {
     let mut block = Block::new(&config, image).unwrap();
     let (sound, alarms) = std::sync::mpsc::channel();
     block.set_failure_callback(Box::new(move || sound.send(()).unwrap()));
-    let board = rig::Board::default();
+    let board = testing::Board::default();
     crate::interrupt::MsiAllocator::vector(&board).unwrap();
     let mut threaded = Threaded {
         block,
         interrupt: board.allocated(0),
         board,
-        kick: Arc::new(rig::eventfd()),
+        kick: Arc::new(testing::eventfd()),
         alarms,
         driver,
     };

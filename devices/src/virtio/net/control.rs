@@ -128,24 +128,24 @@ mod tests {
     use super::*;
     use crate::interrupt::MsiAllocator as _;
     use crate::queue::Interrupt;
-    use crate::rig::{self, Board, Ring};
+    use crate::testing::{self, Board, Ring};
 
     #[test]
     fn commands_are_carried_out_in_turns_until_none_is_posted() {
-        let ram = rig::ram();
+        let ram = testing::ram();
         let ring = Ring::new(&ram, 0x1000, 16);
         let board = Board::default();
         let mut started = RunningQueue {
             queue: ring.queue(),
-            dma: AddressSpace::identity(rig::REQUESTER, Arc::clone(&ram)).dma(),
-            kick: Arc::new(rig::eventfd()),
+            dma: AddressSpace::identity(testing::REQUESTER, Arc::clone(&ram)).dma(),
+            kick: Arc::new(testing::eventfd()),
             interrupt: Interrupt::new(board.vector().unwrap()),
         };
         for slot in 0..3_u16 {
             let at = 0x8000 + 0x100 * u64::from(slot);
             ring.write(at, [4_u8, 0, 1 + u8::try_from(slot).unwrap(), 0]);
-            ring.describe(ring.base, 2 * slot, (at, 4), rig::NEXT, 2 * slot + 1);
-            ring.describe(ring.base, 2 * slot + 1, (at + 8, 1), rig::WRITE, 0);
+            ring.describe(ring.base, 2 * slot, (at, 4), testing::NEXT, 2 * slot + 1);
+            ring.describe(ring.base, 2 * slot + 1, (at + 8, 1), testing::WRITE, 0);
             ring.make_available(2 * slot);
         }
         let mut executed = Vec::new();

@@ -14,7 +14,7 @@ use crate::interrupt::{MsiMessage, MsiVector as _};
 use crate::pause::PauseRequest;
 use crate::pci::{MsiRetranslator, PciRoot};
 use crate::queue::QueuePosition;
-use crate::rig::{self, Board, NEXT, RAM, REQUESTER, Ring};
+use crate::testing::{self, Board, NEXT, RAM, REQUESTER, Ring};
 use crate::virtio::rng::Rng;
 
 const TABLE: u64 = super::TABLE as u64;
@@ -168,7 +168,7 @@ fn driver_with(
 }
 
 fn driver_of(device: Box<dyn VirtioDevice>) -> Driver {
-    let ram = rig::ram();
+    let ram = testing::ram();
     let space = AddressSpace::identity(REQUESTER, Arc::clone(&ram));
     driver_with(device, ram, space, None)
 }
@@ -383,7 +383,7 @@ fn features_are_those_of_the_device_and_the_transport() {
 
 #[test]
 fn access_platform_is_offered_behind_an_iommu_and_must_be_taken() {
-    let ram = rig::ram();
+    let ram = testing::ram();
     let config = VirtioIommuConfig {
         input_range: IovaRange::new(Iova(0), Iova((1 << 48) - 1)).unwrap(),
         msi_window: None,
@@ -765,7 +765,7 @@ fn change_of_ats_enable_reaches_the_hook() {
     let on = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&on);
     let hook: AtsHook = Box::new(move |enabled| told.store(enabled, Ordering::Relaxed));
-    let ram = rig::ram();
+    let ram = testing::ram();
     let space = AddressSpace::identity(REQUESTER, Arc::clone(&ram));
     let driver = driver_with(Box::new(RecordingDevice::default()), ram, space, Some(hook));
     assert_eq!(driver.config32(0x100), 0x0001_000f);
@@ -888,8 +888,8 @@ fn malformed_rings_need_a_reset_and_then_work() {
         }),
         ("nested indirect", |_, ring| {
             ring.describe(0x8000, 0, (0x9000, 16), NEXT, 1);
-            ring.describe(0x8000, 1, (0x8000, 32), rig::INDIRECT, 0);
-            ring.describe(ring.base, 0, (0x8000, 32), rig::INDIRECT, 0);
+            ring.describe(0x8000, 1, (0x8000, 32), testing::INDIRECT, 0);
+            ring.describe(ring.base, 0, (0x8000, 32), testing::INDIRECT, 0);
             ring.make_available(0);
         }),
     ];

@@ -5,7 +5,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
 use crate::queue::Interrupt;
-use crate::rig::{self, INDIRECT, NEXT, REQUESTER, Ring, WRITE};
+use crate::testing::{self, INDIRECT, NEXT, REQUESTER, Ring, WRITE};
 
 const BASE: u64 = 0x1000;
 const TABLE: u64 = 0x8000;
@@ -13,14 +13,14 @@ const DATA: u64 = 0x2_0000;
 
 /// Starts the device on the ring, and fills the available buffers.
 fn start(ring: &Ring) -> Result<(), DeviceError> {
-    let board = rig::Board::default();
+    let board = testing::Board::default();
     crate::interrupt::MsiAllocator::vector(&board).unwrap();
     Rng::new().unwrap().start_queue(
         0,
         RunningQueue {
             queue: ring.queue(),
             dma: AddressSpace::identity(REQUESTER, Arc::clone(&ring.ram)).dma(),
-            kick: Arc::new(rig::eventfd()),
+            kick: Arc::new(testing::eventfd()),
             interrupt: Interrupt::new(board.allocated(0)),
         },
     )
@@ -28,7 +28,7 @@ fn start(ring: &Ring) -> Result<(), DeviceError> {
 
 #[test]
 fn each_chain_is_filled_with_other_bytes() {
-    let ring = Ring::new(&rig::ram(), BASE, 16);
+    let ring = Ring::new(&testing::ram(), BASE, 16);
     ring.post(&[
         (DATA, 20, true),
         (DATA + 0x100, 0, true),
@@ -51,7 +51,7 @@ fn each_chain_is_filled_with_other_bytes() {
 
 #[test]
 fn request_of_gigabytes_receives_one_page() {
-    let ring = Ring::new(&rig::ram(), BASE, 16);
+    let ring = Ring::new(&testing::ram(), BASE, 16);
     for slot in 0..64 {
         let flags = if slot == 63 { WRITE } else { NEXT | WRITE };
         ring.describe(TABLE, slot, (DATA, 64 << 20), flags, slot + 1);
@@ -66,7 +66,7 @@ fn request_of_gigabytes_receives_one_page() {
 
 #[test]
 fn chain_longer_than_the_queue_is_refused() {
-    let ring = Ring::new(&rig::ram(), BASE, 16);
+    let ring = Ring::new(&testing::ram(), BASE, 16);
     for slot in 0..65 {
         ring.describe(TABLE, slot, (DATA, 0), NEXT | WRITE, slot + 1);
     }

@@ -9,7 +9,7 @@ use iommu::{
 };
 
 use super::*;
-use crate::rig::{INDIRECT, TranslateBy, WRITE};
+use crate::testing::{INDIRECT, TranslateBy, WRITE};
 use crate::virtio::block::request::MAX_REQUEST;
 
 const TABLE: u64 = 0x10_0000;

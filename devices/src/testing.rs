@@ -1,4 +1,11 @@
-//! Test fixtures: an interrupt controller, doorbells, and a driver's queue.
+//! An interrupt controller, doorbells, and a driver's queue, for tests and fuzz
+//! targets. Nothing of it handles an error: a test ends with it.
+#![allow(
+    missing_docs,
+    clippy::indexing_slicing,
+    clippy::missing_panics_doc,
+    reason = "fixtures of tests"
+)]
 
 use std::collections::BTreeSet;
 use std::io;
