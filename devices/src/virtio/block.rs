@@ -33,7 +33,7 @@ use self::request::{MAX_CLEAR_SECTORS, QUEUE_SIZE, SEG_MAX, SIZE_MAX};
 use super::counters::{BlockCounters, DeviceCounters};
 use super::device::VirtioDevice;
 use crate::bus::read_image;
-use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::chain::QueueError;
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::thread::{ThreadKind, spawn};
@@ -201,10 +201,6 @@ impl VirtioDevice for Block {
         read_image(&self.config, offset, data);
     }
 
-    fn negotiated(&mut self, _features: u64) -> Result<(), DeviceError> {
-        Ok(())
-    }
-
     fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
         let at = usize::from(index);
         let (Some(mut queue), Some(kick)) = (self.shared.queue(at), self.kicks.get_mut(at)) else {
@@ -243,20 +239,12 @@ impl VirtioDevice for Block {
         stopped.map(|running| running.queue.position())
     }
 
-    fn reset(&mut self) {
-        self.shared.failure.clear();
-    }
-
-    fn set_failure_callback(&mut self, callback: FailureCallback) {
-        self.shared.failure.set_callback(callback);
-    }
-
     fn counters(&self) -> DeviceCounters {
         DeviceCounters::Block(Arc::clone(&self.counters))
     }
 
-    fn take_failure(&mut self) -> Option<DeviceError> {
-        self.shared.failure.take()
+    fn failure(&self) -> Option<&FailureLatch> {
+        Some(&self.shared.failure)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The interface between a virtio device and its transport (virtio 1.2 §2).
 
 use super::counters::DeviceCounters;
-use crate::failure::{DeviceError, FailureCallback};
+use crate::failure::{DeviceError, FailureCallback, FailureLatch};
 use crate::pause::Deferral;
 use crate::queue::{QueuePosition, RunningQueue};
 
@@ -22,7 +22,10 @@ pub trait VirtioDevice: Send {
 
     /// Reads the device configuration at `offset` bytes; bytes beyond it read
     /// as zeros.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let _ = offset;
+        data.fill(0);
+    }
 
     /// Writes the device configuration at `offset` bytes; read-only fields are
     /// ignored.
@@ -49,7 +52,10 @@ pub trait VirtioDevice: Send {
     ///
     /// # Errors
     /// The set is not supported: FEATURES_OK reads as clear.
-    fn negotiated(&mut self, features: u64) -> Result<(), DeviceError>;
+    fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
+        let _ = features;
+        Ok(())
+    }
 
     /// Starts a queue, after `DRIVER_OK`.
     ///
@@ -71,12 +77,23 @@ pub trait VirtioDevice: Send {
     }
 
     /// Returns to the state before negotiation. Every queue has been stopped.
-    fn reset(&mut self);
+    fn reset(&mut self) {
+        if let Some(failure) = self.failure() {
+            failure.clear();
+        }
+    }
+
+    /// Latch with the failures of worker threads and of a kernel back end.
+    fn failure(&self) -> Option<&FailureLatch> {
+        None
+    }
 
     /// Sets the callback for a failure or a change of the device configuration
     /// on another thread than a vCPU's. The transport calls this once.
     fn set_failure_callback(&mut self, callback: FailureCallback) {
-        let _ = callback;
+        if let Some(failure) = self.failure() {
+            failure.set_callback(callback);
+        }
     }
 
     /// Counters of the device, shared with the caller.
@@ -87,7 +104,7 @@ pub trait VirtioDevice: Send {
     /// Removes and returns a failure of a worker thread or a kernel back end,
     /// for which the transport sets DEVICE_NEEDS_RESET.
     fn take_failure(&mut self) -> Option<DeviceError> {
-        None
+        self.failure()?.take()
     }
 
     /// Whether the device configuration changed by itself since the last call,

@@ -29,7 +29,7 @@ use self::rings::{Pair, PairsError, Ring, State, ring_total, split};
 use super::counters::{DeviceCounters, NetCounters};
 use super::device::VirtioDevice;
 use crate::bus::read_image;
-use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::chain::QueueError;
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::tap::{Link, Offloads, Tap};
@@ -306,10 +306,6 @@ impl VirtioDevice for Net {
         self.shared.failure.clear();
     }
 
-    fn set_failure_callback(&mut self, callback: FailureCallback) {
-        self.shared.failure.set_callback(callback);
-    }
-
     fn counters(&self) -> DeviceCounters {
         let state = self.shared.state.lock();
         let pairs = state.pairs.iter();
@@ -319,8 +315,8 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn take_failure(&mut self) -> Option<DeviceError> {
-        self.shared.failure.take()
+    fn failure(&self) -> Option<&FailureLatch> {
+        Some(&self.shared.failure)
     }
 
     fn take_config_change(&mut self) -> bool {

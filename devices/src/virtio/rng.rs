@@ -54,20 +54,12 @@ impl VirtioDevice for Rng {
         1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
     fn inline(&self) -> bool {
         true
     }
 
     fn set_deferral(&mut self, deferral: Deferral) {
         self.deferral = deferral;
-    }
-
-    fn negotiated(&mut self, _features: u64) -> Result<(), DeviceError> {
-        Ok(())
     }
 
     fn start_queue(&mut self, index: u16, started: RunningQueue) -> Result<(), DeviceError> {
@@ -85,8 +77,6 @@ impl VirtioDevice for Rng {
             None => Ok(()),
         }
     }
-
-    fn reset(&mut self) {}
 }
 
 /// Fills the available buffers, at most one ring of chains. Each chain has a

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::counters::DeviceCounters;
 use super::device::VirtioDevice;
 use crate::bus::read_image;
-use crate::failure::{DeviceError, FailureCallback, FailureLatch};
+use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::{RINGS, Vhost, VhostContext};
@@ -173,10 +173,6 @@ impl VirtioDevice for Vsock {
         self.failure.clear();
     }
 
-    fn set_failure_callback(&mut self, callback: FailureCallback) {
-        self.failure.set_callback(callback);
-    }
-
     fn counters(&self) -> DeviceCounters {
         DeviceCounters::Vhost {
             iotlbs: vec![self.vhost.monitor()],
@@ -184,7 +180,7 @@ impl VirtioDevice for Vsock {
         }
     }
 
-    fn take_failure(&mut self) -> Option<DeviceError> {
-        self.failure.take()
+    fn failure(&self) -> Option<&FailureLatch> {
+        Some(&self.failure)
     }
 }
