@@ -210,8 +210,7 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let name = caused_in(&args.config);
     let plan = MachinePlan::resolve(&config).map_err(&name)?;
     let findings = inspect::machine(&plan, &config).map_err(|error| failed(error, &name))?;
-    let json = serde_json::to_string_pretty(&plan).context("printing the machine")?;
-    streams::print_line(&json);
+    streams::print_line(&format!("{:#}", inspect::description(&plan)));
     for warning in &findings.warnings {
         print_error(format!("warning: {warning}"));
     }

@@ -19,7 +19,7 @@ pub mod testing;
 pub mod x86_64;
 
 pub use platform::{
-    Cache, CacheKind, Initrd, IommuModel, IommuNode, LegacyDevice, PciHost, Platform, PowerPorts,
+    Cache, CacheKind, Initrd, IommuNode, LegacyDevice, NodeModel, PciHost, Platform, PowerPorts,
     Range, Smmu, SmmuGsis, Space,
 };
 

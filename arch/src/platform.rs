@@ -108,7 +108,7 @@ pub struct Smmu {
 
 /// Model of the IOMMU and its connection to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum IommuModel {
+pub enum NodeModel {
     /// A virtio-iommu PCI function with this requester ID.
     VirtioPci {
         /// Requester ID of the IOMMU itself: bus << 8 | device << 3 | function.
@@ -129,7 +129,7 @@ pub enum IommuModel {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IommuNode {
     /// Model of the IOMMU.
-    pub model: IommuModel,
+    pub model: NodeModel,
     /// Requester IDs that the IOMMU translates (inclusive ranges, ascending,
     /// disjoint). Endpoint ID and StreamID equal the requester ID. A
     /// virtio-iommu's own requester ID is never in here.

@@ -5,12 +5,13 @@
 use std::ops::RangeInclusive;
 
 use arch::{
-    Cache, CacheKind, IommuModel as Model, IommuNode, PciHost, Platform, Range, aarch64, x86_64,
+    Cache, CacheKind, NodeModel as Model, IommuNode, PciHost, Platform, Range, aarch64, x86_64,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
 use vmm::config::{ConfigError, IommuModel, VmConfig};
+use vmm::inspect;
 use vmm::plan::{DevicePlan, MachinePlan};
 
 #[derive(Arbitrary, Debug)]
@@ -166,8 +167,8 @@ fuzz_target!(|input: Input| {
         Ok(plan) => plan,
         Err(error) => return one_line(&error),
     };
-    serde_json::to_string(&plan).expect("a plan can be printed");
-    let size = plan.memory.iter().map(|range| range.size.0).sum();
+    let _ = inspect::description(&plan);
+    let size = plan.memory.iter().map(|range| range.size).sum();
     if let Ok(ram) = aarch64::layout::ram_ranges(size) {
         use aarch64::layout;
         let host = PciHost {

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::build_error::BuildError;
 use crate::console::{Input, Output};
 use crate::ending::Ending;
-use crate::kvm::{Buses, End, Vcpu, Vcpus, Vm};
+use crate::kvm::{Buses, Vcpu, Vcpus, Vm};
 use crate::metrics::Metrics;
 use crate::pci::PciBus;
 use crate::plan::{Console, MachinePlan};
@@ -99,7 +99,7 @@ pub(crate) fn assemble(
     let platform = Platform {
         cpus: u32::from(plan.vcpus),
         caches,
-        ram: plan.ram_ranges(),
+        ram: plan.memory.clone(),
         cmdline: plan.boot.cmdline.clone(),
         seed,
         serial: layout::SERIAL,
@@ -196,25 +196,7 @@ fn place(buses: &Buses, at: LegacyDevice, device: Arc<dyn BusDevice>) -> Result<
 
 fn start_vcpus(vcpus: Vec<Vcpu>, buses: &Buses, reporter: &Reporter) -> Result<Vcpus, BuildError> {
     let ended = reporter.try_clone()?;
-    let on_end = move |end| {
-        ended.ended(match end {
-            End::PowerOff => Ending::PoweredOff,
-            End::Reset => Ending::Reset,
-            End::Crash {
-                vcpu,
-                reason,
-                registers,
-            } => {
-                log::error!("vCPU {vcpu}: {reason}");
-                for line in registers.lines() {
-                    log::error!("{line}");
-                }
-                Ending::Crashed(format!(
-                    "{reason} on vCPU {vcpu}; its registers are in the log"
-                ))
-            }
-        });
-    };
+    let on_end = move |ending| ended.ended(ending);
     let waker = reporter.try_clone()?;
     Ok(Vcpus::spawn(vcpus, buses, on_end, move || waker.wake())?)
 }

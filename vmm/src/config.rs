@@ -27,7 +27,7 @@ pub use devices::{
     CacheType, Drive, Entropy, IoEngine, MacAddress, NetworkInterface, Serial, Vsock,
 };
 pub use error::ConfigError;
-pub use iommu::{Iommu, IommuModel, Stage};
+pub use iommu::{Iommu, IommuModel};
 pub use json::parse_json;
 pub use keys::{Key, Omitted, Value};
 pub use logging::{LogLevel, Logger, Metrics};
@@ -40,11 +40,9 @@ pub use user::User;
 use check::{check_path, element};
 use error::require;
 
+use ::devices::pci::SLOTS;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-
-/// Upper bound on the PCI functions of a machine: 32 slots less the host bridge.
-const MAX_DEVICES: usize = 31;
 
 /// Configuration of a machine: the document of `--config FILE` and of `GET /vm/config`. Section
 /// names are Firecracker's, with `iommu`, `serial`, `sandbox`, `allow-dirs` and `user` added.
@@ -253,9 +251,12 @@ impl VmConfig {
             + usize::from(self.entropy.is_some())
             + usize::from(self.iommu.model == IommuModel::VirtioIommu);
         require(
-            devices <= MAX_DEVICES,
+            devices < usize::from(SLOTS),
             "drives, network-interfaces",
-            "more devices than the 31 the PCI bus has slots for; remove some",
+            &format!(
+                "more devices than the {} the PCI bus has slots for; remove some",
+                SLOTS - 1
+            ),
         )
     }
 }

@@ -11,12 +11,13 @@ use std::sync::Arc;
 use devices::host_file;
 use devices::virtio::block::Image;
 use iommu::GuestRam;
+use serde_json::{Value, json};
 use vm_memory::GuestAddress;
 
-use crate::action::Configure;
+use crate::action::{Configure, Hex};
 use crate::build_error::BuildError;
 use crate::config::{BootSource, ConfigError, Drive, Serial, VmConfig};
-use crate::plan::{Console, MachinePlan};
+use crate::plan::{Console, DevicePlan, FunctionPlan, MachinePlan};
 use crate::resources::{BootFiles, Refusal, acquire, vhost_context};
 
 const CONSOLE_FIELD: &str = "serial.serial_out_path";
@@ -126,6 +127,54 @@ fn acquire_functions(plan: &MachinePlan, findings: &mut Findings) -> Result<(), 
     let warnings = acquired.into_iter().flat_map(|function| function.warnings);
     findings.warnings.extend(warnings);
     Ok(())
+}
+
+/// The plan as `portcullis check` prints it.
+#[must_use]
+pub fn description(plan: &MachinePlan) -> Value {
+    let memory = plan.memory.iter();
+    let memory = memory.map(|range| json!({"base": Hex(range.base), "size": Hex(range.size)}));
+    let boot = &plan.boot;
+    json!({
+        "vcpus": plan.vcpus,
+        "memory": memory.collect::<Vec<_>>(),
+        "mem_backing": plan.mem_backing,
+        "huge_pages": plan.huge_pages,
+        "boot": {"kernel": boot.kernel, "initrd": boot.initrd, "cmdline": boot.cmdline},
+        "console": match &plan.console {
+            Console::Stdio => json!("stdio"),
+            Console::File { path, max_bytes } => {
+                json!({"file": {"path": path, "max_bytes": max_bytes}})
+            }
+        },
+        "iommu": plan.iommu,
+        "functions": plan.functions.iter().map(function).collect::<Vec<_>>(),
+    })
+}
+
+fn function(plan: &FunctionPlan) -> Value {
+    let device = match &plan.device {
+        DevicePlan::VirtioIommu => json!("virtio-iommu"),
+        DevicePlan::Block {
+            path,
+            read_only,
+            queues,
+            flush,
+        } => json!({"block": {
+            "path": path, "read_only": read_only, "queues": queues, "flush": flush
+        }}),
+        DevicePlan::Net {
+            tap,
+            mac,
+            mtu,
+            pairs,
+        } => json!({"net": {
+            "tap": tap, "mac": mac.to_string(), "mtu": mtu, "pairs": pairs
+        }}),
+        DevicePlan::Vsock { cid } => json!({"vsock": {"cid": cid}}),
+        DevicePlan::Entropy => json!("entropy"),
+    };
+    json!({"slot": plan.slot, "id": plan.id, "iommu": plan.iommu, "device": device})
 }
 
 #[cfg(test)]

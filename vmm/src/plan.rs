@@ -3,7 +3,7 @@
 //! [`VmConfig`] is the user's configuration, from command line, file or API.
 //! [`MachinePlan`] is the machine that will be built: every default filled in,
 //! every address assigned. Only [`MachinePlan::resolve`] converts, and can
-//! fail. `portcullis check` prints the plan as JSON.
+//! fail.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -11,10 +11,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use arch::layout;
-use devices::pci::SLOTS;
-use serde::Serialize;
 
-use crate::action::Hex;
 use crate::config::{
     CacheType, ConfigError, Drive, HugePages, Iommu, IommuModel, MacAddress, MemBacking, Serial,
     VmConfig,
@@ -32,12 +29,12 @@ const MIN_MAPPINGS: usize = 1 << 16;
 const MAX_MAPPINGS: usize = 1 << 21;
 
 /// Plan of a machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachinePlan {
     /// Virtual processors, all present at boot.
     pub vcpus: u8,
     /// Guest memory, ascending and disjoint.
-    pub memory: Vec<MemoryRange>,
+    pub memory: Vec<arch::Range>,
     /// Kind of the mapping that is guest memory.
     pub mem_backing: MemBacking,
     /// Page size of guest memory.
@@ -53,7 +50,7 @@ pub struct MachinePlan {
 }
 
 /// A function on the PCI bus.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FunctionPlan {
     /// The device number on bus 0.
     pub slot: u8,
@@ -66,8 +63,7 @@ pub struct FunctionPlan {
 }
 
 /// Type of a PCI function's device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DevicePlan {
     /// The virtio-iommu itself.
     VirtioIommu,
@@ -102,17 +98,8 @@ pub enum DevicePlan {
     Entropy,
 }
 
-/// A range of guest physical addresses that is RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct MemoryRange {
-    /// First address.
-    pub base: Hex,
-    /// Length in bytes.
-    pub size: Hex,
-}
-
 /// Kernel, initial ramdisk and command line.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Boot {
     /// File of the kernel.
     pub kernel: PathBuf,
@@ -123,8 +110,7 @@ pub struct Boot {
 }
 
 /// Input and output of the serial console.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Console {
     /// Standard output, with the keyboard on standard input.
     Stdio,
@@ -165,22 +151,13 @@ impl MachinePlan {
         })
     }
 
-    /// Guest memory, ascending and disjoint.
-    #[must_use]
-    pub fn ram_ranges(&self) -> Vec<arch::Range> {
-        let ranges = self.memory.iter();
-        ranges
-            .map(|range| arch::Range::new(range.base.0, range.size.0))
-            .collect()
-    }
-
     /// Upper bound on the mappings of a virtio-iommu: two for each 4 KiB of
     /// RAM, since a driver maps halves of a page separately, and a page for
     /// several devices. The least value covers the queues and buffers of all
     /// devices of a small machine; the greatest costs 174 MiB.
     #[must_use]
     pub fn max_mappings(&self) -> usize {
-        let ram = self.memory.iter().map(|range| range.size.0);
+        let ram = self.memory.iter().map(|range| range.size);
         let pages = ram.sum::<u64>() >> 12;
         let bound = usize::try_from(pages.saturating_mul(2)).unwrap_or(usize::MAX);
         bound.clamp(MIN_MAPPINGS, MAX_MAPPINGS)
@@ -204,19 +181,13 @@ fn console(serial: Option<&Serial>) -> Result<Console, ConfigError> {
     }
 }
 
-fn memory_ranges(mib: u64) -> Result<Vec<MemoryRange>, ConfigError> {
-    let ranges = mib
-        .checked_mul(1 << 20)
-        .and_then(|size| layout::ram_ranges(size).ok())
+fn memory_ranges(mib: u64) -> Result<Vec<arch::Range>, ConfigError> {
+    let size = mib.checked_mul(1 << 20);
+    size.and_then(|size| layout::ram_ranges(size).ok())
         .ok_or_else(|| {
             let problem = format!("{mib} MiB cannot be laid out");
             ConfigError::new("machine-config.mem_size_mib", problem)
-        })?;
-    let range = |range: &arch::Range| MemoryRange {
-        base: Hex(range.base),
-        size: Hex(range.size),
-    };
-    Ok(ranges.iter().map(range).collect())
+        })
 }
 
 /// The command line, with `root=` for the drive that is the root device.
@@ -275,10 +246,6 @@ fn functions(config: &VmConfig) -> Result<Vec<FunctionPlan>, ConfigError> {
     }
     if let Some(entropy) = &config.entropy {
         devices.push(("entropy".to_owned(), entropy.iommu, DevicePlan::Entropy));
-    }
-    if devices.len() >= usize::from(SLOTS) {
-        let problem = format!("the PCI bus has room for {} devices", SLOTS - 1);
-        return Err(ConfigError::new("drives", problem));
     }
     let translated = config.iommu.model != IommuModel::None;
     let numbered = (1..).zip(devices);
@@ -354,7 +321,7 @@ mod tests {
         let plan = MachinePlan::resolve(&config()).unwrap();
         assert!(plan.boot.cmdline.contains("console=ttyS0"));
         assert_eq!(plan.console, Console::Stdio);
-        assert_eq!(plan.memory[0].size, Hex(512 << 20));
+        assert_eq!(plan.memory[0].size, 512 << 20);
     }
 
     #[test]
@@ -399,7 +366,7 @@ mod tests {
         let mut config = config();
         config.machine_config.mem_size_mib = 6 << 10;
         let plan = MachinePlan::resolve(&config).unwrap();
-        let total: u64 = plan.memory.iter().map(|range| range.size.0).sum();
+        let total: u64 = plan.memory.iter().map(|range| range.size).sum();
         assert_eq!(total, 6 << 30);
     }
 

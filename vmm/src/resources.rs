@@ -76,7 +76,7 @@ impl HostResources {
 
 fn allocate_ram(plan: &MachinePlan) -> Result<GuestRam, kvm::Error> {
     let huge = plan.huge_pages == HugePages::TwoMib;
-    kvm::allocate(&plan.ram_ranges(), plan.mem_backing, huge)
+    kvm::allocate(&plan.memory, plan.mem_backing, huge)
 }
 
 /// Opens the console's output. Returns the number of bytes that it may still

@@ -23,8 +23,6 @@ const FORMATS: &str = "an Image, compressed or not, or an EFI zboot vmlinuz is n
 /// compression level, which Linux builds use. The decoder keeps at most as much
 /// unpacked data.
 const ZSTD_WINDOW: u64 = 128 << 20;
-/// Linux `COMMAND_LINE_SIZE` on arm64, less the NUL.
-const CMDLINE_MAX: usize = 2047;
 const INITRD_ALIGN: u64 = 0x20_0000;
 
 /// Loads everything a machine needs to start and returns where it starts.
@@ -39,7 +37,7 @@ pub fn load<M: GuestMemoryBackend, K: KernelFile, I: KernelFile>(
     kernel: &mut K,
     initrd: Option<&mut I>,
 ) -> Result<Entry, Error> {
-    Error::check_cmdline(&platform.cmdline, CMDLINE_MAX)?;
+    Error::check_cmdline(&platform.cmdline, layout::MAX_CMDLINE)?;
     let ram_end = platform.ram.first().map_or(0, Range::end);
     let image = load_kernel(memory, kernel, ram_end).map_err(Error::Kernel)?;
     // Directly after the kernel: the boot protocol requires an address within

@@ -4,7 +4,7 @@ use vm_fdt::FdtWriter;
 
 use crate::Error;
 use crate::aarch64::{cache, cpu, layout};
-use crate::platform::{Initrd, IommuModel, IommuNode, LegacyDevice, PciHost, Platform, Range};
+use crate::platform::{Initrd, IommuNode, LegacyDevice, NodeModel, PciHost, Platform, Range};
 
 const GIC: u32 = 1;
 const ITS: u32 = 2;
@@ -173,7 +173,7 @@ fn rtc(fdt: &mut FdtWriter, device: &LegacyDevice) -> Result<(), Error> {
 
 /// Writes the SMMUv3 node; a virtio-iommu is a child of the host bridge.
 fn smmu(fdt: &mut FdtWriter, iommu: &IommuNode) -> Result<(), Error> {
-    let IommuModel::Smmuv3 { smmu, coherent, .. } = &iommu.model else {
+    let NodeModel::Smmuv3 { smmu, coherent, .. } = &iommu.model else {
         return Ok(());
     };
     let node = fdt.begin_node(&format!("iommu@{:x}", smmu.regs.base))?;
@@ -238,9 +238,9 @@ fn pci_host(fdt: &mut FdtWriter, pci: &PciHost, iommu: Option<&IommuNode>) -> Re
             .collect();
         fdt.property_array_u32("iommu-map", &map)?;
         match iommu.model {
-            IommuModel::Smmuv3 { ats: true, .. } => fdt.property_null("ats-supported")?,
-            IommuModel::Smmuv3 { .. } => {}
-            IommuModel::VirtioPci { bdf } => virtio_iommu(fdt, bdf)?,
+            NodeModel::Smmuv3 { ats: true, .. } => fdt.property_null("ats-supported")?,
+            NodeModel::Smmuv3 { .. } => {}
+            NodeModel::VirtioPci { bdf } => virtio_iommu(fdt, bdf)?,
         }
     }
     Ok(fdt.end_node(node)?)

@@ -69,8 +69,11 @@ pub const GIC_INTIDS: u32 = 128;
 /// it.
 pub const FIRST_MSI_GSI: u32 = GIC_INTIDS - 32;
 
-/// Upper bound on vCPUs: frames in the redistributor region.
-pub const MAX_CPUS: u32 = 123;
+/// Upper bound on vCPUs.
+pub const MAX_CPUS: u32 = 32;
+/// Upper bound on the kernel command line, in bytes without the final NUL
+/// (`COMMAND_LINE_SIZE` of Linux).
+pub const MAX_CMDLINE: usize = 2047;
 /// Lower bound on guest RAM, in bytes, inclusive.
 pub const MIN_RAM: u64 = 64 << 20;
 /// Upper bound on guest RAM, in bytes, inclusive: it ends where the 64-bit PCI

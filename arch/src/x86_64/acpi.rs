@@ -10,7 +10,7 @@ use acpi_tables::viot::{PciDevice, PciRange, VIOT, VirtIoPciIommu};
 use acpi_tables::xsdt::XSDT;
 
 use crate::Error;
-use crate::platform::{IommuModel, IommuNode, PciHost, Platform, PowerPorts, Range};
+use crate::platform::{IommuNode, NodeModel, PciHost, Platform, PowerPorts, Range};
 use crate::x86_64::{dsdt, layout};
 
 const OEM_ID: [u8; 6] = *b"PORTCL";
@@ -159,7 +159,7 @@ fn mcfg(pci: &PciHost) -> impl Aml {
 /// Virtual I/O translation table: the functions behind the virtio-iommu (ACPI
 /// 6.5 §5.2.34). `None` for an IOMMU that this table cannot describe.
 fn viot(node: &IommuNode) -> Option<impl Aml + use<>> {
-    let IommuModel::VirtioPci { bdf } = node.model else {
+    let NodeModel::VirtioPci { bdf } = node.model else {
         return None;
     };
     let mut viot = VIOT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);

@@ -57,8 +57,11 @@ pub const SMMU: Option<Smmu> = None;
 /// Wired interrupts are GSIs below this; message-signalled ones start at it.
 pub const FIRST_MSI_GSI: u32 = 24;
 
-/// Upper bound on vCPUs of the layout.
-pub const MAX_CPUS: u32 = 254;
+/// Upper bound on vCPUs.
+pub const MAX_CPUS: u32 = 32;
+/// Upper bound on the kernel command line, in bytes without the final NUL
+/// (`COMMAND_LINE_SIZE` of Linux).
+pub const MAX_CMDLINE: usize = 2047;
 /// Lower bound on guest RAM, in bytes, inclusive.
 pub const MIN_RAM: u64 = 64 << 20;
 /// Upper bound on guest RAM, in bytes, inclusive: it ends where the 64-bit PCI

@@ -1,6 +1,8 @@
 //! Features of an SMMU that its identification registers report (IHI 0070
 //! §6.3.1 to §6.3.6).
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Bits of a StreamID: a PCI requester ID.
@@ -9,16 +11,29 @@ pub(super) const STREAM_BITS: u32 = 16;
 pub(super) const SUBSTREAM_BITS: u32 = 20;
 
 /// Stages of translation (IDR0.S1P, IDR0.S2P).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Stages {
     /// Stage 1 only.
     #[default]
+    #[serde(rename = "1")]
     One,
     /// Stage 2 only.
+    #[serde(rename = "2")]
     Two,
     /// Both, also nested.
+    #[serde(rename = "nested")]
     Nested,
+}
+
+/// The number of the stage, or `nested`.
+impl fmt::Display for Stages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::One => "1",
+            Self::Two => "2",
+            Self::Nested => "nested",
+        })
+    }
 }
 
 /// Size of a physical address (IDR5.OAS).

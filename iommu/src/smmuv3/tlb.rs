@@ -5,22 +5,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::config::Stages;
 use super::ste::StreamWorld;
 use crate::mapping::Perm;
 
 /// Upper bound on entries; the oldest insertion is evicted first.
 pub(super) const MAX_ENTRIES: usize = 4096;
-
-/// Which stages translate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Stages {
-    /// Stage 1 only.
-    One,
-    /// Stage 2 only: addresses are intermediate physical.
-    Two,
-    /// Both stages.
-    Nested,
-}
 
 /// Tag of a translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

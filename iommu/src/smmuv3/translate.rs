@@ -2,6 +2,7 @@
 
 use super::caches::Caches;
 use super::cd::{Cd, TableInput};
+use super::config::Stages;
 use super::config::{STREAM_BITS, SmmuConfig};
 use super::event::{Event, EventKind};
 use super::queue::read_raw;
@@ -11,7 +12,7 @@ use super::spec::ste::{L2PTR as L1_STE_POINTER, RawL1Std, SPAN};
 use super::spec::{Raw, cr0, cr2, gbpa, reg, strtab};
 use super::ste::{DefaultSubstream, Stage1, Stage2, Ste};
 use super::streams::Streams;
-use super::tlb::{Entry, Stages, Tag, TagSummary};
+use super::tlb::{Entry, Tag, TagSummary};
 use super::walk::{Class, Leaf, WalkRequest, through_stage2, walk};
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
 use crate::mapping::{Access, Mapping};

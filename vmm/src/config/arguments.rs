@@ -3,13 +3,15 @@
 use super::check::{check_id, check_path};
 use super::devices::{MAX_SERIAL_MIB, check_tap};
 use super::keys::{self, Key, Omitted, Value};
-use super::machine::{MAX_VCPUS, MEMORY_MIB, memory_fix};
+use super::machine::{MEMORY_MIB, cpus_fix, memory_fix};
 use super::suggest::{closest, either};
 use super::{
     CacheType, ConfigError, Drive, Iommu, IommuModel, MAX_QUEUES, MacAddress, NetworkInterface,
-    Serial, Stage, Vsock,
+    Serial, Vsock,
 };
 use ::devices::error::Chain;
+use ::iommu::smmuv3::Stages;
+use arch::layout;
 use std::str::FromStr;
 
 /// Error of an argument: one line that names the key and the fix.
@@ -277,7 +279,7 @@ impl FromStr for IommuModel {
     }
 }
 
-const STAGES: [Stage; 3] = [Stage::One, Stage::Two, Stage::Nested];
+const STAGES: [Stages; 3] = [Stages::One, Stages::Two, Stages::Nested];
 
 /// The keys that follow the model: `MODEL[,key=value]…`.
 impl Argument for Iommu {
@@ -350,11 +352,11 @@ impl FromStr for CpuCount {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let count = text.parse().ok();
+        let count: Option<u8> = text.parse().ok();
         count
-            .filter(|count| (1..=MAX_VCPUS).contains(count))
+            .filter(|count| (1..=layout::MAX_CPUS).contains(&u32::from(*count)))
             .map(Self)
-            .ok_or_else(|| ArgumentError(format!("use 1 to {}", MAX_VCPUS)))
+            .ok_or_else(|| ArgumentError(cpus_fix()))
     }
 }
 

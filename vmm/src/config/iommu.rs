@@ -2,6 +2,7 @@
 
 use super::check::default_true;
 use super::error::{ConfigError, require};
+use ::iommu::smmuv3::Stages;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -29,31 +30,6 @@ impl fmt::Display for IommuModel {
     }
 }
 
-/// Which translation stages an SMMUv3 offers (IHI 0070 §6.3.1, `IDR0.S1P` and `IDR0.S2P`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Stage {
-    /// Stage 1 only.
-    #[default]
-    #[serde(rename = "1")]
-    One,
-    /// Stage 2 only.
-    #[serde(rename = "2")]
-    Two,
-    /// Both, also nested.
-    #[serde(rename = "nested")]
-    Nested,
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::One => "1",
-            Self::Two => "2",
-            Self::Nested => "nested",
-        })
-    }
-}
-
 /// The IOMMU (`PUT /iommu`). Every device is behind it, except those with `"iommu": false`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,7 +43,7 @@ pub struct Iommu {
     pub ats: bool,
     /// SMMUv3 only: the stages offered.
     #[serde(default)]
-    pub stage: Stage,
+    pub stage: Stages,
     /// Sends each new mapping to vhost, which then does not miss it. Only a model that is notified
     /// of mappings (virtio-iommu) can do so.
     #[serde(default = "default_true")]
@@ -83,7 +59,7 @@ impl Default for Iommu {
         Self {
             model: IommuModel::None,
             ats: false,
-            stage: Stage::One,
+            stage: Stages::One,
             prefill: true,
             prefetch: true,
         }
@@ -109,7 +85,7 @@ impl Iommu {
             "belongs to the model smmuv3; remove it or change the model",
         )?;
         require(
-            smmu || self.stage == Stage::One,
+            smmu || self.stage == Stages::One,
             "stage",
             "belongs to the model smmuv3; remove it or change the model",
         )

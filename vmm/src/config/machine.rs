@@ -8,8 +8,10 @@ use arch::layout;
 use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
 
-/// Upper bound on vCPUs.
-pub(super) const MAX_VCPUS: u8 = 32;
+/// The fix for a number of vCPUs outside [`layout::MAX_CPUS`].
+pub(super) fn cpus_fix() -> String {
+    format!("use 1 to {}", layout::MAX_CPUS)
+}
 
 /// Guest memory in MiB, inclusive: the limits of the memory layout.
 pub(super) const MEMORY_MIB: RangeInclusive<u64> =
@@ -19,10 +21,6 @@ pub(super) const MEMORY_MIB: RangeInclusive<u64> =
 pub(super) fn memory_fix() -> String {
     format!("use {} to {} MiB", MEMORY_MIB.start(), MEMORY_MIB.end())
 }
-
-/// Upper bound on the kernel command line, in bytes without the final NUL (arm64's
-/// `COMMAND_LINE_SIZE` and x86's are both 2048). The monitor adds `root=` to the user's arguments.
-const MAX_BOOT_ARGS: usize = 2047;
 
 /// Page size of guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,9 +92,9 @@ impl MachineConfig {
     /// Checks that the values are valid and that this monitor supports them.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         require(
-            (1..=MAX_VCPUS).contains(&self.vcpu_count),
+            (1..=layout::MAX_CPUS).contains(&self.vcpu_count.into()),
             "vcpu_count",
-            "use 1 to 32",
+            &cpus_fix(),
         )?;
         require(
             MEMORY_MIB.contains(&self.mem_size_mib),
@@ -198,7 +196,7 @@ impl BootSource {
             return Ok(());
         };
         require(
-            boot_args.len() <= MAX_BOOT_ARGS,
+            boot_args.len() <= layout::MAX_CMDLINE,
             "boot_args",
             "is longer than the 2047 bytes a kernel reads; shorten it",
         )?;

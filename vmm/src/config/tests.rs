@@ -1,4 +1,5 @@
 use super::*;
+use ::iommu::smmuv3::Stages;
 
 fn refusal(json: &str) -> String {
     VmConfig::from_json(json).unwrap_err().to_string()
@@ -321,7 +322,7 @@ fn sections_are_checked_against_each_other() {
         ..Drive::default()
     };
     let mut config = VmConfig {
-        drives: (0..MAX_DEVICES).map(drive).collect(),
+        drives: (1..::devices::pci::SLOTS).map(drive).collect(),
         ..VmConfig::default()
     };
     config.validate().unwrap();
@@ -334,7 +335,7 @@ fn smmuv3_belongs_to_aarch64() {
     let iommu = Iommu {
         model: IommuModel::Smmuv3,
         ats: true,
-        stage: Stage::Nested,
+        stage: Stages::Nested,
         ..Iommu::default()
     };
     iommu.validate_on("aarch64").unwrap();
@@ -376,7 +377,7 @@ fn arguments_read_every_key_and_refuse_the_rest() {
     assert!("smmu".parse::<Iommu>().is_err());
     assert!("none,ats=on".parse::<Iommu>().is_err());
     assert_eq!("none".parse::<Iommu>().unwrap(), Iommu::default());
-    for stage in [Stage::One, Stage::Two, Stage::Nested] {
+    for stage in [Stages::One, Stages::Two, Stages::Nested] {
         let mut iommu = Iommu::default();
         keys::parse(&format!("stage={stage}"), Iommu::KEYS, &mut iommu).unwrap();
         assert_eq!(iommu.stage, stage);

@@ -25,5 +25,5 @@ mod native;
 pub(crate) use error::Error;
 pub(crate) use memory::allocate;
 pub(crate) use vcpu::{Exit, Vcpu};
-pub(crate) use vcpus::{Buses, End, Vcpus};
+pub(crate) use vcpus::{Buses, Vcpus};
 pub(crate) use vm::Vm;

@@ -17,6 +17,7 @@ use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::{Error, Exit, Vcpu};
+use crate::ending::Ending;
 
 /// The buses that handle the guest's accesses.
 #[derive(Clone)]
@@ -72,24 +73,6 @@ impl Processor for Vcpu {
     fn report_pause(&self) {
         self.report_pause();
     }
-}
-
-/// Ending of the guest, as a vCPU thread reports it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum End {
-    /// It powered off.
-    PowerOff,
-    /// It reset.
-    Reset,
-    /// The guest cannot continue.
-    Crash {
-        /// Number of the vCPU, from 0.
-        vcpu: u32,
-        /// Reason, in one line.
-        reason: String,
-        /// The registers, as a block of text.
-        registers: String,
-    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,11 +180,11 @@ impl Vcpus {
     pub(crate) fn spawn<P: Processor>(
         vcpus: Vec<P>,
         buses: &Buses,
-        on_end: impl Fn(End) + Send + Sync + 'static,
+        on_end: impl Fn(Ending) + Send + Sync + 'static,
         on_idle: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         install_kick();
-        let on_end: Arc<dyn Fn(End) + Send + Sync> = Arc::new(on_end);
+        let on_end: Arc<dyn Fn(Ending) + Send + Sync> = Arc::new(on_end);
         let state = Mutex::new(State {
             requested: RequestedState::Paused,
             parked: 0,
@@ -324,7 +307,7 @@ fn install_kick() {
     });
 }
 
-fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn(End)) {
+fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn(Ending)) {
     let end = {
         let page = vcpu.run_page();
         // Dropped before `vcpu`, whose page it publishes.
@@ -338,7 +321,7 @@ fn run(mut vcpu: impl Processor, shared: &Shared, buses: &Buses, on_end: &dyn Fn
 }
 
 /// Runs the guest until it ends; `None` when a stop is requested.
-fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> Option<End> {
+fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> Option<Ending> {
     let mut has_run = false;
     while let NextStep::Run { was_paused } = shared.wait() {
         if was_paused && has_run {
@@ -370,21 +353,26 @@ fn run_until_end(vcpu: &mut impl Processor, shared: &Shared, buses: &Buses) -> O
                     vcpu.clear_kick();
                     break;
                 }
-                Exit::PowerOff => return Some(End::PowerOff),
-                Exit::Reset => return Some(End::Reset),
-                Exit::Crash(reason) => {
-                    let registers = vcpu.registers();
-                    return Some(End::Crash {
-                        vcpu: vcpu.index(),
-                        reason,
-                        registers,
-                    });
-                }
+                Exit::PowerOff => return Some(Ending::PoweredOff),
+                Exit::Reset => return Some(Ending::Reset),
+                Exit::Crash(reason) => return Some(crash(vcpu, &reason)),
             }
             shared.pause.resume_deferred();
         }
     }
     None
+}
+
+/// Logs the registers of a vCPU that cannot continue.
+fn crash(vcpu: &mut impl Processor, reason: &str) -> Ending {
+    let index = vcpu.index();
+    log::error!("vCPU {index}: {reason}");
+    for line in vcpu.registers().lines() {
+        log::error!("{line}");
+    }
+    Ending::Crashed(format!(
+        "{reason} on vCPU {index}; its registers are in the log"
+    ))
 }
 
 #[cfg(test)]

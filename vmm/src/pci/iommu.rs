@@ -2,16 +2,16 @@
 
 use std::sync::{Arc, Weak};
 
-use arch::{IommuModel as NodeModel, layout};
+use arch::{NodeModel, layout};
 use devices::smmuv3::{SmmuLines, SmmuRegisters};
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use devices::virtio::pci::AtsHook;
-use iommu::smmuv3::{Smmu, SmmuConfig, Stages};
+use iommu::smmuv3::{Smmu, SmmuConfig};
 use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{GuestRam, Iommu, Iova, IovaRange, StreamId};
 
 use crate::build_error::BuildError;
-use crate::config::{self, ConfigError, IommuModel, Stage};
+use crate::config::{self, ConfigError, IommuModel};
 use crate::kvm::{Buses, Vm};
 use crate::plan::MachinePlan;
 
@@ -86,11 +86,7 @@ impl IommuDevice {
             deferral: deferral.clone(),
         };
         let offered = SmmuConfig {
-            stages: match config.stage {
-                Stage::One => Stages::One,
-                Stage::Two => Stages::Two,
-                Stage::Nested => Stages::Nested,
-            },
+            stages: config.stage,
             ats: config.ats,
             ..SmmuConfig::default()
         };

@@ -92,7 +92,7 @@ fn platform() -> Platform {
     }
 }
 
-fn with_iommu(model: IommuModel, endpoints: Vec<std::ops::RangeInclusive<u16>>) -> Tree {
+fn with_iommu(model: NodeModel, endpoints: Vec<std::ops::RangeInclusive<u16>>) -> Tree {
     let pci = PciHost {
         ecam: layout::PCI_ECAM,
         last_bus: layout::PCI_LAST_BUS,
@@ -173,7 +173,7 @@ fn wired_interrupts_are_edge_triggered_spis() {
 
 #[test]
 fn messages_of_pci_functions_go_to_the_its_by_requester_id() {
-    let tree = with_iommu(IommuModel::VirtioPci { bdf: 8 }, vec![]);
+    let tree = with_iommu(NodeModel::VirtioPci { bdf: 8 }, vec![]);
     let its = tree.cells("interrupt-controller@8000000/msi-controller@8080000:phandle");
     assert_eq!(
         tree.cells("pcie@3f000000:msi-map"),
@@ -192,7 +192,7 @@ fn messages_of_pci_functions_go_to_the_its_by_requester_id() {
 #[test]
 fn a_virtio_iommu_is_a_function_that_is_not_behind_itself() {
     let tree = with_iommu(
-        IommuModel::VirtioPci { bdf: 0x08 },
+        NodeModel::VirtioPci { bdf: 0x08 },
         vec![0..=7, 0x10..=0xFFFF],
     );
     let node = "pcie@3f000000/iommu@1,0";
@@ -214,7 +214,7 @@ fn an_smmu_has_named_interrupts_and_the_configured_properties() {
     let tree_of = |ats, coherent| {
         let smmu = layout::SMMU.unwrap();
         with_iommu(
-            IommuModel::Smmuv3 {
+            NodeModel::Smmuv3 {
                 smmu,
                 ats,
                 coherent,

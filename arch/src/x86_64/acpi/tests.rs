@@ -226,7 +226,7 @@ fn pci_has_configuration_space_and_three_windows() {
 #[test]
 fn viot_names_the_iommu_and_the_functions_behind_it() {
     let iommu = IommuNode {
-        model: IommuModel::VirtioPci { bdf: 0x08 },
+        model: NodeModel::VirtioPci { bdf: 0x08 },
         endpoints: vec![0x00..=0x07, 0x10..=0xF7],
     };
     let tables = Tables::of(&Platform {
@@ -255,7 +255,7 @@ fn viot_names_the_iommu_and_the_functions_behind_it() {
 
 #[test]
 fn an_smmu_is_not_described_by_these_tables() {
-    let model = IommuModel::Smmuv3 {
+    let model = NodeModel::Smmuv3 {
         smmu: Smmu {
             regs: Range::new(0, 0x2_0000),
             gsis: SmmuGsis {

@@ -5,7 +5,7 @@
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
-use super::image::{CMDLINE_MAX, Image, ImageEntry, PAGE};
+use super::image::{Image, ImageEntry, PAGE};
 use crate::kernel::{self, Error, KernelFile};
 use crate::x86_64::layout;
 
@@ -50,7 +50,7 @@ pub(super) fn load<M: GuestMemoryBackend, K: KernelFile>(
     Ok(Image {
         end: end.next_multiple_of(PAGE),
         initrd_limit: u64::from(header.initrd_addr_max) + 1,
-        cmdline_max: usize::try_from(header.cmdline_size).unwrap_or(CMDLINE_MAX),
+        cmdline_max: usize::try_from(header.cmdline_size).unwrap_or(layout::MAX_CMDLINE),
         entry: ImageEntry::Linux64(header),
     })
 }

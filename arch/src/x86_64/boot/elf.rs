@@ -9,7 +9,7 @@ use std::io::{Read, Seek};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::image::{CMDLINE_MAX, Image, ImageEntry, PAGE};
+use super::image::{Image, ImageEntry, PAGE};
 use crate::kernel::{self, Error, KernelFile, Probe, u16_at, u32_at, u64_at};
 use crate::x86_64::layout;
 
@@ -81,7 +81,7 @@ pub(super) fn load<M: GuestMemoryBackend, K: KernelFile>(
     Ok(Image {
         end: end.next_multiple_of(PAGE),
         initrd_limit: layout::HOLE.base,
-        cmdline_max: CMDLINE_MAX,
+        cmdline_max: layout::MAX_CMDLINE,
         entry: ImageEntry::Pvh(entry),
     })
 }

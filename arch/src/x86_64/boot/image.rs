@@ -2,9 +2,6 @@
 
 use linux_loader::loader::bootparam::setup_header;
 
-/// Upper bound on the command line, in bytes without the NUL, for a kernel
-/// whose format gives none (ELF).
-pub(super) const CMDLINE_MAX: usize = 2047;
 /// Size of a page in bytes.
 pub(super) const PAGE: u64 = 4096;
 

@@ -530,7 +530,7 @@ fn tag(asid: u16) -> Tag {
     Tag {
         world: super::super::ste::StreamWorld::El1,
         vmid: 0,
-        stages: super::super::tlb::Stages::One,
+        stages: super::super::Stages::One,
         asid,
     }
 }
