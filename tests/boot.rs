@@ -299,3 +299,31 @@ fn a_machine_comes_from_a_file_and_check_prints_its_plan() {
     assert_eq!(guest.run("nproc"), "1");
     guest.type_line("poweroff -f").expect_exit(0);
 }
+
+#[test]
+fn a_jailed_and_confined_guest_boots_and_leaves_nothing() {
+    const OWNER: &str = "64321";
+    let files = TempDir::new("jailed");
+    let root = files.path("root");
+    std::fs::create_dir(&root).unwrap();
+    let disk = files.file("disk", &[0; 4096]);
+    for file in [&disk, &files.path("")] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(file, mode).unwrap();
+    }
+    let machine = Machine::new()
+        .with("--sandbox", "on")
+        .with("--iommu", "virtio-iommu")
+        .with("--disk", format!("path={disk},readonly=on"))
+        .flag("--rng");
+    let jail = [
+        "jail", "--root", &root, "--uid", OWNER, "--gid", OWNER, "--",
+    ];
+    let mut arguments: Vec<_> = jail.map(str::to_owned).into();
+    arguments.extend(machine.arguments());
+    let mut guest = machine.boot_by(|| Guest::launch(&arguments));
+    guest.quieten();
+    assert_eq!(guest.run("cat /sys/block/vda/size"), "8");
+    guest.type_line("poweroff -f").expect_exit(0);
+    assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0);
+}

@@ -16,10 +16,10 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change,
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_move,
     mount_remount, unmount,
 };
-use rustix::process::{Gid, Uid, chdir, fchdir, pivot_root};
+use rustix::process::{Gid, Uid, chdir, chroot, fchdir, pivot_root};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// The device nodes of the root. A host need not have all of them.
@@ -196,8 +196,15 @@ impl Root {
         self.make_directories(directory)?;
         let enter = || -> Result<(), Errno> {
             fchdir(&self.inside)?;
-            pivot_root(".", ".")?;
-            unmount(".", UnmountFlags::DETACH)?;
+            match pivot_root(".", ".") {
+                Ok(()) => unmount(".", UnmountFlags::DETACH)?,
+                // The host runs from its initial ramdisk, which pivot_root(2) cannot replace.
+                Err(Errno::INVAL) => {
+                    mount_move(".", "/")?;
+                    chroot(".")?;
+                }
+                Err(error) => return Err(error),
+            }
             chdir("/")?;
             let flags = MountFlags::BIND | MountFlags::RDONLY | PLAIN | MountFlags::NOEXEC;
             mount_remount("/", flags, c"")?;

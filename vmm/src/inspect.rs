@@ -19,6 +19,7 @@ use crate::build_error::BuildError;
 use crate::config::{BootSource, ConfigError, Drive, Serial, VmConfig};
 use crate::plan::{Console, DevicePlan, FunctionPlan, MachinePlan};
 use crate::resources::{BootFiles, Refusal, acquire, vhost_context};
+use crate::sandbox::directories::Directories;
 
 const CONSOLE_FIELD: &str = "serial.serial_out_path";
 
@@ -32,6 +33,7 @@ pub(crate) fn change(change: &Configure) -> Result<(), ConfigError> {
         Configure::All(config) => {
             config.boot_source.iter().try_for_each(boot_source)?;
             config.drives.iter().try_for_each(image)?;
+            Directories::default().allow_configured(config)?;
             config.serial.iter().try_for_each(console)
         }
         Configure::BootSource(source) => boot_source(source),
