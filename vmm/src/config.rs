@@ -47,62 +47,51 @@ use std::collections::BTreeSet;
 /// Configuration of a machine: the document of `--config FILE` and of `GET /vm/config`. Section
 /// names are Firecracker's, with `iommu`, `serial`, `sandbox`, `allow-dirs` and `user` added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
     /// Kernel, initial ramdisk and command line. A machine cannot start without it.
-    #[serde(default)]
     pub boot_source: Option<BootSource>,
     /// Processors and memory.
-    #[serde(default)]
     pub machine_config: MachineConfig,
     /// The IOMMU in front of the PCI functions.
-    #[serde(default)]
     pub iommu: Iommu,
     /// Block devices, in the order of their PCI functions.
-    #[serde(default)]
     pub drives: Vec<Drive>,
     /// Network devices, in the order of their PCI functions.
-    #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
     /// The vsock device, if any.
-    #[serde(default)]
     pub vsock: Option<Vsock>,
     /// The entropy device, if any.
-    #[serde(default)]
     pub entropy: Option<Entropy>,
     /// Output of the serial console.
-    #[serde(default)]
     pub serial: Option<Serial>,
     /// Destination and level of the log.
-    #[serde(default)]
     pub logger: Option<Logger>,
     /// Destination of the metrics.
-    #[serde(default)]
     pub metrics: Option<Metrics>,
     /// Confinement of the process.
-    #[serde(default)]
     pub sandbox: Sandbox,
     /// Directories in which a running machine may be told to open files, besides those of the
     /// configured log and metrics.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub allow_dirs: Vec<String>,
     /// User to change to once the host's files and devices are open.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<User>,
     /// Not supported.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    #[serde(skip_serializing_if = "Unsupported::is_absent")]
     pub balloon: Unsupported,
     /// Not supported.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    #[serde(skip_serializing_if = "Unsupported::is_absent")]
     pub cpu_config: Unsupported,
     /// Not supported.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    #[serde(skip_serializing_if = "Unsupported::is_absent")]
     pub mmds_config: Unsupported,
     /// Not supported.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    #[serde(skip_serializing_if = "Unsupported::is_absent")]
     pub pmem: Unsupported,
     /// Not supported.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
+    #[serde(skip_serializing_if = "Unsupported::is_absent")]
     pub memory_hotplug: Unsupported,
 }
 
@@ -123,28 +112,30 @@ impl VmConfig {
     /// [`VmConfig::validate_for_start`].
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         self.refuse_unsupported_sections()?;
-        self.machine_config
-            .validate()
-            .map_err(|error| error.within("machine-config"))?;
-        self.iommu
-            .validate()
-            .map_err(|error| error.within("iommu"))?;
-        if let Some(boot_source) = &self.boot_source {
-            boot_source
-                .validate()
-                .map_err(|error| error.within("boot-source"))?;
-        }
+        check_sections([
+            ("machine-config", Some(self.machine_config.validate())),
+            ("iommu", Some(self.iommu.validate())),
+            (
+                "boot-source",
+                self.boot_source.as_ref().map(BootSource::validate),
+            ),
+        ])?;
         for (index, drive) in self.drives.iter().enumerate() {
             let section = element("drives", index, &drive.drive_id);
             drive.validate().map_err(|error| error.within(&section))?;
         }
         for (index, interface) in self.network_interfaces.iter().enumerate() {
             let section = element("network-interfaces", index, &interface.iface_id);
-            interface
-                .validate()
-                .map_err(|error| error.within(&section))?;
+            let checked = interface.validate();
+            checked.map_err(|error| error.within(&section))?;
         }
-        self.validate_single_sections()?;
+        check_sections([
+            ("vsock", self.vsock.as_ref().map(Vsock::validate)),
+            ("entropy", self.entropy.as_ref().map(Entropy::validate)),
+            ("serial", self.serial.as_ref().map(Serial::validate)),
+            ("logger", self.logger.as_ref().map(Logger::validate)),
+            ("metrics", self.metrics.as_ref().map(Metrics::validate)),
+        ])?;
         for (index, path) in self.allow_dirs.iter().enumerate() {
             check_path(&format!("allow-dirs[{index}]"), path)?;
         }
@@ -169,16 +160,20 @@ impl VmConfig {
     /// `disk0`, `disk1`, … and `net0`, `net1`, …, skipping names already taken.
     pub fn name_devices(&mut self) {
         let taken = self.drives.iter().map(|drive| drive.drive_id.clone());
-        let mut names = FreeNames::new("disk", taken.collect());
-        for drive in self.drives.iter_mut().filter(|d| d.drive_id.is_empty()) {
-            drive.drive_id = names.next();
-        }
-        let taken = self.network_interfaces.iter().map(|i| i.iface_id.clone());
-        let mut names = FreeNames::new("net", taken.collect());
-        let nameless = self.network_interfaces.iter_mut();
-        for interface in nameless.filter(|i| i.iface_id.is_empty()) {
-            interface.iface_id = names.next();
-        }
+        let names = free_names("disk", taken.collect());
+        let nameless = self.drives.iter_mut().map(|drive| &mut drive.drive_id);
+        let nameless = nameless.filter(|id| id.is_empty());
+        nameless.zip(names).for_each(|(id, name)| *id = name);
+        let interfaces = &mut self.network_interfaces;
+        let taken = interfaces
+            .iter()
+            .map(|interface| interface.iface_id.clone());
+        let names = free_names("net", taken.collect());
+        let nameless = interfaces
+            .iter_mut()
+            .map(|interface| &mut interface.iface_id);
+        let nameless = nameless.filter(|id| id.is_empty());
+        nameless.zip(names).for_each(|(id, name)| *id = name);
     }
 
     fn refuse_unsupported_sections(&self) -> Result<(), ConfigError> {
@@ -191,22 +186,6 @@ impl VmConfig {
         ];
         for (name, section) in sections {
             section.refuse(name, "is not supported; remove the section")?;
-        }
-        Ok(())
-    }
-
-    fn validate_single_sections(&self) -> Result<(), ConfigError> {
-        let checks = [
-            ("vsock", self.vsock.as_ref().map(Vsock::validate)),
-            ("entropy", self.entropy.as_ref().map(Entropy::validate)),
-            ("serial", self.serial.as_ref().map(Serial::validate)),
-            ("logger", self.logger.as_ref().map(Logger::validate)),
-            ("metrics", self.metrics.as_ref().map(Metrics::validate)),
-        ];
-        for (section, check) in checks {
-            if let Some(Err(error)) = check {
-                return Err(error.within(section));
-            }
         }
         Ok(())
     }
@@ -261,31 +240,22 @@ impl VmConfig {
     }
 }
 
-/// Yields `disk0`, `disk1`, … without those already taken.
-struct FreeNames {
-    stem: &'static str,
-    taken: BTreeSet<String>,
-    index: u32,
+/// Checks sections in their order; an absent one is `None`.
+fn check_sections<const N: usize>(
+    sections: [(&str, Option<Result<(), ConfigError>>); N],
+) -> Result<(), ConfigError> {
+    for (section, checked) in sections {
+        let checked = checked.transpose();
+        checked.map_err(|error| error.within(section))?;
+    }
+    Ok(())
 }
 
-impl FreeNames {
-    fn new(stem: &'static str, taken: BTreeSet<String>) -> Self {
-        Self {
-            stem,
-            taken,
-            index: 0,
-        }
-    }
-
-    fn next(&mut self) -> String {
-        loop {
-            let name = format!("{}{}", self.stem, self.index);
-            self.index += 1;
-            if !self.taken.contains(&name) {
-                return name;
-            }
-        }
-    }
+/// Yields `disk0`, `disk1`, … without those already taken.
+fn free_names(stem: &'static str, taken: BTreeSet<String>) -> impl Iterator<Item = String> {
+    (0u32..)
+        .map(move |index| format!("{stem}{index}"))
+        .filter(move |name| !taken.contains(name))
 }
 
 #[cfg(test)]

@@ -54,7 +54,6 @@ pub struct Drive {
     #[serde(default)]
     pub is_read_only: bool,
     /// For a root device: partition UUID for `root=PARTUUID=`, instead of the whole disk.
-    #[serde(default)]
     pub partuuid: Option<String>,
     /// Cache mode, which decides whether the guest can flush.
     #[serde(default)]
@@ -213,7 +212,6 @@ pub struct NetworkInterface {
     pub host_dev_name: String,
     /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. If omitted, it is
     /// derived from the tap's name and the host's machine-id.
-    #[serde(default)]
     pub guest_mac: Option<String>,
     /// Accepted without limits only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -345,7 +343,6 @@ impl Entropy {
 pub struct Serial {
     /// A file or FIFO that receives the output. If omitted, it is standard output, and standard
     /// input is the guest's keyboard.
-    #[serde(default)]
     pub serial_out_path: Option<String>,
     /// Upper bound on the size of the file in MiB, 1 to 1048576, inclusive; its size at the start
     /// counts. Output beyond it is dropped. If omitted, there is no limit. Not in Firecracker's API.

@@ -1,6 +1,5 @@
 //! The IOMMU of a machine.
 
-use super::check::default_true;
 use super::error::{ConfigError, require};
 use ::iommu::smmuv3::Stages;
 use serde::{Deserialize, Serialize};
@@ -32,25 +31,20 @@ impl fmt::Display for IommuModel {
 
 /// The IOMMU (`PUT /iommu`). Every device is behind it, except those with `"iommu": false`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct Iommu {
     /// Model of the IOMMU.
-    #[serde(default)]
     pub model: IommuModel,
     /// SMMUv3 only: offers ATS (`IDR0.ATS`, and the capability on each device), so that the
     /// guest invalidates device caches itself.
-    #[serde(default)]
     pub ats: bool,
     /// SMMUv3 only: the stages offered.
-    #[serde(default)]
     pub stage: Stages,
     /// Sends each new mapping to vhost, which then does not miss it. Only a model that is notified
     /// of mappings (virtio-iommu) can do so.
-    #[serde(default = "default_true")]
     pub prefill: bool,
     /// Answers a miss of vhost together with the buffers that are available on the queue, up to 256
     /// entries.
-    #[serde(default = "default_true")]
     pub prefetch: bool,
 }
 

@@ -3,10 +3,9 @@
 use super::error::ConfigError;
 use super::suggest::{closest, either};
 use ::devices::error::Chain;
-use serde::de::{DeserializeOwned, Deserializer, Error, Visitor};
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, Unexpected};
+use serde_json::Number;
 use serde_path_to_error::{Path, Segment};
-use std::fmt;
-use std::marker::PhantomData;
 
 /// Reads exactly one JSON document. The error names the field by its path from the outside in
 /// (`drives[1].iommu`), which `serde_json` alone does not for a wrong type.
@@ -111,8 +110,9 @@ fn other_type(text: &str) -> String {
 }
 
 /// The parser's names of types, and those of the documents.
-const TYPES: [(&str, &str); 5] = [
+const TYPES: [(&str, &str); 6] = [
     ("u64", "a whole number"),
+    ("a JSON number", "a whole number"),
     ("a boolean", "true or false"),
     ("a sequence", "a list"),
     ("a map", "an object"),
@@ -148,7 +148,7 @@ where
     D: Deserializer<'de>,
     T: TryFrom<u64> + Default,
 {
-    deserializer.deserialize_u64(Whole(PhantomData))
+    narrow(&Number::deserialize(deserializer)?)
 }
 
 /// Reads a whole number as [`whole`] does, or `null`.
@@ -157,45 +157,15 @@ where
     D: Deserializer<'de>,
     T: TryFrom<u64> + Default,
 {
-    deserializer.deserialize_option(OptionalWhole(PhantomData))
+    let number = Option::<Number>::deserialize(deserializer)?;
+    number.as_ref().map(narrow).transpose()
 }
 
-struct Whole<T>(PhantomData<T>);
-
-impl<T: TryFrom<u64> + Default> Visitor<'_> for Whole<T> {
-    type Value = T;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a whole number")
+fn narrow<T: TryFrom<u64> + Default, E: Error>(number: &Number) -> Result<T, E> {
+    if !number.is_f64() {
+        let fitting = number.as_u64().map(T::try_from);
+        return Ok(fitting.and_then(Result::ok).unwrap_or_default());
     }
-
-    fn visit_u64<E: Error>(self, number: u64) -> Result<T, E> {
-        Ok(T::try_from(number).unwrap_or_default())
-    }
-
-    fn visit_i64<E: Error>(self, number: i64) -> Result<T, E> {
-        self.visit_u64(u64::try_from(number).unwrap_or_default())
-    }
-}
-
-struct OptionalWhole<T>(PhantomData<T>);
-
-impl<'de, T: TryFrom<u64> + Default> Visitor<'de> for OptionalWhole<T> {
-    type Value = Option<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a whole number or null")
-    }
-
-    fn visit_none<E: Error>(self) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<Option<T>, E> {
-        Ok(None)
-    }
-
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<T>, D::Error> {
-        whole(deserializer).map(Some)
-    }
+    let float = Unexpected::Float(number.as_f64().unwrap_or_default());
+    Err(E::invalid_type(float, &"a whole number"))
 }

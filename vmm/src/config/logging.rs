@@ -70,19 +70,14 @@ impl TryFrom<String> for LogLevel {
 pub struct Logger {
     /// A file or FIFO to append to. If omitted, the destination does not change (standard error at
     /// first).
-    #[serde(default)]
     pub log_path: Option<String>,
     /// Level of the log. If omitted, it does not change.
-    #[serde(default)]
     pub level: Option<LogLevel>,
     /// Whether a line shows its level.
-    #[serde(default)]
     pub show_level: Option<bool>,
     /// Whether a line shows the module it comes from.
-    #[serde(default)]
     pub show_log_origin: Option<bool>,
     /// Logs only modules whose path starts with this text.
-    #[serde(default)]
     pub module: Option<String>,
 }
 

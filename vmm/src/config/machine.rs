@@ -136,19 +136,14 @@ pub struct MachineConfigUpdate {
     #[serde(default, deserialize_with = "optional_whole")]
     pub mem_size_mib: Option<u64>,
     /// See [`MachineConfig::smt`].
-    #[serde(default)]
     pub smt: Option<bool>,
     /// See [`MachineConfig::track_dirty_pages`].
-    #[serde(default)]
     pub track_dirty_pages: Option<bool>,
     /// See [`MachineConfig::cpu_template`].
-    #[serde(default)]
     pub cpu_template: Option<String>,
     /// See [`MachineConfig::huge_pages`].
-    #[serde(default)]
     pub huge_pages: Option<HugePages>,
     /// See [`MachineConfig::mem_backing`].
-    #[serde(default)]
     pub mem_backing: Option<MemBacking>,
 }
 
@@ -175,10 +170,8 @@ pub struct BootSource {
     /// The kernel: a bzImage or ELF on x86_64, an `Image` on aarch64.
     pub kernel_image_path: String,
     /// The initial ramdisk, if any.
-    #[serde(default)]
     pub initrd_path: Option<String>,
     /// The kernel command line. If omitted, a default gives a distribution kernel a console.
-    #[serde(default)]
     pub boot_args: Option<String>,
     /// `boot_args` comes from `--cmdline`: all of it reaches the kernel.
     #[serde(skip)]

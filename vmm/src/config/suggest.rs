@@ -29,28 +29,11 @@ pub fn either<S: AsRef<str>>(words: &[S]) -> String {
 /// string alignment). A word longer than 64 characters has its own length as the distance to any
 /// other.
 fn distance(from: &str, to: &str) -> usize {
-    let from: Vec<char> = from.chars().collect();
-    let to: Vec<char> = to.chars().collect();
-    if from.len().max(to.len()) > 64 {
-        return from.len().max(to.len());
+    let longest = from.chars().count().max(to.chars().count());
+    match longest {
+        65.. => longest,
+        _ => strsim::osa_distance(from, to),
     }
-    // The last two rows of the table of distances between prefixes.
-    let mut older: Vec<usize> = Vec::new();
-    let mut last: Vec<usize> = (0..=to.len()).collect();
-    for (i, a) in from.iter().enumerate() {
-        let mut row = vec![i + 1];
-        for (j, b) in to.iter().enumerate() {
-            let mut least = (last[j] + usize::from(a != b))
-                .min(last[j + 1] + 1)
-                .min(row[j] + 1);
-            if i > 0 && j > 0 && from[i - 1] == *b && *a == to[j - 1] {
-                least = least.min(older[j - 1] + 1);
-            }
-            row.push(least);
-        }
-        older = std::mem::replace(&mut last, row);
-    }
-    last[to.len()]
 }
 
 #[cfg(test)]

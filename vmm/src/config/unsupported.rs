@@ -45,7 +45,6 @@ pub struct TokenBucket {
     /// Tokens the bucket holds.
     pub size: u64,
     /// Extra tokens at the start.
-    #[serde(default)]
     pub one_time_burst: Option<u64>,
     /// Milliseconds to refill the bucket.
     pub refill_time: u64,
@@ -63,10 +62,8 @@ impl TokenBucket {
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Bytes.
-    #[serde(default)]
     pub bandwidth: Option<TokenBucket>,
     /// Operations.
-    #[serde(default)]
     pub ops: Option<TokenBucket>,
 }
 
