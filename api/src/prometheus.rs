@@ -62,7 +62,7 @@ mod tests {
                 },
             ],
         };
-        let up = MetricFamily::single("up", "Up.", MetricKind::Gauge, 1);
+        let up = MetricFamily::single("up", "Up.", 1);
         assert_eq!(
             render(&[faults, up]),
             "# HELP faults_total Faults, by device.\n# TYPE faults_total counter\n\

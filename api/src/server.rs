@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vmm::action::{Action, Client, MetricFamily, MetricKind, Outcome, Reply, Sample};
+use vmm::action::{Action, Client, MetricFamily, Outcome, Reply};
 use vmm::error::Chain;
 use vmm::thread::{ThreadKind, spawn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -410,17 +410,11 @@ impl Loop {
 }
 
 fn response_counters(responses: &BTreeMap<u16, u64>) -> MetricFamily {
-    let samples = responses
-        .iter()
-        .map(|(status, value)| Sample {
-            labels: vec![("code", status.to_string())],
-            value: *value,
-        })
-        .collect();
-    MetricFamily {
-        name: "portcullis_api_responses_total",
-        help: "Responses of the API, by status code.",
-        kind: MetricKind::Counter,
-        samples,
-    }
+    let counts = responses.iter();
+    MetricFamily::by(
+        "code",
+        "portcullis_api_responses_total",
+        "Responses of the API, by status code.",
+        counts.map(|(status, count)| (status.to_string(), *count)),
+    )
 }

@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use devices::host_file::{self, FileError};
 use devices::legacy::SerialCounters;
 
-use crate::action::{MachineState, MetricFamily, MetricKind, metrics_json};
+use crate::action::{MachineState, MetricFamily, metrics_json};
 
 /// Counters of the monitor.
 #[derive(Debug, Default)]
@@ -33,13 +33,12 @@ impl Metrics {
     ) -> Vec<MetricFamily> {
         let counter = |name, help, value: &AtomicU64| {
             let value = value.load(Ordering::Relaxed);
-            MetricFamily::single(name, help, MetricKind::Counter, value)
+            MetricFamily::single(name, help, value)
         };
         let mut families = vec![
             MetricFamily::single(
                 "portcullis_running",
                 "Whether the guest's processors run.",
-                MetricKind::Gauge,
                 u64::from(state == MachineState::Running),
             ),
             counter(

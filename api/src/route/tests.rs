@@ -1,5 +1,5 @@
 use super::*;
-use vmm::action::{MachineState, MappingsPage, MetricFamily, MetricKind};
+use vmm::action::{MachineState, MappingsPage, MetricFamily};
 use vmm::config::ConfigError;
 
 fn request(method: &str, target: &str, body: &str) -> Request {
@@ -197,7 +197,7 @@ fn replies_become_the_requested_section() {
     assert_eq!(version.body, br#"{"firecracker_version":"1.2"}"#);
     let page = show(View::Whole, Reply::Mappings(MappingsPage::default()));
     assert_eq!(page.body, br#"{"mappings":[],"next":null}"#);
-    let families = vec![MetricFamily::single("up", "Up.", MetricKind::Gauge, 1)];
+    let families = vec![MetricFamily::single("up", "Up.", 1)];
     let metrics = show(View::Whole, Reply::Metrics(families));
     assert!(
         metrics

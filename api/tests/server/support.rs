@@ -9,8 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use vmm::action::{
     Action, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, Inbox,
-    InstanceInfo, IommuInfo, Lifecycle, MachineState, Mapping, MappingsPage, MetricFamily,
-    MetricKind, Outcome, Permissions, Query, Registration, RegistrationKind, Reply, channel,
+    InstanceInfo, IommuInfo, Lifecycle, MachineState, Mapping, MappingsPage, MetricFamily, Outcome,
+    Permissions, Query, Registration, RegistrationKind, Reply, channel,
 };
 use vmm::config::VmConfig;
 
@@ -214,7 +214,6 @@ impl Model {
             Query::Metrics => Reply::Metrics(vec![MetricFamily::single(
                 "portcullis_up",
                 "The machine exists.",
-                MetricKind::Gauge,
                 1,
             )]),
             Query::Iommu => Reply::Iommu(iommu),

@@ -34,27 +34,40 @@ pub struct MetricFamily {
 }
 
 impl MetricFamily {
-    /// Creates a metric with these samples.
+    /// Creates a metric with these samples: a counter if its name ends in `_total`, else a gauge.
     #[must_use]
-    pub fn new(
-        name: &'static str,
-        help: &'static str,
-        kind: MetricKind,
-        samples: Vec<Sample>,
-    ) -> Self {
+    pub fn new(name: &'static str, help: &'static str, samples: Vec<Sample>) -> Self {
         Self {
             name,
             help,
-            kind,
+            kind: match name.ends_with("_total") {
+                true => MetricKind::Counter,
+                false => MetricKind::Gauge,
+            },
             samples,
         }
     }
 
     /// Creates a metric with one sample and no labels.
     #[must_use]
-    pub fn single(name: &'static str, help: &'static str, kind: MetricKind, value: u64) -> Self {
+    pub fn single(name: &'static str, help: &'static str, value: u64) -> Self {
         let labels = Vec::new();
-        Self::new(name, help, kind, vec![Sample { labels, value }])
+        Self::new(name, help, vec![Sample { labels, value }])
+    }
+
+    /// Creates a metric with a sample for each value of `label`.
+    #[must_use]
+    pub fn by(
+        label: &'static str,
+        name: &'static str,
+        help: &'static str,
+        values: impl Iterator<Item = (String, u64)>,
+    ) -> Self {
+        let samples = values.map(|(of, value)| Sample {
+            labels: vec![(label, of)],
+            value,
+        });
+        Self::new(name, help, samples.collect())
     }
 }
 

@@ -89,12 +89,7 @@ pub enum DeviceKind {
 
 impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Block => "block",
-            Self::Net => "net",
-            Self::Vsock => "vsock",
-            Self::Entropy => "entropy",
-        })
+        self.serialize(f)
     }
 }
 
@@ -115,12 +110,7 @@ pub enum EndpointState {
 
 impl fmt::Display for EndpointState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Direct => "direct",
-            Self::Bypass => "bypass",
-            Self::Translated => "translated",
-            Self::Blocked => "blocked",
-        })
+        self.serialize(f)
     }
 }
 
@@ -147,11 +137,7 @@ pub enum RegistrationKind {
 
 impl fmt::Display for RegistrationKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::DevIotlb => "dev-iotlb",
-            Self::Unmap => "unmap",
-            Self::MapUnmap => "map-unmap",
-        })
+        self.serialize(f)
     }
 }
 

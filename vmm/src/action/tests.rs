@@ -200,7 +200,7 @@ fn metrics_become_one_json_line_nested_by_label() {
         value,
     };
     let families = [
-        MetricFamily::single("up", "Up.", MetricKind::Gauge, 1),
+        MetricFamily::single("up", "Up.", 1),
         MetricFamily {
             name: "faults_total",
             help: "Faults.",

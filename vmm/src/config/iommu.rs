@@ -21,11 +21,7 @@ pub enum IommuModel {
 
 impl fmt::Display for IommuModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::None => "none",
-            Self::VirtioIommu => "virtio-iommu",
-            Self::Smmuv3 => "smmuv3",
-        })
+        self.serialize(f)
     }
 }
 

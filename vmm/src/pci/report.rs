@@ -15,7 +15,7 @@ use super::iommu::IommuDevice;
 use super::{smmuv3, vhost, virtio_iommu};
 use crate::action::{
     Ats, DeviceKind, EndpointCounters, EndpointInfo, EndpointState, Feature, Hex, IommuInfo,
-    Mapping, MappingsPage, MetricFamily, MetricKind, Permissions, Sample,
+    Mapping, MappingsPage, MetricFamily, Permissions, Sample,
 };
 use crate::config::IommuModel;
 use crate::plan::DevicePlan;
@@ -123,15 +123,12 @@ impl PciBus {
             .iter()
             .filter_map(|f| self.endpoint(f))
             .collect();
-        let device = |id: &str| vec![("device", id.to_owned())];
         let mut families: Vec<_> = ENDPOINT_METRICS
             .iter()
             .map(|&(name, help, value)| {
-                let samples = endpoints.iter().map(|endpoint| Sample {
-                    labels: device(&endpoint.id),
-                    value: value(&endpoint.counters),
-                });
-                MetricFamily::new(name, help, MetricKind::Counter, samples.collect())
+                let all = endpoints.iter();
+                let values = all.map(|it| (it.id.clone(), value(&it.counters)));
+                MetricFamily::by("device", name, help, values)
             })
             .collect();
         let faults = endpoints.iter().flat_map(|endpoint| {
@@ -144,50 +141,31 @@ impl PciBus {
         families.push(MetricFamily::new(
             "portcullis_iommu_faults_total",
             "Faults of a device, by the specification's name of their type.",
-            MetricKind::Counter,
             faults.collect(),
         ));
-        let stalled = endpoints.iter().map(|endpoint| Sample {
-            labels: device(&endpoint.id),
-            value: endpoint.counters.stalled_queues.into(),
-        });
-        families.push(MetricFamily::new(
+        let stalled = endpoints.iter();
+        families.push(MetricFamily::by(
+            "device",
             "portcullis_iotlb_stalled_queues",
             "Queues that wait for a mapping that does not exist.",
-            MetricKind::Gauge,
-            stalled.collect(),
+            stalled.map(|it| (it.id.clone(), it.counters.stalled_queues.into())),
         ));
         for (name, help, value) in STREAM_METRICS {
-            let streams = self.functions.iter().filter_map(|function| {
-                let region = function.region.as_ref()?;
-                Some(Sample {
-                    labels: device(&function.id),
-                    value: value(&region.stats()),
-                })
+            let values = self.functions.iter().filter_map(|function| {
+                let stats = function.region.as_ref()?.stats();
+                Some((function.id.clone(), value(&stats)))
             });
-            families.push(MetricFamily::new(
-                name,
-                help,
-                MetricKind::Counter,
-                streams.collect(),
-            ));
+            families.push(MetricFamily::by("device", name, help, values));
         }
         for (name, help, counter) in BLOCK_METRICS {
-            let disks = self.functions.iter().filter_map(|function| {
+            let values = self.functions.iter().filter_map(|function| {
                 let DeviceCounters::Block(counters) = &function.counters else {
                     return None;
                 };
-                Some(Sample {
-                    labels: device(&function.id),
-                    value: counter(counters).load(Ordering::Relaxed),
-                })
+                let value = counter(counters).load(Ordering::Relaxed);
+                Some((function.id.clone(), value))
             });
-            families.push(MetricFamily::new(
-                name,
-                help,
-                MetricKind::Counter,
-                disks.collect(),
-            ));
+            families.push(MetricFamily::by("device", name, help, values));
         }
         match &self.iommu {
             Some(IommuDevice::Virtio { model, events }) => {

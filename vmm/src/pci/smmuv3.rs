@@ -2,7 +2,7 @@
 
 use iommu::smmuv3::SmmuStats;
 
-use crate::action::{MetricFamily, MetricKind, Sample};
+use crate::action::MetricFamily;
 
 /// The metrics of an SMMUv3, in the order of [`SmmuStats`]. A family by type
 /// has a sample for each type that occurred.
@@ -16,53 +16,42 @@ pub(super) fn families(stats: &SmmuStats) -> Vec<MetricFamily> {
         events,
         events_dropped,
     } = stats;
-    let counter =
-        |name, help, value: &u64| MetricFamily::single(name, help, MetricKind::Counter, *value);
+    let by_type = |name, help, counts: &mut dyn Iterator<Item = (&str, u64)>| {
+        let counts = counts.map(|(kind, count)| (kind.to_owned(), count));
+        MetricFamily::by("type", name, help, counts)
+    };
     vec![
         by_type(
             "portcullis_smmuv3_commands_total",
             "Commands consumed from the command queue, by type.",
-            commands.iter().map(|(kind, count)| (kind.name(), *count)),
+            &mut commands.iter().map(|(kind, count)| (kind.name(), *count)),
         ),
-        counter(
+        MetricFamily::single(
             "portcullis_smmuv3_tlb_hits_total",
             "Translations answered from the SMMU's TLB.",
-            tlb_hits,
+            *tlb_hits,
         ),
-        counter(
+        MetricFamily::single(
             "portcullis_smmuv3_tlb_misses_total",
             "Translations that walked tables.",
-            tlb_misses,
+            *tlb_misses,
         ),
         MetricFamily::single(
             "portcullis_smmuv3_tlb_entries",
             "Entries in the SMMU's TLB.",
-            MetricKind::Gauge,
             u64::try_from(*tlb_entries).unwrap_or(u64::MAX),
         ),
         by_type(
             "portcullis_smmuv3_events_total",
             "Records written to the event queue, by type.",
-            events.iter().map(|(kind, count)| (kind.name(), *count)),
+            &mut events.iter().map(|(kind, count)| (kind.name(), *count)),
         ),
-        counter(
+        MetricFamily::single(
             "portcullis_smmuv3_events_dropped_total",
             "Events of terminated transactions that found the event queue full, disabled or outside of RAM.",
-            events_dropped,
+            *events_dropped,
         ),
     ]
-}
-
-fn by_type(
-    name: &'static str,
-    help: &'static str,
-    counts: impl Iterator<Item = (&'static str, u64)>,
-) -> MetricFamily {
-    let samples = counts.map(|(kind, value)| Sample {
-        labels: vec![("type", kind.to_owned())],
-        value,
-    });
-    MetricFamily::new(name, help, MetricKind::Counter, samples.collect())
 }
 
 #[cfg(test)]
@@ -72,6 +61,7 @@ mod tests {
     use iommu::smmuv3::{CommandKind, EventKind};
 
     use super::*;
+    use crate::action::{MetricKind, Sample};
 
     #[test]
     fn every_counter_of_the_smmu_is_a_metric() {

@@ -7,9 +7,7 @@ use devices::virtio::{DeviceCounters, NetCounters};
 use iommu::NotifierEvents;
 
 use super::function::Function;
-use crate::action::{
-    EndpointCounters, MetricFamily, MetricKind, Registration, RegistrationKind, Sample,
-};
+use crate::action::{EndpointCounters, MetricFamily, Registration, RegistrationKind};
 
 /// Registration of these IOTLBs with the notifier chain; `None` while none is
 /// registered.
@@ -43,59 +41,43 @@ pub(super) fn add_counters(counters: &mut EndpointCounters, all: &[IotlbStats]) 
 }
 
 /// A metric of the IOTLBs of a device, summed over them.
-type IotlbMetric = (
-    &'static str,
-    &'static str,
-    MetricKind,
-    fn(&IotlbStats) -> u64,
-);
+type IotlbMetric = (&'static str, &'static str, fn(&IotlbStats) -> u64);
 
 const IOTLB_METRICS: [IotlbMetric; 3] = [
     (
         "portcullis_iotlb_prefetches_total",
         "Translations of posted buffers sent to vhost with the answer to a miss.",
-        MetricKind::Counter,
         |stats| stats.prefetched,
     ),
     (
         "portcullis_iotlb_faults_total",
         "Accesses of vhost that the IOMMU does not translate or permit.",
-        MetricKind::Counter,
         |stats| stats.faults,
     ),
     (
         "portcullis_iotlb_entries",
         "Translations that vhost holds.",
-        MetricKind::Gauge,
         |stats| u64::try_from(stats.entries).unwrap_or(u64::MAX),
     ),
 ];
 
 /// A metric of a network device.
-type NetMetric = (
-    &'static str,
-    &'static str,
-    MetricKind,
-    fn(&NetCounters) -> u64,
-);
+type NetMetric = (&'static str, &'static str, fn(&NetCounters) -> u64);
 
 const NET_METRICS: [NetMetric; 3] = [
     (
         "portcullis_net_control_commands_total",
         "Commands of the guest on the control queue of a network device.",
-        MetricKind::Counter,
         |counters| counters.control_commands.load(Ordering::Relaxed),
     ),
     (
         "portcullis_net_control_errors_total",
         "Of those, answered with an error.",
-        MetricKind::Counter,
         |counters| counters.control_errors.load(Ordering::Relaxed),
     ),
     (
         "portcullis_net_link_up",
         "Whether the guest is shown a link: its tap is there, up and has a carrier.",
-        MetricKind::Gauge,
         |counters| u64::from(counters.link_up.load(Ordering::Relaxed)),
     ),
 ];
@@ -103,22 +85,17 @@ const NET_METRICS: [NetMetric; 3] = [
 /// Metrics of the functions with a vhost back end, in addition to those of
 /// every endpoint.
 pub(super) fn families(functions: &[Function]) -> Vec<MetricFamily> {
-    let sample = |function: &Function, value| Sample {
-        labels: vec![("device", function.id.clone())],
-        value,
-    };
-    let iotlbs = IOTLB_METRICS.iter().map(|&(name, help, kind, value)| {
-        let behind = functions
-            .iter()
-            .filter(|function| function.region.is_some());
-        let samples = behind.filter_map(|function| {
+    let iotlbs = IOTLB_METRICS.iter().map(|&(name, help, value)| {
+        let behind = functions.iter().filter(|it| it.region.is_some());
+        let values = behind.filter_map(|function| {
             let iotlbs = function.iotlbs();
-            (!iotlbs.is_empty()).then(|| sample(function, iotlbs.iter().map(value).sum()))
+            let sum = iotlbs.iter().map(value).sum();
+            (!iotlbs.is_empty()).then(|| (function.id.clone(), sum))
         });
-        MetricFamily::new(name, help, kind, samples.collect())
+        MetricFamily::by("device", name, help, values)
     });
-    let nets = NET_METRICS.iter().map(|&(name, help, kind, value)| {
-        let samples = functions.iter().filter_map(|function| {
+    let nets = NET_METRICS.iter().map(|&(name, help, value)| {
+        let values = functions.iter().filter_map(|function| {
             let DeviceCounters::Vhost {
                 net: Some(counters),
                 ..
@@ -126,9 +103,9 @@ pub(super) fn families(functions: &[Function]) -> Vec<MetricFamily> {
             else {
                 return None;
             };
-            Some(sample(function, value(counters)))
+            Some((function.id.clone(), value(counters)))
         });
-        MetricFamily::new(name, help, kind, samples.collect())
+        MetricFamily::by("device", name, help, values)
     });
     iotlbs.chain(nets).collect()
 }

@@ -3,7 +3,7 @@
 use devices::virtio::iommu::EventQueue;
 use iommu::virtio::VirtioIommu;
 
-use crate::action::{MetricFamily, MetricKind};
+use crate::action::MetricFamily;
 
 /// The metrics of a virtio-iommu and its event queue.
 pub(super) fn families(model: &VirtioIommu, events: &EventQueue) -> Vec<MetricFamily> {
@@ -13,19 +13,16 @@ pub(super) fn families(model: &VirtioIommu, events: &EventQueue) -> Vec<MetricFa
         MetricFamily::single(
             "portcullis_virtio_iommu_fault_reports_total",
             "Fault reports written to the event queue.",
-            MetricKind::Counter,
             reported,
         ),
         MetricFamily::single(
             "portcullis_virtio_iommu_fault_reports_dropped_total",
             "Fault reports for which the driver had no buffer in the event queue.",
-            MetricKind::Counter,
             dropped,
         ),
         MetricFamily::single(
             "portcullis_virtio_iommu_mappings",
             "Mappings of all domains.",
-            MetricKind::Gauge,
             mapped,
         ),
     ]
