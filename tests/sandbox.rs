@@ -1,0 +1,154 @@
+//! The confined monitor: its threads' status, and the end of one that makes a forbidden call.
+#![allow(unsafe_code, reason = "the standard library signals no single thread")]
+
+mod support;
+
+use std::fs;
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use support::checks::part;
+use support::host;
+use support::{Guest, Machine, TempDir, portcullis, run_to_end};
+
+/// Exit status of a monitor that made a forbidden call.
+const FORBIDDEN: i32 = 148;
+
+/// Names of the threads of a machine of [`machine`], one of each kind.
+const THREADS: [&str; 8] = [
+    "portcullis",
+    "vcpu0",
+    "iotlb",
+    "msi",
+    "disk-data",
+    "console",
+    "queries",
+    "api",
+];
+
+/// A machine with a thread of each kind.
+fn machine(files: &TempDir) -> Machine {
+    let disk = files.path("disk");
+    host::sparse(&disk, 16);
+    Machine::new()
+        .with("--sandbox", "on")
+        .with("--iommu", "virtio-iommu")
+        .with("--vsock", "cid=9")
+        .with("--disk", format!("path={disk},id=data"))
+        .with("--api-socket", files.path("api"))
+}
+
+/// The threads of a process: number and name.
+fn threads(process: u32) -> Vec<(i32, String)> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("the monitor runs");
+    let numbers = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
+    numbers
+        .filter_map(|number: i32| {
+            let name = fs::read_to_string(format!("/proc/{process}/task/{number}/comm")).ok()?;
+            Some((number, name.trim().to_owned()))
+        })
+        .collect()
+}
+
+/// A field of the thread's status in proc(5).
+#[track_caller]
+fn status(process: u32, thread: i32, field: &str) -> String {
+    let path = format!("/proc/{process}/task/{thread}/status");
+    let text = fs::read_to_string(&path).expect("the thread runs");
+    let mut lines = text.lines();
+    let value = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    value.expect("a field of status").trim().to_owned()
+}
+
+#[test]
+fn every_thread_of_a_running_machine_is_confined() {
+    let files = TempDir::new("confined");
+    // Inherited by the monitor, and closed at its start.
+    let inherited = fs::File::open("/dev/null").expect("a file");
+    // SAFETY: only the flag of an open descriptor changes.
+    unsafe { libc::fcntl(inherited.as_raw_fd(), libc::F_SETFD, 0) };
+    let mut guest = machine(&files).boot();
+    let process = guest.process_id();
+    let running = threads(process);
+    for name in THREADS {
+        assert!(running.iter().any(|(_, known)| known == name), "no {name}");
+    }
+    for (thread, name) in &running {
+        // Threads of the kernel for this process.
+        if name.starts_with("vhost-") || name.starts_with("kvm-") {
+            continue;
+        }
+        part(name);
+        assert_eq!(status(process, *thread, "Seccomp"), "2", "{name}");
+        assert_eq!(status(process, *thread, "NoNewPrivs"), "1", "{name}");
+        assert_eq!(status(process, *thread, "CapEff"), "0".repeat(16), "{name}");
+        assert_eq!(status(process, *thread, "CapPrm"), "0".repeat(16), "{name}");
+    }
+    part("files and memory");
+    assert_eq!(status(process, running[0].0, "Umask"), "0077");
+    let open = fs::read_dir(format!("/proc/{process}/fd")).expect("descriptors");
+    let open = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    assert!(!open.into_iter().any(|to| to.as_os_str() == "/dev/null"));
+    let maps = fs::read_to_string(format!("/proc/{process}/smaps")).expect("mappings");
+    let not_dumped = maps.lines().filter(|line| {
+        line.starts_with("VmFlags:") && line.split_whitespace().any(|flag| flag == "dd")
+    });
+    assert!(not_dumped.count() > 0, "guest memory is in core dumps");
+
+    part("files after the start");
+    let socket = files.path("api");
+    let put = |path: &str| {
+        let mut ctl = Command::new(portcullis());
+        let body = format!(r#"{{"log_path": "{path}"}}"#);
+        ctl.args(["ctl", "--api-socket", &socket, "PUT", "/logger", &body]);
+        run_to_end(&mut ctl)
+    };
+    let elsewhere = put("/etc/portcullis-log");
+    assert_eq!(elsewhere.status, Some(1), "{elsewhere:?}");
+    assert!(elsewhere.stderr.contains("--allow-dir"), "{elsewhere:?}");
+    guest.signal("TERM").expect_exit(0);
+    assert!(!fs::exists(&socket).expect("its directory"), "{socket}");
+}
+
+/// Waits until `is_so` returns true.
+#[track_caller]
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + support::time_limit();
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never {what}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_forbidden_call_of_any_thread_ends_the_monitor_and_restores_the_terminal() {
+    for name in THREADS {
+        part(name);
+        let files = TempDir::new("forbidden");
+        let log = files.path("log");
+        let arguments = machine(&files).with("--log-file", &log).arguments();
+        let before = support::Pty::open().expect("a terminal").mode();
+        let mut guest = Guest::launch_on_terminal(&portcullis(), &arguments);
+        // The terminal is raw when all threads are confined.
+        eventually("raw", || guest.terminal().mode().is_raw());
+        let process = guest.process_id();
+        let running = threads(process);
+        let thread = running.iter().find(|(_, known)| known == name);
+        let (thread, _) = thread.unwrap_or_else(|| panic!("no {name}"));
+        let group = i32::try_from(process).expect("a process");
+        let signal = libc::SIGRTMIN() + 1;
+        // SAFETY: the monitor has a handler of the signal.
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, group, *thread, signal) };
+        assert_eq!(sent, 0, "{}", std::io::Error::last_os_error());
+        guest.expect_exit(FORBIDDEN);
+        assert_eq!(guest.terminal().mode(), before, "{name}");
+        let called = if name == "portcullis" { "main" } else { name };
+        let line = format!("portcullis: thread {called} made the forbidden system call execve (");
+        let logged = fs::read_to_string(&log).expect("a log");
+        assert_eq!(logged.matches(&line).count(), 1, "{logged}");
+        let printed = guest.console_output();
+        assert_eq!(printed.matches(&line).count(), 1, "{printed}");
+    }
+}
