@@ -4,13 +4,14 @@
 //! when the address, data or requester of a message changes.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use devices::interrupt::{IrqLine, MsiAllocator, MsiMessage, MsiVector};
+use iommu::lock::RankedMutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::{Error, failed};
-use super::routes::{self, Routes};
+use super::routes;
 use super::vm::Vm;
 
 impl Vm {
@@ -32,7 +33,7 @@ impl Vm {
     }
 
     fn set_message(&self, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
-        let mut routes = self.routes();
+        let mut routes = self.route_table().lock();
         if !routes.set(gsi, message) {
             return Ok(());
         }
@@ -44,13 +45,6 @@ impl Vm {
             routes.set(gsi, None);
         }
         installed
-    }
-
-    fn routes(&self) -> MutexGuard<'_, Routes> {
-        // The table is whole between any two of its operations.
-        self.route_table()
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -75,14 +69,14 @@ struct Sink(Arc<Vm>);
 impl MsiAllocator for Sink {
     fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         let event = EventFd::new(EFD_NONBLOCK)?;
-        let gsi = self.0.routes().allocate();
+        let gsi = self.0.route_table().lock().allocate();
         let gsi = gsi.ok_or_else(|| io::Error::other("all interrupt routes are in use"))?;
         let vm = Arc::clone(&self.0);
         Ok(Arc::new(Vector {
             vm,
             gsi,
             event,
-            attached: Mutex::new(false),
+            attached: RankedMutex::new(false),
         }))
     }
 }
@@ -93,14 +87,10 @@ struct Vector {
     gsi: u32,
     event: EventFd,
     /// Whether the kernel consumes the eventfd. Locked before the routing table.
-    attached: Mutex<bool>,
+    attached: RankedMutex<bool, 11>,
 }
 
 impl Vector {
-    fn attached(&self) -> MutexGuard<'_, bool> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Detaches the eventfd from the kernel, which has then delivered every event that it consumed.
     fn detach(&self, attached: &mut bool) -> io::Result<()> {
         if *attached {
@@ -117,7 +107,7 @@ impl MsiVector for Vector {
     }
 
     fn route(&self, message: Option<MsiMessage>) -> io::Result<()> {
-        let mut attached = self.attached();
+        let mut attached = self.attached.lock();
         match message {
             Some(_) => {
                 let installed = self.vm.set_message(self.gsi, message);
@@ -137,7 +127,7 @@ impl MsiVector for Vector {
     }
 
     fn pending(&self) -> bool {
-        let attached = self.attached();
+        let attached = self.attached.lock();
         // Only this function reads the counter while it is not attached, so that it can read the
         // counter and write it back.
         !*attached
@@ -154,6 +144,6 @@ impl Drop for Vector {
             log::warn!("interrupt route {}: {error}", self.gsi);
         }
         // The kernel drops the entry with the next change of the table; no irqfd uses it any more.
-        self.vm.routes().free(self.gsi);
+        self.vm.route_table().lock().free(self.gsi);
     }
 }

@@ -2,10 +2,11 @@
 #![allow(unsafe_code)] // Hands guest RAM to the kernel.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use arch::layout;
 use devices::interrupt::Doorbells;
+use iommu::lock::RankedMutex;
 use iommu::{Gpa, GuestRam};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
@@ -23,7 +24,7 @@ use super::vcpu::Vcpu;
 #[derive(Debug)]
 pub(crate) struct Vm {
     fd: VmFd,
-    routes: Mutex<Routes>,
+    routes: RankedMutex<Routes, 12>,
     _controller: native::Controller,
     /// The kernel uses these mappings' addresses as long as `fd` lives.
     _ram: GuestRam,
@@ -48,7 +49,7 @@ impl Vm {
         })?;
         let vm = Self {
             fd,
-            routes: Mutex::default(),
+            routes: RankedMutex::default(),
             _controller: controller,
             _ram: ram.clone(),
         };
@@ -61,7 +62,7 @@ impl Vm {
         &self.fd
     }
 
-    pub(super) fn route_table(&self) -> &Mutex<Routes> {
+    pub(super) fn route_table(&self) -> &RankedMutex<Routes, 12> {
         &self.routes
     }
 }
