@@ -38,6 +38,9 @@ pub fn check(tally: &mut Tally) {
         title(&what);
         tally.count(&what, compare(document, heading, found));
     }
+    let what = "ranks of locks in docs/architecture.md";
+    title(what);
+    tally.count(what, check_ranks());
     let what = format!("functions named in {}", FLOWS.0);
     title(&what);
     tally.count(&what, check_flows());
@@ -64,6 +67,49 @@ fn check_flows() -> Result<bool> {
         "no function is named below \"{heading}\""
     );
     Ok(missing.is_empty())
+}
+
+/// Checks that each lock whose type has a rank has it in the table too.
+fn check_ranks() -> Result<bool> {
+    let top = paths::workspace();
+    let document = "docs/architecture.md";
+    let text = fs::read_to_string(top.join(document));
+    let text = text.with_context(|| format!("no {document}"))?;
+    let listed: BTreeMap<&str, &str> = below(&text, "Locks").flat_map(ranks).collect();
+    let mut agree = true;
+    for product in CRATES.iter().filter(|found| found.product) {
+        for source in product.read(&top)? {
+            for (name, _) in locks(&source.path, &source.text) {
+                let Some(rank) = rank_of(&source.text, &name) else {
+                    continue;
+                };
+                if listed.get(name.as_str()) != Some(&rank) {
+                    println!("{document}: `{name}` has rank {rank} ({})", source.path);
+                    agree = false;
+                }
+            }
+        }
+    }
+    Ok(agree)
+}
+
+/// The names in the first cell of a row, each with the second cell.
+fn ranks(row: &str) -> Vec<(&str, &str)> {
+    let mut cells = row.split('|').skip(1).map(str::trim);
+    let (names, rank) = (cells.next(), cells.next());
+    let names = names.unwrap_or_default().split('`').skip(1).step_by(2);
+    names.map(|name| (name, rank.unwrap_or_default())).collect()
+}
+
+/// The number in the type of the field of a lock.
+fn rank_of<'a>(text: &'a str, lock: &str) -> Option<&'a str> {
+    let field = format!(" {}: ", lock.rsplit("::").next()?);
+    let mut lines = text.lines();
+    let line = lines.find(|line| line.contains(&field) && line.contains("Ranked"))?;
+    let rank = line.rsplit_once(", ")?.1.trim_end_matches(['>', ',']);
+    rank.bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then_some(rank)
 }
 
 /// Returns names like `module::function` in backticks.
@@ -237,6 +283,18 @@ mod tests {
         );
         assert_eq!(table(text, "Locks"), ["Gate".to_owned()].into());
         assert!(table(text, "Others").is_empty());
+    }
+
+    #[test]
+    fn ranks_are_read_from_the_table_and_from_types() {
+        assert_eq!(
+            ranks("| `a::B::c`, `d::E` | 4 | data |"),
+            [("a::B::c", "4"), ("d::E", "4")]
+        );
+        let text = "struct B {\n    c: Vec<RankedMutex<Map<u8, u8>, 12>>,\n    d: LeafMutex<u8>,\n    pub e: RankedRwLock<u8, LEAF>,\n}\n";
+        assert_eq!(rank_of(text, "a::B::c"), Some("12"));
+        assert_eq!(rank_of(text, "a::B::d"), None);
+        assert_eq!(rank_of(text, "a::B::e"), None);
     }
 
     #[test]
