@@ -1,5 +1,6 @@
 //! Context descriptors (IHI 0070 §5.4).
 
+use super::address::Va;
 use super::config::SmmuConfig;
 use super::descriptor::{Format, Granule, Table};
 use super::spec::cd::{self, RawCd};
@@ -41,7 +42,7 @@ pub(super) struct TableInput<'a> {
     /// TTB0 or TTB1 region.
     pub region: &'a TtbRegion,
     /// Input address of the table.
-    pub input: u64,
+    pub input: Va,
     /// Bits of the address above the input, with the top byte sign-extended.
     pub base: u64,
 }
@@ -49,7 +50,7 @@ pub(super) struct TableInput<'a> {
 impl TableInput<'_> {
     /// The address with its top byte sign-extended.
     pub(super) const fn canonical(&self) -> u64 {
-        self.base | self.input
+        self.base | self.input.0
     }
 }
 
@@ -144,7 +145,7 @@ impl Cd {
         let base = if upper { !mask } else { 0 };
         ((address ^ base) & !mask & !ignored == 0).then_some(TableInput {
             region,
-            input: address & mask,
+            input: Va(address & mask),
             base,
         })
     }

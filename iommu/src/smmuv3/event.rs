@@ -135,8 +135,8 @@ impl Event {
         Self {
             kind,
             address: match fault.cause {
-                Cause::External => fault.fetch,
-                _ => fault.ipa,
+                Cause::External => fault.fetch.0,
+                _ => fault.ipa.0,
             },
             stage2: fault.stage2,
             class: fault.class,

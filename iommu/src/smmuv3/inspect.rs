@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::address::{Address, Ipa};
 use super::cd::Cd;
 use super::spec::{cr0, gbpa, reg};
 use super::ste::{Stage2, Ste, StreamWorld};
 use super::translate::{TranslationContext, Translator, walk_both};
-use super::walk::{Cause, Leaf, WalkFault, WalkRequest, walk};
+use super::walk::{Cause, Leaf, WalkFault, WalkRequest, walk_stage2};
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
 use crate::mapping::{Access, Mapping, Perm};
 use crate::ram::GuestRam;
@@ -173,7 +174,7 @@ fn step(ram: &GuestRam, view: &View, address: u64) -> Step {
     match view {
         View::Bypass | View::Blocked => Step::gap(u64::MAX),
         View::Stage2(stage2) => {
-            match walk_any_access(|request| walk(ram, &stage2.table, None, address, request)) {
+            match walk_any_access(|request| walk_stage2(ram, stage2, Ipa(address), request)) {
                 Ok(leaf) => Step::leaf(0, &leaf),
                 Err(fault) => Step::fault(0, address, &fault),
             }
@@ -194,7 +195,7 @@ fn step(ram: &GuestRam, view: &View, address: u64) -> Step {
                     neighbours: NEIGHBOURS,
                     ..Step::gap(address | 0xfff)
                 },
-                Err(fault) => Step::fault(table_input.base, table_input.input, &fault),
+                Err(fault) => Step::fault(table_input.base, table_input.input.0, &fault),
             }
         }
     }
@@ -218,12 +219,14 @@ impl Step {
         }
     }
 
-    fn leaf(base: u64, leaf: &Leaf) -> Self {
-        let (first, last) = (base | leaf.first, base | leaf.last);
+    fn leaf<I: Address>(base: u64, leaf: &Leaf<I, Gpa>) -> Self {
+        let (first, last) = (leaf.first.bits(), leaf.last.bits());
+        let neighbours = (last - first) >> leaf.shift;
+        let (first, last) = (base | first, base | last);
         Self {
             mapping: mapping(first, last, leaf.output, leaf.perm),
             last,
-            neighbours: (leaf.last - leaf.first) >> leaf.shift,
+            neighbours,
         }
     }
 
@@ -237,9 +240,9 @@ impl Step {
 }
 
 /// Walks for a read, then for a write if reading is not permitted.
-fn walk_any_access(
-    walk: impl Fn(WalkRequest) -> Result<Leaf, WalkFault>,
-) -> Result<Leaf, WalkFault> {
+fn walk_any_access<I>(
+    walk: impl Fn(WalkRequest) -> Result<Leaf<I, Gpa>, WalkFault>,
+) -> Result<Leaf<I, Gpa>, WalkFault> {
     let request = |access| WalkRequest {
         access,
         update: false,
@@ -270,10 +273,10 @@ fn gap_end(cd: &Cd, address: u64) -> u64 {
     if address < first { first - 1 } else { u64::MAX }
 }
 
-fn mapping(first: u64, last: u64, output: u64, perm: Perm) -> Option<Mapping> {
+fn mapping(first: u64, last: u64, gpa: Gpa, perm: Perm) -> Option<Mapping> {
     Some(Mapping {
         iova: IovaRange::new(Iova(first), Iova(last)).ok()?,
-        gpa: Gpa(output),
+        gpa,
         perm,
     })
 }

@@ -7,6 +7,7 @@
 //!   `state` holds them under one lock;
 //! * `command` decodes, `ste`, `cd`, `descriptor` and `walk` are the steps of a translation,
 //!   none of them with state, and `translate` puts the steps in order;
+//! * `address` has the addresses of each stage, which are types of their own in a walk;
 //! * `tlb` has the translations and the scope of an invalidation;
 //! * `inspect` lists configuration and mappings for the API.
 //!
@@ -19,6 +20,7 @@
 //! under one hold of the state lock, so none that began before an invalidation
 //! ends after it.
 
+mod address;
 mod caches;
 mod cd;
 mod command;

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::config::Stages;
 use super::ste::StreamWorld;
+use crate::addr::Gpa;
 use crate::mapping::Perm;
 
 /// Upper bound on entries; the oldest insertion is evicted first.
@@ -183,7 +184,7 @@ pub(super) struct Entry {
     /// Last address, inclusive.
     pub last: u64,
     /// Output address of `first`.
-    pub output: u64,
+    pub output: Gpa,
     /// Accesses that are permitted.
     pub perm: Perm,
 }

@@ -1,5 +1,6 @@
 //! The translation procedure (IHI 0070 §15, with the order of §7.3.22).
 
+use super::address::{Address, Ipa, Va};
 use super::caches::Caches;
 use super::cd::{Cd, TableInput};
 use super::config::Stages;
@@ -13,7 +14,7 @@ use super::spec::{Raw, cr0, cr2, gbpa, reg, strtab};
 use super::ste::{DefaultSubstream, Stage1, Stage2, Ste};
 use super::streams::Streams;
 use super::tlb::{Entry, Tag, TagSummary};
-use super::walk::{Class, Leaf, WalkRequest, through_stage2, walk};
+use super::walk::{Class, Leaf, WalkFault, WalkRequest, through_stage2, walk_stage1, walk_stage2};
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
 use crate::mapping::{Access, Mapping};
 use crate::ram::GuestRam;
@@ -248,7 +249,8 @@ impl Translator<'_> {
         if let Some(entry) = self.cached(&tag, iova.0, context) {
             return self.answer(context.request, tag, entry, TagSummary::default(), 0);
         }
-        let leaf = walk(self.ram, &stage2.table, None, iova.0, context.walk())
+        // Without stage 1 the input address is intermediate physical.
+        let leaf = walk_stage2(self.ram, stage2, Ipa(iova.0), context.walk())
             .map_err(|fault| stage2_failure(stage2, &Event::walk(&fault)))?;
         let held = TagSummary {
             global: false,
@@ -292,7 +294,7 @@ impl Translator<'_> {
             };
             return self.answer(request, tag, entry, held, alias);
         }
-        let failure = |walk_fault: super::walk::WalkFault| {
+        let failure = |walk_fault: WalkFault| {
             let event = Event::walk(&walk_fault);
             match &ste.stage2 {
                 Some(stage2) if walk_fault.stage2 => stage2_failure(stage2, &event),
@@ -309,8 +311,8 @@ impl Translator<'_> {
             grouped: leaf.grouped,
         };
         let entry = Entry {
-            first: table_input.base | leaf.first,
-            last: table_input.base | leaf.last,
+            first: table_input.base | leaf.first.0,
+            last: table_input.base | leaf.last.0,
             ..entry_of(&leaf)
         };
         self.insert(context, tag, entry, held, alias)
@@ -355,7 +357,7 @@ impl Translator<'_> {
         let range = IovaRange::new(Iova(entry.first ^ alias), Iova(entry.last ^ alias));
         Ok(Mapping {
             iova: range.map_err(|_| Failure::silent(FaultReason::AddressSize))?,
-            gpa: Gpa(entry.output),
+            gpa: entry.output,
             perm: entry.perm,
         })
     }
@@ -393,10 +395,10 @@ fn tag(ste: &Ste, stages: Stages, asid: u16) -> Tag {
     }
 }
 
-const fn entry_of(leaf: &Leaf) -> Entry {
+fn entry_of<I: Address>(leaf: &Leaf<I, Gpa>) -> Entry {
     Entry {
-        first: leaf.first,
-        last: leaf.last,
+        first: leaf.first.bits(),
+        last: leaf.last.bits(),
         output: leaf.output,
         perm: leaf.perm,
     }
@@ -443,23 +445,22 @@ pub(super) fn walk_both(
     from: &TableInput,
     stage2: Option<&Stage2>,
     request: WalkRequest,
-) -> Result<Leaf, super::walk::WalkFault> {
-    let under = stage2.map(|stage2| (&stage2.table, stage2.protect_walks));
-    let one = walk(ram, &from.region.table, under, from.input, request)?;
+) -> Result<Leaf<Va, Gpa>, WalkFault> {
+    let one = walk_stage1(ram, from.region, stage2, from.input, request)?;
     let Some(stage2) = stage2 else {
-        return Ok(one);
+        return Ok(one.physical());
     };
-    let ipa = one.output_of(from.input);
-    let two = walk(ram, &stage2.table, None, ipa, request)?;
+    let (va, ipa) = (from.input, one.output_of(from.input));
+    let two = walk_stage2(ram, stage2, ipa, request)?;
     // The intersection of both runs around the address.
-    let below = (from.input - one.first).min(ipa - two.first);
-    let beyond = (one.last - from.input).min(two.last - ipa);
+    let below = (va.0 - one.first.0).min(ipa.0 - two.first.0);
+    let beyond = (one.last.0 - va.0).min(two.last.0 - ipa.0);
     Ok(Leaf {
-        first: from.input - below,
-        last: from.input + beyond,
-        output: two.output_of(ipa) - below,
+        first: Va(va.0 - below),
+        last: Va(va.0 + beyond),
+        output: Gpa(two.output_of(ipa).0 - below),
         perm: one.perm & two.perm,
-        ..one
+        ..one.physical()
     })
 }
 
@@ -472,26 +473,26 @@ struct CdFetch<'a> {
 }
 
 impl CdFetch<'_> {
-    fn address(&self, stage1: &Stage1, index: u32) -> Result<u64, Failure> {
+    fn address(&self, stage1: &Stage1, index: u32) -> Result<Ipa, Failure> {
         let bits = stage1.substream_bits;
         let index = u64::from(index);
         let Some(split) = stage1.split else {
-            return Ok((stage1.context & !((64 << bits) - 1)) + index * 64);
+            return Ok(Ipa((stage1.context & !((64 << bits) - 1)) + index * 64));
         };
         let level_1 = bits.saturating_sub(split);
         let table = stage1.context & !((8 << level_1) - 1);
-        let descriptor: RawL1Cd = self.read(table + (index >> split) * 8)?;
+        let descriptor: RawL1Cd = self.read(Ipa(table + (index >> split) * 8))?;
         let pointer = L1_CD_POINTER.in_place(&descriptor) & !((64 << split) - 1);
         if !L1_V.is_set(&descriptor) || pointer >> self.address_bits != 0 {
             let event = Event::configuration(EventKind::CBadSubstreamid);
             return Err(Failure::event(event));
         }
-        Ok(pointer + (index & ((1 << split) - 1)) * 64)
+        Ok(Ipa(pointer + (index & ((1 << split) - 1)) * 64))
     }
 
-    fn read<T: Raw>(&self, address: u64) -> Result<T, Failure> {
+    fn read<T: Raw>(&self, address: Ipa) -> Result<T, Failure> {
         let place = match &self.ste.stage2 {
-            None => address,
+            None => Gpa(address.0),
             Some(stage2) => {
                 let request = WalkRequest {
                     access: Access::Read,
@@ -499,12 +500,11 @@ impl CdFetch<'_> {
                     run: false,
                     gap: false,
                 };
-                let under = (&stage2.table, stage2.protect_walks);
-                through_stage2(self.ram, under, address, Class::Cd, request)
+                through_stage2(self.ram, stage2, address, Class::Cd, request)
                     .map_err(|fault| stage2_failure(stage2, &Event::walk(&fault)))?
             }
         };
-        read_raw(self.ram, Gpa(place))
-            .ok_or_else(|| Failure::event(Event::fetch(EventKind::FCdFetch, place)))
+        read_raw(self.ram, place)
+            .ok_or_else(|| Failure::event(Event::fetch(EventKind::FCdFetch, place.0)))
     }
 }

@@ -3,12 +3,16 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileMemory as _};
+use vm_memory::{Bytes as _, GuestMemoryBackend as _, VolatileMemory as _};
 
+use super::address::{Address, Ipa, Va};
+use super::cd::TtbRegion;
 use super::descriptor::{
     ACCESSED, Above, AccessFlag, CONTIGUOUS, Format, Granule, Kind, NOT_GLOBAL, SOFTWARE,
     TABLE_READ_ONLY, TABLE_UNPRIVILEGED_OFF, Table,
 };
+use super::ste::Stage2;
+use crate::addr::Gpa;
 use crate::mapping::{Access, Perm};
 use crate::ram::GuestRam;
 
@@ -33,13 +37,13 @@ pub(super) struct WalkRequest {
 
 /// Result of a walk: a run of input addresses with one translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Leaf {
+pub(super) struct Leaf<I, O> {
     /// First input address, inclusive.
-    pub first: u64,
+    pub first: I,
     /// Last input address, inclusive.
-    pub last: u64,
+    pub last: I,
     /// Output address of `first`.
-    pub output: u64,
+    pub output: O,
     /// Accesses that are permitted.
     pub perm: Perm,
     /// Valid for every ASID (nG clear).
@@ -53,10 +57,32 @@ pub(super) struct Leaf {
     pub device: bool,
 }
 
-impl Leaf {
+impl<I: Address, O: Address> Leaf<I, O> {
     /// Output address of `input`, which must be in the run.
-    pub(super) const fn output_of(&self, input: u64) -> u64 {
-        self.output.wrapping_add(input.wrapping_sub(self.first))
+    pub(super) fn output_of(&self, input: I) -> O {
+        let offset = input.bits().wrapping_sub(self.first.bits());
+        O::new(self.output.bits().wrapping_add(offset))
+    }
+
+    /// The same run in other address spaces.
+    fn cast<J: Address, P: Address>(self) -> Leaf<J, P> {
+        Leaf {
+            first: J::new(self.first.bits()),
+            last: J::new(self.last.bits()),
+            output: P::new(self.output.bits()),
+            perm: self.perm,
+            global: self.global,
+            shift: self.shift,
+            grouped: self.grouped,
+            device: self.device,
+        }
+    }
+}
+
+impl Leaf<Va, Ipa> {
+    /// The translation without stage 2: the output is physical.
+    pub(super) fn physical(self) -> Leaf<Va, Gpa> {
+        self.cast()
     }
 }
 
@@ -96,10 +122,10 @@ pub(super) struct WalkFault {
     /// Purpose of the access.
     pub class: Class,
     /// Input address of stage 2; undefined for a fault of stage 1.
-    pub ipa: u64,
-    /// Physical address of the descriptor that could not be read; only for
+    pub ipa: Ipa,
+    /// Address of the descriptor that could not be read; only for
     /// [`Cause::External`].
-    pub fetch: u64,
+    pub fetch: Gpa,
     /// The access that faults updates a stage 1 descriptor.
     pub table_write: bool,
     /// Size of the aligned span around the input address with the same fault,
@@ -111,16 +137,16 @@ pub(super) struct WalkFault {
 }
 
 /// Reads a descriptor, or `None` outside of RAM.
-fn read(ram: &GuestRam, address: u64) -> Option<u64> {
-    ram.load(GuestAddress(address), Ordering::Acquire)
+fn read(ram: &GuestRam, address: Gpa) -> Option<u64> {
+    ram.load(address.into(), Ordering::Acquire)
         .ok()
         .map(u64::from_le)
 }
 
 /// Replaces the descriptor `old` with `new` atomically (§3.13). Returns whether
 /// it was still `old`, or `None` outside of RAM.
-fn exchange(ram: &GuestRam, address: u64, old: u64, new: u64) -> Option<bool> {
-    let slice = ram.get_slice(GuestAddress(address), 8).ok()?;
+fn exchange(ram: &GuestRam, address: Gpa, old: u64, new: u64) -> Option<bool> {
+    let slice = ram.get_slice(address.into(), 8).ok()?;
     let descriptor = slice.get_atomic_ref::<AtomicU64>(0).ok()?;
     let changed = descriptor.compare_exchange(
         old.to_le(),
@@ -135,26 +161,47 @@ fn exchange(ram: &GuestRam, address: u64, old: u64, new: u64) -> Option<bool> {
 struct Walk<'a> {
     ram: &'a GuestRam,
     table: &'a Table,
-    /// Stage 2, which translates the addresses of stage 1 descriptors, and
-    /// whether Device memory there faults (`S2PTW`).
-    under: Option<(&'a Table, bool)>,
+    /// Stage 2, which translates the addresses of stage 1 descriptors.
+    under: Option<&'a Stage2>,
     input: u64,
     request: WalkRequest,
 }
 
-/// Walks `table` for `input`. In a nested configuration, `under` is stage 2 and
-/// `S2PTW`: stage 2 translates the addresses of the stage 1 descriptors.
+/// Walks the stage 1 table of `region` for `input`. In a nested configuration,
+/// stage 2 translates the addresses of its descriptors.
 ///
 /// # Errors
-/// The [`WalkFault`], with [`Class::Input`] for the faults of stage 2 that do not
-/// come from `under`.
-pub(super) fn walk(
+/// The [`WalkFault`]
+pub(super) fn walk_stage1(
+    ram: &GuestRam,
+    region: &TtbRegion,
+    under: Option<&Stage2>,
+    input: Va,
+    request: WalkRequest,
+) -> Result<Leaf<Va, Ipa>, WalkFault> {
+    walk(ram, &region.table, under, input.0, request).map(Leaf::cast)
+}
+
+/// Walks the stage 2 table for `input`.
+///
+/// # Errors
+/// The [`WalkFault`], with [`Class::Input`].
+pub(super) fn walk_stage2(
+    ram: &GuestRam,
+    stage2: &Stage2,
+    input: Ipa,
+    request: WalkRequest,
+) -> Result<Leaf<Ipa, Gpa>, WalkFault> {
+    walk(ram, &stage2.table, None, input.0, request).map(Leaf::cast)
+}
+
+fn walk(
     ram: &GuestRam,
     table: &Table,
-    under: Option<(&Table, bool)>,
+    under: Option<&Stage2>,
     input: u64,
     request: WalkRequest,
-) -> Result<Leaf, WalkFault> {
+) -> Result<Leaf<u64, u64>, WalkFault> {
     let walk = Walk {
         ram,
         table,
@@ -174,40 +221,34 @@ pub(super) fn walk(
 /// The [`WalkFault`] of stage 2, with `class`.
 pub(super) fn through_stage2(
     ram: &GuestRam,
-    (table, protect): (&Table, bool),
-    ipa: u64,
+    stage2: &Stage2,
+    ipa: Ipa,
     class: Class,
     request: WalkRequest,
-) -> Result<u64, WalkFault> {
+) -> Result<Gpa, WalkFault> {
     let write = request.access == Access::Write;
-    let leaf = walk(
-        ram,
-        table,
-        None,
-        ipa,
-        WalkRequest {
-            run: false,
-            gap: false,
-            ..request
-        },
-    );
+    let request = WalkRequest {
+        run: false,
+        gap: false,
+        ..request
+    };
     let with_class = |fault: WalkFault| WalkFault {
         class,
         table_write: write,
         ..fault
     };
-    let leaf = leaf.map_err(with_class)?;
-    if leaf.device && protect {
-        return Err(with_class(WalkFault {
+    let leaf = walk_stage2(ram, stage2, ipa, request).map_err(with_class)?;
+    if leaf.device && stage2.protect_walks {
+        return Err(WalkFault {
             cause: Cause::Permission,
             stage2: true,
             class,
             ipa,
-            fetch: 0,
+            fetch: Gpa(0),
             table_write: write,
-            span: table.granule.bits(),
+            span: stage2.table.granule.bits(),
             beyond: 0,
-        }));
+        });
     }
     Ok(leaf.output_of(ipa))
 }
@@ -224,8 +265,8 @@ impl Walk<'_> {
             cause,
             stage2,
             class,
-            ipa: if stage2 { self.input } else { 0 },
-            fetch: 0,
+            ipa: Ipa(if stage2 { self.input } else { 0 }),
+            fetch: Gpa(0),
             table_write: false,
             span,
             beyond: 0,
@@ -233,18 +274,18 @@ impl Walk<'_> {
     }
 
     /// Physical address of the descriptor at `address`.
-    fn locate(&self, address: u64, access: Access) -> Result<u64, WalkFault> {
+    fn locate(&self, address: u64, access: Access) -> Result<Gpa, WalkFault> {
         let Some(under) = self.under else {
-            return Ok(address);
+            return Ok(Gpa(address));
         };
         let request = WalkRequest {
             access,
             ..self.request
         };
-        through_stage2(self.ram, under, address, Class::Table, request)
+        through_stage2(self.ram, under, Ipa(address), Class::Table, request)
     }
 
-    fn run(&self) -> Result<Leaf, WalkFault> {
+    fn run(&self) -> Result<Leaf<u64, u64>, WalkFault> {
         let table = self.table;
         let mut above = Above {
             writable: true,
@@ -301,7 +342,7 @@ impl Walk<'_> {
     /// Number of descriptors of the same table below and above the one at
     /// `place`, in an aligned window of 4 KiB, which the walk may read without
     /// another translation.
-    fn neighbours(&self, place: u64, level: u32) -> (u64, u64) {
+    fn neighbours(&self, place: Gpa, level: u32) -> (u64, u64) {
         let table = self.table;
         let index = table.index(self.input, level);
         let entries = if level == table.start_level {
@@ -309,12 +350,12 @@ impl Walk<'_> {
         } else {
             1 << table.granule.stride()
         };
-        let slot = place / 8 % WINDOW;
+        let slot = place.0 / 8 % WINDOW;
         (slot.min(index), (WINDOW - slot).min(entries - index) - 1)
     }
 
     /// The fault of an invalid descriptor.
-    fn invalid(&self, place: u64, level: u32) -> WalkFault {
+    fn invalid(&self, place: Gpa, level: u32) -> WalkFault {
         let shift = self.table.granule.shift(level);
         let fault = self.fault(Cause::Translation, shift);
         if !self.request.gap {
@@ -322,7 +363,7 @@ impl Walk<'_> {
         }
         let (_, beyond) = self.neighbours(place, level);
         let is_invalid = |step: &u64| {
-            let next = read(self.ram, place + step * 8);
+            let next = read(self.ram, Gpa(place.0 + step * 8));
             next.is_some_and(|next| matches!(self.table.kind(next, level), Kind::Invalid))
         };
         let further = (1..=beyond).take_while(is_invalid).count() as u64;
@@ -332,7 +373,7 @@ impl Walk<'_> {
         }
     }
 
-    fn external(&self, place: u64, shift: u32) -> WalkFault {
+    fn external(&self, place: Gpa, shift: u32) -> WalkFault {
         WalkFault {
             fetch: place,
             ..self.fault(Cause::External, shift)
@@ -365,7 +406,7 @@ impl Walk<'_> {
     }
 
     /// The page or block of `descriptor`, with the neighbours that continue it.
-    fn leaf(&self, descriptor: u64, place: u64, level: u32, above: Above) -> Leaf {
+    fn leaf(&self, descriptor: u64, place: Gpa, level: u32, above: Above) -> Leaf<u64, u64> {
         let table = self.table;
         let shift = table.granule.shift(level);
         let size = 1_u64 << shift;
@@ -392,7 +433,7 @@ impl Walk<'_> {
             let Some(output) = leaf.output.checked_sub(size) else {
                 break;
             };
-            if !self.continues(descriptor, place - step * 8, level, output) {
+            if !self.continues(descriptor, Gpa(place.0 - step * 8), level, output) {
                 break;
             }
             leaf.first -= size;
@@ -400,7 +441,7 @@ impl Walk<'_> {
         }
         for step in 1..=beyond {
             let output = leaf.output + (leaf.last - leaf.first) + 1;
-            if !self.continues(descriptor, place + step * 8, level, output) {
+            if !self.continues(descriptor, Gpa(place.0 + step * 8), level, output) {
                 break;
             }
             leaf.last += size;
@@ -410,7 +451,7 @@ impl Walk<'_> {
 
     /// Whether the descriptor at `place` maps to `output` with the attributes
     /// of `descriptor`.
-    fn continues(&self, descriptor: u64, place: u64, level: u32, output: u64) -> bool {
+    fn continues(&self, descriptor: u64, place: Gpa, level: u32, output: u64) -> bool {
         let table = self.table;
         let shift = table.granule.shift(level);
         let Some(other) = read(self.ram, place) else {

@@ -558,7 +558,7 @@ fn the_tlb_is_bounded() {
         let entry = Entry {
             first: number << 12,
             last: number << 12 | 0xfff,
-            output: number << 12,
+            output: Gpa(number << 12),
             perm: Perm::READ,
         };
         tlb.insert(tag((number % 7) as u16), entry, TagSummary::default());
@@ -597,7 +597,7 @@ proptest! {
         for step in steps {
             match step {
                 TlbStep::Insert(asid, first, more, output) => {
-                    let entry = Entry { first, last: first + more, output, perm: Perm::READ };
+                    let entry = Entry { first, last: first + more, output: Gpa(output), perm: Perm::READ };
                     tlb.insert(tag(asid), entry, TagSummary::default());
                     for offset in 0..=more {
                         model.insert((asid, first + offset), output + offset);
@@ -618,7 +618,7 @@ proptest! {
             for asid in 0..3 {
                 for address in 0..80 {
                     if let Some(entry) = tlb.find(&tag(asid), address) {
-                        let output = entry.output + (address - entry.first);
+                        let output = entry.output.0 + (address - entry.first);
                         prop_assert_eq!(model.get(&(asid, address)), Some(&output));
                     }
                 }
