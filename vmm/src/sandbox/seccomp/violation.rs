@@ -118,8 +118,10 @@ impl fmt::Write for Line {
 /// For tests only: a thread that receives a signal makes a forbidden call.
 #[cfg(feature = "forbidden-calls")]
 mod forbidden {
-    use super::*;
-    use vmm_sys_util::signal::{SIGRTMIN, unblock_signal};
+    use std::io;
+
+    use libc::{SIGSYS, c_int, c_void, siginfo_t};
+    use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
     #[cfg(not(debug_assertions))]
     compile_error!("the feature forbidden-calls is for tests only");
