@@ -93,12 +93,7 @@ impl Pages {
 
 impl PageState {
     fn find(&self, request: &Request) -> Result<Mapping, Fault> {
-        let fault = |reason| Fault {
-            stream: request.stream,
-            iova: request.iova,
-            access: request.access,
-            reason,
-        };
+        let fault = |reason| Fault::new(request, reason);
         if self.bypass {
             return Ok(Mapping {
                 iova: IovaRange::ALL,

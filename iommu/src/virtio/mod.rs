@@ -161,15 +161,7 @@ impl VirtioIommu {
     }
 
     fn resolve(&self, request: &crate::translate::Request) -> Result<Mapping, (Fault, u8)> {
-        let fault = |reason, report| {
-            let fault = Fault {
-                stream: request.stream,
-                iova: request.iova,
-                access: request.access,
-                reason,
-            };
-            (fault, report)
-        };
+        let fault = |reason, report| (Fault::new(request, reason), report);
         let state = self.executor.state.read();
         let mapping = match state.view(request.stream) {
             View::Blocked => {
