@@ -1,7 +1,7 @@
 //! Owns the machine: one event loop, on the thread that calls
 //! [`Controller::run`].
 //!
-//! Every change of the machine passes through [`Controller::handle`]: from the
+//! Every change of the machine passes through `Controller::handle`: from the
 //! command line, the API or a signal. Only the machine's own end does not. After each round of device events the
 //! loop polls signals, endings and actions, so that a guest that floods a
 //! device delays them by one round at most.

@@ -1,8 +1,8 @@
 //! The machine: configuration, actions, controller, KVM. It contains no HTTP.
 //!
 //! A [`config::VmConfig`] is the user's configuration, a [`plan::MachinePlan`]
-//! the machine that is built from it. [`resources`] acquires the host's
-//! resources, [`sandbox`] confines the process, [`assemble`] connects the
+//! the machine that is built from it. `resources` acquires the host's
+//! resources, [`sandbox`] confines the process, `assemble` connects the
 //! resources, and a [`controller::Controller`] owns the machine and answers
 //! every [`action::Action`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))] // They panic.

@@ -61,7 +61,7 @@ pub fn prepare(mode: Sandbox, user: Option<User>) -> Result<(), SandboxError> {
 /// calls. Other threads have done the same as their first act.
 ///
 /// Afterwards the machine opens nothing by path: every file, device, tap, vhost
-/// file and image is in [`HostResources`](crate::resources::HostResources).
+/// file and image is in `resources::HostResources`.
 ///
 /// # Errors
 /// The first step that the host refuses. The process is then partly confined.

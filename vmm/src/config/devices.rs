@@ -34,7 +34,7 @@ pub enum IoEngine {
     /// `preadv` and `pwritev`.
     #[default]
     Sync,
-    /// Any other word, such as `Async` (io_uring): [`Drive::validate`] refuses it.
+    /// Any other word, such as `Async` (io_uring): validation refuses it.
     #[serde(other)]
     Unsupported,
 }
@@ -210,7 +210,7 @@ pub struct NetworkInterface {
     /// Name of the tap device on the host. A missing one is created, where that is permitted, and
     /// removed at the end.
     pub host_dev_name: String,
-    /// The guest's Ethernet address, as text; see [`NetworkInterface::mac`]. If omitted, it is
+    /// The guest's Ethernet address, as text. If omitted, it is
     /// derived from the tap's name and the host's machine-id.
     pub guest_mac: Option<String>,
     /// Accepted without limits only.

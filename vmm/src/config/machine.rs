@@ -31,7 +31,7 @@ pub enum HugePages {
     /// Pages of 2 MiB from the host's pool (`vm.nr_hugepages`).
     #[serde(rename = "2M")]
     TwoMib,
-    /// Any other word, such as `Transparent`: [`MachineConfig::validate`] refuses it.
+    /// Any other word, such as `Transparent`: validation refuses it.
     #[serde(other)]
     Unsupported,
 }
