@@ -265,7 +265,10 @@ fn strict(model: Model) {
     part("all devices");
     for traffic in bench.devices_work(&mut guest, full()) {
         let most = (model.most_misses)(traffic);
-        assert!(traffic.misses <= most, "{} misses", traffic.misses);
+        let Traffic {
+            misses, updates, ..
+        } = traffic;
+        assert!(misses <= most, "{misses} misses, {updates} updates");
     }
     checks::kernel_log_is_clean(&mut guest);
     checks::power_off(guest);
