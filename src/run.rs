@@ -128,7 +128,7 @@ pub struct CheckArgs {
 #[derive(Debug, Args)]
 struct SandboxArgs {
     /// Confinement of this process: on, log (makes forbidden system calls, and logs them), or off
-    /// [default: off]
+    /// [default: on]
     #[arg(long, value_name = "MODE")]
     sandbox: Option<Sandbox>,
     /// Directory in which PUT /logger and PUT /metrics may name files while the guest runs, besides

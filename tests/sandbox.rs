@@ -33,7 +33,6 @@ fn machine(files: &TempDir) -> Machine {
     let disk = files.path("disk");
     host::sparse(&disk, 16);
     Machine::new()
-        .with("--sandbox", "on")
         .with("--iommu", "virtio-iommu")
         .with("--vsock", "cid=9")
         .with("--disk", format!("path={disk},id=data"))

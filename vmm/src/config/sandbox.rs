@@ -9,11 +9,11 @@ use std::str::FromStr;
 #[serde(rename_all = "lowercase")]
 pub enum Sandbox {
     /// A forbidden system call ends the process.
+    #[default]
     On,
     /// A forbidden system call is made, and logged once for each kind of thread.
     Log,
     /// Nothing is forbidden.
-    #[default]
     Off,
 }
 
