@@ -30,9 +30,6 @@ const DEVICES: [&str; 4] = [
     "/dev/vhost-vsock",
 ];
 
-/// Path of the program in the root.
-const PROGRAM: &str = "/portcullis";
-
 /// Options of every mount.
 const PLAIN: MountFlags = MountFlags::NOSUID;
 
@@ -139,13 +136,14 @@ impl Root {
         self.bind_file(source, path, flags)
     }
 
-    /// Adds the program, and its shared libraries if it has any. Returns the words that start it.
+    /// Adds the program, and its shared libraries if it has any, at their own paths: no other path
+    /// is free of the files that the command names. Returns the words that start it.
     ///
     /// # Errors
     /// A library cannot be added, or none is the dynamic loader.
     pub fn add_program(&mut self, program: &Path) -> Result<Vec<PathBuf>> {
         let flags = PLAIN | MountFlags::NODEV | MountFlags::RDONLY;
-        self.bind_file(program, Path::new(PROGRAM), flags)?;
+        self.bind_file(program, program, flags)?;
         let libraries = mapped_files(program)?;
         for library in &libraries {
             self.bind_file(library, library, flags)?;
@@ -154,7 +152,7 @@ impl Root {
             let name = path.file_name().unwrap_or_default();
             name.to_string_lossy().starts_with("ld-")
         };
-        let program = PathBuf::from(PROGRAM);
+        let program = program.to_path_buf();
         match libraries.iter().find(is_loader) {
             _ if libraries.is_empty() => Ok(vec![program]),
             Some(loader) => Ok(vec![loader.clone(), program]),
@@ -193,7 +191,8 @@ impl Root {
     /// # Errors
     /// The kernel refuses it.
     pub fn enter(&mut self, directory: &Path) -> Result<()> {
-        self.make_directories(directory)?;
+        self.make_directories(directory)
+            .with_context(|| format!("cannot make {} in the root", directory.display()))?;
         let enter = || -> Result<(), Errno> {
             fchdir(&self.inside)?;
             match pivot_root(".", ".") {
