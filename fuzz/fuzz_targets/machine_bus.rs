@@ -1,6 +1,9 @@
 //! Every bus access of two vCPUs in any order: configuration space, BARs,
 //! MSI-X, an IOMMU with devices behind it, and the devices that are not on PCI.
 //! After a reset every device works again, and accesses only mapped memory.
+//!
+//! With `PORTCULLIS_FUZZ_SANDBOX` in the environment every thread of the machine is confined, and a
+//! vCPU is a thread of that kind. A forbidden system call then ends the target with status 148.
 #![no_main]
 
 mod driver;
@@ -8,14 +11,17 @@ mod machine;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
 use std::thread;
 
+use devices::thread::{ThreadKind, spawn};
 use devices::virtio::pci::BAR_SIZE;
 use iommu::virtio::spec::request::MAP;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use machine::guest::IommuRequest;
 use machine::{BARS, CMOS, ECAM, IMAGE_LEN, KEYBOARD, Machine, PL031, POWER, SERIAL, SLOTS, SMMU};
+use vmm::config::Sandbox;
 
 /// Upper bound on operations of each vCPU.
 const MAX_OPS: usize = 150;
@@ -376,12 +382,43 @@ fn run(machine: &Machine, at_once: bool, first: &[Op], second: &[Op]) {
         });
         return;
     }
+    for op in in_turn(first, second) {
+        perform(machine, op);
+    }
+}
+
+fn in_turn(first: &[Op], second: &[Op]) -> Vec<Op> {
     let mut second = second.iter();
-    for op in first {
-        perform(machine, *op);
-        if let Some(op) = second.next() {
-            perform(machine, *op);
-        }
+    let turns = first.iter().flat_map(|op| [Some(op), second.next()]);
+    turns.flatten().copied().collect()
+}
+
+/// Whether threads are confined, which the first use prepares.
+static CONFINED: LazyLock<bool> = LazyLock::new(|| {
+    let confined = std::env::var_os("PORTCULLIS_FUZZ_SANDBOX").is_some();
+    if confined {
+        vmm::sandbox::prepare(Sandbox::On, None).expect("a handler of violations");
+    }
+    confined
+});
+
+/// Does the same as [`run`] on threads of vCPUs, which confine themselves.
+fn run_confined(machine: &Arc<Machine>, at_once: bool, first: &[Op], second: &[Op]) {
+    let lists = if at_once {
+        vec![first.to_vec(), second.to_vec()]
+    } else {
+        vec![in_turn(first, second)]
+    };
+    let vcpus: Vec<_> = lists
+        .into_iter()
+        .map(|ops: Vec<Op>| {
+            let machine = Arc::clone(machine);
+            let work = move || ops.iter().for_each(|op| perform(&machine, *op));
+            spawn(ThreadKind::Vcpu, "vcpu", work).expect("a confined thread")
+        })
+        .collect();
+    for vcpu in vcpus {
+        vcpu.join().expect("no panic");
     }
 }
 
@@ -389,8 +426,14 @@ fuzz_target!(|input: (u8, Vec<Op>, Vec<Op>)| {
     let (choice, first, second) = input;
     let [first, second] = [&first, &second].map(|ops| &ops[..ops.len().min(MAX_OPS)]);
     IMAGE.with_borrow(|image| {
-        let machine = Machine::new(choice, &image.0);
-        run(&machine, choice & 0x80 != 0, first, second);
+        let confined = *CONFINED;
+        let machine = Arc::new(Machine::new(choice, &image.0));
+        let at_once = choice & 0x80 != 0;
+        if confined {
+            run_confined(&machine, at_once, first, second);
+        } else {
+            run(&machine, at_once, first, second);
+        }
         for (function, virtio) in &machine.functions {
             assert_eq!(machine.config_word(*function, 0) as u16, 0x1af4);
             virtio.check();

@@ -5,7 +5,7 @@
 use std::ops::RangeInclusive;
 
 use arch::{
-    Cache, CacheKind, NodeModel as Model, IommuNode, PciHost, Platform, Range, aarch64, x86_64,
+    Cache, CacheKind, IommuNode, NodeModel as Model, PciHost, Platform, Range, aarch64, x86_64,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;

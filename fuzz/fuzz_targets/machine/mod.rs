@@ -28,7 +28,6 @@ use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
 use vm_memory::GuestAddress;
 
-
 /// Bytes of RAM, from address 0 on.
 pub const RAM: u64 = 0x4_0000;
 /// Bytes of the disk's image.
