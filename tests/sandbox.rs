@@ -5,6 +5,7 @@ mod support;
 
 use std::fs;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -51,6 +52,13 @@ fn threads(process: u32) -> Vec<(i32, String)> {
         .collect()
 }
 
+/// The same without the threads that the kernel made for this process.
+fn own_threads(process: u32) -> Vec<(i32, String)> {
+    let mut threads = threads(process);
+    threads.retain(|(_, name)| !name.starts_with("vhost-") && !name.starts_with("kvm-"));
+    threads
+}
+
 /// A field of the thread's status in proc(5).
 #[track_caller]
 fn status(process: u32, thread: i32, field: &str) -> String {
@@ -70,15 +78,11 @@ fn every_thread_of_a_running_machine_is_confined() {
     unsafe { libc::fcntl(inherited.as_raw_fd(), libc::F_SETFD, 0) };
     let mut guest = machine(&files).boot();
     let process = guest.process_id();
-    let running = threads(process);
+    let running = own_threads(process);
     for name in THREADS {
         assert!(running.iter().any(|(_, known)| known == name), "no {name}");
     }
     for (thread, name) in &running {
-        // Threads of the kernel for this process.
-        if name.starts_with("vhost-") || name.starts_with("kvm-") {
-            continue;
-        }
         part(name);
         assert_eq!(status(process, *thread, "Seccomp"), "2", "{name}");
         assert_eq!(status(process, *thread, "NoNewPrivs"), "1", "{name}");
@@ -109,6 +113,74 @@ fn every_thread_of_a_running_machine_is_confined() {
     assert!(elsewhere.stderr.contains("--allow-dir"), "{elsewhere:?}");
     guest.signal("TERM").expect_exit(0);
     assert!(!fs::exists(&socket).expect("its directory"), "{socket}");
+}
+
+/// Modes of a file, restored when dropped.
+struct Mode<'a>(&'a str, fs::Permissions);
+
+impl<'a> Mode<'a> {
+    /// Sets the mode of the file at `path`.
+    fn set(path: &'a str, mode: u32) -> Self {
+        let before = fs::metadata(path).expect("a file").permissions();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("a mode");
+        Self(path, before)
+    }
+}
+
+impl Drop for Mode<'_> {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions(self.0, self.1.clone());
+    }
+}
+
+/// All threads of the monitor are this user's, and confined.
+#[track_caller]
+fn all_threads_are_of(guest: &Guest, user: u32) {
+    let process = guest.process_id();
+    for (thread, name) in own_threads(process) {
+        let ids = status(process, thread, "Uid");
+        let of_user = ids.split_whitespace().all(|id| id == user.to_string());
+        assert!(of_user, "{name}: {ids}");
+        assert_eq!(status(process, thread, "Seccomp"), "2", "{name}");
+        assert_eq!(status(process, thread, "CapEff"), "0".repeat(16), "{name}");
+    }
+}
+
+#[test]
+fn a_user_with_access_to_kvm_runs_a_machine_with_a_disk() {
+    let files = TempDir::new("plain");
+    let disk = files.path("disk");
+    host::sparse(&disk, 16);
+    chown(&disk, Some(65534), Some(65534)).expect("root gives files away");
+    let _kvm = Mode::set("/dev/kvm", 0o666);
+    let machine = Machine::new()
+        .with("--iommu", "virtio-iommu")
+        .with("--disk", format!("path={disk},id=data"))
+        .flag("--rng");
+    let by = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    let mut guest = machine.boot_by(|| Guest::launch_by(&by, &machine.arguments()));
+    guest.quieten();
+    all_threads_are_of(&guest, 65534);
+    guest.run("echo written | dd of=/dev/vda bs=512 count=1 conv=fsync");
+    guest.type_line("poweroff -f").expect_exit(0);
+    let written = fs::read(&disk).expect("the disk");
+    assert!(written.starts_with(b"written\n"));
+}
+
+#[test]
+fn root_gives_a_machine_to_a_user() {
+    let files = TempDir::new("user");
+    let mut guest = machine(&files).with("--user", "64321:64322").boot();
+    all_threads_are_of(&guest, 64321);
+    guest.run("echo written | dd of=/dev/vda bs=512 count=1 conv=fsync");
+    guest.type_line("poweroff -f").expect_exit(0);
+    let written = fs::read(files.path("disk")).expect("the disk");
+    assert!(written.starts_with(b"written\n"));
 }
 
 /// Waits until `is_so` returns true.
