@@ -475,8 +475,9 @@ impl Guest {
         let output = self.console.find(&format!("[end {number} "), limit);
         let output = output.unwrap_or_else(|| {
             panic!(
-                "{command} does not end; the console:\n{}",
-                self.console.text()
+                "{command} does not end; the console:\n{}\nthe log:\n{}",
+                self.console.text(),
+                self.log.text()
             )
         });
         let status = self.console.find("]", time_limit()).expect("its status");
