@@ -221,8 +221,8 @@ impl Tap {
     /// Connects to a new tap of the name after a deletion, with the offloads
     /// and queues that were set last. Returns whether such a tap exists.
     ///
-    /// A tap that is busy and down counts as absent: the process that creates
-    /// it still has it open.
+    /// A tap that is down, and busy or denied, counts as absent: the process
+    /// that creates it still has it open, or has not set its owner yet.
     ///
     /// # Errors
     /// [`TapError`]; the tap stays disconnected.
@@ -232,7 +232,7 @@ impl Tap {
             return Ok(false);
         }
         match self.attach_all(true) {
-            Err(TapError::Busy(_)) if !self.is_up() => return Ok(false),
+            Err(TapError::Busy(_) | TapError::Denied(_)) if !self.is_up() => return Ok(false),
             attached => attached?,
         }
         self.configure()?;

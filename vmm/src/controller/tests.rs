@@ -55,6 +55,8 @@ impl TestController {
             let output = std::fs::File::from(std::os::fd::OwnedFd::from(output));
             let output = Output::start(output, None).unwrap();
             let machine = Machine::of(vcpus.unwrap(), pci, output);
+            // What a test needs of the process stays permitted.
+            controller.config.sandbox = Sandbox::Off;
             controller.run_machine(machine).unwrap();
             prepare(&mut controller);
             controller.run()
