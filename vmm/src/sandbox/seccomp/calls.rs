@@ -152,11 +152,8 @@ pub(super) fn calls(kind: ThreadKind) -> Vec<c_long> {
             libc::SYS_epoll_ctl,
             libc::SYS_timerfd_settime,
             libc::SYS_timerfd_gettime,
-            // Files of log and metrics, and the removal of the API's socket. A static program
-            // does not find the C library's statx.
+            // Files of log and metrics, and the removal of the API's socket.
             libc::SYS_statx,
-            libc::SYS_newfstatat,
-            libc::SYS_fstat,
             libc::SYS_fstatfs,
             libc::SYS_unlinkat,
             #[cfg(target_arch = "x86_64")]
