@@ -340,6 +340,9 @@ pub fn entropy(guest: &mut Guest) {
     assert_eq!(status, 0, "the random bytes are all zero");
 }
 
+/// Lines of a kernel's report up to its call trace, which registers precede.
+const STACK_DUMP: usize = 40;
+
 /// Checks that the guest's kernel log reports no faulty device and no fallback.
 #[track_caller]
 pub fn kernel_log_is_clean(guest: &mut Guest) {
@@ -363,15 +366,22 @@ pub fn kernel_log_is_clean(guest: &mut Guest) {
         "probe of",
         "soft lockup",
     ];
-    let found: Vec<_> = log
-        .lines()
-        .filter(|line| suspicious.iter().any(|word| line.contains(word)))
-        // An SMMU's own interrupts are wired here.
-        .filter(|line| !line.contains("falling back to wired irqs"))
-        .collect();
-    assert!(
-        found.is_empty(),
-        "the guest's kernel complains:\n{}",
-        found.join("\n")
-    );
+    let lines: Vec<_> = log.lines().collect();
+    let complains = |index: usize| {
+        let line = lines[index];
+        let context = &lines[index.saturating_sub(STACK_DUMP)..index];
+        suspicious.iter().any(|word| line.contains(word))
+            // An SMMU's own interrupts are wired here.
+            && !line.contains("falling back to wired irqs")
+            // A host that does not run a vCPU for 21 s is slow; its devices are not faulty.
+            && !context.iter().any(|line| line.contains("rcu:") && line.contains("stall"))
+    };
+    if let Some(first) = (0..lines.len()).find(|index| complains(*index)) {
+        let context = &lines[first.saturating_sub(STACK_DUMP)..lines.len().min(first + STACK_DUMP)];
+        panic!(
+            "the guest's kernel complains: {}\nin:\n{}",
+            lines[first],
+            context.join("\n")
+        );
+    }
 }
