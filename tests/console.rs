@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use support::{Guest, Machine, PROMPT, READY, TempDir, pipe};
+use support::{Guest, Machine, PROMPT, READY, TempDir, eventually, pipe};
 
 /// Boots on a terminal, as a user does.
 fn boot_on_terminal(machine: &Machine) -> Guest {
@@ -97,16 +97,6 @@ fn the_terminal_is_given_back_while_stopped_and_taken_again() {
     eventually("raw", || guest.terminal().mode().is_raw());
     assert_eq!(guest.run("echo still here"), "still here");
     guest.type_text("\x01x").expect_exit(0);
-}
-
-/// Waits until `is_so` returns true.
-#[track_caller]
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + support::time_limit();
-    while !is_so() {
-        assert!(std::time::Instant::now() < deadline, "never {what}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
 }
 
 #[test]

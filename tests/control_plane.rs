@@ -8,11 +8,11 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use support::checks::{self, BLOCK, ENTROPY, part};
 use support::host::{self, Job};
-use support::{Guest, Machine, TempDir};
+use support::{Guest, Machine, TempDir, eventually};
 use vmm::action::{InstanceInfo, MachineState};
 
 /// The virtio type of an IOMMU (virtio 1.2 §5).
@@ -241,15 +241,6 @@ impl Thread {
 
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
-}
-
-#[track_caller]
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + support::time_limit();
-    while !is_so() {
-        assert!(Instant::now() < deadline, "no {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// The host does not complete a read of a disk. A vCPU waits for it with the disk's registers

@@ -7,12 +7,10 @@ use std::fs;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::process::Command;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use support::checks::part;
 use support::host;
-use support::{Guest, Machine, TempDir, portcullis, run_to_end};
+use support::{Guest, Machine, TempDir, eventually, portcullis, run_to_end};
 
 /// Exit status of a monitor that made a forbidden call.
 const FORBIDDEN: i32 = 148;
@@ -181,16 +179,6 @@ fn root_gives_a_machine_to_a_user() {
     guest.type_line("poweroff -f").expect_exit(0);
     let written = fs::read(files.path("disk")).expect("the disk");
     assert!(written.starts_with(b"written\n"));
-}
-
-/// Waits until `is_so` returns true.
-#[track_caller]
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + support::time_limit();
-    while !is_so() {
-        assert!(Instant::now() < deadline, "never {what}");
-        sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]

@@ -53,6 +53,16 @@ pub fn time_limit() -> Duration {
     limits::scaled(usual_limit())
 }
 
+/// Waits until `is_so` returns true.
+#[track_caller]
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + time_limit();
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Time limit of each wait on a quiet machine.
 fn usual_limit() -> Duration {
     let seconds = env::var("PORTCULLIS_TEST_SECONDS").ok();
