@@ -184,11 +184,7 @@ fn try_serve(args: ServeArgs) -> Result<ExitCode, Failure> {
     args.sandbox.harden()?;
     args.log.apply()?;
     let mut controller = new_controller(&args.log)?;
-    let mut config = match &args.config {
-        Some(path) => read_config(path)?,
-        None => VmConfig::default(),
-    };
-    args.sandbox.apply_to(&mut config)?;
+    let config = served_config(args.config.as_deref(), args.sandbox)?;
     execute(&mut controller, configure(config), |error| {
         match &args.config {
             Some(path) => caused_in(path)(error),
@@ -218,6 +214,13 @@ fn try_check(args: &CheckArgs) -> Result<ExitCode, Failure> {
         print_error(format!("not examined: {line}"));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The configuration with which `serve` starts.
+fn served_config(path: Option<&Path>, sandbox: SandboxArgs) -> Result<VmConfig, Failure> {
+    let mut config = path.map(read_config).transpose()?.unwrap_or_default();
+    sandbox.apply_to(&mut config)?;
+    Ok(config)
 }
 
 fn new_controller(log: &LogArgs) -> Result<Controller, Failure> {
@@ -368,12 +371,7 @@ impl ServeArgs {
     /// # Errors
     /// The configuration file cannot be used.
     pub fn files(self) -> Result<Files, Failure> {
-        let mut config = match &self.config {
-            Some(path) => read_config(path)?,
-            None => VmConfig::default(),
-        };
-        self.sandbox.apply_to(&mut config)?;
-        let mut files = Files::of(&config);
+        let mut files = Files::of(&served_config(self.config.as_deref(), self.sandbox)?);
         self.config.into_iter().for_each(|path| files.read(path));
         files.make(&self.api_socket);
         self.log.log_file.iter().for_each(|path| files.make(path));

@@ -69,7 +69,7 @@ impl Pages {
     /// The sink of the stream that was connected last.
     ///
     /// # Panics
-    /// Without one.
+    /// No stream is connected.
     #[must_use]
     pub fn region(&self) -> Arc<dyn StreamSink> {
         self.state().sink.as_ref().unwrap().upgrade().unwrap()

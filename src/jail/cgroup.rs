@@ -49,10 +49,10 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the group `parent`/`id`, and writes its settings. It has no process yet.
+    /// Makes the group `parent`/`id` unless it exists, and writes its settings.
     ///
     /// # Errors
-    /// The group exists, or the kernel refuses a setting.
+    /// The host has no groups of version 2, or the kernel refuses a setting.
     pub fn make(parent: &Path, id: &str, settings: &[Setting]) -> Result<Self> {
         let mount = Path::new(MOUNT);
         ensure!(

@@ -2,9 +2,10 @@
 //! [`Controller::run`].
 //!
 //! Every change of the machine passes through `Controller::handle`: from the
-//! command line, the API or a signal. Only the machine's own end does not. After each round of device events the
-//! loop polls signals, endings and actions, so that a guest that floods a
-//! device delays them by one round at most.
+//! command line, the API or a signal. Only the machine's own end does not.
+//! After each round of device events the loop polls signals, endings and
+//! actions, so that a guest that floods a device delays them by one round at
+//! most.
 //!
 //! The loop never waits for a vCPU, nor for a lock that a vCPU holds inside a
 //! device. A pause and the end of the machine are requests to the vCPU threads.

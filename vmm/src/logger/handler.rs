@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::stream::Stream;
 
-/// No descriptor.
+/// The value while no descriptor is set.
 const NONE: RawFd = -1;
 
 /// Standard error.

@@ -25,7 +25,7 @@ thread_local! {
     static NAME: Cell<[u8; 15]> = const { Cell::new([0; 15]) };
 }
 
-/// Installs the handler.
+/// Handles SIGSYS, which a filter sends to the thread that makes the call.
 ///
 /// # Errors
 /// The signal cannot be handled.
