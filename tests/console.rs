@@ -238,7 +238,7 @@ fn a_reader_that_stops_blocks_only_the_console() {
     // The shell's standard input is the pipe; opened for writing, it is the other end.
     let script = format!(
         "exec 3<&0; {{ \"$@\" >/proc/self/fd/3 </dev/null 3<&-; echo status $? >&2; }} & \
-         exec 3<&-; while ! [ -e {go} ]; do sleep 0.1; done; cat"
+         exec 3<&-; while ! [ -e {go} ]; do sleep 0.1; done; cat; wait"
     );
     let mut command = Command::new("/bin/sh");
     command

@@ -512,7 +512,7 @@ impl Guest {
         self
     }
 
-    /// Waits for the end of the process, which must have this exit status.
+    /// Waits for the end of the process, which must have this exit status, and of its output.
     #[track_caller]
     pub fn expect_exit(&mut self, status: i32) {
         let deadline = Instant::now() + time_limit();
@@ -525,12 +525,13 @@ impl Guest {
             }
             thread::sleep(Duration::from_millis(20));
         };
+        // A process can end before its last output is read.
+        let console = self.console.whole(time_limit());
+        let log = self.log.whole(time_limit());
         assert_eq!(
             ended.code(),
             Some(status),
-            "its end: {ended}; its console:\n{}\nits log:\n{}",
-            self.console.text(),
-            self.log.whole(time_limit())
+            "its end: {ended}; its console:\n{console}\nits log:\n{log}"
         );
     }
 }
