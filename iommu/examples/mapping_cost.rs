@@ -3,10 +3,9 @@
 //!
 //!     cargo run --release -p iommu --example mapping_cost
 //!
-//! The first table counts the instructions of a MAP and an UNMAP of one page
-//! by running this program in callgrind, so it needs valgrind. The others have
-//! the bytes of memory per mapping, and the CPU time of requests that concern
-//! all mappings of a domain at once, as the kernel accounts them.
+//! The tables have the bytes of memory per mapping, and the CPU time of requests that
+//! concern all mappings of a domain at once, as the kernel accounts them. The
+//! instructions of single requests are in `model_cost`.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -21,8 +20,6 @@ use iommu::{
 use vm_memory::GuestAddress;
 
 const PAGE: u64 = 4096;
-/// Pairs of MAP and UNMAP that are counted.
-const PAIRS: u64 = 10_000;
 /// Mappings of a large domain.
 const ALL: u64 = 1 << 20;
 /// Pages over which `ALL` mappings are spread so that chunks are 3/8 full.
@@ -141,30 +138,6 @@ fn shuffled(at: u64) -> u64 {
     (mixed ^ (mixed >> 10)).wrapping_mul(0x85eb_ca6b) % ALL
 }
 
-/// Maps `count` pages, then unmaps and maps `pairs` of them.
-fn churn(count: u64, pairs: u64) {
-    let machine = Machine::with_mappings(0..count);
-    for at in 0..pairs {
-        let page = at.wrapping_mul(7919) % count;
-        machine.unmap(page, 1);
-        machine.map(page);
-    }
-}
-
-/// Instructions that this program executes with these arguments; `None`
-/// without valgrind.
-fn instructions(count: u64, pairs: u64) -> Option<u64> {
-    let output = Command::new("valgrind")
-        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
-        .arg(std::env::current_exe().ok()?)
-        .args([count.to_string(), pairs.to_string()])
-        .output()
-        .ok()?;
-    let log = String::from_utf8_lossy(&output.stderr);
-    let line = log.lines().find(|line| line.contains("Collected :"))?;
-    line.split_whitespace().last()?.parse().ok()
-}
-
 /// CPU time of this thread in nanoseconds.
 fn cpu_time() -> u64 {
     // The kernel updates the accounting when it schedules.
@@ -193,23 +166,8 @@ fn time(what: &str, machine: &Machine, request: impl FnOnce(&Machine)) {
 }
 
 fn main() {
-    let arguments: Vec<u64> = std::env::args()
-        .skip(1)
-        .filter_map(|argument| argument.parse().ok())
-        .collect();
-    match arguments[..] {
-        [which] => return bulk_case(which),
-        [count, pairs] => return churn(count, pairs),
-        _ => {}
-    }
-    println!("| mappings | instructions of a MAP and an UNMAP |\n|---|---|");
-    for count in [1_000, 10_000, 100_000, 1_000_000] {
-        let base = instructions(count, 0);
-        let more = instructions(count, PAIRS);
-        match base.zip(more) {
-            Some((base, more)) => println!("| {count} | {} |", (more - base) / PAIRS),
-            None => println!("| {count} | no valgrind |"),
-        }
+    if let Some(which) = std::env::args().nth(1) {
+        return bulk_case(which.parse().expect("a number"));
     }
     // A process per case: memory that an earlier case freed would distort it.
     let program = std::env::current_exe().expect("this program");

@@ -1,5 +1,7 @@
 //! All measurements: the program `tests/bench`, run where guests run, and its tables.
 
+mod models;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,13 +32,17 @@ pub struct BenchArgs {
     minutes: u64,
     #[command(flatten)]
     place: PlaceArgs,
-    /// Only what has one of these in its name: start-up, iotlb, smmuv3,ats=on, …
+    /// Only what has one of these in its name: start-up, iotlb, smmuv3,ats=on, …; "models" for the
+    /// IOMMU models alone, by callgrind on this machine
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 }
 
 /// Measures and prints tables in Markdown. Fails if a measurement fails.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    if args.names == ["models"] {
+        return models::run();
+    }
     let place = args.place.decide(args.arch)?;
     let binary = product::build(args.arch, Profile::Release)?;
     let mut cargo = Toolchain::find(args.arch)?.cargo("test");
