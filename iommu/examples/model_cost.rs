@@ -166,6 +166,7 @@ impl Virtio {
     fn run(&self, operation: &str, mappings: u64, streams: u64) {
         let page = |at| scattered(at, mappings);
         match operation {
+            "nothing" => repeat(|at| move || _ = black_box(at)),
             "translate" => translate(&self.regions[0], |at| page(at) * PAGE),
             "fault" => translate(&self.regions[0], |at| (mappings + page(at)) * PAGE),
             "map" => repeat(|at| {
@@ -193,28 +194,37 @@ impl Virtio {
         if operation == "dma-open" {
             return repeat(|_| || drop(black_box(dma.view())));
         }
-        let view = dma.view();
-        repeat(|at| {
+        let (view, ram) = (&dma.view(), &self.ram);
+        let address = |at| {
             let page = scattered(at, mappings);
             let address = GuestAddress(page * PAGE + at % 512 * 8);
             let _: u64 = view.read_obj(address).expect("mapped");
-            let ram = GuestAddress(page % Self::PAGES * PAGE);
-            let (view, memory) = (&view, &self.ram);
-            let slice = memory.get_slices(ram, 8, Permissions::Read);
-            let slice = slice.expect("RAM").next().expect("a slice").expect("RAM");
-            move || match operation {
-                "dma-hit" => {
+            (address, GuestAddress(page % Self::PAGES * PAGE))
+        };
+        match operation {
+            "dma-hit" => repeat(|at| {
+                let (address, _) = address(at);
+                move || {
                     let slices = view.get_slices(address, 8, Permissions::Read);
-                    black_box(slices.expect("a range").next().is_some_and(|s| s.is_ok()));
+                    let slice = slices.expect("a range").next();
+                    black_box(slice.expect("a slice").expect("mapped"));
                 }
-                "dma-read" => {
+            }),
+            "dma-read" => repeat(|at| {
+                let (address, _) = address(at);
+                move || {
                     black_box(view.read_obj::<u64>(address).expect("mapped"));
                 }
-                _ => {
+            }),
+            _ => repeat(|at| {
+                let (_, target) = address(at);
+                let slice = ram.get_slices(target, 8, Permissions::Read);
+                let slice = slice.expect("RAM").next().expect("a slice").expect("RAM");
+                move || {
                     black_box(slice.read_obj::<u64>(0).expect("RAM"));
                 }
-            }
-        });
+            }),
+        }
     }
 }
 

@@ -1,35 +1,24 @@
 //! Guest memory as an emulated device accesses it: at I/O virtual addresses.
 
+mod cache;
+
 use std::cell::Cell;
 use std::iter::FusedIterator;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard};
 
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend as _, GuestMemoryError, GuestMemoryRegion as _,
-    MemoryRegionAddress, Permissions, VolatileSlice, guest_memory::GuestMemorySliceIterator,
+    GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice,
+    guest_memory::GuestMemorySliceIterator,
 };
 
+use self::cache::{Cache, Slot};
 use crate::addr::{Gpa, Iova, IovaRange};
 use crate::mapping::{Access, Mapping, Perm};
 use crate::ram::GuestRam;
 use crate::region::Translating;
 use crate::space::AddressSpace;
 use crate::translate::{Fault, FaultReason};
-
-/// Entries of a view's translation cache; a power of two.
-const CACHE: usize = 64;
-/// Bytes that share a slot of the cache, as a shift: 4 KiB.
-const SLOT_SHIFT: u32 = 12;
-
-/// Translations, direct-mapped by page and valid for one generation of the
-/// stream. The cache is part of the IOMMU's TLB, not a device IOTLB: every
-/// invalidation of the stream empties it.
-#[derive(Debug)]
-struct Cache {
-    generation: u64,
-    slots: [Option<Mapping>; CACHE],
-}
 
 /// A requester's view of guest memory. Each queue or thread uses a clone,
 /// because a clone has its own translation cache.
@@ -72,10 +61,7 @@ impl DmaSpace {
     fn new(space: AddressSpace) -> Self {
         Self {
             space,
-            cache: Mutex::new(Cache {
-                generation: 0,
-                slots: [None; CACHE],
-            }),
+            cache: Mutex::new(Cache::new(0)),
         }
     }
 
@@ -96,15 +82,11 @@ impl DmaSpace {
             // none.
             let mut cache = self.cache.try_lock().ok();
             if let Some(cache) = &mut cache {
-                let generation = region.generation();
-                if cache.generation != generation {
-                    cache.slots = [None; CACHE];
-                    cache.generation = generation;
-                }
+                cache.renew(region.generation());
             }
             Translated {
                 inside,
-                cache: std::cell::RefCell::new(cache),
+                cache,
                 hits: Cell::new(0),
             }
         });
@@ -118,8 +100,14 @@ impl DmaSpace {
 
 struct Translated<'a> {
     inside: Translating<'a>,
-    cache: std::cell::RefCell<Option<MutexGuard<'a, Cache>>>,
+    cache: Option<MutexGuard<'a, Cache>>,
     hits: Cell<u64>,
+}
+
+impl Translated<'_> {
+    fn hit(&self) {
+        self.hits.set(self.hits.get().wrapping_add(1));
+    }
 }
 
 /// Guest memory at I/O virtual addresses, with the stream's gate entered. It
@@ -146,61 +134,69 @@ impl DmaView<'_> {
         self.fault.take()
     }
 
-    /// The run of addresses around `iova` whose mapping permits `access`.
-    fn run(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
-        let Some(translated) = &self.translated else {
-            return Ok(Mapping {
-                iova: IovaRange::ALL,
-                gpa: Gpa(0),
-                perm: Perm::READ_WRITE,
-            });
-        };
-        let mut cache = translated.cache.borrow_mut();
-        let page = usize::try_from(iova.0 >> SLOT_SHIFT).unwrap_or(0) % CACHE;
-        let slot = cache.as_mut().and_then(|cache| cache.slots.get_mut(page));
-        if let Some(Some(known)) = &slot
-            && known.iova.contains(iova)
-            && known.perm.allows(access)
-        {
-            translated.hits.set(translated.hits.get() + 1);
-            return Ok(*known);
-        }
-        let answer = translated.inside.translate(iova, access)?;
-        if let Some(slot) = slot {
-            *slot = Some(answer);
-        }
-        Ok(answer)
+    /// All of `count` bytes at `iova`, if one cached translation has them.
+    #[inline]
+    fn cached(&self, iova: u64, count: usize, wanted: Perm) -> Option<VolatileSlice<'_, ()>> {
+        let translated = self.translated.as_ref()?;
+        let cache = translated.cache.as_ref()?;
+        let slice = cache.slice(self.space.ram(), iova, count, wanted)?;
+        translated.hit();
+        Some(slice)
     }
 
-    /// The longest part of `count` bytes at `iova` that is contiguous in RAM.
+    /// The longest part of `count` bytes at `iova` that is contiguous in RAM and
+    /// permits `wanted`.
     fn piece(
         &self,
         iova: Iova,
         count: usize,
-        access: Access,
+        wanted: Perm,
     ) -> Result<VolatileSlice<'_, ()>, Fault> {
-        let fault = |reason| Fault {
+        let access = access_of(wanted);
+        // A range that ends beyond 2^64 - 1 is refused, not wrapped around.
+        if iova.checked_add(count as u64 - 1).is_none() {
+            return Err(self.fault_of(iova, access, FaultReason::AddressSize));
+        }
+        let cache = self.translated.as_ref().and_then(|t| t.cache.as_ref());
+        let slot = match cache.and_then(|cache| cache.find(iova, wanted)) {
+            Some(slot) => {
+                self.translated.iter().for_each(Translated::hit);
+                slot
+            }
+            None => {
+                let mut slot = self.translate(iova, access)?;
+                if !slot.perm().contains(wanted) {
+                    slot = self.translate(iova, Access::Read)?;
+                }
+                cache.into_iter().for_each(|cache| cache.insert(iova, slot));
+                slot
+            }
+        };
+        let slice = slot.slice(self.space.ram(), iova.0, count);
+        slice.ok_or_else(|| self.fault_of(iova, access, FaultReason::NotRam))
+    }
+
+    /// The translation of `iova` for one access, in its block of RAM.
+    fn translate(&self, iova: Iova, access: Access) -> Result<Slot, Fault> {
+        let mapping = match &self.translated {
+            None => Mapping {
+                iova: IovaRange::ALL,
+                gpa: Gpa(0),
+                perm: Perm::READ_WRITE,
+            },
+            Some(translated) => translated.inside.translate(iova, access)?,
+        };
+        let slot = Slot::new(self.space.ram(), &mapping, iova);
+        slot.ok_or_else(|| self.fault_of(iova, access, FaultReason::NotRam))
+    }
+
+    fn fault_of(&self, iova: Iova, access: Access, reason: FaultReason) -> Fault {
+        Fault {
             stream: self.space.requester(),
             iova,
             access,
             reason,
-        };
-        let mapping = self.run(iova, access)?;
-        let gpa = mapping
-            .gpa_of(iova)
-            .ok_or_else(|| fault(FaultReason::Translation))?;
-        let ram: &GuestRam = self.space.ram();
-        let block = ram
-            .find_region(GuestAddress(gpa.0))
-            .ok_or_else(|| fault(FaultReason::NotRam))?;
-        let offset = gpa.0 - block.start_addr().0;
-        let left = (mapping.iova.last().0 - iova.0)
-            .saturating_add(1)
-            .min(block.len() - offset);
-        let count = count.min(usize::try_from(left).unwrap_or(usize::MAX));
-        block
-            .get_slice(MemoryRegionAddress(offset), count)
-            .map_err(|_| fault(FaultReason::NotRam))
+        }
     }
 
     fn note(&self, fault: Fault) {
@@ -225,6 +221,15 @@ impl Drop for DmaView<'_> {
     }
 }
 
+/// The access that is translated first.
+fn access_of(wanted: Perm) -> Access {
+    if wanted.contains(Perm::WRITE) {
+        Access::Write
+    } else {
+        Access::Read
+    }
+}
+
 impl GuestMemory for DmaView<'_> {
     type PhysicalMemory = GuestRam;
     type Bitmap = ();
@@ -246,11 +251,11 @@ impl GuestMemory for DmaView<'_> {
             view: self,
             iova: addr.0,
             left: count,
-            access: match access {
-                Permissions::No | Permissions::Read => Access::Read,
-                Permissions::Write | Permissions::ReadWrite => Access::Write,
+            wanted: match access {
+                Permissions::No | Permissions::Read => Perm::READ,
+                Permissions::Write => Perm::WRITE,
+                Permissions::ReadWrite => Perm::READ_WRITE,
             },
-            also_read: access == Permissions::ReadWrite,
         })
     }
 }
@@ -260,56 +265,43 @@ struct Slices<'a, 'v> {
     view: &'a DmaView<'v>,
     iova: u64,
     left: usize,
-    access: Access,
-    also_read: bool,
+    wanted: Perm,
 }
 
 impl<'a> Slices<'a, '_> {
-    fn piece(&self) -> Result<VolatileSlice<'a, ()>, Fault> {
-        let iova = Iova(self.iova);
-        // A range that ends beyond 2^64 - 1 is refused, not wrapped around.
-        if iova.checked_add(self.left as u64 - 1).is_none() {
-            return Err(Fault {
-                stream: self.view.space.requester(),
-                iova,
-                access: self.access,
-                reason: FaultReason::AddressSize,
-            });
+    /// The next piece, where no cached translation has all of the rest.
+    #[inline(never)]
+    fn next_piece(&mut self) -> <Self as Iterator>::Item {
+        match self.view.piece(Iova(self.iova), self.left, self.wanted) {
+            Ok(piece) => {
+                self.left -= piece.len();
+                self.iova = self.iova.wrapping_add(piece.len() as u64);
+                Ok(piece)
+            }
+            Err(fault) => {
+                self.view.note(fault);
+                self.left = 0;
+                let address = GuestAddress(self.iova);
+                Err(GuestMemoryError::InvalidGuestAddress(address))
+            }
         }
-        let piece = self.view.piece(iova, self.left, self.access)?;
-        if self.also_read {
-            let readable = self.view.piece(iova, piece.len(), Access::Read)?;
-            return Ok(if readable.len() < piece.len() {
-                readable
-            } else {
-                piece
-            });
-        }
-        Ok(piece)
     }
 }
 
 impl<'a> Iterator for Slices<'a, '_> {
     type Item = vm_memory::GuestMemoryResult<VolatileSlice<'a, ()>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         if self.left == 0 {
             return None;
         }
-        match self.piece() {
-            Ok(piece) => {
-                self.left -= piece.len();
-                self.iova = self.iova.wrapping_add(piece.len() as u64);
-                Some(Ok(piece))
-            }
-            Err(fault) => {
-                self.view.note(fault);
-                self.left = 0;
-                Some(Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(
-                    self.iova,
-                ))))
-            }
-        }
+        let rest = self.view.cached(self.iova, self.left, self.wanted);
+        let Some(rest) = rest else {
+            return Some(self.next_piece());
+        };
+        self.left = 0;
+        Some(Ok(rest))
     }
 }
 

@@ -16,7 +16,8 @@ const MAPPINGS: [u64; 3] = [1, 1_000, 1_000_000];
 const STREAMS: [u64; 3] = [1, 8, 31];
 
 /// Operations of the program, and their names in the tables.
-const BY_MAPPINGS: [(&str, &str); 11] = [
+const BY_MAPPINGS: [(&str, &str); 12] = [
+    ("nothing", "an operation that does nothing"),
     ("dma-open", "`DmaView`, opened and dropped"),
     ("dma-hit", "`DmaView`, a slice of a cached page"),
     ("dma-read", "`DmaView`, 8 bytes of a cached page"),
