@@ -49,23 +49,32 @@ pub struct LegacyDevice {
     pub gsi: u32,
 }
 
-/// The x86 registers that end the machine: ACPI 6.5 §4.8.3.7 (sleep) and
-/// §4.8.3.6 (reset). Each is one byte wide.
+/// The x86 registers that end the machine: ACPI 6.5 §4.8.3.7 (sleep), §4.8.3.6
+/// (reset), and the keyboard controller's command port. Each is one byte wide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PowerPorts {
-    /// SLEEP_CONTROL_REG: writing `SLP_EN` with [`Self::S5`] powers off.
+    /// SLEEP_CONTROL_REG: writing [`Self::POWER_OFF`] powers off.
     pub sleep_control: u16,
-    /// SLEEP_STATUS_REG: reads as zero (`WAK_STS` clear), writes are ignored.
+    /// SLEEP_STATUS_REG, the next port: reads as zero (`WAK_STS` clear), writes are ignored.
     pub sleep_status: u16,
     /// RESET_REG: writing [`Self::RESET_VALUE`] resets.
     pub reset: u16,
+    /// Command port of a keyboard controller without a keyboard: writing
+    /// [`Self::PULSE_RESET`] resets. Its status reads as zero: no key to read, and
+    /// ready for a command. For a guest with `reboot=k`, as Firecracker's have.
+    pub keyboard: u16,
 }
 
 impl PowerPorts {
     /// The `SLP_TYPx` value of the soft-off state, as the `\_S5` object says.
     pub const S5: u8 = 5;
+    /// Mask and value of SLEEP_CONTROL_REG that power off: `SLP_EN` (bit 5) with
+    /// [`Self::S5`] in `SLP_TYPx` (bits 2 to 4).
+    pub const POWER_OFF: (u8, u8) = (1 << 5 | 0b111 << 2, 1 << 5 | Self::S5 << 2);
     /// Value of RESET_REG that resets; the FADT gives it to the guest.
     pub const RESET_VALUE: u8 = 1;
+    /// Command of the keyboard controller that pulses the processor's reset line.
+    pub const PULSE_RESET: u8 = 0xfe;
 }
 
 /// A PCI Express root with ECAM configuration space, MSI only (no INTx).

@@ -2,14 +2,11 @@
 //! to vCPUs. Opens nothing.
 
 use std::any::Any;
-use std::io;
 use std::sync::Arc;
 
-use arch::{LegacyDevice, Platform, Space, layout};
+use arch::{LegacyDevice, Platform, PowerPorts, Space, layout};
 use devices::bus::{Bus, BusDevice};
-use devices::legacy::{
-    Cmos, KEYBOARD_RESET_LEN, KeyboardReset, POWER_LEN, Pl031, Power, PowerRequest, SerialPort,
-};
+use devices::legacy::{Cmos, Pl031, PowerRegister, SerialPort};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::build_error::BuildError;
@@ -21,9 +18,6 @@ use crate::pci::PciBus;
 use crate::plan::{Console, MachinePlan};
 use crate::reports::Reporter;
 use crate::resources::HostResources;
-
-/// The keyboard controller's command port (x86).
-const KEYBOARD_COMMAND_PORT: u64 = 0x64;
 
 /// A machine. Dropping it ends the guest.
 ///
@@ -169,20 +163,21 @@ fn add_power(buses: &Buses, reporter: &Reporter) -> Result<(), BuildError> {
     let Some(ports) = layout::POWER else {
         return Ok(());
     };
-    let request = || -> io::Result<_> {
-        let reporter = reporter.try_clone()?;
-        Ok(move |request| {
-            reporter.ended(match request {
-                PowerRequest::Off => Ending::PoweredOff,
-                PowerRequest::Reset => Ending::Reset,
-            });
-        })
+    let reporter = Arc::new(reporter.try_clone()?);
+    let add = |port: u16, len, request, ending: Ending| {
+        let reporter = Arc::clone(&reporter);
+        let register = PowerRegister::new(request, move || reporter.ended(ending.clone()));
+        buses.pio.insert(port.into(), len, Arc::new(register))
     };
-    let registers = Arc::new(Power::new(request()?));
-    let pio = &buses.pio;
-    pio.insert(u64::from(ports.sleep_control), POWER_LEN, registers)?;
-    let keyboard = Arc::new(KeyboardReset::new(request()?));
-    pio.insert(KEYBOARD_COMMAND_PORT, KEYBOARD_RESET_LEN, keyboard)?;
+    let (reset, pulse) = (PowerPorts::RESET_VALUE, PowerPorts::PULSE_RESET);
+    add(
+        ports.sleep_control,
+        2,
+        PowerPorts::POWER_OFF,
+        Ending::PoweredOff,
+    )?;
+    add(ports.reset, 1, (u8::MAX, reset), Ending::Reset)?;
+    add(ports.keyboard, 1, (u8::MAX, pulse), Ending::Reset)?;
     Ok(())
 }
 
@@ -216,18 +211,29 @@ mod tests {
 
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn the_tables_tell_the_guest_where_the_power_registers_are() {
-        use arch::{PowerPorts, layout};
-        use devices::legacy::{
-            POWER_OFF_SLEEP_TYPE, RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET,
-            SLEEP_STATUS_OFFSET,
+    fn the_registers_that_the_tables_name_end_the_machine() {
+        use super::*;
+        let (reporter, reports) = crate::reports::channel().unwrap();
+        let buses = Buses {
+            pio: Arc::new(Bus::new()),
+            mmio: Arc::new(Bus::new()),
+            pause: Arc::default(),
         };
+        add_power(&buses, &reporter).unwrap();
         let ports = layout::POWER.unwrap();
-        let offset = |port: u16| u64::from(port - ports.sleep_control);
-        assert_eq!(offset(ports.sleep_control), SLEEP_CONTROL_OFFSET);
-        assert_eq!(offset(ports.sleep_status), SLEEP_STATUS_OFFSET);
-        assert_eq!(offset(ports.reset), RESET_OFFSET);
-        assert_eq!(PowerPorts::S5, POWER_OFF_SLEEP_TYPE);
-        assert_eq!(PowerPorts::RESET_VALUE, RESET_VALUE);
+        let mut status = [0xff];
+        assert!(buses.pio.read(ports.sleep_status.into(), &mut status));
+        assert_eq!(status, [0]);
+        let off = PowerPorts::S5 << 2 | 1 << 5;
+        for (port, value, ending) in [
+            (ports.sleep_status, off, None),
+            (ports.sleep_control, off, Some(Ending::PoweredOff)),
+            (ports.reset, PowerPorts::RESET_VALUE, Some(Ending::Reset)),
+            (ports.keyboard, 0xfe, Some(Ending::Reset)),
+            (ports.keyboard, 0xd1, None),
+        ] {
+            assert!(buses.pio.write(port.into(), &[value]));
+            assert_eq!(reports.take(), ending, "{port:#x}");
+        }
     }
 }

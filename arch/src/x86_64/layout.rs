@@ -45,11 +45,12 @@ pub const RTC: LegacyDevice = LegacyDevice {
     regs: Range::new(0x70, 2),
     gsi: 8,
 };
-/// ACPI sleep and reset registers.
+/// Sleep and reset registers, and the keyboard controller's command port.
 pub const POWER: Option<PowerPorts> = Some(PowerPorts {
     sleep_control: 0x600,
     sleep_status: 0x601,
     reset: 0x602,
+    keyboard: 0x64,
 });
 /// There is no SMMUv3 on this architecture.
 pub const SMMU: Option<Smmu> = None;

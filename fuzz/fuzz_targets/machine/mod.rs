@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use devices::bus::{Bus, BusDevice};
 use devices::interrupt::{Doorbells, IrqLine, MsiAllocator};
 use devices::legacy::{
-    CMOS_LEN, Cmos, KEYBOARD_RESET_LEN, KeyboardReset, POWER_LEN, Pl031, Power, RTC_LEN,
-    SERIAL_LEN, SerialPort, SerialSink,
+    CMOS_LEN, Cmos, Pl031, PowerRegister, RTC_LEN, SERIAL_LEN, SerialPort, SerialSink,
 };
 use devices::pause::PauseRequest;
 use devices::pci::{MsiRetranslator, MsiThread, PciFunction, PciRoot, Requester};
@@ -245,14 +244,16 @@ fn legacy(memory: &Bus) -> (Bus, Arc<SerialPort>) {
     let (line, sink) = (Arc::new(Unconnected), Arc::new(Unconnected));
     let serial = SerialPort::new(line, sink, eventfd(), Arc::default());
     let serial = Arc::new(serial);
-    let devices: [(u64, u64, Arc<dyn BusDevice>); 4] = [
+    let off = PowerRegister::new((0x3c, 0x34), || ());
+    let devices: [(u64, u64, Arc<dyn BusDevice>); 5] = [
         (SERIAL, SERIAL_LEN, Arc::clone(&serial) as _),
         (CMOS, CMOS_LEN, Arc::new(Cmos::new())),
-        (POWER, POWER_LEN, Arc::new(Power::new(|_| ()))),
+        (POWER, 2, Arc::new(off)),
+        (POWER + 2, 1, Arc::new(PowerRegister::new((0xff, 1), || ()))),
         (
             KEYBOARD,
-            KEYBOARD_RESET_LEN,
-            Arc::new(KeyboardReset::new(|_| ())),
+            1,
+            Arc::new(PowerRegister::new((0xff, 0xfe), || ())),
         ),
     ];
     for (base, len, device) in devices {
