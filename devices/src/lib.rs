@@ -17,6 +17,7 @@ pub mod interrupt;
 pub mod legacy;
 pub mod pause;
 pub mod pci;
+pub mod poll;
 pub mod queue;
 pub mod random;
 pub mod smmuv3;

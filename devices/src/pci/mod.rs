@@ -12,6 +12,6 @@ mod root;
 pub(crate) use bar::halves;
 pub use bar::{BarError, BarKind, BarMove, Bars};
 pub use config::{ConfigSpace, Ids};
-pub use msi::{MsiRetranslator, MsiTarget, MsiThread, Requester};
+pub use msi::{MsiRetranslator, MsiTarget, Requester};
 pub use msix::Msix;
 pub use root::{PciFunction, PciRoot, PlaceError, SLOTS};

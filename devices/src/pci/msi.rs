@@ -19,8 +19,8 @@ use log::warn;
 
 use crate::interrupt::{MsiMessage, MsiVector};
 
+pub use retranslate::MsiRetranslator;
 use retranslate::Retranslate;
-pub use retranslate::{MsiRetranslator, MsiThread};
 
 /// A PCI function as a requester: its memory view and its MSI target, created
 /// together from one requester ID (invariant 2).

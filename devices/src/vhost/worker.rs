@@ -5,18 +5,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
 
 use iommu::lock::LeafMutex;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::epoll::EventSet;
 
-use crate::thread::{ThreadKind, spawn};
-
-/// Token of the eventfd that ends the thread.
-const EXIT: u64 = u64::MAX;
-/// Shift of the client's number in a token; the source is in the low half.
-const CLIENT_SHIFT: u32 = 32;
+use crate::poll::{Poll, PollThread, owner_and_source, token};
+use crate::thread::ThreadKind;
 
 /// A client whose sources the thread watches.
 pub trait EpollClient: Send + Sync {
@@ -31,21 +25,21 @@ struct Client {
     sources: Vec<RawFd>,
 }
 
+#[derive(Default)]
 struct Clients {
-    next: u64,
-    known: BTreeMap<u64, Client>,
+    next: u32,
+    known: BTreeMap<u32, Client>,
 }
 
 struct Shared {
-    epoll: Epoll,
-    exit: EventFd,
+    poll: Arc<Poll>,
     clients: LeafMutex<Clients>,
 }
 
 /// Owner of the thread, which ends when this is dropped.
 pub struct VhostWorker {
     shared: Arc<Shared>,
-    handle: Option<JoinHandle<()>>,
+    _thread: PollThread,
 }
 
 impl VhostWorker {
@@ -54,20 +48,20 @@ impl VhostWorker {
     /// # Errors
     /// No file descriptor or thread is left.
     pub fn start() -> io::Result<Self> {
+        let poll = Arc::new(Poll::new()?);
         let shared = Arc::new(Shared {
-            epoll: Epoll::new()?,
-            exit: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            clients: LeafMutex::new(Clients {
-                next: 0,
-                known: BTreeMap::new(),
-            }),
+            poll: Arc::clone(&poll),
+            clients: LeafMutex::default(),
         });
-        shared.watch(&shared.exit, EXIT)?;
         let worker = Arc::clone(&shared);
-        let handle = spawn(ThreadKind::VhostWorker, "iotlb", move || worker.run())?;
+        let work = move |poll: &Poll| {
+            if let Err(error) = poll.run(|token| worker.dispatch(token)) {
+                log::error!("waiting for the host's vhost: {error}");
+            }
+        };
         Ok(Self {
             shared,
-            handle: Some(handle),
+            _thread: PollThread::spawn(ThreadKind::VhostWorker, "iotlb", &poll, work)?,
         })
     }
 
@@ -82,7 +76,7 @@ impl VhostWorker {
             let mut clients = self.shared.clients.lock();
             let gone = |known: &Client| known.served.strong_count() == 0;
             clients.known.retain(|_, known| !gone(known));
-            clients.next += 1;
+            clients.next = clients.next.wrapping_add(1);
             let number = clients.next;
             let client = Client {
                 served: client,
@@ -91,71 +85,26 @@ impl VhostWorker {
             clients.known.insert(number, client);
             number
         };
-        for (source, fd) in (0_u64..).zip(sources) {
-            self.shared.watch(*fd, number << CLIENT_SHIFT | source)?;
+        for (source, fd) in (0..).zip(sources) {
+            let poll = &self.shared.poll;
+            poll.add(*fd, EventSet::IN, token(number, source))?;
         }
         Ok(())
     }
 }
 
-impl Drop for VhostWorker {
-    fn drop(&mut self) {
-        let _ = self.shared.exit.write(1);
-        if let Some(handle) = self.handle.take() {
-            // The last client may drop this on the thread itself, which
-            // cannot join itself.
-            if handle.thread().id() != std::thread::current().id() {
-                let _ = handle.join();
-            }
-        }
-    }
-}
-
 impl Shared {
-    fn watch(&self, source: &dyn AsRawFd, token: u64) -> io::Result<()> {
-        let event = EpollEvent::new(EventSet::IN, token);
-        self.epoll
-            .ctl(ControlOperation::Add, source.as_raw_fd(), event)
-    }
-
-    fn run(&self) {
-        let mut events = [EpollEvent::default(); 32];
-        loop {
-            let count = match self.epoll.wait(-1, &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    log::error!("waiting for the host's vhost: {error}");
-                    return;
-                }
-            };
-            for event in events.iter().take(count) {
-                let token = event.data();
-                if token == EXIT {
-                    return;
-                }
-                self.dispatch(token);
-            }
-        }
-    }
-
     fn dispatch(&self, token: u64) {
-        let client = self
-            .clients
-            .lock()
-            .known
-            .get(&(token >> CLIENT_SHIFT))
-            .cloned();
-        let source = u32::try_from(token & 0xffff_ffff).unwrap_or(u32::MAX);
+        let (number, source) = owner_and_source(token);
+        let client = self.clients.lock().known.get(&number).cloned();
         let Some(client) = client else {
             return;
         };
         let good = client.served.upgrade().map(|served| served.ready(source));
         if good != Some(true)
-            && let Some(&fd) = client.sources.get(source as usize)
+            && let Some(fd) = client.sources.get(source as usize)
         {
-            let none = EpollEvent::default();
-            let _ = self.epoll.ctl(ControlOperation::Delete, fd, none);
+            let _ = self.poll.remove(fd);
         }
     }
 }
@@ -164,6 +113,8 @@ impl Shared {
 mod tests {
     use std::sync::Mutex;
     use std::sync::mpsc::{Sender, channel};
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
 

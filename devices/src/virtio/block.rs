@@ -6,12 +6,10 @@
 mod image;
 mod request;
 
+use std::io;
 use std::ops::DerefMut;
-use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::{io, thread};
 
 use iommu::lock::RankedMutex;
 use virtio_bindings::virtio_blk::{
@@ -21,8 +19,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT as _;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -34,13 +32,10 @@ use super::counters::{BlockCounters, DeviceCounters};
 use super::device::VirtioDevice;
 use crate::bus::read_image;
 use crate::failure::{DeviceError, FailureLatch};
+use crate::poll::{Poll, PollThread};
 use crate::queue::chain::QueueError;
 use crate::queue::{QueuePosition, RunningQueue};
-use crate::thread::{ThreadKind, spawn};
-
-/// Token of the eventfd that ends the worker; the token of a queue is its
-/// index.
-const STOP: u64 = u64::MAX;
+use crate::thread::ThreadKind;
 
 struct Running {
     queue: RunningQueue,
@@ -54,8 +49,8 @@ struct Shared {
     /// By queue: set to make the worker leave it, between two requests or
     /// between two MiB of one.
     leave: Vec<AtomicBool>,
-    epoll: Epoll,
-    stop: EventFd,
+    /// The token of a queue is its index.
+    poll: Arc<Poll>,
     failure: FailureLatch,
 }
 
@@ -81,7 +76,7 @@ pub struct BlockConfig {
 pub struct Block {
     shared: Arc<Shared>,
     counters: Arc<BlockCounters>,
-    worker: Option<JoinHandle<()>>,
+    _worker: PollThread,
     sizes: Vec<u16>,
     features: u64,
     config: [u8; 60],
@@ -98,27 +93,22 @@ impl Block {
         let shared = Arc::new(Shared {
             queues: (0..count).map(|_| RankedMutex::default()).collect(),
             leave: (0..count).map(|_| AtomicBool::new(false)).collect(),
-            epoll: Epoll::new()?,
-            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            poll: Arc::new(Poll::new()?),
             failure: FailureLatch::default(),
         });
-        let stop = EpollEvent::new(EventSet::IN, STOP);
-        shared
-            .epoll
-            .ctl(ControlOperation::Add, shared.stop.as_raw_fd(), stop)?;
         let features = offered(config, &image);
         let space = config_space(image.sectors(), config.queues.max(1));
         let disk = Disk::new(&config.id, image);
         let counters = Arc::clone(disk.counters());
         let worker = {
-            let shared = Arc::clone(&shared);
-            let work = move || work(&shared, disk);
-            spawn(ThreadKind::Disk, format!("disk-{}", config.id), work)?
+            let (shared, poll) = (Arc::clone(&shared), Arc::clone(&shared.poll));
+            let work = move |poll: &Poll| work(&shared, poll, disk);
+            PollThread::spawn(ThreadKind::Disk, format!("disk-{}", config.id), &poll, work)?
         };
         Ok(Self {
             sizes: vec![QUEUE_SIZE; count],
             kicks: vec![None; count],
-            worker: Some(worker),
+            _worker: worker,
             shared,
             counters,
             features,
@@ -211,11 +201,7 @@ impl VirtioDevice for Block {
             queue: started,
             failed: false,
         });
-        let event = EpollEvent::new(EventSet::IN, u64::from(index));
-        let watched = self
-            .shared
-            .epoll
-            .ctl(ControlOperation::Add, new.as_raw_fd(), event);
+        let watched = (self.shared.poll).add(&*new, EventSet::IN, index.into());
         watched.map_err(DeviceError::backend("watching a queue"))?;
         // A driver may add requests before DRIVER_OK.
         let _ = new.write(1);
@@ -226,11 +212,7 @@ impl VirtioDevice for Block {
     fn stop_queue(&mut self, index: u16) -> Option<QueuePosition> {
         let at = usize::from(index);
         if let Some(kick) = self.kicks.get_mut(at).and_then(Option::take) {
-            let gone = EpollEvent::default();
-            let _ = self
-                .shared
-                .epoll
-                .ctl(ControlOperation::Delete, kick.as_raw_fd(), gone);
+            let _ = self.shared.poll.remove(&*kick);
         }
         let leave = self.shared.leave.get(at)?;
         leave.store(true, Ordering::Release);
@@ -253,40 +235,22 @@ impl Drop for Block {
         for leave in &self.shared.leave {
             leave.store(true, Ordering::Release);
         }
-        let _ = self.shared.stop.write(1);
-        // The worker itself may drop the function last, after its callback for
-        // a failure: it cannot join itself.
-        let worker = self.worker.take();
-        if let Some(worker) = worker.filter(|it| it.thread().id() != thread::current().id()) {
-            let _ = worker.join();
-        }
     }
 }
 
 /// Body of the worker thread: serves kicked queues until it is stopped.
-fn work(shared: &Shared, mut disk: Disk) {
-    let mut events = [EpollEvent::default(); 8];
-    loop {
-        let ready = match shared.epoll.wait(-1, &mut events) {
-            Ok(ready) => ready,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(source) => {
-                shared.failure.record(DeviceError::Backend {
-                    what: "waiting for kicks",
-                    source,
-                });
-                shared.failure.notify();
-                return;
-            }
-        };
-        for event in events.iter().take(ready) {
-            if event.data() == STOP {
-                return;
-            }
-            let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
-            kicked(shared, index, &mut disk);
-            shared.failure.notify();
-        }
+fn work(shared: &Shared, poll: &Poll, mut disk: Disk) {
+    let ended = poll.run(|token| {
+        kicked(
+            shared,
+            usize::try_from(token).unwrap_or(usize::MAX),
+            &mut disk,
+        );
+        shared.failure.notify();
+    });
+    if let Err(error) = ended.map_err(DeviceError::backend("waiting for kicks")) {
+        shared.failure.record(error);
+        shared.failure.notify();
     }
 }
 

@@ -14,7 +14,8 @@ use devices::legacy::{
     CMOS_LEN, Cmos, Pl031, PowerRegister, RTC_LEN, SERIAL_LEN, SerialPort, SerialSink,
 };
 use devices::pause::PauseRequest;
-use devices::pci::{MsiRetranslator, MsiThread, PciFunction, PciRoot, Requester};
+use devices::pci::{MsiRetranslator, PciFunction, PciRoot, Requester};
+use devices::poll::PollThread;
 use devices::smmuv3::{SmmuLines, SmmuRegisters};
 use devices::testing::{Board, eventfd};
 use devices::virtio::VirtioDevice;
@@ -148,7 +149,7 @@ pub struct Machine {
     pub functions: Vec<(usize, Arc<VirtioPci>)>,
     /// Address that the guest last wrote to each BAR.
     bars: [AtomicU64; 3],
-    _msis: MsiThread,
+    _msis: PollThread,
 }
 
 impl Machine {

@@ -8,7 +8,8 @@ use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
 use arch::{IommuNode, PciHost, layout};
 use devices::interrupt::Doorbells;
 use devices::pause::PauseRequest;
-use devices::pci::{MsiRetranslator, MsiThread, PciRoot, Requester};
+use devices::pci::{MsiRetranslator, PciRoot, Requester};
+use devices::poll::PollThread;
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::{BAR_SIZE, VirtioPci, VirtioPciResources};
 
@@ -24,7 +25,7 @@ use crate::resources::AcquiredFunction;
 pub(crate) struct PciBus {
     pub(super) functions: Vec<Function>,
     pub(super) iommu: Option<IommuDevice>,
-    _msis: Option<MsiThread>,
+    _msis: Option<PollThread>,
     /// A lock in place of a busy model's: a test holds it.
     #[cfg(test)]
     pub(crate) busy: crate::kvm::fake::Busy,

@@ -177,7 +177,7 @@ fn table(document: &str, heading: &str) -> BTreeSet<String> {
 /// name)`.
 fn threads(path: &str, text: &str) -> Vec<(String, String)> {
     const BUILDER: &str = "Builder::new()";
-    const KIND: &str = " spawn(ThreadKind::";
+    const KIND: &str = "spawn(ThreadKind::";
     let mut found = Vec::new();
     // Its callers name the threads.
     if path == "devices/src/thread.rs" {

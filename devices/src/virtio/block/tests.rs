@@ -1,4 +1,5 @@
 use std::io::{Read as _, Seek as _, Write as _};
+use std::thread;
 
 use iommu::{AddressSpace, DmaSpace};
 use proptest::prelude::*;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::{OnceLock, mpsc};
+use std::thread;
 
 use iommu::{
     Fault, FaultReason, Gpa, GuestRam, IommuRegion, Iova, IovaRange, Mapping, Perm, Request,
