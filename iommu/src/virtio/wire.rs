@@ -1,6 +1,9 @@
 //! Layouts in memory: requests, the device configuration, properties and fault
 //! reports (virtio 1.2 §5.13.4, §5.13.6).
 
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use super::spec::{self, PROBE_SIZE, Status, feature, property, request};
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
 use crate::mapping::Access;
@@ -56,28 +59,102 @@ pub enum Request {
     },
 }
 
-/// Reads little-endian fields off the front of a slice.
-struct Fields<'a>(&'a [u8]);
+/// `struct virtio_iommu_req_attach` after the head.
+#[derive(FromBytes)]
+#[repr(C)]
+struct RawAttach {
+    domain: U32,
+    endpoint: U32,
+    flags: U32,
+    reserved: [u8; 4],
+}
 
-impl Fields<'_> {
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Status> {
-        let (field, rest) = self.0.split_first_chunk().ok_or(Status::Inval)?;
-        self.0 = rest;
-        Ok(*field)
-    }
+/// `struct virtio_iommu_req_detach` after the head.
+#[derive(FromBytes)]
+#[repr(C)]
+struct RawDetach {
+    domain: U32,
+    endpoint: U32,
+    _reserved: [u8; 8],
+}
 
-    fn u32(&mut self) -> Result<u32, Status> {
-        self.array().map(u32::from_le_bytes)
-    }
+/// `struct virtio_iommu_req_map` after the head.
+#[derive(FromBytes)]
+#[repr(C)]
+struct RawMap {
+    domain: U32,
+    virt_start: U64,
+    virt_end: U64,
+    phys_start: U64,
+    flags: U32,
+}
 
-    fn u64(&mut self) -> Result<u64, Status> {
-        self.array().map(u64::from_le_bytes)
-    }
+/// `struct virtio_iommu_req_unmap` after the head.
+#[derive(FromBytes)]
+#[repr(C)]
+struct RawUnmap {
+    domain: U32,
+    virt_start: U64,
+    virt_end: U64,
+    reserved: [u8; 4],
+}
 
-    /// A reserved field that the driver must leave zero.
-    fn zero<const N: usize>(&mut self) -> Result<(), Status> {
-        let zero = self.array::<N>()? == [0; N];
-        if zero { Ok(()) } else { Err(Status::Inval) }
+/// `struct virtio_iommu_req_probe` after the head.
+#[derive(FromBytes)]
+#[repr(C)]
+struct RawProbe {
+    endpoint: U32,
+    _reserved: [u8; 64],
+}
+
+/// `struct virtio_iommu_config`.
+#[derive(IntoBytes)]
+#[repr(C)]
+struct RawConfig {
+    page_size_mask: U64,
+    input_range: [U64; 2],
+    domain_range: [U32; 2],
+    probe_size: U32,
+    bypass: u8,
+    reserved: [u8; 3],
+}
+
+/// `struct virtio_iommu_probe_resv_mem`, with the head of a property.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct RawReservedMemory {
+    kind: U16,
+    length: U16,
+    subtype: u8,
+    reserved: [u8; 3],
+    start: U64,
+    end: U64,
+}
+
+/// `struct virtio_iommu_fault`.
+#[derive(IntoBytes)]
+#[repr(C)]
+struct RawFault {
+    reason: u8,
+    reserved: [u8; 3],
+    flags: U32,
+    endpoint: U32,
+    reserved2: [u8; 4],
+    address: U64,
+}
+
+/// Reads the structure at the front of `bytes`.
+fn read<T: FromBytes>(bytes: &[u8]) -> Result<T, Status> {
+    let read = T::read_from_prefix(bytes).map_err(|_| Status::Inval);
+    read.map(|(raw, _)| raw)
+}
+
+/// Checks a reserved field that the driver must leave zero.
+fn zero(reserved: [u8; 4]) -> Result<(), Status> {
+    if reserved == [0; 4] {
+        Ok(())
+    } else {
+        Err(Status::Inval)
     }
 }
 
@@ -113,52 +190,42 @@ impl Request {
     /// `INVAL` for a request that is too short for its type, or an ATTACH or
     /// UNMAP whose `reserved` is not zero; `UNSUPP` for an unknown type.
     pub fn parse(bytes: &[u8]) -> Result<Self, Status> {
-        let mut fields = Fields(bytes);
-        let [kind, ..] = fields.array::<4>()?;
-        match kind {
+        let Some(([kind, ..], body)) = bytes.split_first_chunk::<4>() else {
+            return Err(Status::Inval);
+        };
+        match *kind {
             request::ATTACH => {
-                let parsed = Self::Attach {
-                    domain: fields.u32()?,
-                    endpoint: StreamId(fields.u32()?),
-                    flags: fields.u32()?,
-                };
-                fields.zero::<4>().map(|()| parsed)
+                let raw: RawAttach = read(body)?;
+                zero(raw.reserved).map(|()| Self::Attach {
+                    domain: raw.domain.get(),
+                    endpoint: StreamId(raw.endpoint.get()),
+                    flags: raw.flags.get(),
+                })
             }
-            request::DETACH => {
-                let parsed = Self::Detach {
-                    domain: fields.u32()?,
-                    endpoint: StreamId(fields.u32()?),
-                };
-                fields.array::<8>().map(|_| parsed)
-            }
-            request::MAP => Ok(Self::Map {
-                domain: fields.u32()?,
-                first: Iova(fields.u64()?),
-                last: Iova(fields.u64()?),
-                gpa: Gpa(fields.u64()?),
-                flags: fields.u32()?,
+            request::DETACH => read(body).map(|raw: RawDetach| Self::Detach {
+                domain: raw.domain.get(),
+                endpoint: StreamId(raw.endpoint.get()),
+            }),
+            request::MAP => read(body).map(|raw: RawMap| Self::Map {
+                domain: raw.domain.get(),
+                first: Iova(raw.virt_start.get()),
+                last: Iova(raw.virt_end.get()),
+                gpa: Gpa(raw.phys_start.get()),
+                flags: raw.flags.get(),
             }),
             request::UNMAP => {
-                let parsed = Self::Unmap {
-                    domain: fields.u32()?,
-                    first: Iova(fields.u64()?),
-                    last: Iova(fields.u64()?),
-                };
-                fields.zero::<4>().map(|()| parsed)
+                let raw: RawUnmap = read(body)?;
+                zero(raw.reserved).map(|()| Self::Unmap {
+                    domain: raw.domain.get(),
+                    first: Iova(raw.virt_start.get()),
+                    last: Iova(raw.virt_end.get()),
+                })
             }
-            request::PROBE => {
-                let endpoint = StreamId(fields.u32()?);
-                fields.array::<64>().map(|_| Self::Probe { endpoint })
-            }
+            request::PROBE => read(body).map(|raw: RawProbe| Self::Probe {
+                endpoint: StreamId(raw.endpoint.get()),
+            }),
             _ => Err(Status::Unsupp),
         }
-    }
-}
-
-/// Copies `fields` to the front of `bytes`.
-fn write(bytes: &mut [u8], fields: impl Iterator<Item = u8>) {
-    for (byte, value) in bytes.iter_mut().zip(fields) {
-        *byte = value;
     }
 }
 
@@ -169,33 +236,28 @@ pub(super) fn config_space(
     page_shift: u32,
     bypass: bool,
 ) -> [u8; spec::CONFIG_SIZE] {
-    let page_size_mask = u64::MAX << page_shift;
-    let (domain_first, domain_last) = (0_u32, u32::MAX);
-    let fields = page_size_mask
-        .to_le_bytes()
-        .into_iter()
-        .chain(input_range.first().0.to_le_bytes())
-        .chain(input_range.last().0.to_le_bytes())
-        .chain(domain_first.to_le_bytes())
-        .chain(domain_last.to_le_bytes())
-        .chain(PROBE_SIZE.to_le_bytes())
-        .chain([u8::from(bypass), 0, 0, 0]);
-    let mut bytes = [0; spec::CONFIG_SIZE];
-    write(&mut bytes, fields);
-    bytes
+    zerocopy::transmute!(RawConfig {
+        page_size_mask: (u64::MAX << page_shift).into(),
+        input_range: [input_range.first(), input_range.last()].map(|iova| iova.0.into()),
+        domain_range: [0, u32::MAX].map(U32::new),
+        probe_size: PROBE_SIZE.into(),
+        bypass: bypass.into(),
+        reserved: [0; 3],
+    })
 }
 
-/// Writes the RESV_MEM property of the MSI window to the front of `properties`
-/// (§5.13.6.7).
+/// Writes the RESV_MEM property of the MSI window to the front of `properties`,
+/// which have room for it (§5.13.6.7).
 pub(super) fn write_msi_window(properties: &mut [u8], window: IovaRange) {
-    let fields = property::RESV_MEM
-        .to_le_bytes()
-        .into_iter()
-        .chain(property::RESV_MEM_SIZE.to_le_bytes())
-        .chain([property::RESV_MEM_MSI, 0, 0, 0])
-        .chain(window.first().0.to_le_bytes())
-        .chain(window.last().0.to_le_bytes());
-    write(properties, fields);
+    let raw = RawReservedMemory {
+        kind: property::RESV_MEM.into(),
+        length: property::RESV_MEM_SIZE.into(),
+        subtype: property::RESV_MEM_MSI,
+        reserved: [0; 3],
+        start: window.first().0.into(),
+        end: window.last().0.into(),
+    };
+    let _ = raw.write_to_prefix(properties);
 }
 
 /// A fault report for the event queue (§5.13.6.9).
@@ -219,16 +281,14 @@ impl FaultReport {
             Access::Read => spec::fault::READ,
             Access::Write => spec::fault::WRITE,
         };
-        let mut bytes = [0; spec::fault::SIZE];
-        let fields = u32::from(self.reason)
-            .to_le_bytes()
-            .into_iter()
-            .chain((access | spec::fault::ADDRESS).to_le_bytes())
-            .chain(self.endpoint.0.to_le_bytes())
-            .chain([0; 4])
-            .chain(self.address.0.to_le_bytes());
-        write(&mut bytes, fields);
-        bytes
+        zerocopy::transmute!(RawFault {
+            reason: self.reason,
+            reserved: [0; 3],
+            flags: (access | spec::fault::ADDRESS).into(),
+            endpoint: self.endpoint.0.into(),
+            reserved2: [0; 4],
+            address: self.address.0.into(),
+        })
     }
 }
 
