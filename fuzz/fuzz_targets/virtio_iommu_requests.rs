@@ -16,7 +16,7 @@ use devices::virtio::VirtioDevice as _;
 use devices::virtio::iommu::{EventQueue, VirtioIommuDevice};
 use driver::{AVAIL, SIZE, TABLE, USED};
 use iommu::virtio::spec::request::{ATTACH, DETACH, MAP, PROBE, UNMAP};
-use iommu::virtio::spec::{CONFIG_BYPASS, feature};
+use iommu::virtio::spec::{CONFIG_BYPASS, Features};
 use iommu::virtio::{FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{
     Access, FaultReason, GuestRam, Iommu, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping,
@@ -27,7 +27,8 @@ use naive::{Mapped, Naive, PROBE_REPLY, Seen, ShadowMappings};
 use vm_memory::{Bytes as _, GuestAddress};
 
 /// Features of a driver that accepts all of them.
-const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::BYPASS_CONFIG | feature::MMIO;
+const ALL: Features =
+    Features::all().difference(Features::INPUT_RANGE.union(Features::DOMAIN_RANGE));
 const STREAMS: [u32; 2] = [0x08, 0x10];
 const INPUT: (u64, u64) = (0x1000, (1 << 48) - 1);
 const MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
@@ -70,7 +71,7 @@ struct Request<'a> {
 enum Step<'a> {
     Post(Request<'a>),
     Bypass(u8),
-    Reset { features: u64 },
+    Reset { features: Features },
     Look { who: usize, iova: u64, write: bool },
 }
 
@@ -90,15 +91,15 @@ fn step<'a>(data: &mut &'a [u8]) -> Option<Step<'a>> {
         30 if wrong > 0xc0 => {
             // Most of the time every feature is accepted.
             let all = [
-                feature::BYPASS_CONFIG,
-                feature::MMIO,
-                feature::MAP_UNMAP,
-                feature::PROBE,
+                Features::BYPASS_CONFIG,
+                Features::MMIO,
+                Features::MAP_UNMAP,
+                Features::PROBE,
             ];
             let features = (0..)
                 .zip(all)
                 .filter(|(bit, _)| flags & (0x11 << bit) != 0x11 << bit);
-            let features = features.fold(0, |all, (_, feature)| all | feature);
+            let features = features.map(|(_, feature)| feature).collect();
             return Some(Step::Reset { features });
         }
         _ => {
@@ -303,11 +304,13 @@ impl Rig {
     }
 
     /// Resets and negotiates, as a driver that is bound.
-    fn reset(&mut self, features: u64) {
+    fn reset(&mut self, features: Features) {
         self.device.stop_queue(0);
         self.device.reset();
-        self.device.negotiated(features).expect("it takes them");
-        self.naive.reset(features);
+        self.device
+            .negotiated(features.bits())
+            .expect("it takes them");
+        self.naive.reset(features.bits());
         self.posted = 0;
         driver::write(&self.ram, AVAIL, [0_u16; 2]);
         driver::write(&self.ram, USED, [0_u16; 2]);

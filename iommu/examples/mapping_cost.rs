@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use iommu::virtio::spec::{feature, request};
+use iommu::virtio::spec::{Features, request};
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{
     GuestRam, Iommu, IommuNotifier, IommuRegion, Iova, IovaRange, Mapping, NotifierEvents,
@@ -70,7 +70,7 @@ impl Machine {
             max_mappings: 1 << 21,
         };
         let iommu = Arc::new(VirtioIommu::new(config, Arc::new(ram), Arc::new(NoFaults)));
-        iommu.negotiated(feature::MAP_UNMAP);
+        iommu.negotiated(Features::MAP_UNMAP);
         let regions = [FIRST, SECOND].map(|stream| {
             let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, stream);
             region.register(IommuNotifier {

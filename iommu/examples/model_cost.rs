@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use iommu::smmuv3::{Smmu, SmmuConfig, SmmuLine, SmmuWires};
-use iommu::virtio::spec::{feature, request};
+use iommu::virtio::spec::{Features, request};
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{
     Access, AddressSpace, Gpa, GuestRam, Iommu, IommuNotifier, IommuRegion, Iova, IovaRange,
@@ -116,7 +116,7 @@ impl Virtio {
         };
         let model = VirtioIommu::new(config, Arc::clone(&ram), Arc::new(NoFaults));
         let model = Arc::new(model);
-        model.negotiated(feature::MAP_UNMAP);
+        model.negotiated(Features::MAP_UNMAP);
         let connected = Arc::clone(&model) as Arc<dyn Iommu>;
         let events = NotifierEvents::MAP | NotifierEvents::UNMAP;
         // One more, which is not attached.

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use iommu::smmuv3::{Smmu, SmmuConfig, SmmuLine, SmmuWires};
-use iommu::virtio::spec::{feature, request};
+use iommu::virtio::spec::{Features, request};
 use iommu::virtio::{FaultReport, FaultSink, VirtioIommu, VirtioIommuConfig};
 use iommu::{
     Access, AddressSpace, Gpa, GuestRam, Iommu, IommuNotifier, IommuRegion, Iova, IovaRange,
@@ -112,7 +112,7 @@ fn behind_virtio_iommu(ram: &Arc<GuestRam>) {
         max_mappings: 1 << 16,
     };
     let model = Arc::new(VirtioIommu::new(config, Arc::clone(ram), Arc::new(NoGuest)));
-    model.negotiated(feature::MAP_UNMAP);
+    model.negotiated(Features::MAP_UNMAP);
     let region = |stream| IommuRegion::new(Arc::clone(&model) as Arc<dyn Iommu>, stream);
     let (disk, nic) = (region(DISK), region(NIC));
     let vhost = Vhost::register(&nic);

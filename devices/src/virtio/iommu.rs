@@ -116,7 +116,7 @@ impl VirtioDevice for VirtioIommuDevice {
     }
 
     fn features(&self) -> u64 {
-        self.model.features() | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        self.model.features().bits() | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -138,7 +138,8 @@ impl VirtioDevice for VirtioIommuDevice {
     }
 
     fn negotiated(&mut self, features: u64) -> Result<(), DeviceError> {
-        self.model.negotiated(features);
+        self.model
+            .negotiated(spec::Features::from_bits_truncate(features));
         Ok(())
     }
 

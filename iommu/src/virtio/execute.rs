@@ -2,7 +2,7 @@
 //! complete them (virtio 1.2 §5.13.6).
 
 use super::mappings::Removed;
-use super::spec::{self, Status, feature};
+use super::spec::{self, Features, Status};
 use super::state::{Moved, State, VirtioIommuConfig, perm_of};
 use super::wire::{Request, needed_feature, reply_size, write_msi_window};
 use crate::addr::{IovaRange, StreamId};
@@ -53,7 +53,10 @@ impl Executor {
         let bypass = value == 1;
         {
             let mut state = self.state.write();
-            if value > 1 || state.features & feature::BYPASS_CONFIG == 0 || state.bypass == bypass {
+            if value > 1
+                || !state.features.contains(Features::BYPASS_CONFIG)
+                || state.bypass == bypass
+            {
                 return;
             }
             state.bypass = bypass;
@@ -79,7 +82,7 @@ impl Executor {
         pending.ranges.clear();
         let (attached, gone) = {
             let mut state = self.state.write();
-            state.features = 0;
+            state.features = Features::empty();
             state.mapped = 0;
             let gone = std::mem::take(&mut state.domains);
             let endpoints = state.endpoints.values_mut();
@@ -129,7 +132,7 @@ impl Executor {
     /// Whether a request of this type exists and needs no feature that was not
     /// negotiated.
     fn is_available(&self, kind: u8) -> bool {
-        needed_feature(kind).is_some_and(|needs| needs & !self.state.read().features == 0)
+        needed_feature(kind).is_some_and(|needs| self.state.read().features.contains(needs))
     }
 
     /// Completes every handled request: when it returns, no consumer uses a

@@ -14,7 +14,7 @@ use std::sync::{Arc, Weak};
 use serde::Serialize;
 
 use self::execute::Executor;
-use self::spec::feature;
+use self::spec::Features;
 pub use self::state::VirtioIommuConfig;
 use self::state::{Endpoint, PAGE_SHIFT, View};
 pub use self::wire::{FaultReport, FaultSink, Request};
@@ -60,23 +60,18 @@ impl VirtioIommu {
 
     /// Feature bits that the device offers (§5.13.3).
     #[must_use]
-    pub const fn features(&self) -> u64 {
-        feature::INPUT_RANGE
-            | feature::DOMAIN_RANGE
-            | feature::MAP_UNMAP
-            | feature::PROBE
-            | feature::MMIO
-            | feature::BYPASS_CONFIG
+    pub const fn features(&self) -> Features {
+        Features::all()
     }
 
-    /// Feature bits that were negotiated; 0 before that.
+    /// Feature bits that were negotiated; none before that.
     #[must_use]
-    pub fn negotiated_features(&self) -> u64 {
+    pub fn negotiated_features(&self) -> Features {
         self.executor.state.read().features
     }
 
     /// Records that the driver accepted `features`.
-    pub fn negotiated(&self, features: u64) {
+    pub fn negotiated(&self, features: Features) {
         self.executor.state.write().features = features;
     }
 

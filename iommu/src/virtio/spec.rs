@@ -1,19 +1,25 @@
 //! Layouts and numbers of virtio 1.2 §5.13.
 
-/// Feature bits (§5.13.3).
-pub mod feature {
-    /// `input_range` of the configuration is valid.
-    pub const INPUT_RANGE: u64 = 1 << 0;
-    /// `domain_range` of the configuration is valid.
-    pub const DOMAIN_RANGE: u64 = 1 << 1;
-    /// MAP and UNMAP requests.
-    pub const MAP_UNMAP: u64 = 1 << 2;
-    /// PROBE requests.
-    pub const PROBE: u64 = 1 << 4;
-    /// The MMIO flag of MAP requests.
-    pub const MMIO: u64 = 1 << 5;
-    /// `bypass` of the configuration, and bypass domains.
-    pub const BYPASS_CONFIG: u64 = 1 << 6;
+use bitflags::bitflags;
+
+bitflags! {
+    /// Feature bits of the device type (§5.13.3); the names are those after
+    /// `VIRTIO_IOMMU_F_`.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Features: u64 {
+        /// `input_range` of the configuration is valid.
+        const INPUT_RANGE = 1 << 0;
+        /// `domain_range` of the configuration is valid.
+        const DOMAIN_RANGE = 1 << 1;
+        /// MAP and UNMAP requests.
+        const MAP_UNMAP = 1 << 2;
+        /// PROBE requests.
+        const PROBE = 1 << 4;
+        /// The MMIO flag of MAP requests.
+        const MMIO = 1 << 5;
+        /// `bypass` of the configuration, and bypass domains.
+        const BYPASS_CONFIG = 1 << 6;
+    }
 }
 
 /// Request types (§5.13.6).

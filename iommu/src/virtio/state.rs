@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use super::domain::Domain;
 use super::mappings::Removed;
-use super::spec::{Status, feature, request};
+use super::spec::{Features, Status, request};
 use crate::addr::{Gpa, IovaRange, StreamId};
 use crate::mapping::{Mapping, Perm};
 use crate::notifier::StreamSink;
@@ -39,7 +39,7 @@ pub(super) struct Endpoint {
 #[derive(Default)]
 pub(super) struct State {
     /// Negotiated feature bits.
-    pub features: u64,
+    pub features: Features,
     /// `bypass` of the configuration.
     pub bypass: bool,
     pub endpoints: BTreeMap<StreamId, Endpoint>,
@@ -86,8 +86,8 @@ impl State {
             .collect()
     }
 
-    fn has(&self, feature: u64) -> bool {
-        self.features & feature != 0
+    fn has(&self, feature: Features) -> bool {
+        self.features.contains(feature)
     }
 
     /// Executes ATTACH (§5.13.6.3.2). `None`: it was attached to that domain.
@@ -97,7 +97,7 @@ impl State {
         stream: StreamId,
         flags: u32,
     ) -> Result<Option<Moved>, Status> {
-        let has_bypass = self.has(feature::BYPASS_CONFIG);
+        let has_bypass = self.has(Features::BYPASS_CONFIG);
         let known = if has_bypass {
             request::ATTACH_BYPASS
         } else {
@@ -144,7 +144,7 @@ impl State {
         mapping: Mapping,
         flags: u32,
     ) -> Result<(), Status> {
-        let mmio = if self.has(feature::MMIO) {
+        let mmio = if self.has(Features::MMIO) {
             request::MAP_MMIO
         } else {
             0

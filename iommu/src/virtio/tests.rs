@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
-use super::spec::{Status, feature, request};
+use super::spec::{Features, Status, request};
 use super::*;
 use crate::{Access, IommuNotifier, IommuRegion, NotifierSink, Registration};
 
@@ -14,7 +14,8 @@ const NIC: StreamId = StreamId(0x08);
 /// `max_mappings` of the model.
 const MAX_MAPPINGS: usize = 1000;
 const DISK: StreamId = StreamId(0x10);
-const ALL: u64 = feature::MAP_UNMAP | feature::PROBE | feature::MMIO | feature::BYPASS_CONFIG;
+const ALL: Features =
+    Features::all().difference(Features::INPUT_RANGE.union(Features::DOMAIN_RANGE));
 
 #[derive(Default)]
 struct Reports(Mutex<Vec<FaultReport>>);
@@ -285,12 +286,12 @@ fn request_of_a_feature_that_was_not_negotiated_is_returned_unwritten() {
     let setup = setup();
     setup.send(&attach(1, NIC, 0));
     setup.send(&map(1, 0x1000, 0x1fff, 0, 3));
-    setup.iommu.negotiated(ALL & !feature::MAP_UNMAP);
+    setup.iommu.negotiated(ALL & !Features::MAP_UNMAP);
     for request in [map(1, 0x4000, 0x4fff, 0, 3), unmap(1, 0x1000, 0x1fff)] {
         assert_eq!(handle(&setup, &request, 4), (0, vec![0xff; 4]));
     }
     assert_eq!(setup.iommu.mapped(), 1, "neither is carried out");
-    setup.iommu.negotiated(ALL & !feature::PROBE);
+    setup.iommu.negotiated(ALL & !Features::PROBE);
     assert_eq!(handle(&setup, &probe(NIC), 516), (0, vec![0xff; 516]));
     let (written, _) = handle(&setup, &detach(1, NIC), 4);
     assert_eq!(written, 4, "ATTACH and DETACH need no feature");

@@ -4,7 +4,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::spec::{self, PROBE_SIZE, Status, feature, property, request};
+use super::spec::{self, Features, PROBE_SIZE, Status, property, request};
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
 use crate::mapping::Access;
 
@@ -158,13 +158,12 @@ fn zero(reserved: [u8; 4]) -> Result<(), Status> {
     }
 }
 
-/// Feature bit that a request of this type needs, 0 for none; `None` for an
-/// unknown type.
-pub(super) fn needed_feature(kind: u8) -> Option<u64> {
+/// Features that a request of this type needs; `None` for an unknown type.
+pub(super) fn needed_feature(kind: u8) -> Option<Features> {
     match kind {
-        request::ATTACH | request::DETACH => Some(0),
-        request::MAP | request::UNMAP => Some(feature::MAP_UNMAP),
-        request::PROBE => Some(feature::PROBE),
+        request::ATTACH | request::DETACH => Some(Features::empty()),
+        request::MAP | request::UNMAP => Some(Features::MAP_UNMAP),
+        request::PROBE => Some(Features::PROBE),
         _ => None,
     }
 }

@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::iommu::smmuv3::{Smmu, SmmuConfig, StreamMode};
 use ::iommu::virtio::VirtioIommu;
-use ::iommu::virtio::spec::feature;
 use ::iommu::{Access, FaultReason, Iova, IovaRange, StreamId, StreamStats};
 use arch::layout;
 use devices::virtio::{BlockCounters, DeviceCounters};
@@ -19,16 +18,6 @@ use crate::action::{
 };
 use crate::config::IommuModel;
 use crate::plan::DevicePlan;
-
-/// The specification's names of the virtio-iommu's features.
-const VIRTIO_FEATURES: [(u64, &str); 6] = [
-    (feature::INPUT_RANGE, "VIRTIO_IOMMU_F_INPUT_RANGE"),
-    (feature::DOMAIN_RANGE, "VIRTIO_IOMMU_F_DOMAIN_RANGE"),
-    (feature::MAP_UNMAP, "VIRTIO_IOMMU_F_MAP_UNMAP"),
-    (feature::PROBE, "VIRTIO_IOMMU_F_PROBE"),
-    (feature::MMIO, "VIRTIO_IOMMU_F_MMIO"),
-    (feature::BYPASS_CONFIG, "VIRTIO_IOMMU_F_BYPASS_CONFIG"),
-];
 
 /// A metric of every endpoint: name, help text, and its counter.
 type EndpointMetric = (&'static str, &'static str, fn(&EndpointCounters) -> u64);
@@ -282,12 +271,11 @@ fn mappings_page(
 
 fn virtio_features(iommu: &VirtioIommu) -> (bool, Vec<Feature>) {
     let (offered, used) = (iommu.features(), iommu.negotiated_features());
-    let all = VIRTIO_FEATURES.iter().filter(|(bit, _)| offered & bit != 0);
-    let features = all.map(|&(bit, name)| Feature {
-        name: name.to_owned(),
-        negotiated: Some(used & bit != 0),
+    let features = offered.iter_names().map(|(name, bit)| Feature {
+        name: format!("VIRTIO_IOMMU_F_{name}"),
+        negotiated: Some(used.contains(bit)),
     });
-    (used != 0, features.collect())
+    (!used.is_empty(), features.collect())
 }
 
 /// Features of the ID registers (IHI 0070 §6.3.1 to §6.3.6). None is

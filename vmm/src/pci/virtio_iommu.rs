@@ -32,7 +32,7 @@ pub(super) fn families(model: &VirtioIommu, events: &EventQueue) -> Vec<MetricFa
 mod tests {
     use std::sync::Arc;
 
-    use iommu::virtio::spec::{feature, request};
+    use iommu::virtio::spec::{Features, request};
     use iommu::virtio::{FaultSink, VirtioIommuConfig};
     use iommu::{Access, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId};
     use vm_memory::GuestAddress;
@@ -51,7 +51,7 @@ mod tests {
         };
         let sink = Arc::clone(&events) as Arc<dyn FaultSink>;
         let model = Arc::new(VirtioIommu::new(config, Arc::new(ram), sink));
-        model.negotiated(feature::MAP_UNMAP);
+        model.negotiated(Features::MAP_UNMAP);
         let stream = StreamId(8);
         let region = IommuRegion::new(Arc::clone(&model) as Arc<dyn Iommu>, stream);
         let words: [&[u32]; 3] = [
