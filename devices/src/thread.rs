@@ -3,6 +3,7 @@
 //! The process has one confinement, so its entry is set once for the process
 //! and not passed to each device that starts a thread.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::OnceLock;
 use std::sync::mpsc::sync_channel;
@@ -41,6 +42,21 @@ impl ThreadKind {
         Self::Queries,
         Self::EventLoop,
     ];
+}
+
+thread_local! {
+    static VCPU: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Index of the vCPU that the calling thread runs; `None` on other threads.
+#[must_use]
+pub fn vcpu() -> Option<u32> {
+    VCPU.get()
+}
+
+/// Sets the index of the vCPU that the calling thread runs.
+pub fn set_vcpu(index: u32) {
+    VCPU.set(Some(index));
 }
 
 /// Confines the calling thread, of the given kind.

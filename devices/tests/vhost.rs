@@ -168,6 +168,7 @@ impl Setup {
             worker: Arc::new(VhostWorker::start().unwrap()),
             prefill: true,
             prefetch,
+            vcpus: 1,
         };
         let config = NetConfig {
             id: "test".into(),

@@ -207,6 +207,7 @@ impl Setup {
             limit: LIMIT,
             prefill: false,
             prefetch: true,
+            pair: None,
         };
         let failure = Arc::new(FailureLatch::default());
         let iotlb = VhostIotlb::new("fuzz", kernel.clone(), options, failure).unwrap();

@@ -64,6 +64,7 @@ fuzz_target!(|data: &[u8]| {
         limit: LIMIT,
         prefill: true,
         prefetch: true,
+        pair: None,
     };
     let failure = Arc::new(FailureLatch::default());
     let iotlb = VhostIotlb::new("fuzz", kernel.clone(), options, failure).unwrap();

@@ -7,6 +7,7 @@
 
 pub mod iotlb;
 pub mod message;
+pub mod pairs;
 pub mod shadow;
 pub mod sys;
 pub mod worker;
@@ -24,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::iotlb::{Channel, IotlbOptions, IotlbStats, Ring, VhostIotlb};
 use self::message::{Message, Miss};
+use self::pairs::QueuePair;
 use self::sys::{Kind, OpenError, RingAddresses, VhostKernel};
 use self::worker::{EpollClient, VhostWorker};
 use crate::failure::{DeviceError, FailureLatch};
@@ -53,6 +55,8 @@ pub struct VhostContext {
     pub prefill: bool,
     /// Send the translations of all available buffers of a queue with a miss.
     pub prefetch: bool,
+    /// Number of vCPUs of the machine.
+    pub vcpus: u32,
 }
 
 impl Channel for VhostKernel {
@@ -133,6 +137,8 @@ pub struct Vhost {
 
 impl Vhost {
     /// Opens a file; `name` is for the log, and `failure` records later errors.
+    /// `pair` is its place among the queue pairs of the device, if that has
+    /// several.
     ///
     /// # Errors
     /// [`OpenError`]
@@ -140,6 +146,7 @@ impl Vhost {
         kind: Kind,
         name: &str,
         context: &VhostContext,
+        pair: Option<QueuePair>,
         failure: &Arc<FailureLatch>,
     ) -> Result<Self, OpenError> {
         let kernel = Arc::new(VhostKernel::open(kind, Arc::clone(&context.ram))?);
@@ -148,6 +155,7 @@ impl Vhost {
             limit: sys::iotlb_limit(),
             prefill: context.prefill,
             prefetch: context.prefetch,
+            pair,
         };
         let channel = Arc::clone(&kernel) as Arc<dyn Channel>;
         let iotlb = VhostIotlb::new(name, channel, options, Arc::clone(failure));

@@ -33,6 +33,7 @@ use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::chain::QueueError;
 use crate::queue::{QueuePosition, RunningQueue};
 use crate::tap::{Link, Offloads, Tap};
+use crate::vhost::pairs::{QueuePair, QueuePairs};
 use crate::vhost::sys::{Kind, OpenError};
 use crate::vhost::worker::EpollClient;
 use crate::vhost::{RINGS, Vhost, VhostContext};
@@ -94,14 +95,19 @@ impl Net {
     pub fn new(config: NetConfig, tap: Tap, context: &VhostContext) -> Result<Self, OpenError> {
         let failure = Arc::new(FailureLatch::default());
         let mut pairs = Vec::new();
+        let all = QueuePairs::new(context.vcpus);
         for pair in 0..config.pairs {
+            let place = (config.pairs > 1).then(|| QueuePair {
+                pairs: Arc::clone(&all),
+                index: pair.into(),
+            });
             let name = if config.pairs == 1 {
                 config.id.clone()
             } else {
                 format!("{} pair {pair}", config.id)
             };
             pairs.push(Pair {
-                vhost: Vhost::open(Kind::Net, &name, context, &failure)?,
+                vhost: Vhost::open(Kind::Net, &name, context, place, &failure)?,
                 rings: [None, None],
             });
         }
@@ -125,6 +131,7 @@ impl Net {
                 refused: false,
                 tap,
                 pairs,
+                all,
                 active: 1,
                 control: None,
                 control_number: 0,
@@ -244,7 +251,7 @@ impl VirtioDevice for Net {
             true => ring_total(state.pairs.len()),
             false => ring_total(1),
         };
-        state.active = 1;
+        state.set_active(1);
         state
             .tap
             .set_offloads(guest_offloads(features))

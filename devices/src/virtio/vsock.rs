@@ -59,7 +59,7 @@ impl Vsock {
     /// [`VsockError`]
     pub fn new(cid: u32, context: &VhostContext) -> Result<Self, VsockError> {
         let failure = Arc::new(FailureLatch::default());
-        let vhost = Vhost::open(Kind::Vsock, "vsock", context, &failure)?;
+        let vhost = Vhost::open(Kind::Vsock, "vsock", context, None, &failure)?;
         vhost
             .kernel()
             .set_cid(u64::from(cid))

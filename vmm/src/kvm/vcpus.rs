@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use devices::bus::Bus;
 use devices::pause::PauseRequest;
-use devices::thread::{ThreadKind, spawn};
+use devices::thread::{ThreadKind, set_vcpu, spawn};
 use kvm_bindings::kvm_run;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -206,7 +206,10 @@ impl Vcpus {
             let index = vcpu.index();
             let (shared, buses) = (Arc::clone(&this.shared), buses.clone());
             let on_end = Arc::clone(&on_end);
-            let work = move || run(vcpu, &shared, &buses, &*on_end);
+            let work = move || {
+                set_vcpu(index);
+                run(vcpu, &shared, &buses, &*on_end);
+            };
             let thread = spawn(ThreadKind::Vcpu, format!("vcpu{index}"), work);
             this.threads
                 .push(thread.map_err(|source| Error::Thread { index, source })?);

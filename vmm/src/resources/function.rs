@@ -89,6 +89,7 @@ pub(crate) fn vhost_context(
         worker: Arc::new(VhostWorker::start()?),
         prefill: plan.iommu.prefill,
         prefetch: plan.iommu.prefetch,
+        vcpus: plan.vcpus.into(),
     }))
 }
 

@@ -346,7 +346,7 @@ impl VhostIotlb {
     }
 
     fn answer(&self, translator: &StreamTranslator<'_>, miss: Miss, steps: &Steps) {
-        count(&self.sender.counters.misses, 1);
+        self.sender.count_miss();
         // An entry of the kernel is valid until its invalidation, even if the
         // tables have changed and the invalidation waits for the gate.
         let held = self.sender.table.lock().shadow.holder(miss.iova);
@@ -399,13 +399,14 @@ impl NotifierSink for VhostIotlb {
     }
 
     fn map(&self, mapping: &Mapping) {
+        let selected = self.sender.selects(mapping.iova);
         let mut table = self.sender.table.lock();
         let Some(ram) = table.ram.clone() else {
             return;
         };
         for entry in pieces(&ram, mapping) {
             let wake = table.stalled.first_in(&entry);
-            let room = self.sender.prefills(&table);
+            let room = selected && self.sender.prefills(&table);
             if wake.is_none() && (!room || table.stalled.waits_in(&entry)) {
                 continue;
             }

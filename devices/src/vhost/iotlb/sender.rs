@@ -14,6 +14,7 @@ use super::stats::{Counters, count};
 use crate::failure::{DeviceError, FailureLatch};
 use crate::queue::posted::Layout;
 use crate::vhost::message::{Message, Miss};
+use crate::vhost::pairs::QueuePair;
 use crate::vhost::shadow::{DEFAULT_LIMIT, Entry, Shadow, merged};
 
 /// Upper bound on parts of entries that are sent again after an invalidation
@@ -71,7 +72,7 @@ pub(super) struct Table {
 }
 
 /// Options of a kernel IOTLB.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct IotlbOptions {
     /// Upper bound on entries in the kernel; 0 is no limit.
     pub limit: usize,
@@ -79,6 +80,8 @@ pub struct IotlbOptions {
     pub prefill: bool,
     /// Send the translations of all available buffers of a queue with a miss.
     pub prefetch: bool,
+    /// Place among the queue pairs of a device with several.
+    pub pair: Option<QueuePair>,
 }
 
 /// Sends every message, and updates the table to match the kernel's list.
@@ -99,6 +102,7 @@ impl Sender {
         options: IotlbOptions,
         failure: Arc<FailureLatch>,
     ) -> io::Result<Self> {
+        let shadow = Shadow::new(options.limit);
         Ok(Self {
             name: name.to_owned(),
             channel,
@@ -107,7 +111,7 @@ impl Sender {
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             failure,
             table: RankedMutex::new(Table {
-                shadow: Shadow::new(options.limit),
+                shadow,
                 rings: BTreeMap::new(),
                 stalled: Stalled::default(),
                 outcome: Registration {
@@ -256,9 +260,22 @@ impl Sender {
         }
     }
 
-    /// Whether a new mapping is sent at once.
+    /// Whether new mappings are sent at once.
     pub(super) fn prefills(&self, table: &Table) -> bool {
         self.options.prefill && table.shadow.len() < self.prefill_limit()
+    }
+
+    /// Whether this IOTLB receives a mapping that the calling thread makes.
+    pub(super) fn selects(&self, mapping: IovaRange) -> bool {
+        let pair = self.options.pair.as_ref();
+        pair.is_none_or(|pair| pair.select(mapping))
+    }
+
+    pub(super) fn count_miss(&self) {
+        count(&self.counters.misses, 1);
+        if let Some(pair) = &self.options.pair {
+            pair.count_miss();
+        }
     }
 
     /// Upper bound on entries for prefilling; the rest is for answers. Beyond

@@ -14,6 +14,7 @@ use crate::vhost::message::{Message, parse_message};
 use crate::vhost::shadow::Entry;
 
 mod bounds;
+mod pairs;
 
 const STREAM: StreamId = StreamId(8);
 
@@ -123,6 +124,7 @@ fn setup(delivers: NotifierEvents, limit: usize) -> Setup {
         limit,
         prefill: true,
         prefetch: true,
+        pair: None,
     };
     let channel = Arc::clone(&kernel) as Arc<dyn Channel>;
     let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&failure)).unwrap();
@@ -344,7 +346,7 @@ fn miss_reported_twice_is_no_fault_after_its_first_answer() {
         pages: Arc::clone(&setup.pages),
         unmaps: Mutex::default(),
     });
-    let options = setup.iotlb.sender.options;
+    let options = setup.iotlb.sender.options.clone();
     let channel = Arc::clone(&hasty) as Arc<dyn Channel>;
     let iotlb = VhostIotlb::new("test", channel, options, Arc::clone(&setup.failure)).unwrap();
     let region = setup.space.region().unwrap();

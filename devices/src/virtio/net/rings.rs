@@ -1,10 +1,12 @@
 //! The queue pairs of a network device and their back ends.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::failure::DeviceError;
 use crate::queue::RunningQueue;
 use crate::tap::{Link, Tap};
+use crate::vhost::pairs::QueuePairs;
 use crate::vhost::{RINGS, Vhost};
 
 /// Error of a change of the number of queue pairs.
@@ -25,6 +27,8 @@ pub(super) struct State {
     /// The new tap of the name could not be used, and the warning was logged.
     pub(super) refused: bool,
     pub(super) pairs: Vec<Pair>,
+    /// Selects the pair of a new mapping.
+    pub(super) all: Arc<QueuePairs>,
     /// Number of pairs that the driver uses; the others have no back end.
     pub(super) active: usize,
     pub(super) control: Option<(u16, RunningQueue)>,
@@ -94,6 +98,13 @@ impl State {
         ring.started.set_position(position);
     }
 
+    /// Sets the number of pairs in use, without starting or stopping a ring.
+    pub(super) fn set_active(&mut self, pairs: usize) {
+        self.active = pairs;
+        self.all
+            .set_active(u32::try_from(pairs).unwrap_or(u32::MAX));
+    }
+
     /// Uses the first `pairs` pairs from now on.
     ///
     /// # Errors
@@ -107,13 +118,13 @@ impl State {
                 self.stop_ring(pair, ring);
             }
             self.tap.set_attached(pair, false)?;
-            self.active = pair.min(self.active);
+            self.set_active(pair.min(self.active));
         }
         for pair in self.active..pairs {
             self.tap.set_attached(pair, true)?;
         }
         let new = self.active..pairs;
-        self.active = pairs;
+        self.set_active(pairs);
         for pair in new {
             for ring in 0..RINGS {
                 self.start_ring(pair, ring)?;

@@ -28,7 +28,8 @@ impl Channel for Endless {
 fn busy(setup: &Setup) -> Arc<VhostIotlb> {
     let channel = Arc::new(Endless(Arc::clone(&setup.kernel)));
     let failure = Arc::clone(&setup.failure);
-    let iotlb = VhostIotlb::new("busy", channel, setup.iotlb.sender.options, failure).unwrap();
+    let iotlb =
+        VhostIotlb::new("busy", channel, setup.iotlb.sender.options.clone(), failure).unwrap();
     let region = setup.space.region().unwrap();
     iotlb.attach(&setup.space, region).unwrap();
     setup.pages.map(0x4000, 0x3000, Perm::READ);
