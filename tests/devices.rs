@@ -46,6 +46,7 @@ fn network_vsock_disk_and_entropy_work_through_reboot_and_rebinding() {
     checks::hush(&mut guest);
     part("the guest's kernel sees sane devices");
     sane_devices(&mut guest);
+    window_of_configuration_space(&mut guest);
 
     part("network");
     let interface = checks::interface(&mut guest, MAC);
@@ -120,14 +121,49 @@ fn sane_devices(guest: &mut Guest) {
     checks::kernel_log_is_clean(guest);
 }
 
+/// The guest reads configuration space as memory, until a driver opens the window on the BAR
+/// (virtio 1.2 §4.1.4.9): each read of it is then one of the BAR.
+fn window_of_configuration_space(guest: &mut Guest) {
+    const DEVICE_STATUS: u32 = 20;
+    let address = checks::pci_address(guest, ENTROPY, 0);
+    let path = format!("/sys/bus/pci/devices/{address}/config");
+    let text = guest.run(&format!("od -An -v -tx1 -N256 {path}"));
+    let bytes: Vec<usize> = text
+        .split_whitespace()
+        .map(|byte| usize::from_str_radix(byte, 16).expect("od prints bytes"))
+        .collect();
+    let mut at = bytes[0x34];
+    while (bytes[at], bytes[at + 3]) != (9, 5) {
+        at = bytes[at + 1];
+        assert_ne!(at, 0, "no window: {text}");
+    }
+    let status = |guest: &mut Guest| {
+        let register = format!("setpci -s {address} {:x}.b", at + 16);
+        let aim = format!("setpci -s {address} {:x}.l={DEVICE_STATUS:x}", at + 8);
+        guest.run(&format!("{aim} {:x}.l=1 && {register}", at + 12))
+    };
+    let closed = guest.run(&format!("setpci -s {address} {:x}.b", at + 16));
+    assert_eq!(closed, "00", "a window of no length");
+    assert_eq!(status(guest), "0f", "DRIVER_OK");
+    let drivers = "/sys/bus/pci/drivers/virtio-pci";
+    guest.run(&format!("echo {address} > {drivers}/unbind"));
+    let after = guest.run(&format!("setpci -s {address} {:x}.b", at + 16));
+    assert_eq!(after, "01", "ACKNOWLEDGE: Linux reset the device");
+    guest.run(&format!("echo {address} > {drivers}/bind"));
+    assert_eq!(status(guest), "0f", "DRIVER_OK");
+}
+
 fn network(guest: &mut Guest, interface: &str, tap: &Tap) {
     let mtu = guest.run(&format!("cat /sys/class/net/{interface}/mtu"));
     assert_eq!(mtu, "9000", "the MTU of the device's configuration");
     checks::bring_up(guest, interface, tap, 2);
     guest.run(&format!("ethtool -L {interface} combined 4"));
     let peer = tap.host_address();
-    guest.run(&format!("ping -c 3 -W 10 -s 8900 {peer}"));
-    host::run(&format!("ping -c 3 -W 10 -s 8900 {}", tap.guest_address(2)));
+    guest.run(&format!("ping -c 3 -i 0.2 -W 10 -s 8900 {peer}"));
+    host::run(&format!(
+        "ping -c 3 -i 0.2 -W 10 -s 8900 {}",
+        tap.guest_address(2)
+    ));
     let load = Load::of(4, 1);
     checks::send_to_host(guest, tap, load);
     checks::send_to_guest(guest, tap, 2, load);

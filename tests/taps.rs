@@ -87,7 +87,7 @@ fn a_tap_in_a_network_namespace_is_used_although_sys_shows_another() {
     guest.run(&format!(
         "ip address add 10.9.41.2/24 dev {interface} && ip link set {interface} up"
     ));
-    guest.run("ping -c 3 -W 10 10.9.41.1");
+    guest.run("ping -c 3 -i 0.2 -W 10 10.9.41.1");
     checks::power_off(guest);
     host::run("ip link delete pctap2");
 }

@@ -72,7 +72,7 @@ pub fn bring_up(guest: &mut Guest, interface: &str, tap: &Tap, last: u8) {
     guest.run(&format!(
         "ip address replace {own}/24 dev {interface} && ip link set {interface} up"
     ));
-    guest.run(&format!("ping -c 3 -W 10 {peer}"));
+    guest.run(&format!("ping -c 3 -i 0.2 -W 10 {peer}"));
     let neighbour = guest.run(&format!("ip neigh show to {peer} dev {interface}"));
     assert!(
         neighbour.contains("lladdr"),

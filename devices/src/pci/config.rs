@@ -2,12 +2,14 @@
 //! and a mask of the bits that software can write. Accesses of any size are
 //! split into words by the bus.
 
+use std::ops::Range;
+
 use super::bar::{BarMove, Bars};
 use crate::bus::{read_words, write_words};
 
 /// Bytes of a function's configuration space.
-const SIZE: usize = 4096;
-const WORDS: usize = SIZE / 4;
+pub(super) const SIZE: u16 = 4096;
+const WORDS: usize = SIZE as usize / 4;
 /// Offset of the first extended capability (§7.6).
 const EXTENDED: u16 = 0x100;
 /// Registers of the type 0 header (§7.5.1).
@@ -154,6 +156,20 @@ impl ConfigSpace {
                 *value = *value & !mask | new & mask;
             }
         });
+    }
+
+    /// The offsets of the double words that an access touches.
+    #[must_use]
+    pub fn words_of(offset: u16, len: usize) -> Range<u16> {
+        let end = usize::from(offset).saturating_add(len).next_multiple_of(4);
+        let end = u16::try_from(end).unwrap_or(SIZE).min(SIZE);
+        (offset & !3).min(end)..end
+    }
+
+    /// The offsets of all double words.
+    #[must_use]
+    pub const fn all_words() -> Range<u16> {
+        0..SIZE
     }
 
     /// The double word at `offset`, a multiple of 4.

@@ -5,6 +5,7 @@
 
 mod bar;
 mod config;
+mod image;
 mod msi;
 mod msix;
 mod root;
@@ -12,6 +13,7 @@ mod root;
 pub(crate) use bar::halves;
 pub use bar::{BarError, BarKind, BarMove, Bars};
 pub use config::{ConfigSpace, Ids};
+pub use image::{ConfigImage, ConfigWritten};
 pub use msi::{MsiRetranslator, MsiTarget, Requester};
 pub use msix::Msix;
 pub use root::{PciFunction, PciRoot, PlaceError, SLOTS};

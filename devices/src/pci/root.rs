@@ -1,7 +1,9 @@
 //! The root complex: configuration space through ECAM (PCIe 6.0 §7.2.2),
 //! functions as root complex integrated endpoints on bus 0.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::iter;
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use iommu::Gpa;
@@ -9,7 +11,8 @@ use iommu::lock::{LEAF, LeafMutex, RankedMutex, RankedRwLock};
 use log::debug;
 
 use super::bar::{BarMove, Bars};
-use super::config::{ConfigSpace, Ids};
+use super::config::{ConfigSpace, Ids, SIZE};
+use super::image::{ConfigImage, ConfigWritten};
 use crate::bus::{Bus, BusDevice};
 
 /// Number of device numbers on the bus.
@@ -33,9 +36,8 @@ pub trait PciFunction: Send + Sync {
     /// Reads configuration space at `offset` bytes.
     fn read_config(&self, offset: u16, data: &mut [u8]);
 
-    /// Writes configuration space at `offset` bytes. Returns the changes of the
-    /// BARs' addresses; the caller moves the BARs on the bus.
-    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarMove>;
+    /// Writes configuration space at `offset` bytes.
+    fn write_config(&self, offset: u16, data: &[u8]) -> ConfigWritten;
 
     /// Called when a BAR was moved on the bus; `None` when it is not decoded.
     fn placed(&self, bar: usize, at: Option<Gpa>);
@@ -71,9 +73,20 @@ pub struct PciRoot {
     functions: RankedRwLock<BTreeMap<u8, Arc<dyn PciFunction>>, LEAF>,
     /// Weak, because the bus owns the root complex.
     memory: Weak<Bus>,
-    /// Address of each slot's BARs on the bus. Locked while one moves, so that
-    /// the bus and the functions agree.
-    placed: RankedMutex<BTreeMap<(u8, usize), u64>, 0>,
+    /// Locked during each write, so that the bus, the functions and the image
+    /// agree.
+    written: RankedMutex<Written, 0>,
+}
+
+/// What follows the functions' registers.
+#[derive(Default)]
+struct Written {
+    /// Address of each slot's BARs on the bus.
+    placed: BTreeMap<(u8, usize), u64>,
+    /// The copy that the guest reads, if the host can have one.
+    image: Option<Arc<dyn ConfigImage>>,
+    /// Slots whose functions the image does not have.
+    withdrawn: BTreeSet<u8>,
 }
 
 impl PciRoot {
@@ -84,7 +97,49 @@ impl PciRoot {
             bridge: LeafMutex::new(ConfigSpace::new(&BRIDGE, Bars::default())),
             functions: RankedRwLock::default(),
             memory: Arc::downgrade(memory),
-            placed: RankedMutex::default(),
+            written: RankedMutex::default(),
+        }
+    }
+
+    /// Stores the registers of the bridge and of every function in `image`,
+    /// which follows their changes from now on. Called before the guest runs,
+    /// when all functions are added.
+    pub fn publish(&self, image: Arc<dyn ConfigImage>) {
+        let mut written = self.written.lock();
+        let functions: Vec<u8> = self.functions.read().keys().copied().collect();
+        for slot in iter::once(0).chain(functions) {
+            self.store(&*image, slot, ConfigSpace::all_words());
+        }
+        written.image = Some(image);
+    }
+
+    /// Copies registers at `range` to the image.
+    fn store(&self, image: &dyn ConfigImage, slot: u8, range: Range<u16>) {
+        let mut words = [0; SIZE as usize];
+        let Some(words) = words.get_mut(..range.len()) else {
+            return;
+        };
+        self.read_register(slot, range.start, words);
+        image.store(slot, range.start, words);
+    }
+
+    fn read_register(&self, slot: u8, register: u16, data: &mut [u8]) {
+        if slot == 0 {
+            self.bridge.lock().read(register, data);
+        } else if let Some(function) = self.function(slot) {
+            function.read_config(register, data);
+        }
+    }
+
+    /// Updates the image after a write to a function's registers.
+    fn update_image(&self, written: &mut Written, slot: u8, outcome: &ConfigWritten) {
+        let Some(image) = &written.image else {
+            return;
+        };
+        if outcome.reads_have_effects && written.withdrawn.insert(slot) {
+            image.withdraw(slot);
+        } else if !written.withdrawn.contains(&slot) {
+            self.store(&**image, slot, outcome.changed.clone());
         }
     }
 
@@ -155,33 +210,27 @@ fn decode(offset: u64) -> Option<(u8, u16)> {
 impl BusDevice for PciRoot {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        match decode(offset) {
-            Some((0, register)) => {
-                self.bridge.lock().read(register, data);
-            }
-            Some((slot, register)) => {
-                if let Some(function) = self.function(slot) {
-                    function.read_config(register, data);
-                }
-            }
-            None => {}
+        if let Some((slot, register)) = decode(offset) {
+            self.read_register(slot, register, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        match decode(offset) {
-            Some((0, register)) => {
-                self.bridge.lock().write(register, data);
-            }
-            Some((slot, register)) => {
-                let Some(function) = self.function(slot) else {
-                    return;
-                };
-                let mut placed = self.placed.lock();
-                let moves = function.write_config(register, data);
-                self.relocate(slot, &function, &moves, &mut placed);
-            }
-            None => {}
+        let Some((slot, register)) = decode(offset) else {
+            return;
+        };
+        let mut written = self.written.lock();
+        if slot == 0 {
+            self.bridge.lock().write(register, data);
+            let outcome = ConfigWritten {
+                changed: ConfigSpace::words_of(register, data.len()),
+                ..ConfigWritten::default()
+            };
+            self.update_image(&mut written, slot, &outcome);
+        } else if let Some(function) = self.function(slot) {
+            let outcome = function.write_config(register, data);
+            self.relocate(slot, &function, &outcome.moves, &mut written.placed);
+            self.update_image(&mut written, slot, &outcome);
         }
     }
 }
@@ -201,13 +250,17 @@ mod tests {
             }
         }
 
-        fn write_config(&self, _: u16, data: &[u8]) -> Vec<BarMove> {
+        fn write_config(&self, _: u16, data: &[u8]) -> ConfigWritten {
             let base = data.first().map_or(0, |&page| u64::from(page) << 12);
-            vec![BarMove {
+            let moves = vec![BarMove {
                 index: 0,
                 size: 0x1000,
                 to: Some(Gpa(base)).filter(|base| base.0 != 0),
-            }]
+            }];
+            ConfigWritten {
+                moves,
+                ..ConfigWritten::default()
+            }
         }
 
         fn placed(&self, _: usize, _: Option<Gpa>) {}

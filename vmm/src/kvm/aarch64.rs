@@ -29,6 +29,10 @@ pub(super) const IRQCHIP: u32 = 0;
 /// Messages go through the ITS, which needs the DeviceID.
 pub(super) const MSI_FLAGS: u32 = KVM_MSI_VALID_DEVID;
 
+/// A guest maps configuration space as device memory, and its reads do not see
+/// what the host has only in its cache (Arm ARM B2.8).
+pub(super) const COHERENT_READS: bool = false;
+
 /// The VM's devices. Closing the descriptors does not end them.
 #[derive(Debug)]
 pub(super) struct Controller {

@@ -4,6 +4,7 @@
 //! interrupt controller and all vCPUs; [`Vcpus`] runs them. Lock order: the
 //! interrupt routes' lock is a leaf, no other lock is taken under it.
 
+mod config_pages;
 mod error;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -22,6 +23,7 @@ mod native;
 #[path = "x86_64.rs"]
 mod native;
 
+pub(crate) use config_pages::ConfigPages;
 pub(crate) use error::Error;
 pub(crate) use memory::allocate;
 pub(crate) use vcpu::{Exit, Vcpu};

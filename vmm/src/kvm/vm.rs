@@ -2,15 +2,15 @@
 #![allow(unsafe_code)] // Hands guest RAM to the kernel.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arch::layout;
 use devices::interrupt::Doorbells;
 use iommu::lock::RankedMutex;
 use iommu::{Gpa, GuestRam};
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::error::{Error, failed};
@@ -18,6 +18,12 @@ use super::native;
 use super::open::open;
 use super::routes::{self, Routes};
 use super::vcpu::Vcpu;
+
+/// Bytes of a page of [`Vm::read_only`].
+pub(super) const PAGE: usize = 4096;
+/// KVM's number of the memory slot of the first such page. RAM has the numbers
+/// from 0 on, one for each region.
+const READ_ONLY_SLOT: u32 = 32;
 
 /// A virtual machine. It ends when the last reference and all [`Vcpu`]s are
 /// dropped.
@@ -28,6 +34,8 @@ pub(crate) struct Vm {
     _controller: native::Controller,
     /// The kernel uses these mappings' addresses as long as `fd` lives.
     _ram: GuestRam,
+    /// Memory that the guest can only read; kept for the same reason.
+    read_only: OnceLock<MmapRegion>,
 }
 
 impl Vm {
@@ -52,6 +60,7 @@ impl Vm {
             routes: RankedMutex::default(),
             _controller: controller,
             _ram: ram.clone(),
+            read_only: OnceLock::new(),
         };
         routes::install(&vm.fd, &Routes::default()).map_err(failed("KVM_SET_GSI_ROUTING"))?;
         Ok((Arc::new(vm), vcpus))
@@ -60,6 +69,52 @@ impl Vm {
     /// Descriptor of the VM, for its ioctls.
     pub(super) fn fd(&self) -> &VmFd {
         &self.fd
+    }
+
+    /// Allocates `pages` pages that the guest can only read, once. `false` where
+    /// the guest's reads would not be coherent.
+    ///
+    /// # Errors
+    /// The host has no such memory.
+    pub(super) fn allocate_read_only(&self, pages: usize) -> Result<bool, Error> {
+        if !native::COHERENT_READS || !self.fd.check_extension(Cap::ReadonlyMem) {
+            return Ok(false);
+        }
+        let memory = MmapRegion::new(pages * PAGE);
+        let memory = memory
+            .map_err(io::Error::other)
+            .map_err(failed("mapping the configuration space"))?;
+        Ok(self.read_only.set(memory).is_ok())
+    }
+
+    /// The memory of [`Self::allocate_read_only`].
+    pub(super) fn read_only(&self) -> Option<&MmapRegion> {
+        self.read_only.get()
+    }
+
+    /// Shows a page of that memory at a guest-physical address, or removes it.
+    ///
+    /// # Errors
+    /// There is no such page, or KVM refuses the slot.
+    pub(super) fn set_read_only(&self, page: usize, at: Option<Gpa>) -> Result<(), Error> {
+        let set = || {
+            let memory = self
+                .read_only()
+                .filter(|memory| page < memory.size() / PAGE);
+            let memory = memory.ok_or(io::ErrorKind::InvalidInput)?;
+            let number = u32::try_from(page).map_err(io::Error::other)?;
+            let slot = kvm_userspace_memory_region {
+                slot: READ_ONLY_SLOT + number,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr: at.unwrap_or(Gpa(0)).0,
+                memory_size: if at.is_some() { PAGE as u64 } else { 0 },
+                userspace_addr: memory.as_ptr() as u64 + (page * PAGE) as u64,
+            };
+            // SAFETY: the page is inside the mapping, which `self` keeps for as
+            // long as it keeps the VM. The guest cannot write to it.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(io::Error::from)
+        };
+        set().map_err(failed("KVM_SET_USER_MEMORY_REGION"))
     }
 
     pub(super) fn route_table(&self) -> &RankedMutex<Routes, 12> {

@@ -21,6 +21,9 @@ pub(super) const IRQCHIP: u32 = KVM_IRQCHIP_IOAPIC;
 /// Messages need no DeviceID.
 pub(super) const MSI_FLAGS: u32 = 0;
 
+/// A guest's uncached reads see what the host writes to its cache.
+pub(super) const COHERENT_READS: bool = true;
+
 /// The interrupt controller is part of the VM.
 pub(super) type Controller = ();
 

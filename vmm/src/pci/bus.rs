@@ -1,8 +1,8 @@
 //! The PCI bus: functions on a root, with or without the IOMMU in front of
 //! them.
 
-use std::io;
 use std::sync::Arc;
+use std::{io, iter};
 
 use ::iommu::{AddressSpace, Gpa, GuestRam, IommuRegion, StreamId};
 use arch::{IommuNode, PciHost, layout};
@@ -17,7 +17,7 @@ use super::function::Function;
 use super::iommu::IommuDevice;
 use crate::build_error::BuildError;
 use crate::config::{ConfigError, IommuModel};
-use crate::kvm::{Buses, Vm};
+use crate::kvm::{Buses, ConfigPages, Vm};
 use crate::plan::{DevicePlan, FunctionPlan, MachinePlan};
 use crate::resources::AcquiredFunction;
 
@@ -74,6 +74,10 @@ impl PciBus {
             let added = root.add(function.slot, virtio);
             added.map_err(|error| BuildError::Host(io::Error::other(error)))?;
             functions.push(built);
+        }
+        let slots = plan.functions.iter().map(|function| function.slot);
+        if let Some(pages) = ConfigPages::new(vm, iter::once(0).chain(slots))? {
+            root.publish(pages);
         }
         let ecam = layout::PCI_ECAM;
         buses.mmio.insert(ecam.base, ecam.size, root)?;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::bus::{Bus, BusDevice as _};
-use crate::pci::{ConfigSpace, Ids, PciFunction, PciRoot};
+use crate::pci::{ConfigSpace, ConfigWritten, Ids, PciFunction, PciRoot};
 
 const COMMAND: u64 = 4;
 const SLOT: u64 = 3 << 15;
@@ -24,10 +24,14 @@ impl PciFunction for Function {
         self.0.lock().unwrap().read(offset, data);
     }
 
-    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarMove> {
+    fn write_config(&self, offset: u16, data: &[u8]) -> ConfigWritten {
         let mut config = self.0.lock().unwrap();
         config.write(offset, data);
-        config.bar_moves()
+        ConfigWritten {
+            moves: config.bar_moves(),
+            changed: ConfigSpace::words_of(offset, data.len()),
+            reads_have_effects: false,
+        }
     }
 
     fn placed(&self, bar: usize, at: Option<Gpa>) {

@@ -160,9 +160,15 @@ impl Capabilities {
     ) -> Option<(u64, usize)> {
         let data = self.access + 16;
         let inside = offset >= data && usize::from(offset) + len <= usize::from(data) + 4;
-        if !inside {
-            return None;
-        }
+        self.window(config).filter(|_| inside)
+    }
+
+    /// Whether a read of the window's data reads the BAR.
+    pub(super) fn window_is_open(&self, config: &ConfigSpace) -> bool {
+        self.window(config).is_some()
+    }
+
+    fn window(&self, config: &ConfigSpace) -> Option<(u64, usize)> {
         let bar = config.word(self.access + 4) & 0xff;
         let at = u64::from(config.word(self.access + 8));
         let len = config.word(self.access + 12);

@@ -28,7 +28,7 @@ use crate::error::Chain;
 use crate::failure::DeviceError;
 use crate::interrupt::{Doorbells, MsiAllocator};
 use crate::pause::{Deferral, Resumable};
-use crate::pci::{BarKind, BarMove, Bars, ConfigSpace, Msix, PciFunction, Requester};
+use crate::pci::{BarKind, Bars, ConfigSpace, ConfigWritten, Msix, PciFunction, Requester};
 use crate::queue::{Interrupt, RunningQueue};
 
 /// Entries of the MSI-X table that fit below the next structure.
@@ -456,13 +456,15 @@ impl PciFunction for VirtioPci {
         }
     }
 
-    fn write_config(&self, offset: u16, data: &[u8]) -> Vec<BarMove> {
+    fn write_config(&self, offset: u16, data: &[u8]) -> ConfigWritten {
         let mut state = self.state.lock();
         state.config.write(offset, data);
+        let mut changed = ConfigSpace::words_of(offset, data.len());
         if state.capabilities.initiates_reset(&state.config) {
             self.reset(&mut state);
             state.msix.reset();
             state.config.reset();
+            changed = ConfigSpace::all_words();
         }
         self.config_written(&mut state);
         let moves = state.config.bar_moves();
@@ -471,7 +473,11 @@ impl PciFunction for VirtioPci {
         {
             self.write_structure(&mut state, at, data.get(..len).unwrap_or(data));
         }
-        moves
+        ConfigWritten {
+            moves,
+            changed,
+            reads_have_effects: state.capabilities.window_is_open(&state.config),
+        }
     }
 
     fn placed(&self, _bar: usize, at: Option<Gpa>) {

@@ -23,6 +23,7 @@ const NOTIFY: u64 = super::NOTIFY as u64;
 const DEVICE: u64 = super::DEVICE as u64;
 
 mod access;
+mod image;
 
 const BAR: u64 = 0x40_0000_0000;
 const SLOT: u64 = 3;

@@ -37,6 +37,10 @@ const REGISTERS: &[u32] = &[none(KVM, 0xad), read(KVM, 0x81, 144), read(KVM, 0x8
 #[cfg(target_arch = "aarch64")]
 const REGISTERS: &[u32] = &[write(KVM, 0xab, 16)];
 
+/// A function whose configuration space the guest no longer reads as memory:
+/// `KVM_SET_USER_MEMORY_REGION`.
+const MEMORY: &[u32] = &[write(KVM, 0x46, 32)];
+
 /// Interrupts: `KVM_SET_GSI_ROUTING`, `KVM_IRQFD`.
 const INTERRUPTS: &[u32] = &[write(KVM, 0x6a, 8), write(KVM, 0x76, 32)];
 
@@ -95,7 +99,7 @@ pub(super) const SET_TERMINAL: &[u32] = &[0x5402, write(TUN, 0x2b, 44)];
 pub(super) fn ioctls(kind: ThreadKind) -> Vec<u32> {
     let devices = [INTERRUPTS, DOORBELLS, RINGS, FEATURES, TAP];
     match kind {
-        ThreadKind::Vcpu => [&[KVM_RUN], REGISTERS, &devices.concat()].concat(),
+        ThreadKind::Vcpu => [&[KVM_RUN], REGISTERS, MEMORY, &devices.concat()].concat(),
         ThreadKind::VhostWorker => [RINGS, TAP, LINKS].concat(),
         ThreadKind::Msi => INTERRUPTS.to_vec(),
         ThreadKind::Api => vec![FIONBIO],
