@@ -224,7 +224,7 @@ impl Decoder<'_> {
         let stage1 = |asid, span| Scope {
             el1: true,
             e2h: None,
-            vmid: self.vmid(),
+            vmid: Some(self.vmid()),
             asid,
             stages: StageScope::First,
             span,
@@ -232,7 +232,7 @@ impl Decoder<'_> {
         let el2 = |e2h, asid, span| Scope {
             el1: false,
             e2h,
-            vmid: None,
+            vmid: Some((0, u16::MAX)),
             ..stage1(asid, span)
         };
         let (required, scope) = match opcode {
@@ -285,13 +285,14 @@ impl Decoder<'_> {
         Ok(scope)
     }
 
-    /// VMID and the mask of its significant bits (§3.17.6).
-    fn vmid(&self) -> Option<(u16, u16)> {
+    /// VMID and the mask of its significant bits (§3.17.6); 0 without stage 2.
+    fn vmid(&self) -> (u16, u16) {
+        if !self.config.stage2() {
+            return (0, u16::MAX);
+        }
         let ignored = (self.registers.get(reg::CR0) & cr0::VMW) >> cr0::VMW_SHIFT;
-        self.config.stage2().then(|| {
-            let mask = u16::MAX.checked_shl(ignored).unwrap_or(0);
-            (cmd::VMID.of16(self.raw), mask)
-        })
+        let mask = u16::MAX.checked_shl(ignored).unwrap_or(0);
+        (cmd::VMID.of16(self.raw), mask)
     }
 
     fn span(&self) -> Result<Option<Span>, Cerror> {

@@ -43,12 +43,11 @@ mod walk;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::Bytes as _;
 
-use self::command::Signal;
 pub use self::command::{CommandKind, PageResponse, Resume};
 pub use self::config::{AddressSize, SmmuConfig, Stages};
 pub use self::event::EventKind;
@@ -63,15 +62,15 @@ use self::state::{State, Step};
 use self::streams::PendingInvalidations;
 use self::translate::TranslationContext;
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
-use crate::lock::RankedMutex;
+use crate::lock::{RankedGuard, RankedMutex};
 use crate::mapping::Mapping;
 use crate::notifier::{NotifierEvents, Refused, StreamSink};
 use crate::ram::GuestRam;
 use crate::translate::{Fault, Iommu, Request};
 
 /// Receives the model's interrupts and responses. Called without the state
-/// lock, perhaps with a stream's gate held shared: it must neither translate
-/// nor call the model.
+/// lock except where a method says so, perhaps with a stream's gate held shared:
+/// it must neither translate nor call the model.
 pub trait SmmuWires: Send + Sync {
     /// An edge on a wired interrupt.
     fn pulse(&self, line: SmmuLine);
@@ -95,7 +94,8 @@ pub trait SmmuWires: Send + Sync {
     fn resumed(&self, _transaction: &Stalled, _action: Resume) {}
 
     /// Whether to leave the rest of the command queue until
-    /// [`Smmu::resume`]. Called before each command.
+    /// [`Smmu::resume`]. Called before each command with the state lock held, so
+    /// it takes no lock with a rank.
     fn interrupts(&self) -> bool {
         false
     }
@@ -126,6 +126,8 @@ pub struct SmmuState {
     stalled: BTreeMap<u16, Stalled>,
     ats_enabled: Vec<StreamId>,
 }
+
+type StateGuard<'a> = RankedGuard<MutexGuard<'a, State>>;
 
 /// The model of an SMMUv3; `Sync`, with a command lock and a state lock.
 pub struct Smmu {
@@ -235,8 +237,9 @@ impl Smmu {
 
     fn write_cmdq_prod(&self, value: u32) {
         let mut pending = self.pending.lock();
-        self.state.lock().registers.write(reg::CMDQ_PROD, value);
-        self.drain(&mut pending);
+        let mut state = self.state.lock();
+        state.registers.write(reg::CMDQ_PROD, value);
+        self.drain_from(state, &mut pending);
     }
 
     /// Retries stalled transactions that have no record yet.
@@ -359,61 +362,48 @@ impl Smmu {
         self.deliver(&mut pending);
     }
 
-    /// Executes the commands in the queue: at most as many as it has at the
-    /// start, so that a hostile index costs at most one queue of commands.
+    /// Executes the commands in the queue.
     fn drain(&self, pending: &mut PendingInvalidations) {
-        let waiting = {
-            let state = self.state.lock();
-            state.commands.waiting(&state.registers)
-        };
-        for _ in 0..waiting {
-            if self.wires.interrupts() {
-                break;
-            }
-            match self.with(|state| state.step(&self.ram, pending)) {
+        self.drain_from(self.state.lock(), pending);
+    }
+
+    /// Executes the commands in the queue: at most as many as it has at the
+    /// start, so that a hostile index costs at most one queue of commands. The
+    /// state is unlocked only where a command needs that.
+    fn drain_from<'a>(&'a self, mut state: StateGuard<'a>, pending: &mut PendingInvalidations) {
+        let mut left = state.commands.waiting(&state.registers);
+        loop {
+            let step = state.run(&self.ram, || self.wires.interrupts(), &mut left, pending);
+            self.unlock(state);
+            match step {
                 Step::Idle => break,
-                Step::Consumed => {
-                    if pending.is_full() {
-                        self.deliver(pending);
-                    }
-                }
+                Step::Pause if pending.is_full() => self.deliver(pending),
+                Step::Pause => {}
                 Step::Respond {
                     stream,
                     substream,
                     group,
                     response,
                 } => self.wires.page_response(stream, substream, group, response),
-                Step::Resumed(transactions, action) => {
-                    for transaction in &transactions {
+                Step::Resumed(ref transactions, action) => {
+                    for transaction in transactions {
                         self.wires.resumed(transaction, action);
                     }
                 }
-                Step::Sync(signal) => {
-                    self.deliver(pending);
-                    self.state.lock().consume();
-                    self.signal_sync(signal);
-                }
+                Step::Sync(_) => self.deliver(pending),
+            }
+            state = self.state.lock();
+            if let Step::Sync(signal) = step {
+                state.complete_sync(signal);
             }
         }
         self.deliver(pending);
     }
 
-    /// Signals a CMD_SYNC, after it is consumed (§4.7.3).
-    fn signal_sync(&self, signal: Signal) {
-        let Signal::Interrupt { address, data } = signal else {
-            return;
-        };
-        let address = address & ((1 << self.config.address_bits()) - 1);
-        self.send(InterruptRequest {
-            line: SmmuLine::CmdSync,
-            message: (address != 0).then_some((Gpa(address), data)),
-        });
-    }
-
     /// Delivers the pending invalidations. Only the command lock is held.
     fn deliver(&self, pending: &mut PendingInvalidations) {
         for (stream, invalidations) in pending.take() {
-            let Some(sink) = self.sink(stream) else {
+            let Some(sink) = invalidations.sink.and_then(|sink| sink.upgrade()) else {
                 continue;
             };
             if invalidations.configuration {
@@ -471,12 +461,18 @@ impl Smmu {
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state.lock();
         let outcome = work(&mut state);
+        self.unlock(state);
+        outcome
+    }
+
+    /// Unlocks the state and sends the interrupts that were requested under the
+    /// lock.
+    fn unlock(&self, mut state: StateGuard<'_>) {
         let interrupts = state.registers.take_interrupts();
         drop(state);
         for interrupt in interrupts {
             self.send(interrupt);
         }
-        outcome
     }
 }
 

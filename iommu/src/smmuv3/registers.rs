@@ -212,8 +212,13 @@ impl Registers {
             message: (address != 0).then_some((Gpa(address), self.get(base + 8))),
         };
         if !self.requested.contains(&request) {
-            self.requested.push(request);
+            self.request(request);
         }
+    }
+
+    /// Requests an interrupt that does not depend on IRQ_CTRL.
+    pub(super) fn request(&mut self, request: InterruptRequest) {
+        self.requested.push(request);
     }
 
     /// Removes and returns the requested interrupts.

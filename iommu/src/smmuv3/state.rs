@@ -9,24 +9,28 @@ use super::command_queue::CommandQueue;
 use super::config::SmmuConfig;
 use super::event_queue::{EventQueue, Stalled};
 use super::pri_queue::PriQueue;
-use super::registers::Registers;
+use super::registers::{InterruptRequest, Registers, SmmuLine};
 use super::spec::{cr0, gbpa, reg};
 use super::streams::{PendingInvalidations, Streams};
 use super::translate::{Failure, TranslationContext, Translator};
-use crate::addr::StreamId;
+use crate::addr::{Gpa, StreamId};
 use crate::ram::GuestRam;
 use crate::translate::Request;
 
 const FIRST_STREAM: StreamId = StreamId(0);
 const LAST_STREAM: StreamId = StreamId(u32::MAX);
 
-/// Result of one command: work to be done without the state lock.
+/// Commands that are executed under one hold of the state lock.
+const MAX_RUN: u32 = 64;
+
+/// Why the execution of commands stops: work to be done without the state lock.
 #[derive(Debug)]
 pub(super) enum Step {
-    /// The queue is empty, or an error stopped it.
+    /// The queue is empty, interrupted, or stopped by an error.
     Idle,
-    /// A command was consumed.
-    Consumed,
+    /// The lock was held for [`MAX_RUN`] commands, or the pending invalidations
+    /// are to be delivered.
+    Pause,
     /// CMD_PRI_RESP was consumed; the response goes to a function.
     Respond {
         stream: StreamId,
@@ -173,24 +177,56 @@ impl State {
         ended
     }
 
-    /// Executes the next command.
-    pub(super) fn step(&mut self, ram: &GuestRam, pending: &mut PendingInvalidations) -> Step {
-        let Some(command) = self.commands.fetch(&mut self.registers, ram) else {
-            return Step::Idle;
-        };
-        let step = self.execute(command, pending);
-        if !matches!(step, Step::Sync(_)) {
-            self.consume();
+    /// Executes commands until one needs work without the state lock or
+    /// `interrupts` is true, at most `left`, from which the executed ones are
+    /// subtracted.
+    pub(super) fn run(
+        &mut self,
+        ram: &GuestRam,
+        interrupts: impl Fn() -> bool,
+        left: &mut u32,
+        pending: &mut PendingInvalidations,
+    ) -> Step {
+        for _ in 0..MAX_RUN {
+            if *left == 0 || interrupts() {
+                return Step::Idle;
+            }
+            let Some(command) = self.commands.fetch(&mut self.registers, ram) else {
+                return Step::Idle;
+            };
+            *left -= 1;
+            match self.execute(command, pending) {
+                Some(Step::Sync(signal)) if pending.is_empty() => self.complete_sync(signal),
+                Some(step @ Step::Sync(_)) => return step,
+                step => {
+                    self.commands.consume(&mut self.registers);
+                    if let Some(step) = step {
+                        return step;
+                    }
+                }
+            }
+            if pending.is_full() {
+                break;
+            }
         }
-        step
+        Step::Pause
     }
 
-    /// Advances CMDQ_CONS by one command.
-    pub(super) fn consume(&mut self) {
+    /// Consumes CMD_SYNC and requests its interrupt (§4.7.3). All earlier commands
+    /// are complete.
+    pub(super) fn complete_sync(&mut self, signal: Signal) {
         self.commands.consume(&mut self.registers);
+        if let Signal::Interrupt { address, data } = signal {
+            let address = address & ((1 << self.config.address_bits()) - 1);
+            self.registers.request(InterruptRequest {
+                line: SmmuLine::CmdSync,
+                message: (address != 0).then_some((Gpa(address), data)),
+            });
+        }
     }
 
-    fn execute(&mut self, command: Command, pending: &mut PendingInvalidations) -> Step {
+    /// Executes a command. `None`: it needs no work without the state lock.
+    fn execute(&mut self, command: Command, pending: &mut PendingInvalidations) -> Option<Step> {
         let enabled = self.registers.enabled(cr0::SMMUEN);
         match command {
             Command::Prefetch => {}
@@ -224,12 +260,12 @@ impl State {
                 group,
                 response,
             } if enabled => {
-                return Step::Respond {
+                return Some(Step::Respond {
                     stream,
                     substream,
                     group,
                     response,
-                };
+                });
             }
             // Ignored while SMMUEN is 0 (§4.5.1, §4.5.2).
             Command::Atc { .. } | Command::PageResponse { .. } => {}
@@ -237,15 +273,15 @@ impl State {
                 let resumed = self.events.remove(|known, stalled| {
                     known == stag && stalled.stream == stream && stalled.recorded
                 });
-                return Step::Resumed(resumed, action);
+                return Some(Step::Resumed(resumed, action));
             }
             Command::StallTerm(stream) => {
                 let ended = self.events.remove(|_, stalled| stalled.stream == stream);
-                return Step::Resumed(ended, Resume::Terminate);
+                return Some(Step::Resumed(ended, Resume::Terminate));
             }
-            Command::Sync(signal) => return Step::Sync(signal),
+            Command::Sync(signal) => return Some(Step::Sync(signal)),
         }
-        Step::Consumed
+        None
     }
 
     /// Marks the configuration of streams as changed. Does nothing while

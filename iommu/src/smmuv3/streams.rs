@@ -1,6 +1,6 @@
 //! The connected streams and their pending invalidations.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use super::event::EventKind;
@@ -15,14 +15,10 @@ const MAX_TAGS: usize = 64;
 const MAX_PENDING: usize = 64;
 
 /// A connected stream.
-#[derive(Default)]
 struct Stream {
-    sink: Option<Weak<dyn StreamSink>>,
-    /// Translations that the consumers may hold: those since the last
-    /// invalidation of everything.
-    held: BTreeMap<Tag, TagSummary>,
-    /// There were more than [`MAX_TAGS`] tags.
-    held_more: bool,
+    sink: Weak<dyn StreamSink>,
+    /// Tags of the translations in [`Streams::held`].
+    tags: Vec<Tag>,
     /// A translation since the last invalidation of everything had a
     /// SubstreamID.
     substreams: bool,
@@ -33,41 +29,11 @@ struct Stream {
     faults: BTreeMap<EventKind, u64>,
 }
 
-impl Stream {
-    fn record(&mut self, tag: Tag, summary: TagSummary) {
-        if let Some(known) = self.held.get_mut(&tag) {
-            *known = known.and(summary);
-        } else if self.held.len() < MAX_TAGS {
-            self.held.insert(tag, summary);
-        } else {
-            self.held_more = true;
-        }
-    }
-
-    /// Records that everything is invalidated.
-    fn clear(&mut self) {
-        self.held.clear();
-        self.held_more = false;
-        self.substreams = false;
-    }
-
-    /// Translations of the stream's consumers that `scope` removes.
-    fn extents(&self, scope: &Scope) -> Vec<InvalidationExtent> {
-        let held = self.held.iter();
-        let mut extents: Vec<_> = held
-            .filter_map(|(tag, summary)| scope.extent(tag, *summary))
-            .collect();
-        if self.held_more {
-            extents.push(InvalidationExtent::All);
-        }
-        extents
-    }
-}
-
 /// Invalidations of one stream to be delivered before the next CMD_SYNC
 /// completes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct StreamInvalidations {
+    pub(super) sink: Option<Weak<dyn StreamSink>>,
     /// The configuration changed: every translation is invalid.
     pub(super) configuration: bool,
     /// Invalid translations; both ends of a range are inclusive.
@@ -79,82 +45,144 @@ pub(super) struct StreamInvalidations {
 /// Invalidations to be delivered, by stream. Its lock is the command lock,
 /// which is held while commands are executed or their effects change.
 #[derive(Debug, Default)]
-pub(super) struct PendingInvalidations(BTreeMap<StreamId, StreamInvalidations>);
+pub(super) struct PendingInvalidations {
+    streams: BTreeMap<StreamId, StreamInvalidations>,
+    /// A stream has reached [`MAX_PENDING`] ranges.
+    full: bool,
+}
 
 impl PendingInvalidations {
-    fn stream(&mut self, stream: StreamId) -> &mut StreamInvalidations {
-        self.0.entry(stream).or_default()
+    /// `sink` is called if nothing is pending for the stream.
+    fn stream(
+        &mut self,
+        id: StreamId,
+        sink: impl FnOnce() -> Option<Weak<dyn StreamSink>>,
+    ) -> &mut StreamInvalidations {
+        let known = self.streams.entry(id);
+        known.or_insert_with(|| StreamInvalidations {
+            sink: sink(),
+            configuration: false,
+            ranges: Vec::new(),
+            device: Vec::new(),
+        })
+    }
+
+    /// Adds a range to the list of a stream that `list` selects.
+    fn add(
+        &mut self,
+        (id, range): (StreamId, IovaRange),
+        sink: impl FnOnce() -> Option<Weak<dyn StreamSink>>,
+        list: fn(&mut StreamInvalidations) -> &mut Vec<IovaRange>,
+    ) {
+        let ranges = list(self.stream(id, sink));
+        range.push_joined(ranges);
+        let full = ranges.len() >= MAX_PENDING;
+        self.full |= full;
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.streams.is_empty()
     }
 
     /// Whether a stream has reached [`MAX_PENDING`] ranges.
-    pub(super) fn is_full(&self) -> bool {
-        let mut streams = self.0.values();
-        streams.any(|stream| stream.ranges.len().max(stream.device.len()) >= MAX_PENDING)
+    pub(super) const fn is_full(&self) -> bool {
+        self.full
     }
 
     /// Removes and returns the invalidations of every stream.
     pub(super) fn take(&mut self) -> BTreeMap<StreamId, StreamInvalidations> {
-        std::mem::take(&mut self.0)
+        self.full = false;
+        std::mem::take(&mut self.streams)
     }
 }
 
 /// The connected streams.
 #[derive(Default)]
-pub(super) struct Streams(BTreeMap<StreamId, Stream>);
+pub(super) struct Streams {
+    streams: BTreeMap<StreamId, Stream>,
+    /// Translations that the consumers of each stream may hold: those since the
+    /// last invalidation of everything. At most [`MAX_TAGS`] per stream.
+    held: BTreeMap<(Tag, StreamId), TagSummary>,
+    /// Streams that had more tags: every invalidation reaches them.
+    overfull: BTreeSet<StreamId>,
+    /// Some translations in `held` are valid for every ASID.
+    has_global: bool,
+}
 
 impl Streams {
-    pub(super) fn connect(&mut self, stream: StreamId, sink: Weak<dyn StreamSink>) {
-        self.0.entry(stream).or_default().sink = Some(sink);
+    pub(super) fn connect(&mut self, id: StreamId, sink: Weak<dyn StreamSink>) {
+        if let Some(known) = self.streams.get_mut(&id) {
+            known.sink = sink;
+            return;
+        }
+        let stream = Stream {
+            sink,
+            tags: Vec::new(),
+            substreams: false,
+            ats_enabled: false,
+            device_iotlb: false,
+            faults: BTreeMap::new(),
+        };
+        self.streams.insert(id, stream);
     }
 
     pub(super) fn contains(&self, stream: StreamId) -> bool {
-        self.0.contains_key(&stream)
+        self.streams.contains_key(&stream)
     }
 
     pub(super) fn sink(&self, stream: StreamId) -> Option<Arc<dyn StreamSink>> {
-        self.0.get(&stream)?.sink.as_ref()?.upgrade()
+        self.weak_sink(stream)?.upgrade()
+    }
+
+    fn weak_sink(&self, stream: StreamId) -> Option<Weak<dyn StreamSink>> {
+        Some(Weak::clone(&self.streams.get(&stream)?.sink))
     }
 
     /// Records that the stream's consumers may hold a translation.
-    pub(super) fn record(
-        &mut self,
-        stream: StreamId,
-        tag: Tag,
-        summary: TagSummary,
-        substream: bool,
-    ) {
-        if let Some(stream) = self.0.get_mut(&stream) {
-            stream.record(tag, summary);
-            stream.substreams |= substream;
+    pub(super) fn record(&mut self, id: StreamId, tag: Tag, summary: TagSummary, substream: bool) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        stream.substreams |= substream;
+        self.has_global |= summary.global;
+        if let Some(known) = self.held.get_mut(&(tag, id)) {
+            *known = known.and(summary);
+        } else if stream.tags.len() < MAX_TAGS {
+            stream.tags.push(tag);
+            self.held.insert((tag, id), summary);
+        } else {
+            self.overfull.insert(id);
         }
     }
 
     pub(super) fn count_fault(&mut self, stream: StreamId, kind: EventKind) {
-        if let Some(stream) = self.0.get_mut(&stream) {
+        if let Some(stream) = self.streams.get_mut(&stream) {
             *stream.faults.entry(kind).or_default() += 1;
         }
     }
 
     /// Faults of a stream by kind, recorded or not.
     pub(super) fn faults(&self, stream: StreamId) -> BTreeMap<EventKind, u64> {
-        let stream = self.0.get(&stream);
+        let stream = self.streams.get(&stream);
         stream.map_or_else(BTreeMap::new, |stream| stream.faults.clone())
     }
 
     /// Whether the ATS enable bit of the function is set.
     pub(super) fn ats_enabled(&self, stream: StreamId) -> bool {
-        self.0.get(&stream).is_some_and(|stream| stream.ats_enabled)
+        self.streams
+            .get(&stream)
+            .is_some_and(|stream| stream.ats_enabled)
     }
 
     /// The streams whose function has ATS enabled.
     pub(super) fn all_ats_enabled(&self) -> Vec<StreamId> {
-        let enabled = self.0.iter().filter(|(_, stream)| stream.ats_enabled);
+        let enabled = self.streams.iter().filter(|(_, stream)| stream.ats_enabled);
         enabled.map(|(id, _)| *id).collect()
     }
 
     /// Enables or disables ATS of one function. Returns whether that changed.
     pub(super) fn set_ats_enabled(&mut self, stream: StreamId, enabled: bool) -> bool {
-        let Some(stream) = self.0.get_mut(&stream) else {
+        let Some(stream) = self.streams.get_mut(&stream) else {
             return false;
         };
         std::mem::replace(&mut stream.ats_enabled, enabled) != enabled
@@ -162,21 +190,21 @@ impl Streams {
 
     /// Enables ATS of the functions in `enabled`, and of no other.
     pub(super) fn set_all_ats_enabled(&mut self, enabled: &[StreamId]) {
-        for (id, stream) in &mut self.0 {
+        for (id, stream) in &mut self.streams {
             stream.ats_enabled = enabled.contains(id);
         }
     }
 
     /// Whether `DEVIOTLB_UNMAP` was available at the last negotiation.
     pub(super) fn device_iotlb(&self, stream: StreamId) -> bool {
-        let stream = self.0.get(&stream);
+        let stream = self.streams.get(&stream);
         stream.is_some_and(|stream| stream.device_iotlb)
     }
 
     /// Records whether `DEVIOTLB_UNMAP` is available. Returns whether that
     /// changed.
     pub(super) fn set_device_iotlb(&mut self, stream: StreamId, available: bool) -> bool {
-        let Some(stream) = self.0.get_mut(&stream) else {
+        let Some(stream) = self.streams.get_mut(&stream) else {
             return false;
         };
         std::mem::replace(&mut stream.device_iotlb, available) != available
@@ -193,28 +221,39 @@ impl Streams {
         if first > last {
             return;
         }
-        for (id, stream) in self.0.range_mut(first..=last) {
-            stream.clear();
-            pending.stream(*id).configuration = true;
+        for (id, stream) in self.streams.range_mut(first..=last) {
+            for tag in stream.tags.drain(..) {
+                self.held.remove(&(tag, *id));
+            }
+            self.overfull.remove(id);
+            stream.substreams = false;
+            let sink = || Some(Weak::clone(&stream.sink));
+            pending.stream(*id, sink).configuration = true;
         }
+        self.has_global &= !self.held.is_empty();
     }
 
     /// Adds the invalidation to the streams whose consumers may hold a selected
     /// translation: those whose STE and CD had the VMID and ASID at translation
     /// (§4.4).
     pub(super) fn invalidate(&self, scope: &Scope, pending: &mut PendingInvalidations) {
-        for (id, stream) in &self.0 {
-            for extent in stream.extents(scope) {
-                let range = match extent {
-                    InvalidationExtent::All => Ok(IovaRange::ALL),
-                    InvalidationExtent::Range(first, last) => {
-                        IovaRange::new(Iova(first), Iova(last))
-                    }
-                };
-                if let Ok(range) = range {
-                    range.push_joined(&mut pending.stream(*id).ranges);
+        let tags = scope.tags(self.has_global);
+        let selected = (*tags.start(), StreamId(0))..=(*tags.end(), StreamId(u32::MAX));
+        for ((tag, id), summary) in self.held.range(selected) {
+            let range = match scope.extent(tag, *summary) {
+                None => continue,
+                Some(InvalidationExtent::All) => Ok(IovaRange::ALL),
+                Some(InvalidationExtent::Range(first, last)) => {
+                    IovaRange::new(Iova(first), Iova(last))
                 }
+            };
+            if let Ok(range) = range {
+                pending.add((*id, range), || self.weak_sink(*id), |its| &mut its.ranges);
             }
+        }
+        for id in &self.overfull {
+            let all = (*id, IovaRange::ALL);
+            pending.add(all, || self.weak_sink(*id), |its| &mut its.ranges);
         }
     }
 
@@ -227,11 +266,11 @@ impl Streams {
         range: IovaRange,
         pending: &mut PendingInvalidations,
     ) {
-        let Some(stream) = self.0.get(&id) else {
+        let Some(stream) = self.streams.get(&id) else {
             return;
         };
         if stream.ats_enabled && (substream.is_none() || stream.substreams) {
-            range.push_joined(&mut pending.stream(id).device);
+            pending.add((id, range), || self.weak_sink(id), |its| &mut its.device);
         }
     }
 }

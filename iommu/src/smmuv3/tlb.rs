@@ -3,7 +3,9 @@
 //! The model's state lock protects the TLB and every walk that fills it. So no
 //! walk that began before an invalidation can insert after it.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 
 use super::config::Stages;
 use super::ste::StreamWorld;
@@ -13,17 +15,38 @@ use crate::mapping::Perm;
 /// Upper bound on entries; the oldest insertion is evicted first.
 pub(super) const MAX_ENTRIES: usize = 4096;
 
-/// Tag of a translation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Tag of a translation. The order is by VMID and ASID, so that an invalidation finds
+/// the tags that it selects without a search through the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tag {
     /// Regime of the translation.
     pub world: StreamWorld,
     /// VMID; 0 outside of EL1.
     pub vmid: u16,
-    /// Which stages translate.
-    pub stages: Stages,
     /// ASID; 0 where there is none.
     pub asid: u16,
+    /// Which stages translate.
+    pub stages: Stages,
+}
+
+impl Tag {
+    /// One number to compare, because an invalidation compares many tags.
+    const fn key(self) -> u64 {
+        let (world, stages) = (self.world as u64, self.stages as u64);
+        world << 48 | (self.vmid as u64) << 32 | (self.asid as u64) << 16 | stages
+    }
+}
+
+impl Ord for Tag {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+impl PartialOrd for Tag {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// Summary of all translations with one tag that a cache or consumer may hold.
@@ -142,6 +165,33 @@ pub(super) enum InvalidationExtent {
 }
 
 impl Scope {
+    /// Range that has every tag that the scope selects. `has_global`: some
+    /// translations are valid for every ASID.
+    pub(super) fn tags(&self, has_global: bool) -> RangeInclusive<Tag> {
+        let (lowest, highest) = match (self.el1, self.e2h) {
+            (true, _) => (StreamWorld::El1, StreamWorld::El1),
+            (false, None) => (StreamWorld::El2, StreamWorld::El2E2h),
+            (false, Some(false)) => (StreamWorld::El2, StreamWorld::El2),
+            (false, Some(true)) => (StreamWorld::El2E2h, StreamWorld::El2E2h),
+        };
+        let vmids = self
+            .vmid
+            .map_or((0, u16::MAX), |(vmid, mask)| (vmid & mask, vmid | !mask));
+        let asids = match self.asid {
+            _ if lowest != highest || vmids.0 != vmids.1 => (0, u16::MAX),
+            AsidScope::Only(asid) => (asid, asid),
+            AsidScope::OrGlobal(asid) if !has_global => (asid, asid),
+            AsidScope::OrGlobal(_) | AsidScope::Any => (0, u16::MAX),
+        };
+        let tag = |world, vmid, asid, stages| Tag {
+            world,
+            vmid,
+            asid,
+            stages,
+        };
+        tag(lowest, vmids.0, asids.0, Stages::One)..=tag(highest, vmids.1, asids.1, Stages::Nested)
+    }
+
     /// The part of the translations with `tag` that is removed; `None` for no
     /// part.
     pub(super) fn extent(&self, tag: &Tag, held: TagSummary) -> Option<InvalidationExtent> {
@@ -216,6 +266,8 @@ impl Context {
 #[derive(Debug, Default)]
 pub(super) struct Tlb {
     contexts: BTreeMap<Tag, Context>,
+    /// A translation that was inserted since there was none is valid for every ASID.
+    has_global: bool,
     /// Insertions, oldest first, including those of removed entries.
     order: VecDeque<(Tag, u64, u64)>,
     count: usize,
@@ -243,6 +295,7 @@ impl Tlb {
         let context = self.contexts.entry(tag).or_default();
         self.count -= context.remove(entry.first, entry.last);
         context.held = context.held.and(held);
+        self.has_global |= held.global;
         context.entries.insert(entry.first, (entry, self.age));
         self.count += 1;
         self.order.push_back((tag, entry.first, self.age));
@@ -272,20 +325,27 @@ impl Tlb {
 
     /// Drops the entries that `scope` selects.
     pub(super) fn invalidate(&mut self, scope: &Scope) {
-        let count = &mut self.count;
-        self.contexts.retain(|tag, context| {
+        let mut emptied = Vec::new();
+        let selected = scope.tags(self.has_global);
+        for (tag, context) in self.contexts.range_mut(selected) {
             match scope.extent(tag, context.held) {
-                None => {}
+                None => continue,
                 Some(InvalidationExtent::All) => {
-                    *count -= context.entries.len();
+                    self.count -= context.entries.len();
                     context.entries.clear();
                 }
                 Some(InvalidationExtent::Range(first, last)) => {
-                    *count -= context.remove(first, last)
+                    self.count -= context.remove(first, last);
                 }
             }
-            !context.entries.is_empty()
-        });
+            if context.entries.is_empty() {
+                emptied.push(*tag);
+            }
+        }
+        for tag in emptied {
+            self.contexts.remove(&tag);
+        }
+        self.has_global &= !self.contexts.is_empty();
     }
 
     /// Number of entries.
