@@ -354,7 +354,7 @@ impl Smmuv3 {
             "hit" => {
                 // At most as many pages as the caches have entries.
                 let few = |at| page(at % 50) * PAGE;
-                (0..50).for_each(|at| self.touch(0, page(at)));
+                (0..100).for_each(|at| self.touch(0, page(at % 50)));
                 translate(&self.regions[0], few);
             }
             "miss" => repeat(|at| {
@@ -377,7 +377,8 @@ impl Smmuv3 {
     fn invalidate(&self, count: u64, mappings: u64, streams: u64) {
         repeat(|at| {
             (0..streams).for_each(|number| {
-                (0..OTHERS).for_each(|page| self.touch(number, page % mappings));
+                // Twice, because the second use of a translation adds it to a cache.
+                (0..2 * OTHERS).for_each(|page| self.touch(number, page % OTHERS % mappings));
             });
             let asid = at % streams + 1;
             let mut commands: Vec<_> = (0..count)

@@ -76,8 +76,9 @@ impl Caches {
         entry
     }
 
-    pub(super) fn insert(&mut self, tag: Tag, entry: Entry, summary: TagSummary) {
-        self.tlb.insert(tag, entry, summary);
+    /// Inserts an entry into the TLB. Returns the summary of those with its tag.
+    pub(super) fn insert(&mut self, tag: Tag, entry: Entry, summary: TagSummary) -> TagSummary {
+        self.tlb.insert(tag, entry, summary)
     }
 
     /// Summary of the TLB's entries with one tag.

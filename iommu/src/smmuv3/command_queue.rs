@@ -36,22 +36,18 @@ impl CommandQueue {
     /// Number of commands in the queue; 0 while it is disabled or in error
     /// (§4.1.2).
     pub(super) fn waiting(&self, registers: &Registers) -> u32 {
-        if !registers.enabled(cr0::CMDQEN) || registers.error_active(gerror::CMDQ) {
-            return 0;
-        }
-        let prod = registers.get(reg::CMDQ_PROD);
-        let cons = registers.get(reg::CMDQ_CONS);
-        self.queue(registers).used(prod, cons)
+        waiting(&self.queue(registers), registers)
     }
 
     /// The command at CMDQ_CONS. `None` when the queue is empty, or when the
     /// command is an error and stops the queue (§7.1).
     pub(super) fn fetch(&mut self, registers: &mut Registers, ram: &GuestRam) -> Option<Command> {
-        if self.waiting(registers) == 0 {
+        let commands = self.queue(registers);
+        if waiting(&commands, registers) == 0 {
             return None;
         }
         let cons = registers.get(reg::CMDQ_CONS);
-        let raw = self.queue(registers).read(ram, cons).ok_or(Cerror::Abt);
+        let raw = commands.read(ram, cons).ok_or(Cerror::Abt);
         match raw.and_then(|raw| Command::parse(&raw, &self.config, registers)) {
             Ok(command) => {
                 *self.consumed.entry(command.kind()).or_default() += 1;
@@ -71,4 +67,12 @@ impl CommandQueue {
         let next = self.queue(registers).next(registers.get(reg::CMDQ_CONS));
         registers.set(reg::CMDQ_CONS, next);
     }
+}
+
+fn waiting(commands: &Queue, registers: &Registers) -> u32 {
+    if !registers.enabled(cr0::CMDQEN) || registers.error_active(gerror::CMDQ) {
+        return 0;
+    }
+    let prod = registers.get(reg::CMDQ_PROD);
+    commands.used(prod, registers.get(reg::CMDQ_CONS))
 }

@@ -8,7 +8,8 @@
 //! * `command` decodes, `ste`, `cd`, `descriptor` and `walk` are the steps of a translation,
 //!   none of them with state, and `translate` puts the steps in order;
 //! * `address` has the addresses of each stage, which are types of their own in a walk;
-//! * `tlb` has the translations and the scope of an invalidation;
+//! * `tlb` has the translations and the scope of an invalidation, `stream_tlb` the
+//!   latest answers of each stream;
 //! * `inspect` lists configuration and mappings for the API.
 //!
 //! # How an invalidation becomes complete
@@ -36,6 +37,7 @@ mod registers;
 mod spec;
 mod state;
 mod ste;
+mod stream_tlb;
 mod streams;
 mod tlb;
 mod translate;
@@ -59,6 +61,7 @@ pub use self::registers::SmmuLine;
 use self::registers::{InterruptRequest, Registers, in_page_0};
 use self::spec::{cr0, gerror, reg};
 use self::state::{State, Step};
+use self::stream_tlb::StreamTlbs;
 use self::streams::PendingInvalidations;
 use self::translate::TranslationContext;
 use crate::addr::{Gpa, Iova, IovaRange, StreamId};
@@ -137,18 +140,21 @@ pub struct Smmu {
     /// The command lock.
     pending: RankedMutex<PendingInvalidations, 4>,
     state: RankedMutex<State, 9>,
+    tlbs: Arc<StreamTlbs>,
 }
 
 impl Smmu {
     /// An SMMU after reset: every stream bypasses it.
     #[must_use]
     pub fn new(config: SmmuConfig, ram: Arc<GuestRam>, wires: Arc<dyn SmmuWires>) -> Self {
+        let tlbs = Arc::new(StreamTlbs::default());
         Self {
             config,
             ram,
             wires,
             pending: RankedMutex::default(),
-            state: RankedMutex::new(State::new(config)),
+            state: RankedMutex::new(State::new(config, Arc::clone(&tlbs))),
+            tlbs,
         }
     }
 
@@ -299,10 +305,10 @@ impl Smmu {
     #[must_use]
     pub fn stats(&self) -> SmmuStats {
         let state = self.state.lock();
-        let (tlb_hits, tlb_misses) = state.caches.counts();
+        let (hits, tlb_misses) = state.caches.counts();
         SmmuStats {
             commands: state.commands.consumed().clone(),
-            tlb_hits,
+            tlb_hits: hits + self.tlbs.hits(),
             tlb_misses,
             tlb_entries: state.caches.entries(),
             events: state.events.written().clone(),
@@ -478,6 +484,9 @@ impl Smmu {
 
 impl Iommu for Smmu {
     fn translate(&self, request: &Request) -> Result<Mapping, Fault> {
+        if let Some(answer) = self.tlbs.find(request, true) {
+            return Ok(answer);
+        }
         self.with(|state| {
             let context = TranslationContext {
                 request,
@@ -494,6 +503,9 @@ impl Iommu for Smmu {
     }
 
     fn lookup(&self, request: &Request) -> Result<Mapping, Fault> {
+        if let Some(answer) = self.tlbs.find(request, false) {
+            return Ok(answer);
+        }
         let context = TranslationContext {
             request,
             update: false,

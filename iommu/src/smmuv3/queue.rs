@@ -1,6 +1,6 @@
 //! Circular queues in guest memory (IHI 0070 §3.5).
 
-use vm_memory::Bytes as _;
+use vm_memory::{Bytes as _, GuestMemoryBackend as _, VolatileMemory as _};
 
 use super::registers::Registers;
 use super::spec::command::RawCommand;
@@ -189,12 +189,10 @@ impl Producer {
 /// A copy of a structure in guest memory, or `None` outside of RAM.
 pub(super) fn read_raw<T: Raw>(ram: &GuestRam, address: Gpa) -> Option<T> {
     let mut raw = T::ZERO;
-    let mut next = address;
-    for word in raw.words_mut() {
-        let mut bytes = [0; 8];
-        ram.read_slice(&mut bytes, next.into()).ok()?;
-        *word = u64::from_le_bytes(bytes);
-        next = next.checked_add(8)?;
+    let size = usize::try_from(T::SIZE).ok()?;
+    let slice = ram.get_slice(address.into(), size).ok()?;
+    for (word, offset) in raw.words_mut().iter_mut().zip((0..size).step_by(8)) {
+        *word = u64::from_le(slice.get_ref(offset).ok()?.load());
     }
     Some(raw)
 }

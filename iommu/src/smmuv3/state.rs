@@ -2,6 +2,7 @@
 //! of them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::caches::Caches;
 use super::command::{Command, PageResponse, Resume, Signal};
@@ -11,6 +12,7 @@ use super::event_queue::{EventQueue, Stalled};
 use super::pri_queue::PriQueue;
 use super::registers::{InterruptRequest, Registers, SmmuLine};
 use super::spec::{cr0, gbpa, reg};
+use super::stream_tlb::StreamTlbs;
 use super::streams::{PendingInvalidations, Streams};
 use super::translate::{Failure, TranslationContext, Translator};
 use crate::addr::{Gpa, StreamId};
@@ -57,11 +59,11 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(config: SmmuConfig) -> Self {
+    pub(super) fn new(config: SmmuConfig, tlbs: Arc<StreamTlbs>) -> Self {
         Self {
             registers: Registers::new(&config),
             caches: Caches::default(),
-            streams: Streams::default(),
+            streams: Streams::new(tlbs),
             commands: CommandQueue::new(config),
             events: EventQueue::new(&config),
             pri: PriQueue::new(&config),

@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use super::event::EventKind;
+use super::stream_tlb::StreamTlbs;
 use super::tlb::{InvalidationExtent, Scope, Tag, TagSummary};
 use crate::addr::{Iova, IovaRange, StreamId};
+use crate::mapping::Mapping;
 use crate::notifier::StreamSink;
+use crate::translate::Request;
 
 /// Upper bound on the tags recorded per stream. Beyond it every invalidation
 /// reaches the stream.
@@ -97,8 +100,9 @@ impl PendingInvalidations {
 }
 
 /// The connected streams.
-#[derive(Default)]
 pub(super) struct Streams {
+    /// Answers that need no state lock: a part of `held`.
+    tlbs: Arc<StreamTlbs>,
     streams: BTreeMap<StreamId, Stream>,
     /// Translations that the consumers of each stream may hold: those since the
     /// last invalidation of everything. At most [`MAX_TAGS`] per stream.
@@ -110,6 +114,17 @@ pub(super) struct Streams {
 }
 
 impl Streams {
+    /// No stream, and `tlbs` without an entry.
+    pub(super) fn new(tlbs: Arc<StreamTlbs>) -> Self {
+        Self {
+            tlbs,
+            streams: BTreeMap::new(),
+            held: BTreeMap::new(),
+            overfull: BTreeSet::new(),
+            has_global: false,
+        }
+    }
+
     pub(super) fn connect(&mut self, id: StreamId, sink: Weak<dyn StreamSink>) {
         if let Some(known) = self.streams.get_mut(&id) {
             known.sink = sink;
@@ -138,12 +153,21 @@ impl Streams {
         Some(Weak::clone(&self.streams.get(&stream)?.sink))
     }
 
-    /// Records that the stream's consumers may hold a translation.
-    pub(super) fn record(&mut self, id: StreamId, tag: Tag, summary: TagSummary, substream: bool) {
+    /// Adds the answer to a request, which is recorded as held, to those that need
+    /// no state lock.
+    pub(super) fn cache(&self, request: &Request, answer: &Mapping) {
+        if self.contains(request.stream) {
+            self.tlbs.insert(request, answer);
+        }
+    }
+
+    /// Records that the consumers of the stream of a request may hold the answer.
+    pub(super) fn record(&mut self, request: &Request, tag: Tag, summary: TagSummary) {
+        let id = request.stream;
         let Some(stream) = self.streams.get_mut(&id) else {
             return;
         };
-        stream.substreams |= substream;
+        stream.substreams |= request.substream.is_some();
         self.has_global |= summary.global;
         if let Some(known) = self.held.get_mut(&(tag, id)) {
             *known = known.and(summary);
@@ -226,6 +250,7 @@ impl Streams {
                 self.held.remove(&(tag, *id));
             }
             self.overfull.remove(id);
+            self.tlbs.invalidate(*id, IovaRange::ALL);
             stream.substreams = false;
             let sink = || Some(Weak::clone(&stream.sink));
             pending.stream(*id, sink).configuration = true;
@@ -248,11 +273,13 @@ impl Streams {
                 }
             };
             if let Ok(range) = range {
+                self.tlbs.invalidate(*id, range);
                 pending.add((*id, range), || self.weak_sink(*id), |its| &mut its.ranges);
             }
         }
         for id in &self.overfull {
             let all = (*id, IovaRange::ALL);
+            self.tlbs.invalidate(*id, IovaRange::ALL);
             pending.add(all, || self.weak_sink(*id), |its| &mut its.ranges);
         }
     }

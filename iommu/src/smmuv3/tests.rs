@@ -11,4 +11,5 @@ mod queues;
 mod rig;
 mod sizes;
 mod stalls;
+mod stream_tlb;
 mod walks;

@@ -239,27 +239,54 @@ pub(super) struct Entry {
     pub perm: Perm,
 }
 
+/// Disjoint entries by first address, each with its insertion number.
 #[derive(Debug, Default)]
-struct Context {
-    held: TagSummary,
-    /// Disjoint entries by first address, each with its insertion number.
-    entries: BTreeMap<u64, (Entry, u64)>,
-}
+struct Entries(BTreeMap<u64, (Entry, u64)>);
 
-impl Context {
+impl Entries {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The entry that contains `address`.
+    fn find(&self, address: u64) -> Option<Entry> {
+        let (_, (entry, _)) = self.0.range(..=address).next_back()?;
+        (address <= entry.last).then_some(*entry)
+    }
+
+    /// Adds an entry that overlaps no other.
+    fn insert(&mut self, entry: Entry, age: u64) {
+        self.0.insert(entry.first, (entry, age));
+    }
+
     /// Removes the entries that overlap the range, both ends inclusive. Returns
     /// their number.
     fn remove(&mut self, first: u64, last: u64) -> usize {
         let mut removed = 0;
-        while let Some((&key, (entry, _))) = self.entries.range(..=last).next_back() {
+        while let Some((&key, (entry, _))) = self.0.range(..=last).next_back() {
             if entry.last < first {
                 break;
             }
-            self.entries.remove(&key);
+            self.0.remove(&key);
             removed += 1;
+            if key <= first {
+                break;
+            }
         }
         removed
     }
+
+    /// Removes the entry that starts at `first` if `age` is its insertion number.
+    fn remove_aged(&mut self, first: u64, age: u64) -> bool {
+        let is_that = self.0.get(&first).is_some_and(|(_, its)| *its == age);
+        is_that && self.0.remove(&first).is_some()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Context {
+    held: TagSummary,
+    entries: Entries,
 }
 
 /// Translations by tag, up to a fixed number; the oldest entry is evicted first.
@@ -277,9 +304,7 @@ pub(super) struct Tlb {
 impl Tlb {
     /// The entry that contains `address`.
     pub(super) fn find(&self, tag: &Tag, address: u64) -> Option<Entry> {
-        let entries = &self.contexts.get(tag)?.entries;
-        let (_, (entry, _)) = entries.range(..=address).next_back()?;
-        (address <= entry.last).then_some(*entry)
+        self.contexts.get(tag)?.entries.find(address)
     }
 
     /// Summary of the translations with one tag.
@@ -289,19 +314,22 @@ impl Tlb {
             .map_or_else(TagSummary::default, |context| context.held)
     }
 
-    /// Inserts an entry and removes those that overlap it.
-    pub(super) fn insert(&mut self, tag: Tag, entry: Entry, held: TagSummary) {
+    /// Inserts an entry and removes those that overlap it. Returns the summary of
+    /// the translations with its tag.
+    pub(super) fn insert(&mut self, tag: Tag, entry: Entry, held: TagSummary) -> TagSummary {
         self.age += 1;
         let context = self.contexts.entry(tag).or_default();
-        self.count -= context.remove(entry.first, entry.last);
-        context.held = context.held.and(held);
+        self.count -= context.entries.remove(entry.first, entry.last);
+        let summary = context.held.and(held);
+        context.held = summary;
         self.has_global |= held.global;
-        context.entries.insert(entry.first, (entry, self.age));
+        context.entries.insert(entry, self.age);
         self.count += 1;
         self.order.push_back((tag, entry.first, self.age));
         while self.count > MAX_ENTRIES || self.order.len() > 2 * MAX_ENTRIES {
             self.evict();
         }
+        summary
     }
 
     /// Drops the oldest insertion that was not removed.
@@ -310,14 +338,10 @@ impl Tlb {
             return;
         };
         if let Some(context) = self.contexts.get_mut(&tag)
-            && context
-                .entries
-                .get(&first)
-                .is_some_and(|(_, its)| *its == age)
+            && context.entries.remove_aged(first, age)
         {
-            context.entries.remove(&first);
             self.count -= 1;
-            if context.entries.is_empty() {
+            if context.entries.len() == 0 {
                 self.contexts.remove(&tag);
             }
         }
@@ -332,13 +356,13 @@ impl Tlb {
                 None => continue,
                 Some(InvalidationExtent::All) => {
                     self.count -= context.entries.len();
-                    context.entries.clear();
+                    context.entries = Entries::default();
                 }
                 Some(InvalidationExtent::Range(first, last)) => {
-                    self.count -= context.remove(first, last);
+                    self.count -= context.entries.remove(first, last);
                 }
             }
-            if context.entries.is_empty() {
+            if context.entries.len() == 0 {
                 emptied.push(*tag);
             }
         }

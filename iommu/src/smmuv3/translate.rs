@@ -3,8 +3,7 @@
 use super::address::{Address, Ipa, Va};
 use super::caches::Caches;
 use super::cd::{Cd, TableInput};
-use super::config::Stages;
-use super::config::{STREAM_BITS, SmmuConfig};
+use super::config::{STREAM_BITS, SmmuConfig, Stages};
 use super::event::{Event, EventKind};
 use super::queue::read_raw;
 use super::registers::Registers;
@@ -110,7 +109,7 @@ impl Translator<'_> {
         let outcome = match select_substream(&ste, request.substream) {
             Err(kind) => Err(Failure::event(Event::configuration(kind))),
             Ok(None) => self.without_stage1(&ste, context),
-            Ok(Some((stage1, index))) => self.with_stage1(&ste, &stage1, index, context),
+            Ok(Some((stage1, index))) => self.with_stage1(&ste, stage1, index, context),
         };
         outcome.map_err(|failure| self.apply_record_policy(failure, context))
     }
@@ -247,7 +246,8 @@ impl Translator<'_> {
         };
         let tag = tag(ste, Stages::Two, 0);
         if let Some(entry) = self.cached(&tag, iova.0, context) {
-            return self.answer(context.request, tag, entry, TagSummary::default(), 0);
+            let held = self.caches.summary(&tag);
+            return self.answer(context, (tag, held), entry, 0, true);
         }
         // Without stage 1 the input address is intermediate physical.
         let leaf = walk_stage2(self.ram, stage2, Ipa(iova.0), context.walk())
@@ -288,11 +288,9 @@ impl Translator<'_> {
         };
         let alias = request.iova.0 ^ table_input.canonical();
         if let Some(entry) = self.cached(&tag, table_input.canonical(), context) {
-            let held = TagSummary {
-                aliases: cd.has_aliases(),
-                ..TagSummary::default()
-            };
-            return self.answer(request, tag, entry, held, alias);
+            let mut held = self.caches.summary(&tag);
+            held.aliases |= cd.has_aliases();
+            return self.answer(context, (tag, held), entry, alias, true);
         }
         let failure = |walk_fault: WalkFault| {
             let event = Event::walk(&walk_fault);
@@ -335,31 +333,36 @@ impl Translator<'_> {
         held: TagSummary,
         alias: u64,
     ) -> Result<Mapping, Failure> {
-        if context.update {
-            self.caches.insert(tag, entry, held);
-        }
-        self.answer(context.request, tag, entry, held, alias)
+        let held = if context.update {
+            self.caches.insert(tag, entry, held)
+        } else {
+            held.and(self.caches.summary(&tag))
+        };
+        self.answer(context, (tag, held), entry, alias, false)
     }
 
     /// Records the translation as held by the stream's consumers and returns
-    /// it.
+    /// it. The second use of a translation, a hit, adds it to the answers that need
+    /// no state lock.
     fn answer(
         &mut self,
-        request: &Request,
-        tag: Tag,
+        context: TranslationContext,
+        (tag, held): (Tag, TagSummary),
         entry: Entry,
-        held: TagSummary,
         alias: u64,
+        is_hit: bool,
     ) -> Result<Mapping, Failure> {
-        let held = held.and(self.caches.summary(&tag));
-        self.streams
-            .record(request.stream, tag, held, request.substream.is_some());
+        self.streams.record(context.request, tag, held);
         let range = IovaRange::new(Iova(entry.first ^ alias), Iova(entry.last ^ alias));
-        Ok(Mapping {
+        let answer = Mapping {
             iova: range.map_err(|_| Failure::silent(FaultReason::AddressSize))?,
             gpa: entry.output,
             perm: entry.perm,
-        })
+        };
+        if is_hit && context.update {
+            self.streams.cache(context.request, &answer);
+        }
+        Ok(answer)
     }
 
     /// Checks whether the function of `stream` may have a device IOTLB now. The
@@ -420,8 +423,11 @@ fn stage2_failure(stage2: &Stage2, event: &Event) -> Failure {
 
 /// The index of an access's CD; `None` when stage 1 is bypassed (§5.2 S1DSS,
 /// §7.3.7, §7.3.9).
-fn select_substream(ste: &Ste, substream: Option<u32>) -> Result<Option<(Stage1, u32)>, EventKind> {
-    let Some(stage1) = ste.stage1 else {
+fn select_substream(
+    ste: &Ste,
+    substream: Option<u32>,
+) -> Result<Option<(&Stage1, u32)>, EventKind> {
+    let Some(stage1) = &ste.stage1 else {
         return match substream {
             None => Ok(None),
             Some(_) => Err(EventKind::CBadSubstreamid),
