@@ -357,9 +357,12 @@ impl Smmuv3 {
                 (0..100).for_each(|at| self.touch(0, page(at % 50)));
                 translate(&self.regions[0], few);
             }
-            "miss" => repeat(|at| {
+            "second" | "miss" => repeat(|at| {
                 let all = self.queue(&[[Self::TLBI_NSNH_ALL, 0], Self::SYNC]);
                 self.smmu.write(Self::CMDQ_PROD, all);
+                if operation == "second" {
+                    self.touch(0, page(at));
+                }
                 let region = &self.regions[0];
                 let inside = region.enter();
                 move || {

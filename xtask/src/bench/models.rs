@@ -16,7 +16,7 @@ const MAPPINGS: [u64; 3] = [1, 1_000, 1_000_000];
 const STREAMS: [u64; 3] = [1, 8, 31];
 
 /// Operations of the program, and their names in the tables.
-const BY_MAPPINGS: [(&str, &str); 12] = [
+const BY_MAPPINGS: [(&str, &str); 13] = [
     ("nothing", "an operation that does nothing"),
     ("dma-open", "`DmaView`, opened and dropped"),
     ("dma-hit", "`DmaView`, a slice of a cached page"),
@@ -28,6 +28,7 @@ const BY_MAPPINGS: [(&str, &str); 12] = [
     ("unmap", "virtio-iommu, UNMAP of a page"),
     ("attach", "virtio-iommu, ATTACH"),
     ("smmuv3-hit", "SMMUv3, TLB hit"),
+    ("smmuv3-second", "SMMUv3, TLB hit at the second use"),
     ("smmuv3-miss", "SMMUv3, TLB miss"),
 ];
 const BY_STREAMS: [(&str, &str); 5] = [
