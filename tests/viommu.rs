@@ -604,6 +604,7 @@ mod virtio_iommu {
     }
 
     #[test]
+    #[cfg_attr(target_arch = "aarch64", ignore = "long: cargo xtask test --long")]
     fn devices_work_in_passthrough_mode() {
         passthrough(VIRTIO_IOMMU);
     }
