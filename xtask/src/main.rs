@@ -90,6 +90,9 @@ struct LabArgs {
     /// Seconds before the emulated host is ended; exit status 124 then
     #[arg(long, default_value_t = 600)]
     timeout: u64,
+    /// Count instructions in place of real time: a run repeats, and takes about ten times as long
+    #[arg(long)]
+    virtual_time: bool,
     /// Take no portcullis binary along
     #[arg(long)]
     no_build: bool,
@@ -137,6 +140,7 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             job.share = args.share;
             job.memory_mib = args.memory;
+            job.virtual_time = args.virtual_time.then_some(1);
             job.cpus = args.cpus.unwrap_or(job.cpus);
             job.timeout = Duration::from_secs(args.timeout);
             job.command = args.command;

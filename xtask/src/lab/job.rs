@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::arch::Arch;
+use crate::cpio::Archive;
 
 /// A command to run in the lab.
 pub struct Job {
@@ -17,10 +18,14 @@ pub struct Job {
     pub timeout: Duration,
     /// Longest silence of the command, after which the host counts as hung.
     pub silence: Option<Duration>,
+    /// Seed of an emulated host whose clock counts instructions; `None`: it follows real time.
+    pub virtual_time: Option<u32>,
     /// `timeout` and `silence` are those of a quiet machine: a host that starts slower has more.
     pub scaled: bool,
     /// Programs for /portcullis/bin, which is in PATH, each with its name there.
     pub programs: Vec<(String, PathBuf)>,
+    /// Files appended to the initramfs of the emulated host.
+    pub files: Archive,
     /// An initramfs segment appended to those of the guests.
     pub guest_tools: Option<PathBuf>,
     /// Directory copied to /share; the command's changes in it are copied back.
@@ -44,8 +49,10 @@ impl Job {
             memory_mib: 4096,
             timeout: Duration::from_secs(600),
             silence: None,
+            virtual_time: None,
             scaled: false,
             programs: Vec::new(),
+            files: Archive::default(),
             guest_tools: None,
             share: None,
             command: Vec::new(),

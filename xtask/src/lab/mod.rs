@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::arch::Arch;
 use crate::cpio::Archive;
-use crate::guest;
+use crate::guest::{self, Images};
 use crate::kernel::Kernel;
 use crate::packages;
 use crate::paths;
@@ -62,6 +62,17 @@ const PROGRAMS: [&str; 17] = [
     "sbin/debugfs",
 ];
 
+/// The job's archive in the lab's directory.
+const JOB: &str = "job.tar";
+
+/// Guest images that an emulated host with virtual time has.
+const VIRTUAL_TIME_IMAGES: [&str; 4] = [
+    "vmlinux-6.12",
+    "vmlinuz-6.12",
+    "initramfs.cpio",
+    "initramfs-tools.cpio",
+];
+
 /// Exit status of a job at its time limit, as timeout(1) returns it.
 const TIMED_OUT: u8 = 124;
 
@@ -77,7 +88,7 @@ pub fn prepare(arch: Arch) -> Result<()> {
 /// `on_line` receives each line of it.
 pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
     let images = guest::prepare(job.arch)?;
-    let host = prepare_host(job.arch)?;
+    let mut host = prepare_host(job.arch)?;
     let _lock = lock(job)?;
     let dir = paths::target().join(format!("lab/{}", job.arch));
     if dir.exists() {
@@ -86,6 +97,7 @@ pub fn run(job: &Job, on_line: &mut dyn FnMut(&str)) -> Result<u8> {
     fs::create_dir_all(&dir)?;
     let interactive = job.interactive || job.command.is_empty();
     pack(job, &dir, interactive)?;
+    add_files(job, &mut host, &images, &dir)?;
 
     job.say(&format!("starting an emulated {} host", job.arch));
     let terminal = if interactive { Terminal::save() } else { None };
@@ -149,6 +161,28 @@ fn prepare_host(arch: Arch) -> Result<Host> {
     })
 }
 
+/// Appends the files of the job to the initramfs of the host. With virtual time also all that it
+/// would read from a disk, whose answers come in real time.
+fn add_files(job: &Job, host: &mut Host, images: &Images, dir: &Path) -> Result<()> {
+    let mut files = job.files.clone();
+    if job.virtual_time.is_some() {
+        files.copy(JOB, &dir.join(JOB))?;
+        for image in VIRTUAL_TIME_IMAGES {
+            let from = images.dir.join(image);
+            if from.exists() {
+                files.copy(&format!("images/{image}"), &from)?;
+            }
+        }
+    }
+    let more = dir.join("files.cpio");
+    files.write(&more)?;
+    let mut initramfs = fs::read(&host.initramfs)?;
+    initramfs.extend(fs::read(more)?);
+    host.initramfs = dir.join("initramfs.cpio");
+    fs::write(&host.initramfs, initramfs)?;
+    Ok(())
+}
+
 /// Permits one lab of each architecture at a time on a machine, from every checkout: two of one
 /// would only slow each other down, two of different ones share the machine's cores.
 fn lock(job: &Job) -> Result<File> {
@@ -205,9 +239,10 @@ fn pack(job: &Job, dir: &Path, interactive: bool) -> Result<()> {
     fs::write(&path, script)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
 
-    let archive = dir.join("job.tar");
+    let archive = dir.join(JOB);
     let mut tar = Command::new("tar");
-    tar.arg("-cf").arg(&archive).arg("-C").arg(&stage).arg(".");
+    tar.args(["--sort=name", "--mtime=@0", "-cf"]).arg(&archive);
+    tar.arg("-C").arg(&stage).arg(".");
     packages::checked(&mut tar, "packing the job")?;
     if let Some(share) = &job.share {
         let mut tar = Command::new("tar");

@@ -31,21 +31,12 @@ pub fn start(
 ) -> Result<Child> {
     let tools = userland::host_tools()?;
     let mut qemu = qemu(job.arch, &tools);
-    let console = match job.arch {
-        Arch::X86_64 => {
-            qemu.args(["-machine", "q35", "-cpu", "max,+svm,-la57"]);
-            // QEMU loses an interrupt that arrives at the moment when a guest of the host exits
-            // (its SVM helpers change the pending ones without a lock). A periodic tick brings the
-            // next one; after a lost one-shot timer the host would sleep forever.
-            "console=ttyS0 nokaslr mitigations=off nohz=off highres=off"
-        }
-        Arch::Aarch64 => {
-            qemu.args(["-machine", "virt,virtualization=on,gic-version=3"]);
-            qemu.args(["-cpu", "max,pauth-impdef=on"]);
-            "console=ttyAMA0"
-        }
+    let (machine, console) = match job.arch {
+        Arch::X86_64 => ("q35", "console=ttyS0 nokaslr mitigations=off"),
+        Arch::Aarch64 => ("virt,virtualization=on,gic-version=3", "console=ttyAMA0"),
     };
-    qemu.args(["-accel", "tcg,thread=multi,tb-size=1024"]);
+    qemu.args(["-machine", machine]);
+    let append = clock(job, &mut qemu);
     qemu.arg("-smp").arg(job.cpus.to_string());
     qemu.arg("-m").arg(job.memory_mib.to_string());
     qemu.args([
@@ -60,15 +51,20 @@ pub fn start(
         .arg(&host.kernel)
         .arg("-initrd")
         .arg(&host.initramfs);
-    qemu.arg("-append").arg(format!("{console} panic=-1 quiet"));
-    for disk in [&images.disk, &dir.join("job.tar")] {
-        let path = disk.display();
-        qemu.arg("-drive")
-            .arg(format!("file={path},format=raw,if=virtio,readonly=on"));
+    qemu.arg("-append").arg(format!("{console} {append} panic=-1 quiet"));
+    if job.virtual_time.is_none() {
+        for disk in [&images.disk, &dir.join(super::JOB)] {
+            let path = disk.display();
+            qemu.arg("-drive")
+                .arg(format!("file={path},format=raw,if=virtio,readonly=on"));
+        }
     }
     qemu.arg("-serial")
         .arg(format!("file:{}", dir.join("console.log").display()));
-    qemu.args(["-device", "virtio-serial-pci"]);
+    // Without ioeventfd QEMU handles output on the processor's thread, at a fixed virtual time.
+    let ioeventfd = ["on", "off"][usize::from(job.virtual_time.is_some())];
+    qemu.arg("-device")
+        .arg(format!("virtio-serial-pci,ioeventfd={ioeventfd}"));
     for port in ["status", "results"] {
         let path = dir.join(port);
         qemu.arg("-chardev")
@@ -85,6 +81,36 @@ pub fn start(
         qemu.stdin(Stdio::null()).stdout(Stdio::piped());
     }
     qemu.spawn().context("cannot start QEMU")
+}
+
+/// Adds the processor and its clock; returns what the kernel's command line needs for them.
+fn clock(job: &Job, qemu: &mut Command) -> &'static str {
+    let Some(seed) = job.virtual_time else {
+        qemu.args(["-accel", "tcg,thread=multi,tb-size=1024", "-cpu"]);
+        return match job.arch {
+            Arch::X86_64 => {
+                qemu.arg("max,+svm,-la57");
+                // QEMU loses an interrupt that arrives at the moment when a guest of the host exits
+                // (its SVM helpers change the pending ones without a lock). A periodic tick brings
+                // the next one; after a lost one-shot timer the host would sleep forever.
+                "nohz=off highres=off"
+            }
+            Arch::Aarch64 => {
+                qemu.arg("max,pauth-impdef=on");
+                ""
+            }
+        };
+    };
+    qemu.args(["-accel", "tcg,thread=single,tb-size=1024", "-cpu"]);
+    qemu.arg(match job.arch {
+        // The instructions for random numbers have their source outside the emulated machine.
+        Arch::X86_64 => "max,+svm,-la57,-rdrand,-rdseed",
+        Arch::Aarch64 => "max,pauth-impdef=on",
+    });
+    qemu.args(["-icount", "shift=0,sleep=off"]);
+    qemu.args(["-rtc", "base=2026-01-01,clock=vm"]);
+    qemu.arg("-seed").arg(seed.to_string());
+    "nokaslr norandmaps"
 }
 
 /// A QEMU: the machine's own if it is new enough, else the private one.
