@@ -3,7 +3,7 @@
 #[path = "bench/parse.rs"]
 mod parse;
 
-use parse::{beyond_guest_ram, first_run_ms, number, spread};
+use parse::{beyond_guest_ram, first_run_ms, histogram, hits, number, received, spread};
 
 const TRACE: &str = "\
 # tracer: nop
@@ -68,4 +68,43 @@ fn the_median_is_in_the_middle() {
 #[test]
 fn numbers_have_no_empty_decimals() {
     assert_eq!([2.0, 2.25, 12_345.6].map(number), ["2", "2.2", "12346"]);
+}
+
+#[test]
+fn the_receiver_of_a_transfer_counts() {
+    let report = r#"{"end": {"sum_sent": {"bytes": 9000, "seconds": 1},
+        "sum_received": {"bytes": 2800, "seconds": 0.5}}}"#;
+    let received = received(report).unwrap();
+    assert!((received.packets() - 2.0).abs() < 1e-9);
+    assert!((received.megabits_per_second() - 0.0448).abs() < 1e-9);
+    assert!((received.mebibytes() - 2800.0 / 1_048_576.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_transfer_without_data_is_no_measurement() {
+    let nothing = r#"{"end": {"sum_received": {"bytes": 0, "seconds": 0.5}}}"#;
+    assert_eq!(received(nothing), None);
+    assert_eq!(received(r#"{"end": {}, "error": "idle"}"#), None);
+    assert_eq!(received("iperf3: error"), None);
+}
+
+#[test]
+fn a_probe_is_found_by_its_whole_name() {
+    let profile = "  update_all    7    0\n  update    12    0\n";
+    assert_eq!(hits(profile, "update"), Some(12.0));
+    assert_eq!(hits(profile, "miss"), None);
+}
+
+#[test]
+fn a_histogram_begins_with_its_greatest_entries() {
+    let text = "# event histogram\n\n{ port:       80, rw:  1 } hitcount:          7\n\
+                { port:      3f8, rw:  1 } hitcount:        208\n\nTotals:\n    Hits: 215\n";
+    let entries = histogram(text);
+    assert_eq!(entries[0], ("port: 3f8, rw: 1".to_owned(), 208.0));
+    assert_eq!(entries[1].0, "port: 80, rw: 1");
+    let many: String = (0..50)
+        .map(|at| format!("{{ a: {at} }} hitcount: {at}\n"))
+        .collect();
+    let entries = histogram(&many);
+    assert_eq!((entries.len(), entries[0].1), (10, 49.0));
 }

@@ -68,13 +68,18 @@ pub fn machines() -> BTreeSet<PathBuf> {
         .collect()
 }
 
-/// Counters of the machine that is not in `before`, by KVM's names.
-pub fn exits(before: &BTreeSet<PathBuf>) -> Result<Vec<(String, f64)>, String> {
+/// Directory of the machine that is not in `before`.
+pub fn new_machine(before: &BTreeSet<PathBuf>) -> Result<PathBuf, String> {
     let now = machines();
     let mut new = now.difference(before);
-    let (Some(machine), None) = (new.next(), new.next()) else {
-        return Err(format!("{KVM} has not one new machine: {now:?}"));
-    };
+    match (new.next(), new.next()) {
+        (Some(machine), None) => Ok(machine.clone()),
+        _ => Err(format!("{KVM} has not one new machine: {now:?}")),
+    }
+}
+
+/// Counters of a machine, by KVM's names.
+pub fn exits(machine: &Path) -> Result<Vec<(String, f64)>, String> {
     let mut counters = Vec::new();
     for name in COUNTERS {
         // The counters depend on the architecture.
@@ -85,6 +90,13 @@ pub fn exits(before: &BTreeSet<PathBuf>) -> Result<Vec<(String, f64)>, String> {
         }
     }
     Ok(counters)
+}
+
+/// Number of exits of a machine so far.
+pub fn exits_of(machine: &Path) -> f64 {
+    let text = fs::read_to_string(machine.join("exits"));
+    let count = text.ok().and_then(|text| text.trim().parse().ok());
+    count.expect("KVM counts exits")
 }
 
 /// The number of all exits, and of some kinds.
@@ -103,6 +115,113 @@ const COUNTERS: [&str; 11] = [
     "wfi_exit_stat",
     "wfe_exit_stat",
 ];
+
+/// Tracing files of the host's kernel.
+const TRACING: &str = "/sys/kernel/tracing";
+/// The kernel's functions for MISS, UPDATE and INVALIDATE of a vhost IOTLB, by probe.
+const IOTLB_PROBES: [(&str, &str); 3] = [
+    ("miss", "vhost_iotlb_miss"),
+    ("update", "vhost_iotlb_add_range"),
+    ("invalidate", "vhost_iotlb_del_range"),
+];
+
+/// Probes that count the messages of all vhost IOTLBs. Removed when dropped.
+pub struct IotlbProbes(());
+
+impl IotlbProbes {
+    /// Sets the probes.
+    pub fn new() -> io::Result<Self> {
+        let probes = Self(());
+        for (name, function) in IOTLB_PROBES {
+            tracing("kprobe_events", &format!("p:portcullis/{name} {function}"))?;
+        }
+        tracing("events/portcullis/enable", "1")?;
+        Ok(probes)
+    }
+
+    /// Number of misses, updates and invalidations since the probes were set.
+    pub fn counts(&self) -> [f64; 3] {
+        let profile = fs::read_to_string(Path::new(TRACING).join("kprobe_profile"));
+        let profile = profile.expect("probes have a profile");
+        IOTLB_PROBES.map(|(name, _)| super::parse::hits(&profile, name).expect("a probe has hits"))
+    }
+}
+
+impl Drop for IotlbProbes {
+    fn drop(&mut self) {
+        // A failure shows when they are set again.
+        let _ = tracing("events/portcullis/enable", "0");
+        let _ = tracing("kprobe_events", "-:portcullis/");
+    }
+}
+
+/// Events of KVM to count, each with the keys of its histogram. An address is that of a page.
+const HISTOGRAMS: &[(&str, &str)] = if cfg!(target_arch = "x86_64") {
+    &[
+        ("kvm_exit", "exit_reason.hex"),
+        ("kvm_pio", "port.hex,rw"),
+        ("kvm_mmio", "gpa.buckets=4096,type"),
+        ("kvm_msr", "ecx.hex,write"),
+        ("kvm_cpuid", "function.hex"),
+    ]
+} else {
+    &[
+        ("kvm_exit", "ret,esr_ec.hex"),
+        ("kvm_mmio", "gpa.buckets=4096,type"),
+    ]
+};
+
+/// Histograms of the exits of all machines, by kind and address. Removed when dropped.
+pub struct Histograms(());
+
+impl Histograms {
+    /// Starts to count.
+    pub fn new() -> io::Result<Self> {
+        let histograms = Self(());
+        for (event, keys) in HISTOGRAMS {
+            tracing(
+                &format!("events/kvm/{event}/trigger"),
+                &format!("hist:keys={keys}"),
+            )?;
+        }
+        Ok(histograms)
+    }
+
+    /// Counts so far: event with keys, and number.
+    pub fn counts(&self) -> Vec<(String, f64)> {
+        let mut counts = Vec::new();
+        for (event, _) in HISTOGRAMS {
+            let text =
+                fs::read_to_string(Path::new(TRACING).join(format!("events/kvm/{event}/hist")));
+            let entries = super::parse::histogram(&text.expect("an event has a histogram"));
+            let named = entries
+                .into_iter()
+                .map(|(keys, count)| (format!("{event} {keys}"), count));
+            counts.extend(named);
+        }
+        counts
+    }
+}
+
+impl Drop for Histograms {
+    fn drop(&mut self) {
+        // A failure shows when they are started again.
+        for (event, keys) in HISTOGRAMS {
+            let _ = tracing(
+                &format!("events/kvm/{event}/trigger"),
+                &format!("!hist:keys={keys}"),
+            );
+        }
+    }
+}
+
+/// Appends a line to a tracing file.
+fn tracing(file: &str, line: &str) -> io::Result<()> {
+    let path = Path::new(TRACING).join(file);
+    let mut file = fs::OpenOptions::new().append(true).open(&path)?;
+    file.write_all(line.as_bytes())
+        .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
+}
 
 /// The size of a file in KiB.
 pub fn file_kib(path: &Path) -> io::Result<f64> {

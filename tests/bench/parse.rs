@@ -58,6 +58,69 @@ pub fn beyond_guest_ram(smaps: &str, guest_kib: u32) -> Option<ProcessMemory> {
     found.then_some(memory)
 }
 
+/// Data that a receiver got.
+#[derive(Debug, PartialEq)]
+pub struct Received {
+    /// Bytes of payload.
+    pub bytes: f64,
+    /// Time of the transfer.
+    pub seconds: f64,
+}
+
+impl Received {
+    /// Packets of 1400 bytes.
+    pub fn packets(&self) -> f64 {
+        self.bytes / 1400.0
+    }
+
+    /// Amount in MiB.
+    pub fn mebibytes(&self) -> f64 {
+        self.bytes / f64::from(1 << 20)
+    }
+
+    /// Throughput in 10^6 bits per second.
+    pub fn megabits_per_second(&self) -> f64 {
+        8e-6 * self.bytes / self.seconds
+    }
+}
+
+/// The receiver's sums in a report of iperf3 in JSON. `None` if nothing was received.
+pub fn received(report: &str) -> Option<Received> {
+    let report: serde_json::Value = serde_json::from_str(report).ok()?;
+    let sum = &report["end"]["sum_received"];
+    let received = Received {
+        bytes: sum["bytes"].as_f64()?,
+        seconds: sum["seconds"].as_f64()?,
+    };
+    (received.bytes > 0.0 && received.seconds > 0.0).then_some(received)
+}
+
+/// Hits of a probe in the kernel's `kprobe_profile`: lines of a name, hits and misses.
+pub fn hits(profile: &str, probe: &str) -> Option<f64> {
+    profile.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next()? == probe).then(|| words.next()?.parse().ok())?
+    })
+}
+
+/// Upper bound on the entries of a histogram.
+const ENTRIES: usize = 10;
+
+/// The greatest entries of a kernel histogram, in descending order: their keys and hits.
+pub fn histogram(text: &str) -> Vec<(String, f64)> {
+    let mut entries: Vec<_> = text
+        .lines()
+        .filter_map(|line| {
+            let (keys, hits) = line.strip_prefix('{')?.split_once("} hitcount:")?;
+            let words: Vec<_> = keys.split_whitespace().collect();
+            Some((words.join(" "), hits.trim().parse().ok()?))
+        })
+        .collect();
+    entries.sort_by(|(_, one): &(_, f64), (_, other)| other.total_cmp(one));
+    entries.truncate(ENTRIES);
+    entries
+}
+
 /// The median, the least and the greatest of the values.
 pub fn spread(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);

@@ -1,7 +1,7 @@
 //! Programs of the distribution: run from a private directory, or added to an initramfs with their
 //! shared libraries.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,17 +54,28 @@ impl Sysroot {
 
     /// Adds `programs` (paths below the directory) and their libraries to an initramfs.
     pub fn install(&self, archive: &mut Archive, programs: &[&str]) -> Result<()> {
-        let mut waiting: Vec<String> = Vec::new();
         for program in programs {
-            let from = self.path(program);
-            archive.copy(&format!("usr/bin/{}", file_name(program)), &from)?;
-            waiting.extend(needed(&from)?);
+            let to = format!("usr/bin/{}", file_name(program));
+            archive.copy(&to, &self.path(program))?;
         }
         let loader = self.arch.loader();
         archive.copy(loader, &self.path(loader))?;
-        let mut seen = BTreeSet::from([file_name(loader).to_owned()]);
+        for (name, from) in self.libraries(programs)? {
+            archive.copy(&format!("lib/{}/{name}", self.arch.triplet()), &from)?;
+        }
+        Ok(())
+    }
+
+    /// Libraries of `programs`, without the loader, by their names.
+    pub fn libraries(&self, programs: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
+        let mut waiting: Vec<String> = Vec::new();
+        for program in programs {
+            waiting.extend(needed(&self.path(program))?);
+        }
+        let loader = file_name(self.arch.loader());
+        let mut found = BTreeMap::new();
         while let Some(library) = waiting.pop() {
-            if !seen.insert(library.clone()) {
+            if library == loader || found.contains_key(&library) {
                 continue;
             }
             let from = self
@@ -73,10 +84,10 @@ impl Sysroot {
                 .into_iter()
                 .find(|path| path.exists())
                 .with_context(|| format!("library {library} is in none of the packages"))?;
-            archive.copy(&format!("lib/{}/{library}", self.arch.triplet()), &from)?;
             waiting.extend(needed(&from)?);
+            found.insert(library, from);
         }
-        Ok(())
+        Ok(found)
     }
 
     fn library_directories(&self) -> [PathBuf; 2] {

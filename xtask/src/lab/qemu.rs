@@ -51,7 +51,8 @@ pub fn start(
         .arg(&host.kernel)
         .arg("-initrd")
         .arg(&host.initramfs);
-    qemu.arg("-append").arg(format!("{console} {append} panic=-1 quiet"));
+    qemu.arg("-append")
+        .arg(format!("{console} {append} panic=-1 quiet"));
     if job.virtual_time.is_none() {
         for disk in [&images.disk, &dir.join(super::JOB)] {
             let path = disk.display();
