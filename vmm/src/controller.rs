@@ -205,7 +205,11 @@ impl Controller {
         let reporter = self.reporter.try_clone()?;
         let model = self.config.iommu.model;
         let queries = QueryThread::start(machine.pci.as_ref(), model, reporter)?;
-        self.confine()?;
+        if let Err(error) = self.confine() {
+            // The event loop is partly confined: another start would not find its files.
+            self.end(Ending::Failed(Chain(&error).to_string()));
+            return Err(error.into());
+        }
         self.life.start(machine, queries);
         Ok(())
     }

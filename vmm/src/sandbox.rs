@@ -45,11 +45,16 @@ impl SandboxError {
 }
 
 /// Prepares the confinement of the process: threads that are started from now
-/// on confine themselves. Only the first call has an effect on them.
+/// on confine themselves, and inherit an empty bounding set. Only the first call
+/// has an effect on them. Call it before another thread exists.
 ///
 /// # Errors
-/// Forbidden system calls cannot be reported.
+/// Forbidden system calls cannot be reported, or the bounding set not emptied.
 pub fn prepare(mode: Sandbox, user: Option<User>) -> Result<(), SandboxError> {
+    if mode != Sandbox::Off || user.is_some() {
+        let step = "emptying the bounding set of capabilities";
+        privileges::clear_bounding_set().map_err(SandboxError::of::<io::Error>(step))?;
+    }
     let step = "handling forbidden system calls";
     seccomp::prepare(mode).map_err(SandboxError::of::<io::Error>(step))?;
     thread::set_entry(move |kind| confine_thread(kind, mode, user).map_err(io::Error::other));

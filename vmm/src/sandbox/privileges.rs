@@ -9,20 +9,18 @@ use std::io;
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid, getegid, geteuid};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_thread_groups, set_thread_res_gid,
-    set_thread_res_uid,
+    CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities,
+    set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
 use crate::config::User;
 
-/// Changes the calling thread to `user`, without supplementary groups, and
-/// empties its bounding set. Files that are open stay usable.
+/// Changes the calling thread to `user`, without supplementary groups. Files
+/// that are open stay usable.
 ///
 /// # Errors
 /// The thread is neither root's nor that user's.
 pub(super) fn change_user(user: User) -> io::Result<()> {
-    clear_bounding_set()?;
     let (uid, gid) = user.ids();
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     if geteuid() == uid && getegid() == gid {
@@ -34,17 +32,12 @@ pub(super) fn change_user(user: User) -> io::Result<()> {
     Ok(())
 }
 
-/// Drops every capability of the calling thread.
+/// Drops every capability of the calling thread. An ambient one goes with its
+/// permitted one.
 ///
 /// # Errors
-/// The kernel refused a step.
+/// The kernel refused.
 pub(super) fn drop_capabilities() -> io::Result<()> {
-    clear_bounding_set()?;
-    // A kernel before 4.3 has no ambient set.
-    match clear_ambient_capability_set() {
-        Ok(()) | Err(Errno::INVAL) => {}
-        Err(error) => return Err(error.into()),
-    }
     let none = CapabilitySets {
         effective: CapabilitySet::empty(),
         permitted: CapabilitySet::empty(),
@@ -53,10 +46,13 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
     Ok(set_capabilities(None, none)?)
 }
 
-/// Empties the bounding set, which needs `CAP_SETPCAP`. A thread without it
-/// keeps the set: it limits what execve(2) can gain, and no_new_privs excludes
-/// any gain.
-fn clear_bounding_set() -> io::Result<()> {
+/// Empties the bounding set of the calling thread and of the threads that it
+/// starts later, which needs `CAP_SETPCAP`. A thread without it keeps the set:
+/// it limits what execve(2) can gain, and no_new_privs excludes any gain.
+///
+/// # Errors
+/// The kernel refused for another reason.
+pub(super) fn clear_bounding_set() -> io::Result<()> {
     for number in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         match remove_capability_from_bounding_set(capability) {
@@ -91,6 +87,7 @@ mod tests {
     fn only_the_calling_thread_loses_its_capabilities() {
         let before = status(SETS);
         thread::spawn(|| {
+            clear_bounding_set().unwrap();
             drop_capabilities().unwrap();
             let none = "0".repeat(16);
             assert!(status(SETS).iter().all(|set| *set == none));
@@ -98,6 +95,7 @@ mod tests {
                 assert_eq!(status(["CapBnd"]), [none]);
             }
             // Again, now without the right to.
+            clear_bounding_set().unwrap();
             drop_capabilities().unwrap();
         })
         .join()
@@ -119,6 +117,7 @@ mod tests {
         .unwrap();
         thread::scope(|scope| {
             let outcome = scope.spawn(|| {
+                clear_bounding_set().unwrap();
                 change_user(user).unwrap();
                 assert_eq!(
                     status(["Uid", "Gid", "Groups", "CapPrm", "CapBnd"]),

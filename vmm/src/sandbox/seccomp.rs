@@ -9,6 +9,7 @@ mod violation;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::sync::OnceLock;
 
 use devices::thread::ThreadKind;
 use libc::c_ulong;
@@ -22,6 +23,10 @@ use crate::config::Sandbox;
 
 /// Code of a BPF instruction that returns its operand (`BPF_RET | BPF_K`).
 const RETURN: u16 = 0x06;
+
+/// Filters by the index of the kind.
+static FILTERS: [OnceLock<BpfProgram>; ThreadKind::ALL.len()] =
+    [const { OnceLock::new() }; ThreadKind::ALL.len()];
 
 /// Prepares the process for filters: the report of violations.
 ///
@@ -45,14 +50,17 @@ pub(super) fn enter(kind: ThreadKind, mode: Sandbox) -> io::Result<()> {
         return Ok(());
     }
     if kind != ThreadKind::EventLoop {
-        install(&no_files().map_err(io::Error::other)?, 0)?;
+        static NO_FILES: OnceLock<BpfProgram> = OnceLock::new();
+        install(once(&NO_FILES, no_files)?, 0)?;
     }
-    let mut program = filter(kind).map_err(io::Error::other)?;
+    let index = kind as usize;
+    let program = once(&FILTERS[index], || filter(kind))?;
     if mode == Sandbox::On {
         violation::name_thread();
-        install(&program, 0)?;
+        install(program, 0)?;
         return Ok(());
     }
+    let mut program = program.clone();
     // The crate has no name for this action.
     for instruction in &mut program {
         if (instruction.code, instruction.k) == (RETURN, libc::SECCOMP_RET_TRAP) {
@@ -63,6 +71,18 @@ pub(super) fn enter(kind: ThreadKind, mode: Sandbox) -> io::Result<()> {
     let listener = i32::try_from(listener).map_err(io::Error::other)?;
     // SAFETY: the kernel has just opened the descriptor, and nothing else has it.
     listener::add(unsafe { OwnedFd::from_raw_fd(listener) }, kind)
+}
+
+/// Returns the value of `cell`, which the first thread of a kind computes.
+fn once(
+    cell: &OnceLock<BpfProgram>,
+    compile: impl FnOnce() -> Result<BpfProgram, BackendError>,
+) -> io::Result<&BpfProgram> {
+    if let Some(program) = cell.get() {
+        return Ok(program);
+    }
+    let program = compile().map_err(io::Error::other)?;
+    Ok(cell.get_or_init(|| program))
 }
 
 /// The filter of a kind. A call that is not permitted is a violation.
