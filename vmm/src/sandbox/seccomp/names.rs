@@ -2,13 +2,18 @@
 
 use libc::c_long;
 
-/// Pairs of number and constant. The numbers are the architecture's.
+/// Numbers, which are the architecture's, and the constants of the same order, each followed by a
+/// space. One text is smaller than a reference to each name, with its relocation.
+type Table = (&'static [c_long], &'static str);
+
 macro_rules! table {
-    ($($constant:ident)*) => { &[$((libc::$constant, stringify!($constant))),*] };
+    ($($constant:ident)*) => {
+        (&[$(libc::$constant),*], concat!($(stringify!($constant), " "),*))
+    };
 }
 
 /// The calls that x86_64 and aarch64 have.
-const COMMON: &[(c_long, &str)] = table! {
+const COMMON: Table = table! {
     SYS_accept SYS_accept4 SYS_acct SYS_add_key SYS_adjtimex SYS_bind SYS_bpf SYS_brk SYS_capget
     SYS_capset SYS_chdir SYS_chroot SYS_clock_adjtime SYS_clock_getres SYS_clock_gettime
     SYS_clock_nanosleep SYS_clock_settime SYS_clone SYS_clone3 SYS_close SYS_close_range
@@ -63,7 +68,7 @@ const COMMON: &[(c_long, &str)] = table! {
 
 /// Older calls, which aarch64 does not have.
 #[cfg(target_arch = "x86_64")]
-const OLDER: &[(c_long, &str)] = table! {
+const OLDER: Table = table! {
     SYS__sysctl SYS_access SYS_afs_syscall SYS_alarm SYS_arch_prctl SYS_chmod SYS_chown
     SYS_creat SYS_dup2 SYS_epoll_create SYS_epoll_ctl_old SYS_epoll_wait SYS_epoll_wait_old
     SYS_eventfd SYS_fchmodat2 SYS_fork SYS_futimesat SYS_get_thread_area SYS_getdents
@@ -75,14 +80,17 @@ const OLDER: &[(c_long, &str)] = table! {
     SYS_ustat SYS_utime SYS_utimes SYS_vfork SYS_vserver
 };
 #[cfg(target_arch = "aarch64")]
-const OLDER: &[(c_long, &str)] = &[];
+const OLDER: Table = (&[], "");
 
 /// The name of a system call; `None` for one that is newer than the list.
 /// Async-signal-safe.
 pub(super) fn name(number: c_long) -> Option<&'static str> {
-    let mut known = COMMON.iter().chain(OLDER);
-    let (_, constant) = known.find(|(of, _)| *of == number)?;
-    constant.strip_prefix("SYS_")
+    [COMMON, OLDER]
+        .into_iter()
+        .find_map(|(numbers, constants)| {
+            let index = numbers.iter().position(|known| *known == number)?;
+            constants.split(' ').nth(index)?.strip_prefix("SYS_")
+        })
 }
 
 #[cfg(test)]
@@ -93,6 +101,10 @@ mod tests {
     fn names_are_those_of_the_numbers() {
         assert_eq!(name(libc::SYS_execve), Some("execve"));
         assert_eq!(name(libc::SYS_ppoll), Some("ppoll"));
+        assert_eq!(name(libc::SYS_accept), Some("accept"));
+        assert_eq!(name(libc::SYS_writev), Some("writev"));
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(name(libc::SYS_vserver), Some("vserver"));
         assert_eq!(name(-1), None);
     }
 }
