@@ -39,14 +39,14 @@ pub struct JailArgs {
     /// Group of the command, as a number
     #[arg(long, value_name = "GID")]
     gid: u32,
-    /// Name of the machine, and of its control group: letters, digits and "-"
+    /// Name of the machine: letters, digits and "-". Only --cgroup makes a control group of it
     #[arg(long, value_name = "ID")]
     id: Option<String>,
     /// Value for a file of the control group (version 2), such as memory.max=600M; give it once
     /// for each
     #[arg(long, value_name = "FILE=VALUE", requires = "id")]
     cgroup: Vec<cgroup::Setting>,
-    /// Control group in which that of the machine is made
+    /// Control group in which --cgroup makes that of the machine
     #[arg(long, value_name = "PATH", default_value = "portcullis")]
     parent_cgroup: PathBuf,
     /// Network namespace to enter

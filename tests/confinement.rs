@@ -1,5 +1,4 @@
 //! The monitor on a host that refuses a step of its confinement. Starts no machine.
-#![allow(unsafe_code, reason = "the refusing host is a system call filter")]
 
 #[path = "support/refusal.rs"]
 mod refusal;

@@ -6,10 +6,11 @@ mod support;
 use std::fs;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use support::checks::part;
-use support::host;
+use support::checks::{self, NET, part};
+use support::host::{self, Job};
+use support::refusal::refuse;
 use support::{Guest, Machine, TempDir, eventually, portcullis, run_to_end};
 
 /// Exit status of a monitor that made a forbidden call.
@@ -74,7 +75,9 @@ fn every_thread_of_a_running_machine_is_confined() {
     let inherited = fs::File::open("/dev/null").expect("a file");
     // SAFETY: only the flag of an open descriptor changes.
     unsafe { libc::fcntl(inherited.as_raw_fd(), libc::F_SETFD, 0) };
-    let mut guest = machine(&files).boot();
+    let mut guest = machine(&files).with("--log-level", "info").boot();
+    let abi = "landlock denies what the kernel's ABI ";
+    assert_eq!(guest.log().matches(abi).count(), 1, "{}", guest.log());
     let process = guest.process_id();
     let running = own_threads(process);
     for name in THREADS {
@@ -86,6 +89,7 @@ fn every_thread_of_a_running_machine_is_confined() {
         assert_eq!(status(process, *thread, "NoNewPrivs"), "1", "{name}");
         assert_eq!(status(process, *thread, "CapEff"), "0".repeat(16), "{name}");
         assert_eq!(status(process, *thread, "CapPrm"), "0".repeat(16), "{name}");
+        assert_eq!(status(process, *thread, "CapBnd"), "0".repeat(16), "{name}");
     }
     part("files and memory");
     assert_eq!(status(process, running[0].0, "Umask"), "0077");
@@ -109,6 +113,7 @@ fn every_thread_of_a_running_machine_is_confined() {
     let elsewhere = put("/etc/portcullis-log");
     assert_eq!(elsewhere.status, Some(1), "{elsewhere:?}");
     assert!(elsewhere.stderr.contains("--allow-dir"), "{elsewhere:?}");
+    assert!(!fs::exists("/etc/portcullis-log").expect("a directory"));
     guest.signal("TERM").expect_exit(0);
     assert!(!fs::exists(&socket).expect("its directory"), "{socket}");
 }
@@ -133,8 +138,7 @@ impl Drop for Mode<'_> {
 
 /// All threads of the monitor are this user's, and confined.
 #[track_caller]
-fn all_threads_are_of(guest: &Guest, user: u32) {
-    let process = guest.process_id();
+fn all_threads_are_of(process: u32, user: u32) {
     for (thread, name) in own_threads(process) {
         let ids = status(process, thread, "Uid");
         let of_user = ids.split_whitespace().all(|id| id == user.to_string());
@@ -163,7 +167,7 @@ fn a_user_with_access_to_kvm_runs_a_machine_with_a_disk() {
     ];
     let mut guest = machine.boot_by(|| Guest::launch_by(&by, &machine.arguments()));
     guest.quieten();
-    all_threads_are_of(&guest, 65534);
+    all_threads_are_of(guest.process_id(), 65534);
     guest.run("echo written | dd of=/dev/vda bs=512 count=1 conv=fsync");
     guest.type_line("poweroff -f").expect_exit(0);
     let written = fs::read(&disk).expect("the disk");
@@ -174,7 +178,7 @@ fn a_user_with_access_to_kvm_runs_a_machine_with_a_disk() {
 fn root_gives_a_machine_to_a_user() {
     let files = TempDir::new("user");
     let mut guest = machine(&files).with("--user", "64321:64322").boot();
-    all_threads_are_of(&guest, 64321);
+    all_threads_are_of(guest.process_id(), 64321);
     guest.run("echo written | dd of=/dev/vda bs=512 count=1 conv=fsync");
     guest.type_line("poweroff -f").expect_exit(0);
     let written = fs::read(files.path("disk")).expect("the disk");
@@ -210,4 +214,121 @@ fn a_forbidden_call_of_any_thread_ends_the_monitor_and_restores_the_terminal() {
         let printed = guest.console_output();
         assert_eq!(printed.matches(&line).count(), 1, "{printed}");
     }
+}
+
+#[test]
+fn a_step_that_fails_on_the_event_loop_ends_the_process() {
+    let files = TempDir::new("step");
+    let socket = files.path("api");
+    let mut serve = Command::new(portcullis());
+    serve.args(["serve", "--api-socket", &socket]);
+    serve.stdin(Stdio::null()).stderr(Stdio::piped());
+    // Only the event loop adds rules to its domain: the other threads are confined by then.
+    refuse(&mut serve, libc::SYS_landlock_add_rule, libc::EINVAL);
+    let serve = serve.spawn().expect("portcullis can be started");
+    eventually("served", || fs::exists(&socket).expect("its directory"));
+    let ctl = |words: &[&str]| {
+        let mut ctl = Command::new(portcullis());
+        run_to_end(ctl.args(["ctl", "--api-socket", &socket]).args(words))
+    };
+    let body = format!(r#"{{"kernel_image_path": "{}"}}"#, support::kernel());
+    let configured = ctl(&["PUT", "/boot-source", &body]);
+    assert_eq!(configured.status, Some(0), "{configured:?}");
+    let line = "cannot confine the process: denying access by landlock is not possible; `--sandbox \
+                off` runs";
+    let started = ctl(&["start"]);
+    assert_eq!(started.status, Some(1), "{started:?}");
+    assert!(started.stderr.contains(line), "{started:?}");
+    let ended = serve.wait_with_output().expect("it ends");
+    let text = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{text}");
+    assert!(text.contains(line), "{text}");
+    assert!(!fs::exists(&socket).expect("its directory"), "{socket}");
+}
+
+#[test]
+fn a_jailed_machine_has_its_control_group_and_network() {
+    const OWNER: u32 = 64321;
+    const MEMORY: u64 = 900 << 20;
+    let files = TempDir::new("jailed");
+    let groups = files.path("groups");
+    fs::create_dir(&groups).expect("a directory");
+    host::run(&format!("mount -t cgroup2 none {groups}"));
+    // The jail looks for the groups at their usual place.
+    let mounted = "mount -t cgroup2 none /sys/fs/cgroup && exec \"$@\"";
+    let by = ["unshare", "--mount", "/bin/sh", "-c", mounted, "sh"];
+
+    let network = format!(
+        "ip tuntap add tap5 mode tap vnet_hdr user {OWNER}
+        ip address add 10.9.5.1/24 dev tap5 && ip link set tap5 up
+        exec sleep 100000"
+    );
+    let network = files.file("network", network.as_bytes());
+    let network = Job::start(&format!("unshare --net /bin/sh {network}"));
+    let namespace = format!("/proc/{}/ns/net", network.id());
+    let in_network = format!("nsenter --net={namespace} ip -4 -o address show tap5");
+    eventually("a tap", || {
+        host::try_run(&in_network).1.contains("10.9.5.1")
+    });
+
+    let root = files.path("root");
+    fs::create_dir(&root).expect("a directory");
+    let machine = Machine::new().with("--net", "tap=tap5");
+    let owner = OWNER.to_string();
+    let memory = format!("memory.max={MEMORY}");
+    let jail = ["jail", "--root", &root, "--uid", &owner, "--gid", &owner];
+    let options = [
+        "--id",
+        "vm5",
+        "--cgroup",
+        &memory,
+        "--cgroup",
+        "pids.max=30",
+    ];
+    let mut arguments: Vec<String> = [&jail[..], &options, &["--netns", &namespace, "--"]]
+        .concat()
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
+    arguments.extend(machine.arguments());
+    let mut guest = machine.boot_by(|| Guest::launch_by(&by, &arguments));
+    guest.quieten();
+
+    part("the group");
+    let jail = guest.process_id();
+    let child = fs::read_to_string(format!("/proc/{jail}/task/{jail}/children"));
+    let monitor: u32 = child
+        .expect("the jail runs")
+        .trim()
+        .parse()
+        .expect("a process");
+    let group = fs::read_to_string(format!("/proc/{monitor}/cgroup")).expect("its group");
+    assert!(
+        group.lines().any(|line| line == "0::/portcullis/vm5"),
+        "{group}"
+    );
+    let value = |file: &str| {
+        let text = fs::read_to_string(format!("{groups}/portcullis/vm5/{file}"));
+        text.expect("a file of the group").trim().to_owned()
+    };
+    assert_eq!(value("memory.max"), MEMORY.to_string());
+    assert_eq!(value("pids.max"), "30");
+    assert_eq!(value("cgroup.procs"), monitor.to_string());
+
+    part("the network");
+    let link = |process: u32| fs::read_link(format!("/proc/{process}/ns/net")).expect("a network");
+    assert_eq!(link(monitor), link(network.id()));
+    assert_ne!(link(monitor), link(std::process::id()));
+    let device = checks::pci_address(&mut guest, NET, 0);
+    let name = guest.run(&format!("ls /sys/bus/pci/devices/{device}/virtio*/net"));
+    guest.run(&format!(
+        "ip address add 10.9.5.2/24 dev {name} && ip link set {name} up"
+    ));
+    guest.run("ping -c 1 -W 60 10.9.5.1");
+    all_threads_are_of(monitor, OWNER);
+
+    guest.type_line("poweroff -f").expect_exit(0);
+    let left = fs::exists(format!("{groups}/portcullis/vm5"));
+    assert!(!left.expect("its parent"), "the group is left");
+    host::run(&format!("umount {groups}"));
 }

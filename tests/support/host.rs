@@ -51,6 +51,11 @@ impl Job {
         }
     }
 
+    /// Number of the process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits until it ends by itself with success; `limit` is for a quiet machine.
     pub fn finish(mut self, limit: Duration) {
         let deadline = Instant::now() + limits::scaled(limit);

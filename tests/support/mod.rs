@@ -3,8 +3,9 @@
 //! The environment provides: `PORTCULLIS_BIN` (the program), `PORTCULLIS_GUEST_DIR` (kernels and
 //! initramfs), `PORTCULLIS_RETRIES` (a file that gets a line for each repeated boot),
 //! `PORTCULLIS_TEST_SECONDS` (time limit of each wait on a quiet machine; 120 when unset),
-//! `PORTCULLIS_LONG` (set: larger transfers), `PORTCULLIS_HOST_START_SECONDS` (start time of the
-//! emulated host).
+//! `PORTCULLIS_LONG` (set: larger transfers), `PORTCULLIS_TEST_SANDBOX` (value of `--sandbox` of all
+//! machines; a call that `log` lets pass fails the test), `PORTCULLIS_HOST_START_SECONDS` (start
+//! time of the emulated host).
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod checks;
@@ -14,6 +15,7 @@ pub mod iommu;
 mod limits;
 pub mod pipe;
 mod pty;
+pub mod refusal;
 mod slowness;
 
 use std::env;
@@ -215,6 +217,9 @@ impl Machine {
             arguments.extend(["--cmdline".to_owned(), cmdline.clone()]);
         }
         arguments.extend(self.more.iter().cloned());
+        if let Ok(mode) = env::var("PORTCULLIS_TEST_SANDBOX") {
+            arguments.extend(["--sandbox".to_owned(), mode]);
+        }
         arguments
     }
 
@@ -540,6 +545,10 @@ impl Drop for Guest {
     fn drop(&mut self) {
         // Only a failed test leaves a process to kill.
         self.kill();
+        for text in [self.log.text(), self.console.text()] {
+            let passed = text.contains("makes the forbidden system call");
+            assert!(!passed || thread::panicking(), "{text}");
+        }
     }
 }
 

@@ -1,4 +1,5 @@
 //! A host that refuses a system call, as a kernel without it does.
+#![allow(unsafe_code, reason = "the host is a system call filter")]
 
 use std::ffi::c_long;
 use std::io;

@@ -52,6 +52,9 @@ pub struct TestArgs {
     /// Boot tests too that take long and differ little from others, and larger transfers
     #[arg(long, conflicts_with = "quick")]
     long: bool,
+    /// Run the machines with `--sandbox log`; each logged call fails its test
+    #[arg(long, conflicts_with = "quick")]
+    log_forbidden: bool,
     /// Minutes for the boot tests of one architecture
     #[arg(long, default_value_t = 75)]
     minutes: u64,
@@ -74,6 +77,7 @@ impl TestArgs {
             only: self.only.clone(),
             chosen: selection.map(|selection| selection.programs.clone()),
             long: self.long,
+            log_forbidden: self.log_forbidden,
             limit: Duration::from_secs(self.minutes * 60),
             labelled,
         };
