@@ -1,4 +1,4 @@
-//! An interrupt controller, doorbells, and a driver's queue, for tests and fuzz
+//! An interrupt controller, doorbells, a vhost kernel and a driver's queue, for tests and fuzz
 //! targets. Nothing of it handles an error: a test ends with it.
 #![allow(
     missing_docs,
@@ -6,6 +6,8 @@
     clippy::missing_panics_doc,
     reason = "fixtures of tests"
 )]
+
+mod kernel;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -23,6 +25,7 @@ use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use self::kernel::{Kernel, KernelState};
 use crate::interrupt::{Doorbells, MsiAllocator, MsiMessage, MsiVector};
 
 /// Bytes of the tests' RAM, which starts at 0.
@@ -133,6 +136,15 @@ impl MsiVector for Vector {
     }
 }
 
+impl Vector {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            event: eventfd(),
+            routes: Mutex::default(),
+        })
+    }
+}
+
 /// The interrupt sources and the doorbells of a machine.
 #[derive(Default)]
 pub struct Board {
@@ -153,10 +165,7 @@ impl Board {
 
 impl MsiAllocator for Board {
     fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        let vector = Arc::new(Vector {
-            event: eventfd(),
-            routes: Mutex::default(),
-        });
+        let vector = Vector::new();
         self.vectors.lock().unwrap().push(Arc::clone(&vector));
         Ok(vector)
     }

@@ -3,16 +3,14 @@
 //! bounded, and the kernel has only translations that are mapped.
 #![no_main]
 
-use std::collections::VecDeque;
-use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use devices::failure::FailureLatch;
 use devices::queue::posted::Layout;
-use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
-use devices::vhost::message::{Message, Miss, SIZE};
-use devices::vhost::shadow::Entry;
+use devices::testing::Kernel;
+use devices::vhost::iotlb::{IotlbOptions, Ring, VhostIotlb};
+use devices::vhost::message::{Miss, SIZE};
 use iommu::testing::{PAGE, Pages, page};
 use iommu::{
     AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId,
@@ -93,40 +91,6 @@ enum Op {
     },
 }
 
-/// A model of the kernel: its list, and the misses to be read.
-#[derive(Default)]
-struct Kernel {
-    list: Mutex<Vec<Entry>>,
-    misses: Mutex<VecDeque<Vec<u8>>>,
-}
-
-impl Channel for Kernel {
-    fn send(&self, message: &Message) -> io::Result<()> {
-        message.to_bytes().expect("every message has a form");
-        let mut list = self.list.lock().unwrap();
-        match message {
-            Message::Update(entry) => {
-                if list.len() == LIMIT {
-                    list.remove(0);
-                }
-                list.push(*entry);
-            }
-            Message::Invalidate(range) => list.retain(|entry| !entry.iova.overlaps(*range)),
-        }
-        Ok(())
-    }
-
-    fn receive(&self) -> io::Result<Option<Miss>> {
-        let bytes = self.misses.lock().unwrap().pop_front();
-        let miss = bytes.map(|bytes| Miss::parse(&bytes)).transpose();
-        miss.map_err(io::Error::other)
-    }
-
-    fn halt(&self) {
-        panic!("every invalidation was taken");
-    }
-}
-
 /// Address of a ring's table: 8 pages, followed by 2 pages of available and 4 of
 /// used entries.
 fn base(ring: bool) -> u64 {
@@ -203,6 +167,7 @@ impl Setup {
         let size = (RAM_PAGES * PAGE) as usize;
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap());
         let kernel = Arc::new(Kernel::default());
+        kernel.state().limit = LIMIT;
         let options = IotlbOptions {
             limit: LIMIT,
             prefill: false,
@@ -245,9 +210,9 @@ impl Setup {
                 bytes[0] = 2;
                 bytes[8..16].copy_from_slice(&(u64::from(at) << 4).to_ne_bytes());
                 bytes[32..34].copy_from_slice(&[1 + u8::from(write), 1]);
-                self.kernel.misses.lock().unwrap().push_back(bytes);
+                self.kernel.state().to_read.push_back(Miss::parse(&bytes));
                 assert!(self.iotlb.service());
-                let left = self.kernel.misses.lock().unwrap().len();
+                let left = self.kernel.state().to_read.len();
                 assert_eq!(left, 0, "a round answers more than one miss");
             }
             Op::Start { ring, size, skew } => {
@@ -278,7 +243,8 @@ impl Setup {
     /// Checks that the kernel's entries match the mappings, and the shadow the
     /// kernel's entries.
     fn check(&self) {
-        let held = self.kernel.list.lock().unwrap().clone();
+        assert!(!self.kernel.state().halted, "an invalidation was not taken");
+        let held = self.kernel.state().list.clone();
         assert_eq!(held.len(), self.iotlb.stats().entries);
         for entry in &held {
             let to = self.pages.state().pages.get(&entry.iova.first().0).copied();
@@ -312,5 +278,5 @@ fuzz_target!(|input: (Vec<Op>, Vec<Op>)| {
         stop.store(true, Ordering::Relaxed);
     });
     setup.iotlb.detach();
-    assert!(setup.kernel.list.lock().unwrap().is_empty());
+    assert!(setup.kernel.state().list.is_empty());
 });

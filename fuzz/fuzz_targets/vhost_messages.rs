@@ -2,15 +2,13 @@
 //! kernel has only translations that are mapped, and the shadow equals its list.
 #![no_main]
 
-use std::collections::VecDeque;
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use devices::failure::FailureLatch;
 use devices::queue::posted::Layout;
-use devices::vhost::iotlb::{Channel, IotlbOptions, Ring, VhostIotlb};
-use devices::vhost::message::{Message, Miss, SIZE};
-use devices::vhost::shadow::Entry;
+use devices::testing::Kernel;
+use devices::vhost::iotlb::{IotlbOptions, Ring, VhostIotlb};
+use devices::vhost::message::{Miss, SIZE};
 use iommu::testing::{PAGE, Pages, page};
 use iommu::{
     AddressSpace, GuestRam, IommuRegion, Iova, IovaRange, NotifierEvents, Perm, StreamId,
@@ -22,36 +20,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 const LIMIT: usize = 12;
 
-#[derive(Default)]
-struct Kernel(Mutex<(Vec<Entry>, VecDeque<Vec<u8>>)>);
-
-impl Channel for Kernel {
-    fn send(&self, message: &Message) -> io::Result<()> {
-        message.to_bytes().expect("every message has a form");
-        let list = &mut self.0.lock().unwrap().0;
-        match message {
-            Message::Update(entry) => {
-                if list.len() == LIMIT {
-                    list.remove(0);
-                }
-                list.push(*entry);
-            }
-            Message::Invalidate(range) => list.retain(|entry| !entry.iova.overlaps(*range)),
-        }
-        Ok(())
-    }
-
-    fn receive(&self) -> io::Result<Option<Miss>> {
-        let bytes = self.0.lock().unwrap().1.pop_front();
-        let miss = bytes.map(|bytes| Miss::parse(&bytes)).transpose();
-        miss.map_err(io::Error::other)
-    }
-
-    fn halt(&self) {
-        panic!("every invalidation was taken");
-    }
-}
-
 fuzz_target!(|data: &[u8]| {
     let pages = Pages::new(NotifierEvents::MAP | NotifierEvents::UNMAP);
     let region = IommuRegion::new(pages.clone(), StreamId(8));
@@ -60,6 +28,7 @@ fuzz_target!(|data: &[u8]| {
     ram.write_slice(rings, GuestAddress(0)).unwrap();
     let space = AddressSpace::translated(region.clone(), ram);
     let kernel = Arc::new(Kernel::default());
+    kernel.state().limit = LIMIT;
     let options = IotlbOptions {
         limit: LIMIT,
         prefill: true,
@@ -118,11 +87,12 @@ fuzz_target!(|data: &[u8]| {
                     let count = rest.len().min(usize::from(more) % (SIZE + 2));
                     bytes.splice(..count.min(SIZE), rest[..count].iter().copied());
                 }
-                kernel.0.lock().unwrap().1.push_back(bytes);
+                kernel.state().to_read.push_back(Miss::parse(&bytes));
                 iotlb.service();
             }
         }
-        let held = kernel.0.lock().unwrap().0.clone();
+        assert!(!kernel.state().halted, "an invalidation was not taken");
+        let held = kernel.state().list.clone();
         assert_eq!(held.len(), iotlb.stats().entries);
         for entry in &held {
             let to = pages.state().pages.get(&entry.iova.first().0).copied();
@@ -130,5 +100,5 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     iotlb.detach();
-    assert!(kernel.0.lock().unwrap().0.is_empty());
+    assert!(kernel.state().list.is_empty());
 });

@@ -105,8 +105,8 @@ impl Miss {
     }
 }
 
-/// Decodes the bytes of [`Message::to_bytes`], for tests.
-#[cfg(test)]
+/// Decodes the bytes of [`Message::to_bytes`].
+#[cfg(any(test, feature = "testing"))]
 pub fn parse_message(bytes: &[u8; SIZE]) -> Option<Message> {
     use iommu::Hva;
     let raw: RawMessage = zerocopy::transmute!(*bytes);

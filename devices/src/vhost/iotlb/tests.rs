@@ -1,5 +1,4 @@
-use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 use iommu::testing::{PAGE, Pages, page};
 use iommu::{GuestRam, Hva, Iommu, Perm, StreamId};
@@ -10,95 +9,13 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use super::prefetch::MAX_PREFETCH;
 use super::stalled::{MAX_PENDING, MAX_UNANSWERED};
 use super::*;
-use crate::vhost::message::{Message, parse_message};
-use crate::vhost::shadow::Entry;
+use crate::testing::Kernel;
+use crate::vhost::message::Message;
 
 mod bounds;
 mod pairs;
 
 const STREAM: StreamId = StreamId(8);
-
-/// A naive model of the kernel: a list of entries, misses to be read, and
-/// misses that were read and wait for an answer.
-#[derive(Default)]
-struct Kernel(Mutex<KernelState>);
-
-#[derive(Default)]
-struct KernelState {
-    limit: usize,
-    list: Vec<Entry>,
-    to_read: VecDeque<Miss>,
-    unanswered: Vec<Iova>,
-    woken: Vec<Iova>,
-    invalidations: usize,
-    refuses: bool,
-    halted: bool,
-}
-
-impl Kernel {
-    fn state(&self) -> MutexGuard<'_, KernelState> {
-        self.0.lock().unwrap()
-    }
-
-    /// Accesses a byte for a queue. Returns whether it can; otherwise the queue
-    /// reports a miss, or an error where an entry forbids the access.
-    fn access(&self, iova: u64, access: Access) -> bool {
-        let mut state = self.state();
-        let iova = Iova(iova);
-        let held = state.list.iter().find(|entry| entry.iova.contains(iova));
-        match held.map(|entry| entry.perm.allows(access)) {
-            Some(may) => may,
-            None => {
-                state.to_read.push_back(Miss { iova, access });
-                false
-            }
-        }
-    }
-
-    fn holds(&self, iova: u64) -> Option<Entry> {
-        let state = self.state();
-        let mut holders = state.list.iter().filter(|e| e.iova.contains(Iova(iova)));
-        holders.next().copied()
-    }
-}
-
-impl Channel for Kernel {
-    fn send(&self, message: &Message) -> io::Result<()> {
-        let bytes = message.to_bytes().expect("a message has a form");
-        let mut state = self.state();
-        if state.refuses {
-            return Err(io::Error::from_raw_os_error(libc::EFAULT));
-        }
-        match parse_message(&bytes).expect("the kernel understands it") {
-            Message::Update(entry) => {
-                if state.limit != 0 && state.list.len() == state.limit {
-                    state.list.remove(0);
-                }
-                state.list.push(entry);
-                let (woken, still) = (state.unanswered.iter())
-                    .partition::<Vec<Iova>, _>(|iova| entry.iova.contains(**iova));
-                state.woken.extend(woken);
-                state.unanswered = still;
-            }
-            Message::Invalidate(range) => {
-                state.invalidations += 1;
-                state.list.retain(|entry| !entry.iova.overlaps(range));
-            }
-        }
-        Ok(())
-    }
-
-    fn receive(&self) -> io::Result<Option<Miss>> {
-        let mut state = self.state();
-        let miss = state.to_read.pop_front();
-        state.unanswered.extend(miss.map(|miss| miss.iova));
-        Ok(miss)
-    }
-
-    fn halt(&self) {
-        self.state().halted = true;
-    }
-}
 
 struct Setup {
     pages: Arc<Pages>,

@@ -1,5 +1,3 @@
-use std::io;
-
 use iommu::{
     Access, AddressSpace, Gpa, GuestRam, Iommu, IommuRegion, Iova, IovaRange, StreamId,
     virtio::VirtioIommuConfig,
@@ -10,9 +8,10 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::interrupt::{MsiMessage, MsiVector};
+use crate::interrupt::MsiVector;
 use crate::pause::PauseRequest;
 use crate::queue::Interrupt;
+use crate::testing::Vector;
 
 const NIC: StreamId = StreamId(8);
 const SIZE: u16 = 16;
@@ -23,22 +22,6 @@ const REQUEST: u64 = 0x4000;
 const REPLY: u64 = 0x5000;
 /// Offset of the event queue's memory from the request queue's.
 const EVENTS: u64 = 0x8000;
-
-struct Vector(EventFd);
-
-impl MsiVector for Vector {
-    fn eventfd(&self) -> &EventFd {
-        &self.0
-    }
-
-    fn route(&self, _message: Option<MsiMessage>) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn pending(&self) -> bool {
-        false
-    }
-}
 
 /// A device with both queues started, and the driver side of them.
 struct Driver {
@@ -63,10 +46,9 @@ fn driver() -> Driver {
     let sink = Arc::clone(&events) as Arc<dyn FaultSink>;
     let model = Arc::new(VirtioIommu::new(config, Arc::clone(&ram), sink));
     let nic = IommuRegion::new(Arc::clone(&model) as Arc<dyn Iommu>, NIC);
-    let vector = || Arc::new(Vector(EventFd::new(EFD_NONBLOCK).unwrap()));
     let mut driver = Driver {
         device: VirtioIommuDevice::new(Arc::clone(&model), Arc::clone(&events)),
-        interrupts: [vector(), vector()],
+        interrupts: [Vector::new(), Vector::new()],
         ram,
         model,
         events,
@@ -145,7 +127,7 @@ fn request_is_answered_before_the_kick_returns() {
     assert_eq!(status.unwrap(), 0);
     assert_eq!(driver.used(0), 1);
     assert_eq!(driver.model.endpoint(NIC).unwrap().domain, Some(1));
-    assert_eq!(driver.interrupts[0].0.read().unwrap(), 1);
+    assert_eq!(driver.interrupts[0].signals(), 1);
 }
 
 #[test]
@@ -238,7 +220,7 @@ fn faults_reach_the_driver_while_it_posts_buffers() {
         (1, 1),
         "the second one had no buffer"
     );
-    assert_eq!(driver.interrupts[1].0.read().unwrap(), 1);
+    assert_eq!(driver.interrupts[1].signals(), 1);
 }
 
 #[test]
