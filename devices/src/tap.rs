@@ -85,7 +85,7 @@ pub enum TapError {
     Busy(String),
     /// The tap has only one queue.
     #[error(
-        "tap {name} has one queue and {wanted} are wanted: make it with `ip tuntap add {name} mode tap multi_queue`"
+        "tap {name} has one queue, and {wanted} are requested: make it with `ip tuntap add {name} mode tap multi_queue`"
     )]
     OneQueue {
         /// Its name.

@@ -178,7 +178,7 @@ impl Setup {
         };
         make_tap(&tap);
         let made = Tap::open(&tap, 1, None).unwrap();
-        let net = Net::new(config, made, &context).expect("vhost-net is to be had");
+        let net = Net::new(config, made, &context).expect("vhost-net is available");
         address(&tap, number);
         let host = UdpSocket::bind((format!("10.77.{number}.1"), 7777)).unwrap();
         host.connect((format!("10.77.{number}.2"), 7777)).unwrap();

@@ -56,6 +56,6 @@ fuzz_target!(|bodies: Vec<(u8, &[u8])>| {
 
 fn reads_back(config: &VmConfig) {
     let json = serde_json::to_string(config).expect("a configuration is JSON");
-    let again = VmConfig::from_json(&json).expect("what is shown can be given");
+    let again = VmConfig::from_json(&json).expect("a configuration is valid as input");
     assert_eq!(&again, config);
 }

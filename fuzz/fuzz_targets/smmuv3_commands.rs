@@ -87,7 +87,7 @@ fuzz_target!(|commands: Vec<[u8; 16]>| {
     let region = IommuRegion::new(smmu.clone(), STREAM);
     let holder = Arc::new(Holder::default());
     region.register(IommuNotifier {
-        wanted: vec![NotifierEvents::UNMAP],
+        acceptable: vec![NotifierEvents::UNMAP],
         range: IovaRange::ALL,
         sink: holder.clone(),
     });
@@ -129,6 +129,6 @@ fuzz_target!(|commands: Vec<[u8; 16]>| {
     }
     assert!(
         !*holder.0.lock().unwrap(),
-        "somebody still holds what is not mapped"
+        "a consumer holds a translation that is not mapped"
     );
 });

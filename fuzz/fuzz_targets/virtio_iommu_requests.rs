@@ -160,7 +160,7 @@ impl NotifierSink for Shadow {
 fn listen(region: &IommuRegion) -> Arc<Shadow> {
     let shadow = Arc::new(Shadow::default());
     region.register(IommuNotifier {
-        wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+        acceptable: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
         range: IovaRange::ALL,
         sink: Arc::clone(&shadow) as Arc<dyn NotifierSink>,
     });
@@ -455,7 +455,7 @@ fn reply_at(slot: usize) -> u64 {
 fn listen_once(region: &IommuRegion) -> Vec<Mapped> {
     let shadow = Arc::new(Shadow::default());
     let id = region.register(IommuNotifier {
-        wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+        acceptable: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
         range: IovaRange::ALL,
         sink: Arc::clone(&shadow) as Arc<dyn NotifierSink>,
     });

@@ -74,7 +74,7 @@ impl Machine {
         let regions = [FIRST, SECOND].map(|stream| {
             let region = IommuRegion::new(Arc::clone(&iommu) as Arc<dyn Iommu>, stream);
             region.register(IommuNotifier {
-                wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+                acceptable: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
                 range: IovaRange::ALL,
                 sink: Arc::new(Consumer::default()),
             });

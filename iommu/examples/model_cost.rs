@@ -69,7 +69,7 @@ fn regions(model: &Arc<dyn Iommu>, events: NotifierEvents, streams: u64) -> Vec<
     let region = |number| {
         let region = IommuRegion::new(Arc::clone(model), stream(number));
         region.register(IommuNotifier {
-            wanted: vec![events],
+            acceptable: vec![events],
             range: IovaRange::ALL,
             sink: Arc::new(Consumer::default()),
         });

@@ -30,7 +30,7 @@ impl Vhost {
     fn register(region: &IommuRegion) -> Arc<Self> {
         let vhost = Arc::new(Self::default());
         region.register(IommuNotifier {
-            wanted: vec![
+            acceptable: vec![
                 NotifierEvents::DEVIOTLB_UNMAP,
                 NotifierEvents::MAP | NotifierEvents::UNMAP,
                 NotifierEvents::UNMAP,

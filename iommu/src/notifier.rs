@@ -105,7 +105,7 @@ pub trait NotifierSink: Send + Sync {
 pub struct IommuNotifier {
     /// Acceptable event sets in order of preference; the first one that the model
     /// accepts is used.
-    pub wanted: Vec<NotifierEvents>,
+    pub acceptable: Vec<NotifierEvents>,
     /// Addresses whose events are delivered, both ends inclusive.
     pub range: IovaRange,
     /// Receives the events.

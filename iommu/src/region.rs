@@ -217,7 +217,7 @@ impl IommuRegion {
     /// The first event set that the model accepts. Needs the closed gate.
     fn negotiate(&self, notifier: &IommuNotifier, old: NotifierEvents) -> Registration {
         let mut refused = Vec::new();
-        for &events in &notifier.wanted {
+        for &events in &notifier.acceptable {
             match self.iommu.notifier_events_changed(self.stream, old, events) {
                 Ok(()) => return Registration { events, refused },
                 Err(refusal) => refused.push(refusal),

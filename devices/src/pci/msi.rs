@@ -323,7 +323,7 @@ impl MsiTarget {
         let mut pages = self.pages.lock();
         if pages.iter().all(|(known, _)| *known != page.first()) {
             let id = region.register(IommuNotifier {
-                wanted: vec![
+                acceptable: vec![
                     NotifierEvents::MAP | NotifierEvents::UNMAP,
                     NotifierEvents::UNMAP,
                 ],

@@ -140,7 +140,7 @@ fn notifier_falls_back_and_receives_the_present_mappings() {
     map(&table, 0x4000, 0x3000, Perm::READ);
     let log = Arc::new(Log::default());
     let id = region.register(IommuNotifier {
-        wanted: vec![
+        acceptable: vec![
             NotifierEvents::DEVIOTLB_UNMAP,
             NotifierEvents::MAP | NotifierEvents::UNMAP,
         ],

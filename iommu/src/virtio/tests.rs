@@ -120,7 +120,7 @@ impl Setup {
     fn listen(&self) -> Arc<Listener> {
         let listener = Arc::new(Listener::default());
         self.nic.register(IommuNotifier {
-            wanted: vec![
+            acceptable: vec![
                 NotifierEvents::DEVIOTLB_UNMAP,
                 NotifierEvents::MAP | NotifierEvents::UNMAP,
             ],
@@ -465,7 +465,7 @@ fn replay_ends_when_the_notifier_wants_no_more() {
         let held = Mutex::default();
         let cache = Arc::new(Cache { room, held });
         setup.disk.register(IommuNotifier {
-            wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+            acceptable: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
             range,
             sink: Arc::clone(&cache) as Arc<dyn NotifierSink>,
         });

@@ -91,7 +91,7 @@ mod tests {
         assert_eq!(arp_reply(&request, PEER), None, "a request is no answer");
         let reply = answer(&request);
         assert_eq!(arp_reply(&reply, PEER), Some(OWN));
-        assert_eq!(arp_reply(&reply, OWN), None, "somebody else's answer");
+        assert_eq!(arp_reply(&reply, OWN), None, "an answer of another address");
         assert_eq!(arp_reply(&reply[..50], PEER), None, "cut short");
     }
 }

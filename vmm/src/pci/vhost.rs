@@ -77,7 +77,7 @@ const NET_METRICS: [NetMetric; 3] = [
     ),
     (
         "portcullis_net_link_up",
-        "Whether the guest is shown a link: its tap is there, up and has a carrier.",
+        "Whether the link of the guest is up: its tap is there, up and has a carrier.",
         |counters| u64::from(counters.link_up.load(Ordering::Relaxed)),
     ),
 ];

@@ -120,7 +120,7 @@ impl VhostIotlb {
             table.ram = Some(Arc::clone(space.ram()));
         }
         let id = region.register(IommuNotifier {
-            wanted: vec![
+            acceptable: vec![
                 NotifierEvents::DEVIOTLB_UNMAP,
                 NotifierEvents::MAP | NotifierEvents::UNMAP,
                 NotifierEvents::UNMAP,

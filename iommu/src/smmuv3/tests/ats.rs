@@ -104,7 +104,7 @@ fn a_later_registration_uses_ats() {
     set_eats(&rig, STREAM, 1);
     let late = Arc::new(Sink::default());
     space.region().unwrap().register(crate::IommuNotifier {
-        wanted: vec![DEVIOTLB, UNMAP],
+        acceptable: vec![DEVIOTLB, UNMAP],
         range: IovaRange::ALL,
         sink: late.clone(),
     });

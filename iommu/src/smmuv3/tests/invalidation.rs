@@ -171,7 +171,7 @@ fn a_sync_is_consumed_after_every_notification() {
         .region()
         .unwrap()
         .register(crate::IommuNotifier {
-            wanted: vec![NotifierEvents::UNMAP],
+            acceptable: vec![NotifierEvents::UNMAP],
             range: IovaRange::ALL,
             sink: watch.clone(),
         });

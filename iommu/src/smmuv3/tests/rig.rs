@@ -440,7 +440,7 @@ impl Rig {
         let region = IommuRegion::new(self.smmu.clone(), stream);
         let sink = Arc::new(Sink::default());
         region.register(IommuNotifier {
-            wanted: wanted.to_vec(),
+            acceptable: wanted.to_vec(),
             range: IovaRange::ALL,
             sink: sink.clone(),
         });

@@ -124,7 +124,7 @@ impl NotifierSink for Shadow {
 fn shadow(region: &IommuRegion) -> Arc<Shadow> {
     let shadow = Arc::new(Shadow::default());
     region.register(IommuNotifier {
-        wanted: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
+        acceptable: vec![NotifierEvents::MAP | NotifierEvents::UNMAP],
         range: IovaRange::ALL,
         sink: Arc::clone(&shadow) as Arc<dyn NotifierSink>,
     });
