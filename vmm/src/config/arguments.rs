@@ -35,6 +35,15 @@ pub trait Argument: Sized + 'static {
     fn help() -> String {
         keys::help(Self::KEYS)
     }
+
+    /// Stores the pairs of `text` in place of the values in `self`.
+    ///
+    /// # Errors
+    /// An unknown, repeated or missing key, or a value that it does not accept.
+    fn with(mut self, text: &str) -> Result<Self, ArgumentError> {
+        keys::parse(text, Self::KEYS, &mut self).map_err(ArgumentError)?;
+        Ok(self)
+    }
 }
 
 const IOMMU_SWITCH: &str = "behind the machine's IOMMU";
@@ -114,9 +123,7 @@ impl FromStr for Drive {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut drive = Self::default();
-        keys::parse(text, Self::KEYS, &mut drive).map_err(ArgumentError)?;
-        Ok(drive)
+        Self::default().with(text)
     }
 }
 
@@ -184,9 +191,7 @@ impl FromStr for NetworkInterface {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut interface = Self::default();
-        keys::parse(text, Self::KEYS, &mut interface).map_err(ArgumentError)?;
-        Ok(interface)
+        Self::default().with(text)
     }
 }
 
@@ -234,8 +239,7 @@ impl FromStr for Serial {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut serial = Self::default();
-        keys::parse(text, Self::KEYS, &mut serial).map_err(ArgumentError)?;
+        let serial = Self::default().with(text)?;
         serial.validate()?;
         Ok(serial)
     }
@@ -245,13 +249,13 @@ impl FromStr for Vsock {
     type Err = ArgumentError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut vsock = Self {
+        let vsock = Self {
             guest_cid: 0,
             uds_path: super::Unsupported::default(),
             vsock_id: None,
             iommu: true,
         };
-        keys::parse(text, Self::KEYS, &mut vsock).map_err(ArgumentError)?;
+        let vsock = vsock.with(text)?;
         vsock.validate()?;
         Ok(vsock)
     }
@@ -268,8 +272,8 @@ impl FromStr for IommuModel {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let names = MODELS.map(|model| model.to_string());
-        if let Some(model) = MODELS.iter().find(|model| model.to_string() == text) {
-            return Ok(*model);
+        if let Some(at) = names.iter().position(|name| name == text) {
+            return Ok(MODELS[at]);
         }
         let fix = match closest(text, names.iter().map(String::as_str)) {
             Some(near) => format!("did you mean {near}?"),
@@ -329,7 +333,7 @@ impl FromStr for Iommu {
             ..Self::default()
         };
         if text.contains(',') {
-            keys::parse(rest, Self::KEYS, &mut iommu).map_err(ArgumentError)?;
+            iommu = iommu.with(rest)?;
         }
         iommu.validate()?;
         Ok(iommu)

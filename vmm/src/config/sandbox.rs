@@ -32,10 +32,6 @@ impl FromStr for Sandbox {
 
 impl fmt::Display for Sandbox {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::On => "on",
-            Self::Log => "log",
-            Self::Off => "off",
-        })
+        self.serialize(f)
     }
 }
