@@ -22,7 +22,7 @@ use crate::packages;
 use crate::paths;
 use crate::userland;
 pub use job::Job;
-use qemu::{Host, Terminal};
+use qemu::{Host, JOB, Terminal};
 use watch::Watch;
 
 const KERNEL: &str = "linux-image-6.12-cloud";
@@ -61,9 +61,6 @@ const PROGRAMS: [&str; 17] = [
     "sbin/e2fsck",
     "sbin/debugfs",
 ];
-
-/// The job's archive in the lab's directory.
-const JOB: &str = "job.tar";
 
 /// Guest images that an emulated host with virtual time has.
 const VIRTUAL_TIME_IMAGES: [&str; 4] = [

@@ -13,6 +13,9 @@ use crate::native;
 use crate::packages;
 use crate::userland::{self, Sysroot};
 
+/// The job's archive in the lab's directory.
+pub(super) const JOB: &str = "job.tar";
+
 /// Kernel and initramfs of the emulated host.
 pub struct Host {
     /// Kernel image.
@@ -54,7 +57,7 @@ pub fn start(
     qemu.arg("-append")
         .arg(format!("{console} {append} panic=-1 quiet"));
     if job.virtual_time.is_none() {
-        for disk in [&images.disk, &dir.join(super::JOB)] {
+        for disk in [&images.disk, &dir.join(JOB)] {
             let path = disk.display();
             qemu.arg("-drive")
                 .arg(format!("file={path},format=raw,if=virtio,readonly=on"));
