@@ -219,8 +219,12 @@ impl Drop for Histograms {
 fn tracing(file: &str, line: &str) -> io::Result<()> {
     let path = Path::new(TRACING).join(file);
     let mut file = fs::OpenOptions::new().append(true).open(&path)?;
-    file.write_all(line.as_bytes())
-        .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
+    file.write_all(line.as_bytes()).map_err(|error| {
+        // The kernel's reason, for the events that have one.
+        let reason = fs::read_to_string(Path::new(TRACING).join("error_log"));
+        let reason = reason.unwrap_or_default();
+        io::Error::other(format!("{}: {line}: {error} {reason}", path.display()))
+    })
 }
 
 /// The size of a file in KiB.

@@ -129,8 +129,9 @@ fn transfer(guest: &mut Guest, tap: &Tap, way: Way, options: &str) -> Received {
             let client = format!("iperf3 -J -c {} -p {port} {options}", tap.guest_address(2));
             let mut tries = 0;
             loop {
-                let (status, text) = host::try_run(&client);
-                if status == 0 {
+                // With a report in JSON, iperf3 ends with status 0 when it cannot connect.
+                let (_, text) = host::try_run(&client);
+                if parse::received(&text).is_some() {
                     break text;
                 }
                 tries += 1;
