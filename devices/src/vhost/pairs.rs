@@ -55,8 +55,11 @@ impl QueuePairs {
         })
     }
 
-    /// Sets the number of pairs that the driver uses.
+    /// Sets the number of pairs that the driver uses. Earlier misses say nothing
+    /// of the selections that follow.
     pub fn set_active(&self, pairs: u32) {
+        self.selections.store(0, Ordering::Relaxed);
+        self.misses.store(0, Ordering::Relaxed);
         self.active.store(pairs, Ordering::Relaxed);
     }
 
@@ -70,9 +73,12 @@ impl QueuePairs {
             Some(vcpu) if active > 1 && active <= self.vcpus && !large => vcpu,
             _ => return true,
         };
-        if self.all.load(Ordering::Relaxed) > 0 {
+        let all = self.all.load(Ordering::Relaxed);
+        if all > 0 {
             if pair == 0 {
-                self.all.fetch_sub(1, Ordering::Relaxed);
+                // A subtraction could pass 0 when two vCPUs see the last one.
+                self.all.store(all - 1, Ordering::Relaxed);
+                self.misses.store(0, Ordering::Relaxed);
             }
             return true;
         }

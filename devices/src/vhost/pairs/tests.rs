@@ -89,6 +89,23 @@ fn pairs_that_miss_often_receive_all_mappings_for_a_while() {
     assert_eq!(selected(&all, 1, 2, page()), [1], "tried again");
 }
 
+#[test]
+fn misses_without_selections_are_not_judged() {
+    let many = |pairs: &Arc<QueuePairs>| (0..=MAX_MISSES).for_each(|_| pairs.count_miss());
+    let all = QueuePairs::new(2);
+    many(&all);
+    all.set_active(2);
+    for _ in 0..=WINDOW {
+        assert_eq!(selected(&all, 1, 2, page()), [1], "misses of one pair");
+    }
+    all.all.store(1, Ordering::Relaxed);
+    many(&all);
+    assert_eq!(selected(&all, 1, 2, page()), [0, 1]);
+    for _ in 0..=WINDOW {
+        assert_eq!(selected(&all, 1, 2, page()), [1], "earlier misses");
+    }
+}
+
 proptest! {
     #[test]
     fn each_pair_has_a_contiguous_group_of_vcpus(vcpus in 1_u32..=64, active in 1_u32..=64) {

@@ -183,6 +183,15 @@ fn recording() -> (Driver, RecordingDevice) {
 }
 
 impl Driver {
+    /// Offset of the capability for access to the BAR (`VIRTIO_PCI_CAP_PCI_CFG`).
+    fn window(&self) -> u64 {
+        (self.capabilities().into_iter())
+            .map(|(_, at)| at)
+            .filter(|at| self.config::<1>(*at) == [9])
+            .find(|at| self.config::<1>(at + 3) == [5])
+            .unwrap()
+    }
+
     fn config<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut bytes = [0; N];
         self.root.read((SLOT << 15) + offset, &mut bytes);
@@ -705,11 +714,7 @@ fn kicks_through_the_bar_reach_the_queue() {
 #[test]
 fn window_in_configuration_space_is_the_bar() {
     let (driver, _) = recording();
-    let at = (driver.capabilities().into_iter())
-        .map(|(_, at)| at)
-        .filter(|at| driver.config::<1>(*at) == [9])
-        .find(|at| driver.config::<1>(at + 3) == [5])
-        .unwrap();
+    let at = driver.window();
     let aim = |offset: u64, len: u32| {
         let offset = u32::try_from(offset).unwrap();
         driver.set_config_bytes(at + 8, &offset.to_le_bytes());

@@ -73,11 +73,7 @@ fn reset_of_the_function_is_in_the_image() {
 #[test]
 fn function_whose_window_is_open_is_read_by_exits() {
     let (driver, image) = published();
-    let at = (driver.capabilities().into_iter())
-        .map(|(_, at)| at)
-        .filter(|at| driver.config::<1>(*at) == [9])
-        .find(|at| driver.config::<1>(at + 3) == [5])
-        .unwrap();
+    let at = driver.window();
     driver.set_config_bytes(at + 8, &20_u32.to_le_bytes());
     assert!(image.page().is_some(), "its length is 0");
     driver.set_config_bytes(at + 12, &1_u32.to_le_bytes());
